@@ -1,0 +1,59 @@
+"""The base of every config section: keyword-only, slotted, mutable until frozen, and strict about names."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from megatron_mtp.errors import ConfigError
+
+# Names people bring from other systems, with what to use here instead.
+RENAMED = {
+    "pipeline_model_parallel_split_rank": "model.pipeline_model_parallel_layout (which layers each stage holds)",
+    "num_layers_in_first_pipeline_stage": "model.pipeline_model_parallel_layout, for example [5, 6, 6, 4]",
+    "num_layers_in_last_pipeline_stage": "model.pipeline_model_parallel_layout, for example [5, 6, 6, 4]",
+    "account_for_embedding_in_pipeline_split": "model.pipeline_model_parallel_layout",
+    "account_for_loss_in_pipeline_split": "model.pipeline_model_parallel_layout",
+    "transformer_impl": "model.backend",
+    "num_nextn_predict_layers": "model.mtp_num_layers",
+}
+
+
+def unknown_field(section: str, name: str, known: list[str]) -> str:
+    """Says that `section` has no field `name`, and which one was probably meant."""
+    if name in RENAMED:
+        hint = f" Use {RENAMED[name]}."
+    elif close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        hint = f" Did you mean {section}.{close[0]}?"
+    else:
+        hint = ""
+    return f"{section}.{name}: there is no such field.{hint}"
+
+
+class Section:
+    """A group of config fields.
+
+    Subclasses are `@dataclass(kw_only=True, slots=True)` and name themselves in `SECTION`. An unknown name raises
+    ConfigError with the nearest field; after `freeze` every assignment does.
+    """
+
+    __slots__ = ("_frozen",)
+    SECTION: ClassVar[str]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        if name not in known:
+            raise ConfigError(unknown_field(self.SECTION, name, known))
+        if getattr(self, "_frozen", False):
+            raise ConfigError(f"{self.SECTION}.{name} = {value!r}: the config is finalized and can no longer change.")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(unknown_field(self.SECTION, name, [f.name for f in fields(self)]))  # type: ignore[arg-type]
+
+    def freeze(self) -> None:
+        """From now on every assignment raises ConfigError."""
+        object.__setattr__(self, "_frozen", True)

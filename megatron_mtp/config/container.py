@@ -1,0 +1,46 @@
+"""The config of a run: all sections in one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from megatron_mtp.config.base import Section
+from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import (
+    CheckpointConfig,
+    DatasetConfig,
+    DDPConfig,
+    DistConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ProfilingConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class ConfigContainer(Section):
+    """Everything a run needs. A recipe returns one; change fields, then `finalize()` derives, checks and freezes."""
+
+    SECTION: ClassVar[str] = "config"
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    ddp: DDPConfig = field(default_factory=DDPConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
+    rng: RNGConfig = field(default_factory=RNGConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

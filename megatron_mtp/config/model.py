@@ -1,0 +1,195 @@
+"""What the model is and how it is cut over devices. Names and meanings are Megatron-Core's unless said otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from megatron_mtp.config.base import Section
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig(Section):
+    """Architecture, MTP, parallel sizes, recomputation and backend of one model."""
+
+    SECTION: ClassVar[str] = "model"
+
+    # ---- architecture ----
+    num_layers: int = 0
+    """Decoder layers of the trunk, MTP layers not counted."""
+    hidden_size: int = 0
+    """Width h of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the dense feed-forward block; None: 4 * hidden_size."""
+    num_attention_heads: int = 0
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); None: num_attention_heads."""
+    kv_channels: int | None = None
+    """Width of one attention head; None: hidden_size / num_attention_heads."""
+    seq_length: int = 4096
+    """Tokens in one sample; dataset.seq_length follows it."""
+    vocab_size: int | None = None
+    """Token ids are below this; None: taken from the tokenizer."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times tensor_model_parallel_size. The padding never takes part in a loss."""
+    share_embeddings_and_output_weights: bool = False
+    """Tied input embedding and output head."""
+    position_embedding_type: Literal["rope", "none", "learned_absolute"] = "rope"
+    """Rotary positions, or none. learned_absolute cannot be used with MTP."""
+    rotary_base: float = 10000.0
+    """RoPE theta."""
+    rotary_percent: float = 1.0
+    """Share of each head that RoPE turns."""
+    rope_scaling: bool = False
+    """Llama-3.1 frequency scaling."""
+    rope_scaling_factor: float = 8.0
+    """Factor of the Llama-3.1 scaling."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Norm of every block."""
+    layernorm_epsilon: float = 1e-5
+    """Epsilon of every norm."""
+    layernorm_zero_centered_gamma: bool = False
+    """Norm weights are stored as (weight - 1)."""
+    add_bias_linear: bool = False
+    """Biases in all linear layers."""
+    add_qkv_bias: bool = False
+    """Biases in the query, key and value projections only."""
+    gated_linear_unit: bool = True
+    """Gated feed-forward block (SwiGLU with silu)."""
+    activation_func: Literal["silu", "gelu", "relu", "squared_relu"] = "silu"
+    """Activation of the feed-forward block."""
+    qk_layernorm: bool = False
+    """Norm of queries and keys per head; with MLA, norm of the latents."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities. Above 0 the curve depends on the layout."""
+    hidden_dropout: float = 0.0
+    """Dropout on block outputs. Above 0 the curve depends on the layout."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; output projections use it / sqrt(2 * num_layers)."""
+
+    # ---- multi-latent attention ----
+    multi_latent_attention: bool = False
+    """DeepSeek's MLA in place of multi-head attention."""
+    q_lora_rank: int | None = None
+    """Rank of the query latent; None: full query projection."""
+    kv_lora_rank: int = 512
+    """Rank of the shared key/value latent."""
+    qk_head_dim: int = 128
+    """Width of the part of each query/key head without position."""
+    qk_pos_emb_head_dim: int = 64
+    """Width of the part of each query/key head that RoPE turns."""
+    v_head_dim: int = 128
+    """Width of each value head."""
+    rope_type: Literal["rope", "yarn"] = "rope"
+    """RoPE of MLA; yarn for long context."""
+    rotary_scaling_factor: float = 40.0
+    """YaRN factor."""
+    original_max_position_embeddings: int = 4096
+    """YaRN's original context."""
+    beta_fast: float = 32.0
+    """YaRN beta fast."""
+    beta_slow: float = 1.0
+    """YaRN beta slow."""
+    mscale: float = 1.0
+    """YaRN mscale."""
+    mscale_all_dim: float = 0.0
+    """YaRN mscale over all dimensions."""
+
+    # ---- mixture of experts ----
+    num_moe_experts: int | None = None
+    """Routed experts of a MoE layer; None: dense model."""
+    moe_layer_freq: int | list[int] = 1
+    """Every n-th layer is MoE, or a list of 0 (dense) and 1 (MoE), one for each decoder layer."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert; None: ffn_hidden_size."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Total width of the shared experts; None: no shared expert."""
+    moe_shared_expert_gate: bool = False
+    """A sigmoid gate on the shared expert."""
+    moe_router_topk: int = 2
+    """Experts for each token."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """Turns router logits into scores."""
+    moe_router_pre_softmax: bool = False
+    """Softmax before the top-k choice (True) or over the chosen ones (False)."""
+    moe_router_num_groups: int | None = None
+    """Groups of experts for group-limited routing."""
+    moe_router_group_topk: int | None = None
+    """Groups a token may use."""
+    moe_router_topk_scaling_factor: float | None = None
+    """Factor on the routing weights."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    """Dtype of the router's matrix product and scores."""
+    moe_router_enable_expert_bias: bool = False
+    """Auxiliary-loss-free balancing: a bias for each expert, updated from the global counts of a step."""
+    moe_router_bias_update_rate: float = 1e-3
+    """Step of that bias."""
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    """Balancing loss. seq_aux_loss is exact at every layout; aux_loss depends on the micro-batch by definition."""
+    moe_aux_loss_coeff: float = 0.0
+    """Coefficient of the balancing loss."""
+    moe_z_loss_coeff: float | None = None
+    """Coefficient of the router z-loss, a mean over tokens."""
+    moe_expert_capacity_factor: float | None = None
+    """Tokens above this capacity are dropped; the curve then depends on the layout. None: no token is dropped."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to their experts."""
+    moe_grouped_gemm: bool = False
+    """One grouped matrix product for all local experts (transformer_engine backend)."""
+
+    # ---- multi-token prediction ----
+    mtp_num_layers: int | None = None
+    """D, the number of prediction depths beside the next token; 0 or None: plain model."""
+    mtp_loss_scaling_factor: float | str = 0.1
+    """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or "linear:0.3->0.1@10T"."""
+    mtp_depth_weights: list[float] | None = None
+    """w_k for each depth; None: all 1."""
+    mtp_variant: Literal["sequential", "parallel"] = "sequential"
+    """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the trunk (Gloeckle et al. 2024)."""
+    mtp_use_repeated_layer: bool = False
+    """One set of MTP weights applied D times (Nemotron-3)."""
+    mtp_detach_heads: bool = False
+    """MTP losses do not reach the trunk, the embedding and the head."""
+    mtp_freeze_trunk: bool = False
+    """Train the MTP layers only; trunk, embedding and head stay as they are."""
+    mtp_hidden_source: Literal["post_final_norm", "pre_final_norm"] = "post_final_norm"
+    """The hidden state that depth 1 reads: after the final norm (DeepSeek-V3 and most) or before it (Step-3.5)."""
+
+    # ---- parallel sizes ----
+    tensor_model_parallel_size: int = 1
+    """TP."""
+    sequence_parallel: bool = False
+    """Shards norms and residuals along the sequence over TP."""
+    pipeline_model_parallel_size: int = 1
+    """PP, the number of stages."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """VP, model chunks for each stage (interleaved schedule); None: 1."""
+    pipeline_model_parallel_layout: str | list[int] | None = "auto"
+    """Which layers each chunk holds: "auto", Megatron's string ("Et*3|(tt|)*29m|L"), or decoder layers of each chunk ([5, 6, 6, 4])."""
+    context_parallel_size: int = 1
+    """CP, shards the sequence."""
+    expert_model_parallel_size: int = 1
+    """EP, shards the experts."""
+    expert_tensor_parallel_size: int | None = None
+    """ETP, tensor parallel size inside an expert; None: TP."""
+
+    # ---- memory ----
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers, or chosen modules, in the backward pass."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """full: groups of recompute_num_layers layers (uniform), or the first recompute_num_layers of each chunk (block)."""
+    recompute_num_layers: int | None = None
+    """See recompute_method."""
+    recompute_modules: list[str] | None = None
+    """selective: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; None: core_attn."""
+    logits_chunk_tokens: int = 1024
+    """Cross entropy runs over chunks of this many tokens of one rank; logits are never whole."""
+    logits_z_loss_coeff: float = 0.0
+    """Coefficient of log(Z)^2 of the main and MTP logits; 0: off."""
+
+    # ---- implementation ----
+    backend: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """Which modules do the work: Transformer Engine where it imports and a GPU is present, else plain PyTorch."""
+    mcore: dict[str, Any] = field(default_factory=dict)
+    """Fields of Megatron-Core's TransformerConfig that have no field here, by name; checked against the pinned release."""

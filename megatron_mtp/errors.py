@@ -1,0 +1,42 @@
+"""Errors a user can cause or must act on. The command line turns each into one message and exit code 2."""
+
+from __future__ import annotations
+
+
+class MegatronMTPError(Exception):
+    """Base of every error that is addressed to the user; its text is complete without a traceback."""
+
+
+class ConfigError(MegatronMTPError):
+    """A configuration is wrong.
+
+    Holds every problem found, so that a user mends them in one go. Each problem reads: field and value; the rule;
+    the other value; what to do.
+
+    Args:
+        problems: one problem or several, each a complete sentence or more.
+    """
+
+    def __init__(self, problems: str | list[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PlanError(MegatronMTPError):
+    """No layout fits, or a given layout breaks a rule of the pipeline."""
+
+
+class CheckpointError(MegatronMTPError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class DataError(MegatronMTPError):
+    """Input text, a tokenizer or an indexed dataset is missing, damaged, or does not fit the model."""
+
+
+class ConversionError(MegatronMTPError):
+    """A tensor or a config cannot be carried between formats."""
+
+
+class UnsupportedError(ConfigError):
+    """A combination is refused by name because it would be wrong or is not built."""
