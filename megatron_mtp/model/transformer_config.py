@@ -1,0 +1,96 @@
+"""ModelConfig -> Megatron-Core's TransformerConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.parallel.layout import PipelineLayout
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Fields whose name and meaning are the same on both sides.
+SAME = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
+    "layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit qk_layernorm "
+    "attention_dropout hidden_dropout init_method_std mtp_use_repeated_layer mtp_detach_heads "
+    "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
+    "recompute_granularity recompute_method recompute_num_layers recompute_modules"
+).split()
+SAME_MLA = (
+    "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_base rotary_percent "
+    "rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
+).split()
+SAME_MOE = (
+    "num_moe_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate "
+    "moe_router_topk moe_router_score_function moe_router_pre_softmax moe_router_num_groups moe_router_group_topk "
+    "moe_router_topk_scaling_factor moe_router_dtype moe_router_enable_expert_bias moe_router_bias_update_rate "
+    "moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_expert_capacity_factor "
+    "moe_token_dispatcher_type moe_grouped_gemm"
+).split()
+
+
+def transformer_config(cfg: ConfigContainer, *, use_te: bool, device_type: str) -> TransformerConfig:
+    """The engine's config of a finalized run.
+
+    Args:
+        cfg: finalized.
+        use_te: Transformer Engine modules do the work.
+        device_type: "cuda" or "cpu"; gloo needs point-to-point messages one by one.
+    """
+    model = cfg.model
+    names = SAME + (SAME_MLA if model.multi_latent_attention else []) + (SAME_MOE if model.num_moe_experts else [])
+    fields: dict[str, Any] = {name: getattr(model, name) for name in names}
+    dtype = DTYPES[cfg.precision.dtype]
+    fields |= {
+        "activation_func": ACTIVATIONS[model.activation_func],
+        "mtp_num_layers": model.mtp_num_layers or None,
+        "pipeline_model_parallel_layout": _layout(cfg),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "transformer_impl": "transformer_engine" if use_te else "local",
+        # The loss function divides by the global counts itself (objective/total.py).
+        "calculate_per_token_loss": False,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "deterministic_mode": cfg.train.deterministic and use_te,
+        # Weights are set from the seed and the parameter's name after the model is built (model/initial_weights.py).
+        "perform_initialization": True,
+        "use_cpu_initialization": False,
+        "cp_comm_type": "p2p" if use_te and model.context_parallel_size > 1 else None,
+    }
+    fields |= _communication(cfg, device_type)
+    fields |= model.mcore
+    config_class = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
+    return config_class(**fields)
+
+
+def _layout(cfg: ConfigContainer) -> str | None:
+    if cfg.model.pipeline_model_parallel_size == 1:
+        return None
+    return PipelineLayout.from_config(cfg.model).string
+
+
+def _communication(cfg: ConfigContainer, device_type: str) -> dict[str, Any]:
+    """How stages talk. Measured, not chosen: other settings compute wrong numbers or deadlock.
+
+    gloo matches messages of two ranks in posting order, so a batch of sends and receives between two stages with virtual
+    chunks delivers the wrong tensor, silently. An interleaved schedule with a standalone MTP stage deadlocks
+    without the overlapped form.
+    """
+    interleaved = (cfg.model.virtual_pipeline_model_parallel_size or 1) > 1
+    overlap = interleaved
+    return {
+        "batch_p2p_comm": device_type == "cuda" and not overlap,
+        "overlap_p2p_comm": overlap,
+        "deallocate_pipeline_outputs": device_type == "cuda",
+    }
