@@ -1,0 +1,35 @@
+"""The run of `make demo`: a small dense model with two prediction depths on two pipeline stages."""
+
+from __future__ import annotations
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.recipes.common import small_common
+
+
+def demo_pretrain_config() -> ConfigContainer:
+    """A Qwen3-like dense model for two CPU ranks: PP=2, D=2, the MTP layers beside the loss on the last stage.
+
+    It runs on mock data as it is; `make demo` points dataset and tokenizer at real text.
+    """
+    cfg = small_common()
+    cfg.model.num_layers = 4
+    cfg.model.hidden_size = 128
+    cfg.model.ffn_hidden_size = 384
+    cfg.model.num_attention_heads = 4
+    cfg.model.num_query_groups = 2
+    cfg.model.qk_layernorm = True
+    cfg.model.rotary_base = 10000.0
+    cfg.model.layernorm_epsilon = 1e-6
+    cfg.model.seq_length = 256
+    cfg.model.vocab_size = 2048
+    cfg.model.mtp_num_layers = 2
+    cfg.model.mtp_loss_scaling_factor = 0.3
+    cfg.model.pipeline_model_parallel_size = 2
+    cfg.train.train_iters = 300
+    cfg.train.global_batch_size = 16
+    cfg.train.micro_batch_size = 4
+    cfg.scheduler.lr_warmup_iters = 30
+    cfg.validation.eval_interval = 100
+    cfg.validation.eval_iters = 8
+    cfg.logger.log_interval = 10
+    return cfg
