@@ -1,0 +1,131 @@
+"""Which rank does what: coordinates of every rank along every parallel axis, in Megatron's order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.errors import ConfigError
+
+Axis = Literal["tp", "cp", "dp", "pp", "etp", "ep", "edp"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankCoords:
+    """Position of one rank. Dense weights and activations see (tp, cp, dp, pp), experts see (etp, ep, edp, pp)."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGrid:
+    """Parallel sizes and the order of ranks.
+
+    The fastest axis comes first: tp-cp-dp-pp for dense parts, etp-ep-edp-pp for experts; with `pp_before_dp` the last two
+    change places (Megatron's use_tp_pp_dp_mapping).
+
+    Args:
+        world_size: number of ranks.
+        etp: tensor parallel size inside an expert; None: tp.
+
+    Raises:
+        ConfigError: a product of sizes does not divide the world size, or the pipeline groups of dense and expert parts
+            would differ.
+
+    Source: megatron-core 0.19.2, parallel_state.py `RankGenerator` and `initialize_model_parallel`.
+    """
+
+    world_size: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    pp_before_dp: bool = False
+
+    def __post_init__(self) -> None:
+        if self.etp is None:
+            object.__setattr__(self, "etp", self.tp)
+        dense, expert = self.tp * self.cp * self.pp, self.expert_tp * self.ep * self.pp
+        if self.world_size % dense or self.world_size % expert:
+            raise ConfigError(
+                f"world size {self.world_size}: it must be a multiple of tp {self.tp} x cp {self.cp} x pp {self.pp} = "
+                f"{dense} and of etp {self.expert_tp} x ep {self.ep} x pp {self.pp} = {expert}."
+            )
+        if self.pp_before_dp and self.pp > 1 and self.dp_size != self.expert_dp_size:
+            raise ConfigError(
+                f"dist.use_tp_pp_dp_mapping: the data parallel size of dense parts ({self.dp_size}) and of experts "
+                f"({self.expert_dp_size}) must be equal when the pipeline axis is not the last one."
+            )
+
+    @classmethod
+    def from_config(cls, cfg: ConfigContainer, world_size: int) -> RankGrid:
+        """The grid of a config on `world_size` ranks."""
+        model = cfg.model
+        return cls(
+            world_size=world_size,
+            tp=model.tensor_model_parallel_size,
+            pp=model.pipeline_model_parallel_size,
+            cp=model.context_parallel_size,
+            ep=model.expert_model_parallel_size,
+            etp=model.expert_tensor_parallel_size,
+            pp_before_dp=cfg.dist.use_tp_pp_dp_mapping,
+        )
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallel size inside an expert."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def dp_size(self) -> int:
+        """Data parallel replicas of dense weights, context parallel ranks not counted."""
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def expert_dp_size(self) -> int:
+        """Data parallel replicas of an expert's weights."""
+        return self.world_size // (self.expert_tp * self.ep * self.pp)
+
+    def coords(self, rank: int) -> RankCoords:
+        """Coordinates of `rank`.
+
+        Example: world size 8, tp=2, pp=2: rank 5 is tp 1, dp 0, pp 1.
+        """
+        tp, cp, dp, pp = self._unravel(rank, self.tp, self.cp, self.dp_size)
+        etp, ep, edp, _ = self._unravel(rank, self.expert_tp, self.ep, self.expert_dp_size)
+        return RankCoords(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
+
+    def groups(self, *axes: Axis) -> list[list[int]]:
+        """All groups of ranks that differ in nothing but `axes`, in rank order.
+
+        Dense axes (tp, cp, dp) and expert axes (etp, ep, edp) cannot be mixed; pp belongs to both.
+
+        Example: world size 4, tp=2: groups("dp") == [[0, 2], [1, 3]].
+        """
+        family: tuple[Axis, ...] = ("tp", "cp", "dp", "pp")
+        if not set(axes) <= set(family):
+            family = ("etp", "ep", "edp", "pp")
+        assert set(axes) <= set(family), f"{axes} mixes dense and expert axes"
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            coords = self.coords(rank)
+            rest = tuple(getattr(coords, axis) for axis in family if axis not in axes)
+            found.setdefault(rest, []).append(rank)
+        return list(found.values())
+
+    def _unravel(self, rank: int, first: int, second: int, data: int) -> tuple[int, int, int, int]:
+        rest, fast = divmod(rank, first)
+        rest, middle = divmod(rest, second)
+        if self.pp_before_dp:
+            data_idx, stage = divmod(rest, self.pp)
+        else:
+            stage, data_idx = divmod(rest, data)
+        return fast, middle, data_idx, stage

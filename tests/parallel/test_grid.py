@@ -1,0 +1,51 @@
+"""The rank grid equals Megatron's groups."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mtp.errors import ConfigError
+from megatron_mtp.parallel.grid import RankCoords, RankGrid
+
+pytestmark = pytest.mark.unit
+
+SIZES = st.sampled_from([1, 2, 3])
+
+
+@settings(max_examples=60, deadline=None)
+@given(tp=SIZES, cp=SIZES, pp=SIZES, ep=SIZES, etp=SIZES, dp=st.integers(1, 4), pp_before_dp=st.booleans())
+def test_groups_are_megatrons(tp, cp, pp, ep, etp, dp, pp_before_dp):
+    from megatron.core.parallel_state import RankGenerator
+
+    world = tp * cp * pp * ep * etp * dp
+    order = "tp-cp-ep-pp-dp" if pp_before_dp else "tp-cp-ep-dp-pp"
+    sizes = {"world_size": world, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "pp_before_dp": pp_before_dp}
+    if pp_before_dp and pp > 1 and tp * cp != etp * ep:
+        with pytest.raises(ConfigError, match="data parallel size"):
+            RankGrid(**sizes)
+        return
+    grid = RankGrid(**sizes)
+    dense = RankGenerator(tp=tp, ep=1, dp=grid.dp_size, pp=pp, cp=cp, order=order)
+    expert = RankGenerator(tp=etp, ep=ep, dp=grid.expert_dp_size, pp=pp, cp=1, order=order)
+    assert grid.groups("tp") == dense.get_ranks("tp")
+    assert grid.groups("pp") == dense.get_ranks("pp")
+    assert grid.groups("dp") == dense.get_ranks("dp")
+    assert sorted(grid.groups("dp", "cp")) == sorted(map(sorted, dense.get_ranks("dp-cp")))
+    assert grid.groups("ep") == expert.get_ranks("ep")
+    assert grid.groups("edp") == expert.get_ranks("dp")
+    assert sorted(grid.groups("etp", "ep")) == sorted(map(sorted, expert.get_ranks("tp-ep")))
+
+
+def test_coordinates_of_one_rank():
+    grid = RankGrid(world_size=8, tp=2, pp=2)
+    assert grid.coords(5) == RankCoords(tp=1, cp=0, dp=0, pp=1, etp=1, ep=0, edp=0)
+    assert (grid.dp_size, grid.expert_dp_size) == (2, 2)
+
+
+def test_world_size_that_does_not_fit():
+    with pytest.raises(ConfigError, match="world size 6"):
+        RankGrid(world_size=6, tp=4)
+    with pytest.raises(ConfigError, match="ep 4"):
+        RankGrid(world_size=6, tp=1, ep=4)
