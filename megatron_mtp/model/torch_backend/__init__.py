@@ -1,0 +1,5 @@
+"""Transformer modules on plain PyTorch, for CPUs and for GPUs without Transformer Engine."""
+
+from megatron_mtp.model.torch_backend.provider import TorchSpecProvider, build_layer_spec
+
+__all__ = ["TorchSpecProvider", "build_layer_spec"]
