@@ -1,0 +1,31 @@
+# `make help` lists the targets. Everything runs from .venv, which `make setup` makes and keeps up to date.
+PY := .venv/bin/python
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+setup: ## make or update .venv (PYTHON=/path/to/python3.12 picks the interpreter)
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh
+
+demo: setup ## train a small model with MTP on real text, from nothing (ARGS="..." is passed on)
+	@$(PY) -m megatron_mtp.tools.demo $(ARGS)
+
+test: setup ## the fast tests (ARGS="tests/data -k shift" narrows them)
+	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## every test that this machine can run
+	@$(PYTEST) $(ARGS)
+
+lint: setup ## style, format, and which room may import which
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/lint-imports
+
+clean: ## remove .venv and what tools leave behind; runs/ stays
+	rm -rf .venv .uv .pytest_cache .hypothesis .ruff_cache .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
