@@ -1,0 +1,213 @@
+"""Learning rate and weight decay as pure functions of the samples consumed so far.
+
+Values equal megatron.core's OptimizerParamScheduler point by point, but nothing is stepped and nothing must be saved:
+after a resume, at another batch size or in a plot, the value follows from the clock alone. The clock is samples;
+lengths given in iterations go through the batch-size schedule, lengths in tokens are divided by the sequence length.
+A step whose update was skipped (fp16 overflow) consumed its samples, so it moves the clock too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.quantity import parse_quantity
+from megatron_mtp.data.order import BatchSchedule
+from megatron_mtp.errors import ConfigError
+
+
+def run_length_samples(cfg: ConfigContainer) -> int | None:
+    """Samples after which the run ends by its iterations, samples or tokens, the earliest; None: by wall-clock time only."""
+    ends = [
+        _samples(cfg, iters=cfg.train.train_iters),
+        _samples(cfg, samples=cfg.train.train_samples),
+        _samples(cfg, tokens=cfg.train.train_tokens),
+    ]
+    return min((end for end in ends if end is not None), default=None)
+
+
+def _samples(
+    cfg: ConfigContainer, *, iters: int | None = None, samples: int | None = None, tokens: int | str | None = None
+) -> int | None:
+    """One length in samples: whichever of the three is given (0 counts as given only if all others are absent too)."""
+    if iters:
+        return BatchSchedule.from_train(cfg.train).consumed_after(iters)
+    if samples:
+        return samples
+    if tokens and (count := parse_quantity(tokens)):
+        return -(-count // cfg.model.seq_length)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """Learning rate after some samples; lengths in samples.
+
+    Linear warmup from `init` to the peak, then the decay to `min_lr`, which holds from `decay` on. WSD holds the peak
+    until its last `wsd_decay` samples. `constant` and a warmup that is longer than the decay never use the decay.
+    """
+
+    max_lr: float
+    min_lr: float
+    init: float
+    warmup: float
+    decay: int
+    style: str
+    wsd_decay: int = 0
+    wsd_style: str = "minus_sqrt"
+
+    def __call__(self, consumed_samples: int, max_lr: float | None = None, min_lr: float | None = None) -> float:
+        """The rate for the step that starts after `consumed_samples`; a parameter group may have its own peak and floor."""
+        max_lr = self.max_lr if max_lr is None else max_lr
+        min_lr = self.min_lr if min_lr is None else min_lr
+        if self.warmup > 0 and consumed_samples <= self.warmup:
+            return self.init + (max_lr - self.init) * consumed_samples / self.warmup
+        if self.style == "constant":
+            return max_lr
+        if consumed_samples > self.decay:
+            return min_lr
+        if self.style == "inverse-square-root":
+            return max(min_lr, max_lr * max(self.warmup, 1) ** 0.5 / max(consumed_samples, 1) ** 0.5)
+        return min_lr + self._share_left(consumed_samples) * (max_lr - min_lr)
+
+    def _share_left(self, consumed_samples: int) -> float:
+        """1 at the start of the decay, 0 at its end."""
+        if self.style == "WSD":
+            start = self.decay - self.wsd_decay
+            if consumed_samples <= start:
+                return 1.0
+            return _SHAPES[self.wsd_style]((consumed_samples - start) / self.wsd_decay)
+        return _SHAPES[self.style]((consumed_samples - self.warmup) / (self.decay - self.warmup))
+
+
+# Share of the way from floor to peak that is left after a share x of the decay.
+_SHAPES = {
+    "linear": lambda x: 1.0 - x,
+    "cosine": lambda x: 0.5 * (math.cos(math.pi * x) + 1.0),
+    "exponential": lambda x: 2.0 * math.pow(0.5, x) - 1.0,
+    "minus_sqrt": lambda x: 1.0 - math.sqrt(x),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDecay:
+    """Weight decay after some samples: moves from `start` to `end` over `length` samples, then stays."""
+
+    start: float
+    end: float
+    length: int
+    style: str
+
+    def __call__(self, consumed_samples: int, start: float | None = None, end: float | None = None) -> float:
+        """The value for the step that starts after `consumed_samples`; a parameter group may have its own ends."""
+        start = self.start if start is None else start
+        end = self.end if end is None else end
+        if self.style == "constant" or consumed_samples > self.length:
+            return end
+        share = consumed_samples / self.length
+        if self.style == "cosine":
+            share = 0.5 * (math.cos(math.pi * (1 - share)) + 1.0)
+        return start + share * (end - start)
+
+
+def learning_rate(cfg: ConfigContainer) -> LearningRate:
+    """The learning-rate schedule of a config.
+
+    Raises:
+        ConfigError: a decay has no length, because the run has none either, or WSD's last phase has none.
+    """
+    scheduler, optimizer = cfg.scheduler, cfg.optimizer
+    decay = _samples(
+        cfg,
+        iters=scheduler.lr_decay_iters,
+        samples=scheduler.lr_decay_samples,
+        tokens=scheduler.lr_decay_tokens,
+    )
+    decay = decay or run_length_samples(cfg)
+    if decay is None and (scheduler.lr_decay_style != "constant" or scheduler.lr_warmup_fraction is not None):
+        raise ConfigError(
+            f"scheduler.lr_decay_style = {scheduler.lr_decay_style!r}: a decay, and lr_warmup_fraction, need a length, but neither "
+            "scheduler.lr_decay_iters (or _samples, _tokens) nor train.train_iters (or _samples, _tokens) is set. Set one."
+        )
+    if scheduler.lr_warmup_fraction is not None:
+        warmup = scheduler.lr_warmup_fraction * decay
+    else:
+        warmup = _samples(
+            cfg,
+            iters=scheduler.lr_warmup_iters,
+            samples=scheduler.lr_warmup_samples,
+            tokens=scheduler.lr_warmup_tokens,
+        )
+    return LearningRate(
+        max_lr=float(optimizer.lr),
+        min_lr=optimizer.min_lr,
+        init=scheduler.lr_warmup_init,
+        warmup=warmup or 0,
+        decay=decay or 0,
+        style=scheduler.lr_decay_style,
+        wsd_decay=_wsd_decay(cfg, decay),
+        wsd_style=scheduler.lr_wsd_decay_style,
+    )
+
+
+def _wsd_decay(cfg: ConfigContainer, decay: int | None) -> int:
+    """Samples of WSD's last phase; 0 for other styles. In iterations it is counted back from the end of the decay."""
+    scheduler = cfg.scheduler
+    if scheduler.lr_decay_style != "WSD":
+        return 0
+    if scheduler.lr_wsd_decay_iters and decay is not None:
+        # The last iterations of a ramped run hold more samples than the first ones.
+        schedule = BatchSchedule.from_train(cfg.train)
+        start = max(0, schedule.step_at(decay) - scheduler.lr_wsd_decay_iters)
+        return decay - schedule.consumed_after(start)
+    length = _samples(cfg, samples=scheduler.lr_wsd_decay_samples, tokens=scheduler.lr_wsd_decay_tokens)
+    if length is None:
+        raise ConfigError(
+            "scheduler.lr_decay_style = 'WSD': the length of the last phase is missing. "
+            "Set scheduler.lr_wsd_decay_iters, lr_wsd_decay_samples or lr_wsd_decay_tokens."
+        )
+    return length
+
+
+def weight_decay(cfg: ConfigContainer) -> WeightDecay:
+    """The weight-decay schedule of a config; it moves over the whole run.
+
+    Raises:
+        ConfigError: weight decay is to move, but the run has no length.
+    """
+    scheduler, default = cfg.scheduler, cfg.optimizer.weight_decay
+    length = run_length_samples(cfg)
+    if length is None and scheduler.weight_decay_incr_style != "constant":
+        raise ConfigError(
+            f"scheduler.weight_decay_incr_style = {scheduler.weight_decay_incr_style!r}: weight decay moves over the whole run, but "
+            "train.train_iters, train_samples and train_tokens are all unset. Set one, or use 'constant'."
+        )
+    return WeightDecay(
+        start=default if scheduler.start_weight_decay is None else scheduler.start_weight_decay,
+        end=default if scheduler.end_weight_decay is None else scheduler.end_weight_decay,
+        length=length or 0,
+        style=scheduler.weight_decay_incr_style,
+    )
+
+
+def apply(optimizer: Any, lr: LearningRate, wd: WeightDecay, consumed_samples: int) -> float:
+    """Sets learning rate and weight decay of every parameter group for the step that starts after `consumed_samples`.
+
+    Megatron-Core's groups carry `max_lr`, `min_lr`, `start_wd`, `end_wd`, `lr_mult` and `wd_mult` where they differ.
+    Groups without parameters are set too: a rank may hold none of the default group's.
+
+    Returns:
+        The learning rate of the default group, for the log.
+    """
+    for group in optimizer.param_groups:
+        value = lr(consumed_samples, group.get("max_lr"), group.get("min_lr")) * group.get("lr_mult", 1.0)
+        if hasattr(group.get("lr"), "fill_"):  # a tensor, under CUDA graphs
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+        group["weight_decay"] = wd(consumed_samples, group.get("start_wd"), group.get("end_wd")) * group.get(
+            "wd_mult", 1.0
+        )
+    return lr(consumed_samples)
