@@ -1,0 +1,123 @@
+"""Batches as the model receives them: one rank's micro-batches of one global batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from megatron_mtp.data.shift import base_loss_mask, depth_targets, positions, segments
+from megatron_mtp.data.source import Sample
+from megatron_mtp.data.zigzag import zigzag_slice
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward pass reads. Sequences are zigzag-sharded over cp, but for the segment ids.
+
+    Attributes:
+        tokens: int64 [b, s/cp].
+        position_ids: int64 [b, s/cp].
+        shifted_ids: int64 [D, b, s/cp], what depth 1..D reads.
+        labels: int64 [1+D, b, s/cp], what depth 0..D predicts.
+        loss_mask: float32 [1+D, b, s/cp].
+        segment_ids: int32 [b, s], the document of each token on the FULL sequence, or None where attention does not
+            stay inside documents.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    shifted_ids: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    segment_ids: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
+        """A copy on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MicroBatch:
+        """A copy in page-locked memory, from which a copy to a GPU overlaps with compute."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function) -> MicroBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """One rank's part of one optimizer step.
+
+    Attributes:
+        step: steps before this one; in evaluation, the number of the batch.
+        sample_ids: int64 [global batch], ids of ALL samples of the step, in order.
+        places: int64 [micro-batches, b], which of them this rank holds.
+        micro_batches: this rank's micro-batches.
+        num_targets: int64 [1+D], valid targets of each depth in this rank's micro-batches and sequence slice. Summed
+            over data-parallel and context-parallel ranks it is N_k of the objective.
+    """
+
+    step: int
+    sample_ids: np.ndarray
+    places: np.ndarray
+    micro_batches: list[MicroBatch]
+    num_targets: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRules:
+    """How samples become tensors: depths, masks, and the slice of the sequence."""
+
+    num_depths: int
+    mask_document_starts: bool = False
+    separate_documents: bool = False
+    reset_position_ids: bool = False
+    cp_rank: int = 0
+    cp_size: int = 1
+
+
+def make_micro_batch(samples: Sequence[Sample], rules: BatchRules) -> MicroBatch:
+    """Stacks samples, makes the inputs and targets of every depth on full sequences, then slices for cp.
+
+    Args:
+        samples: b samples of s+1 tokens.
+    """
+    tokens = np.stack([sample.tokens for sample in samples])  # [b, s+1]
+    starts = np.stack([sample.starts for sample in samples])
+    documents = segments(starts) if rules.separate_documents else None
+    mask = base_loss_mask(starts, rules.mask_document_starts)
+    targets = depth_targets(tokens, rules.num_depths, mask, documents)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(zigzag_slice(array, rules.cp_rank, rules.cp_size)))
+
+    return MicroBatch(
+        tokens=tensor(tokens[:, :-1]),
+        position_ids=tensor(positions(starts[:, :-1], rules.reset_position_ids)),
+        shifted_ids=tensor(targets.shifted_ids),
+        labels=tensor(targets.labels),
+        loss_mask=tensor(targets.loss_mask),
+        segment_ids=None if documents is None else torch.from_numpy(np.ascontiguousarray(documents[:, :-1])),
+    )
+
+
+def count_targets(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Valid targets of each depth over micro-batches, int64 [1+D]."""
+    return sum((batch.loss_mask != 0).sum(dim=(1, 2)) for batch in micro_batches)
+
+
+def hash_samples(batch: GlobalBatch) -> dict[int, tuple[int, str]]:
+    """Place in the global batch -> (sample id, hash of its tokens and labels), for the samples this rank holds.
+
+    The union over data-parallel ranks must be the same for every data-parallel and micro-batch size.
+    """
+    hashes = {}
+    for places, micro_batch in zip(batch.places, batch.micro_batches, strict=True):
+        for row, place in enumerate(places):
+            text = micro_batch.tokens[row].numpy().tobytes() + micro_batch.labels[:, row].contiguous().numpy().tobytes()
+            hashes[int(place)] = (int(batch.sample_ids[place]), hashlib.sha256(text).hexdigest())
+    return hashes

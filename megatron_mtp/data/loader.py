@@ -1,0 +1,161 @@
+"""From a config to batches: one data module for each rank, which builds that rank's micro-batches of every global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.data.batch import BatchRules, GlobalBatch, count_targets, make_micro_batch
+from megatron_mtp.data.order import BatchSchedule, local_positions
+from megatron_mtp.data.prefetch import Prefetcher
+from megatron_mtp.data.source import Sample, SampleSource
+from megatron_mtp.data.sources import open_sources
+from megatron_mtp.data.tokenizer import resolve_vocab_size
+from megatron_mtp.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlacement:
+    """Which part of each global batch a rank computes; ranks that differ in tp or pp only compute the same part."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchBuilder:
+    """Makes one rank's part of global batches that are drawn from one source.
+
+    Args:
+        vocab_size: every token id must lie below it; None: ids are not looked at.
+    """
+
+    source: SampleSource
+    placement: DataPlacement
+    rules: BatchRules
+    micro_batch_size: int
+    vocab_size: int | None
+
+    def build(self, step: int, positions: np.ndarray) -> GlobalBatch:
+        """The global batch of these positions (int64 [global batch]), this rank's micro-batches only."""
+        sample_ids = self.source.sample_ids(positions)
+        places = local_positions(len(positions), self.micro_batch_size, self.placement.dp_rank, self.placement.dp_size)
+        micro_batches = [
+            make_micro_batch([self._read(int(sample_ids[place])) for place in row], self.rules) for row in places
+        ]
+        return GlobalBatch(step, sample_ids, places, micro_batches, count_targets(micro_batches))
+
+    def _read(self, sample_id: int) -> Sample:
+        sample = self.source.read(sample_id)
+        if self.vocab_size is not None:
+            worst = int(sample.tokens.max()) if sample.tokens.min() >= 0 else int(sample.tokens.min())
+            if not 0 <= worst < self.vocab_size:
+                raise DataError(
+                    f"{self.source.describe(sample_id)}: holds token id {worst}, outside the vocabulary of "
+                    f"{self.vocab_size} ids (model.vocab_size). The data was made with another tokenizer, or the file is "
+                    "damaged: set model.vocab_size to the tokenizer's, or prepare the data again."
+                )
+        return sample
+
+
+class DataModule:
+    """All the data of a run, as one rank sees it.
+
+    Attributes:
+        schedule: global batch size over the run.
+        valid_names: validation sets, the main one ("valid") first; empty if the run does not evaluate.
+    """
+
+    def __init__(
+        self, cfg: ConfigContainer, placement: DataPlacement, num_depths: int, vocab_size: int, pin_memory: bool
+    ):
+        self.schedule = BatchSchedule.from_train(cfg.train)
+        self._cfg, self._placement, self._pin_memory = cfg, placement, pin_memory
+        self._vocab_size = vocab_size if cfg.dataset.check_token_ids else None
+        self._rules = BatchRules(
+            num_depths=num_depths,
+            mask_document_starts=cfg.dataset.eod_mask_loss,
+            separate_documents=cfg.dataset.reset_attention_mask,
+            reset_position_ids=cfg.dataset.reset_position_ids,
+            cp_rank=placement.cp_rank,
+            cp_size=placement.cp_size,
+        )
+        validation = cfg.validation
+        self._eval_micro = validation.eval_micro_batch_size or cfg.train.micro_batch_size
+        self._eval_global = validation.eval_global_batch_size or cfg.train.global_batch_size
+        for size in self.schedule.sizes():
+            self._check_divides("train.global_batch_size", size, cfg.train.micro_batch_size)
+        self._train, self._valid = open_sources(cfg, vocab_size)
+        if self._valid:
+            self._check_divides("validation.eval_global_batch_size", self._eval_global, self._eval_micro)
+        self._open: list[Prefetcher[GlobalBatch]] = []
+
+    @property
+    def valid_names(self) -> tuple[str, ...]:
+        return tuple(self._valid)
+
+    def train(self, consumed_samples: int = 0) -> Prefetcher[GlobalBatch]:
+        """Global batches for ever, starting after `consumed_samples`."""
+        build = self._builder(self._train, self._cfg.train.micro_batch_size).build
+        return self._stream(build(step, positions) for step, positions in self.schedule.batches(consumed_samples))
+
+    def valid(self, name: str = "valid") -> Prefetcher[GlobalBatch]:
+        """The validation.eval_iters global batches of one evaluation: the same samples at each call."""
+        build = self._builder(self._valid[name], self._eval_micro).build
+        size = self._eval_global
+        return self._stream(
+            build(i, np.arange(i * size, (i + 1) * size)) for i in range(self._cfg.validation.eval_iters)
+        )
+
+    def close(self) -> None:
+        """Ends all background threads."""
+        for stream in self._open:
+            stream.close()
+        self._open.clear()
+
+    def _builder(self, source: SampleSource, micro_batch_size: int) -> BatchBuilder:
+        return BatchBuilder(source, self._placement, self._rules, micro_batch_size, self._vocab_size)
+
+    def _stream(self, batches: Iterator[GlobalBatch]) -> Prefetcher[GlobalBatch]:
+        if self._pin_memory:
+            batches = map(_pin, batches)
+        self._open = [stream for stream in self._open if not stream.closed]
+        self._open.append(Prefetcher(batches, self._cfg.dataset.prefetch_steps))
+        return self._open[-1]
+
+    def _check_divides(self, field: str, size: int, micro_batch_size: int) -> None:
+        share = micro_batch_size * self._placement.dp_size
+        if size % share:
+            raise ConfigError(
+                f"{field} = {size}: must be divisible by the micro-batch size ({micro_batch_size}) times the "
+                f"data-parallel size ({self._placement.dp_size}) = {share}, also at each size of a batch ramp."
+            )
+
+
+def _pin(batch: GlobalBatch) -> GlobalBatch:
+    pinned = [micro_batch.pin_memory() for micro_batch in batch.micro_batches]
+    return GlobalBatch(batch.step, batch.sample_ids, batch.places, pinned, batch.num_targets)
+
+
+def build_data(
+    cfg: ConfigContainer, placement: DataPlacement, num_depths: int, *, pin_memory: bool = False
+) -> DataModule:
+    """Opens the data of a run for one rank. Every rank calls it; none waits in a collective.
+
+    Indices that take long to build are built by one rank of each file system while the others wait for the file.
+
+    Args:
+        placement: this rank's place in the data-parallel and context-parallel groups.
+        num_depths: D, the MTP depths to make targets for.
+        pin_memory: batches lie in page-locked memory, for a GPU.
+
+    Raises:
+        DataError: a file is missing or damaged, a split is too small, or the data does not fit the model.
+        ConfigError: a batch size does not divide by micro-batch times data-parallel size.
+    """
+    return DataModule(cfg, placement, num_depths, resolve_vocab_size(cfg), pin_memory)

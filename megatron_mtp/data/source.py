@@ -1,0 +1,44 @@
+"""The endless sequence of samples that a run draws from, as every kind of data set presents it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of s+1 tokens.
+
+    Attributes:
+        tokens: int64 [s+1].
+        starts: bool [s+1], true where a token begins a document.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+
+class SampleSource(Protocol):
+    """An endless sequence of samples, addressed by position; the same positions always hold the same samples."""
+
+    def sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        """Ids, int64 [n], of the samples at these positions; a sample that is drawn twice has one id."""
+        ...
+
+    def read(self, sample_id: int) -> Sample:
+        """Tokens and document starts of a sample."""
+        ...
+
+    def describe(self, sample_id: int) -> str:
+        """Where a sample comes from, for messages: the file's prefix and the sample's number in it."""
+        ...
+
+
+def document_starts(tokens: np.ndarray, eod: int) -> np.ndarray:
+    """True where a token follows an end-of-document token, bool [n]. eod = 9: [1 9 2 3 9] gives [0 0 1 0 0]."""
+    starts = np.zeros(tokens.shape, bool)
+    starts[1:] = tokens[:-1] == eod
+    return starts

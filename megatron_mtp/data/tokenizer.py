@@ -1,0 +1,290 @@
+"""Tokenizers behind one small interface: Hugging Face, SentencePiece, tiktoken, bytes, and none at all.
+
+Each library is imported when its tokenizer is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import ConfigError, DataError
+
+# Names of the token that ends a document, in the order they are tried where no config file names it.
+_EOD_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<|im_end|>",
+)
+
+# Splitting pattern of Megatron-Core's tiktoken tokenizer ("v2"), used because the files hold no pattern.
+_TIKTOKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer(Protocol):
+    """Text <-> ids.
+
+    Attributes:
+        kind: tokenizer.tokenizer_type.
+        vocab_size: every id is below it.
+        eod: id that ends a document.
+    """
+
+    kind: str
+    vocab_size: int
+    eod: int
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; nothing is added before or after."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become replacement characters."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of what the tokenizer maps to what; equal for equal tokenizers, wherever their files lie."""
+        ...
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, read by the `tokenizers` library."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer as Fast
+
+        file = path / "tokenizer.json" if path.is_dir() else path
+        content = _read(file)
+        try:
+            self._fast = Fast.from_str(content.decode())
+            self._content = json.dumps(json.loads(content), sort_keys=True)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"tokenizer {file}: is not a Hugging Face tokenizer.json ({error}).") from error
+        vocab = self._fast.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.eod = self._find_eod(file, vocab)
+
+    @staticmethod
+    def _find_eod(file: Path, vocab: dict[str, int]) -> int:
+        config = file.parent / "tokenizer_config.json"
+        named = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
+        named = named.get("content") if isinstance(named, dict) else named
+        for name in (named, *_EOD_NAMES):
+            if name in vocab:
+                return vocab[name]
+        raise DataError(
+            f"tokenizer {file}: has no end-of-document token. It is eos_token of a tokenizer_config.json beside it, or one "
+            f"of {', '.join(_EOD_NAMES)}: add one to the tokenizer."
+        )
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._fast.decode(ids, skip_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        return _hash(self.kind, self._content.encode())
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `*.model`."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self._content = _read(path)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=self._content)
+        except RuntimeError as error:
+            raise DataError(f"tokenizer {path}: is not a SentencePiece model ({error}).") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.eod = self._processor.eos_id()
+        if self.eod < 0:
+            raise DataError(f"tokenizer {path}: has no end-of-sentence piece, which is needed to end documents.")
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def fingerprint(self) -> str:
+        return _hash(self.kind, self._content)
+
+
+class TiktokenTokenizer:
+    """A `*.tiktoken` file (base64 token and rank on each line), or a JSON list of {rank, token_bytes}.
+
+    The files hold neither pattern nor special tokens: Megatron-Core's pattern is used, and `<|endoftext|>` gets the
+    first free id.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, path: Path):
+        import tiktoken
+
+        content = _read(path)
+        try:
+            if path.suffix == ".json":
+                ranks = {base64.b64decode(item["token_bytes"]): int(item["rank"]) for item in json.loads(content)}
+            else:
+                pairs = (line.split() for line in content.splitlines() if line)
+                ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            self.eod = max(ranks.values()) + 1
+            self._encoding = tiktoken.Encoding(
+                path.stem, pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.eod}
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"tokenizer {path}: is not a tiktoken file ({error}).") from error
+        self._ranks = ranks
+        self.vocab_size = self.eod + 1
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids)
+
+    def fingerprint(self) -> str:
+        ranks = sorted((rank, token.hex()) for token, rank in self._ranks.items())
+        return _hash(self.kind, json.dumps(ranks).encode())
+
+
+class BytesTokenizer:
+    """UTF-8 bytes as ids 0..255, and 256 to end a document."""
+
+    kind, vocab_size, eod = "bytes", 257, 256
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8", errors="surrogatepass")) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(id_ for id_ in ids if id_ < 256).decode("utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        return _hash(self.kind, b"")
+
+
+class NullTokenizer:
+    """Text that is ids already, separated by spaces; the last id ends a document."""
+
+    kind = "null"
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size, self.eod = vocab_size, vocab_size - 1
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def fingerprint(self) -> str:
+        return _hash(self.kind, str(self.vocab_size).encode())
+
+
+_FILE_KINDS = {
+    "huggingface": HuggingFaceTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+    "tiktoken": TiktokenTokenizer,
+}
+
+
+def open_tokenizer(kind: str, model: str | None = None, vocab_size: int | None = None) -> Tokenizer:
+    """Opens a tokenizer by the fields of cfg.tokenizer.
+
+    Raises:
+        ConfigError: a field that this kind needs is missing.
+        DataError: the file is missing or is no such tokenizer.
+    """
+    if kind == "bytes":
+        return BytesTokenizer()
+    if kind == "null":
+        if not vocab_size or vocab_size < 2:
+            raise ConfigError(
+                f"tokenizer.vocab_size = {vocab_size}: tokenizer_type 'null' needs the number of ids (2 or more)."
+            )
+        return NullTokenizer(vocab_size)
+    if model is None:
+        raise ConfigError(f"tokenizer.tokenizer_model = None: tokenizer_type '{kind}' needs a file.")
+    return _FILE_KINDS[kind](Path(model))
+
+
+def tokenizer_from_spec(spec: str) -> Tokenizer:
+    """Opens a tokenizer named by one word: "bytes", "null:VOCAB", or a path whose ending tells its kind.
+
+    `*.model` is SentencePiece, `*.tiktoken` tiktoken, and a folder or any other `*.json` Hugging Face; write "tiktoken:PATH" and the like
+    where the ending misleads.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "null":
+        if not rest.isdecimal():
+            raise ConfigError(f"tokenizer {spec!r}: write null:VOCAB with the number of ids, such as null:32000.")
+        return open_tokenizer("null", vocab_size=int(rest))
+    if spec == "bytes":
+        return open_tokenizer("bytes")
+    if kind in _FILE_KINDS and rest:
+        return open_tokenizer(kind, rest)
+    by_ending = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
+    return open_tokenizer(by_ending.get(Path(spec).suffix, "huggingface"), spec)
+
+
+def configured_tokenizer(cfg: ConfigContainer) -> Tokenizer | None:
+    """The tokenizer of the run, or None where cfg.tokenizer names none (type null without a vocabulary)."""
+    section = cfg.tokenizer
+    if section.tokenizer_type == "null" and section.vocab_size is None:
+        return None
+    return open_tokenizer(section.tokenizer_type, section.tokenizer_model, section.vocab_size)
+
+
+def resolve_vocab_size(cfg: ConfigContainer) -> int:
+    """model.vocab_size, or where it is None the tokenizer's. Needs no torch.
+
+    Raises:
+        ConfigError: neither is given.
+    """
+    if cfg.model.vocab_size is not None:
+        return cfg.model.vocab_size
+    tokenizer = configured_tokenizer(cfg)
+    if tokenizer is None:
+        raise ConfigError(
+            "model.vocab_size = None: no tokenizer tells the size of the vocabulary. Set model.vocab_size, "
+            "tokenizer.vocab_size, or a tokenizer."
+        )
+    return tokenizer.vocab_size
+
+
+def resolve_eod(cfg: ConfigContainer, vocab_size: int) -> int:
+    """The id that ends documents: the tokenizer's, or without a tokenizer the last of the vocabulary."""
+    tokenizer = configured_tokenizer(cfg)
+    return vocab_size - 1 if tokenizer is None else tokenizer.eod
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer {path}: cannot be read ({error.strerror}).") from error
+
+
+def _hash(kind: str, content: bytes) -> str:
+    return f"{kind}-{hashlib.sha256(content).hexdigest()[:32]}"
