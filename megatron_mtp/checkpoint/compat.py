@@ -1,0 +1,183 @@
+"""What may change between the run that saved a checkpoint and the run that resumes it, field by field.
+
+Three kinds. A free field changes nothing that the run computes. A curve field may change, and the curve changes from
+there on: it is reported. Every other field cannot change, and resuming is refused. A field nobody has placed in a table
+below cannot change, so a new field is safe until someone has thought about it. Imports neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+_ALL = frozenset({"*"})
+
+FREE: dict[str, frozenset[str]] = {
+    "model": frozenset(
+        {
+            "make_vocab_size_divisible_by",  # padding takes part in no loss
+            "init_method_std",  # the weights exist already
+            "tensor_model_parallel_size",
+            "sequence_parallel",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "pipeline_model_parallel_layout",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "moe_token_dispatcher_type",
+            "moe_grouped_gemm",
+            "recompute_granularity",
+            "recompute_method",
+            "recompute_num_layers",
+            "recompute_modules",
+            "logits_chunk_tokens",
+            "backend",
+        }
+    ),
+    "train": frozenset(
+        {
+            "micro_batch_size",
+            "exit_interval",
+            "exit_duration_in_mins",
+            "manual_gc",
+            "manual_gc_interval",
+            "deterministic",
+        }
+    ),
+    "validation": _ALL,
+    "ddp": frozenset({"overlap_grad_reduce", "overlap_param_gather", "bucket_size", "check_for_nan_in_grad"}),
+    "optimizer": frozenset({"log_num_zeros_in_grad"}),
+    "dataset": frozenset({"path_to_cache", "valid_sets", "prefetch_steps", "check_token_ids"}),
+    "tokenizer": frozenset({"tokenizer_model"}),  # its content is compared by fingerprint
+    "logger": _ALL,
+    "checkpoint": _ALL,
+    "dist": _ALL,
+    "profiling": _ALL,
+}
+
+CURVE: dict[str, frozenset[str]] = {
+    "model": frozenset(
+        {
+            "attention_dropout",
+            "hidden_dropout",
+            "moe_router_bias_update_rate",
+            "moe_router_load_balancing_type",
+            "moe_aux_loss_coeff",
+            "moe_z_loss_coeff",
+            "moe_expert_capacity_factor",
+            "moe_router_dtype",
+            "mtp_loss_scaling_factor",
+            "mtp_depth_weights",
+            "mtp_detach_heads",
+            "logits_z_loss_coeff",
+        }
+    ),
+    "precision": _ALL,
+    "train": frozenset({"train_iters", "train_samples", "train_tokens"}),
+    "optimizer": frozenset(
+        {
+            "lr",
+            "min_lr",
+            "weight_decay",
+            "apply_wd_to_qk_layernorm",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_eps",
+            "sgd_momentum",
+            "muon_momentum",
+            "muon_num_ns_steps",
+            "muon_scale_mode",
+            "clip_grad",
+        }
+    ),
+    "scheduler": _ALL,
+}
+
+# What to do instead, where there is something better than going back.
+_ADVICE = {
+    (
+        "train",
+        "global_batch_size",
+    ): "The data order depends on it; plan the growth with train.rampup_batch_size from the start.",
+    ("train", "rampup_batch_size"): "The data order depends on it.",
+    ("rng", "seed"): "The data order depends on it.",
+    ("ddp", "use_distributed_optimizer"): "The two optimizers keep their master weights under different names.",
+}
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Result of `compare`: why resuming is refused, and which changes move the curve; one sentence each."""
+
+    refusals: list[str]
+    changes: list[str]
+
+
+def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> Comparison:
+    """Compares two resolved configs as nested dicts.
+
+    Args:
+        saved: of the checkpoint.
+        present: of the run that wants to resume; where model.vocab_size is None it is not known yet and not compared.
+        defaults: of this version; a field that one side lacks is taken at its default.
+    """
+    refusals, changes = [], []
+    for section in sorted(set(saved) | set(present)):
+        ours, theirs = present.get(section) or {}, saved.get(section) or {}
+        for name in sorted(set(ours) | set(theirs)):
+            default = (defaults.get(section) or {}).get(name, _ABSENT)
+            old, new = theirs.get(name, default), ours.get(name, default)
+            if same(section, name, old, new):
+                continue
+            text = f"{section}.{name} = {_show(new)}: the checkpoint was saved with {_show(old)}"
+            if _is_in(FREE, section, name):
+                continue
+            if _is_in(CURVE, section, name):
+                changes.append(f"{text}.")
+            else:
+                advice = _ADVICE.get((section, name), "It cannot change within a run.")
+                refusals.append(f"{text}. {advice}")
+    refusals += _pair_refusals(saved, present)
+    return Comparison(refusals, changes)
+
+
+def same(section: str, name: str, old: Any, new: Any) -> bool:
+    """Whether two values of a field mean the same run. Data may lie in another folder; only its names count."""
+    if section == "model" and name == "vocab_size" and new is None:
+        return True
+    if section == "dataset" and name in ("blend", "blend_per_split"):
+        old, new = _base_names(old), _base_names(new)
+    return old == new
+
+
+def _base_names(blend: Any) -> Any:
+    if isinstance(blend, str):
+        return os.path.basename(blend)
+    if isinstance(blend, list | tuple):
+        return [_base_names(part) for part in blend]
+    return blend
+
+
+def _pair_refusals(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Changes that are fine alone and not together."""
+    old, new = ((side.get("precision") or {}).get("dtype") for side in (saved, present))
+    sharded = (present.get("ddp") or {}).get("use_distributed_optimizer", True)
+    if old == new or sharded:
+        return []
+    return [
+        f"precision.dtype = {_show(new)}: the checkpoint was saved with {_show(old)}. It can change with "
+        "ddp.use_distributed_optimizer=true only, which keeps fp32 master weights for every dtype."
+    ]
+
+
+def _is_in(table: dict[str, frozenset[str]], section: str, name: str) -> bool:
+    names = table.get(section, frozenset())
+    return names is _ALL or name in names
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is _ABSENT else repr(value)

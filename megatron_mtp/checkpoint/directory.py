@@ -1,0 +1,191 @@
+"""A run directory: one folder for each whole checkpoint, made aside and renamed when complete.
+
+    iter_0000100/                       whole: its manifest lists every file
+    iter_0000200.partial/               being written, or left behind by a process that died
+    latest_checkpointed_iteration.txt   for people and tools; never read here
+
+Imports neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, SMALL_NAMES, Manifest, damage, read_manifest
+from megatron_mtp.errors import CheckpointError
+
+LATEST_NAME = "latest_checkpointed_iteration.txt"
+_WHOLE = re.compile(r"iter_(\d{7,})")
+_REMAINS = re.compile(r"iter_\d{7,}\.(partial|replaced|retired)")
+
+
+class RunDirectory:
+    """Names, finds, completes and retires the checkpoints of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def whole_path(self, iteration: int) -> Path:
+        """Where a whole checkpoint lies."""
+        return self.path / f"iter_{iteration:07d}"
+
+    def partial_path(self, iteration: int) -> Path:
+        """Where it is written until it is whole."""
+        return self.path / f"iter_{iteration:07d}.partial"
+
+    def iterations(self) -> list[int]:
+        """Iterations of all checkpoint folders, newest first, damaged ones included.
+
+        Raises:
+            CheckpointError: the directory exists but cannot be listed.
+        """
+        try:
+            names = os.listdir(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be listed ({error.strerror}).") from error
+        found = (_WHOLE.fullmatch(name) for name in names)
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def read(self, iteration: int) -> Manifest:
+        """The manifest of a checkpoint whose files are all there at their sizes.
+
+        Raises:
+            CheckpointError: it is not whole; names the file.
+        """
+        manifest = read_manifest(self.whole_path(iteration))
+        if manifest.iteration != iteration:
+            path = self.whole_path(iteration) / MANIFEST_NAME
+            raise CheckpointError(f"{path}: belongs to iteration {manifest.iteration}.")
+        return manifest
+
+    def newest_listed(self) -> tuple[Manifest | None, list[str]]:
+        """The newest checkpoint whose files are all there at their sizes and whose small files are intact, and what is
+        wrong with each newer one. The large files are compared when they are about to be read."""
+        problems = []
+        for iteration in self.iterations():
+            try:
+                manifest = self.read(iteration)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            damaged = self.damages(manifest, only=SMALL_NAMES)
+            if not damaged:
+                return manifest, problems
+            problems += damaged
+        return None, problems
+
+    def damages(
+        self, manifest: Manifest, *, share: int = 0, num_shares: int = 1, only: Collection[str] | None = None
+    ) -> list[str]:
+        """Compares checksums of every num_shares-th file from `share` on; what is wrong with each damaged one."""
+        directory = self.whole_path(manifest.iteration)
+        entries = [entry for entry in manifest.files if only is None or entry.name in only]
+        found = (damage(directory, entry) for entry in entries[share::num_shares])
+        return [problem for problem in found if problem]
+
+    def begin(self, iteration: int) -> Path:
+        """Makes an empty partial folder. The run directory must exist: one that vanished is not made anew, because a
+        checkpoint on the wrong disk is worse than none.
+
+        Raises:
+            OSError: no permission, no space, or the run directory is gone.
+        """
+        partial = self.partial_path(iteration)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        return partial
+
+    def complete(self, manifest: Manifest) -> Path:
+        """Writes the manifest into the partial folder, makes all of it durable, and renames it to its final name.
+
+        A folder of that name that is there already (a damaged one that was skipped at resume) is replaced.
+
+        Raises:
+            OSError: the disk refused; the partial folder is still there.
+        """
+        partial, whole = self.partial_path(manifest.iteration), self.whole_path(manifest.iteration)
+        write_durably(partial / MANIFEST_NAME, manifest.to_bytes())
+        _sync_directory(partial)
+        replaced = self.path / f"{whole.name}.replaced"
+        if whole.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            whole.rename(replaced)
+        partial.rename(whole)
+        _sync_directory(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._write_latest(manifest.iteration)
+        return whole
+
+    def abandon(self, iteration: int) -> None:
+        """Removes a partial folder as far as the disk allows."""
+        shutil.rmtree(self.partial_path(iteration), ignore_errors=True)
+
+    def clear_remains(self) -> list[str]:
+        """Removes what processes that died left behind; no other process may be saving. Returns the names."""
+        try:
+            names = sorted(name for name in os.listdir(self.path) if _REMAINS.fullmatch(name))
+        except OSError:
+            return []
+        for name in names:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        return names
+
+    def retain(self, most_recent_k: int) -> list[int]:
+        """Removes whole checkpoints beyond the newest `most_recent_k`; -1 keeps all. Returns their iterations.
+
+        Damaged folders do not count and stay: they are evidence, and the newest whole one must not go because of them.
+        """
+        if most_recent_k < 0:
+            return []
+        whole = []
+        for iteration in self.iterations():
+            try:
+                self.read(iteration)
+            except CheckpointError:
+                continue
+            whole.append(iteration)
+        surplus = whole[max(1, most_recent_k) :]
+        for iteration in surplus:
+            # Renamed first, so that one that is half removed is not taken for a damaged checkpoint.
+            retired = self.path / f"iter_{iteration:07d}.retired"
+            self.whole_path(iteration).rename(retired)
+            shutil.rmtree(retired, ignore_errors=True)
+        return surplus
+
+    def _write_latest(self, iteration: int) -> None:
+        """The file is a courtesy: the checkpoint is whole already, so a failure here does not fail the save."""
+        target = self.path / LATEST_NAME
+        temporary = self.path / f".{LATEST_NAME}.new"
+        try:
+            write_durably(temporary, f"{iteration}\n".encode())
+            temporary.rename(target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a file and waits until the disk has it."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable; file systems that cannot do it say so by EINVAL, which is no failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""The manifest of a checkpoint: every file with size and checksum, and what one must know before reading any of them.
+
+A directory is a whole checkpoint if and only if its manifest is intact and every file it lists is. Nothing but JSON is
+parsed to find that out. Imports neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_mtp.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+CONFIG_NAME = "config.yaml"
+TRAIN_STATE_NAME = "train_state.json"
+SMALL_NAMES = (CONFIG_NAME, TRAIN_STATE_NAME)
+
+# Loaders of older formats read these if they exist, whether or not we wrote them.
+_FORBIDDEN_NAMES = ("common.pt",)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint: name inside its directory, bytes, and SHA-256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint holds and what wrote it."""
+
+    iteration: int
+    files: list[FileEntry]
+    format_version: int = FORMAT_VERSION
+    consumed_samples: int = 0
+    world_size: int = 1
+    reason: str = "interval"
+    """Why it was saved: interval, end, exit ..."""
+    saved_at: str = ""
+    """ISO 8601, UTC."""
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer; None where the run has none."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Python and packages that wrote it."""
+
+    def to_bytes(self) -> bytes:
+        """The file: canonical JSON with its own checksum, so that no byte of it can change unnoticed."""
+        body = asdict(self)
+        digest = hashlib.sha256(_canonical(body)).hexdigest()
+        return _canonical({"manifest": body, "sha256": digest})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ValueError: a byte differs from what `to_bytes` wrote, or a field is unknown.
+        """
+        outer = json.loads(raw)
+        if (
+            not isinstance(outer, dict)
+            or set(outer) != {"manifest", "sha256"}
+            or not isinstance(outer["manifest"], dict)
+        ):
+            raise ValueError("it is not a manifest")
+        body = outer["manifest"]
+        if hashlib.sha256(_canonical(body)).hexdigest() != outer["sha256"] or _canonical(outer) != raw:
+            raise ValueError("its checksum does not match")
+        if body.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format version {body.get('format_version')!r} is not {FORMAT_VERSION}")
+        unknown = set(body) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        files = [FileEntry(**entry) for entry in body["files"]]
+        for entry in files:
+            if PurePosixPath(entry.name).name != entry.name or entry.name in (".", "..", MANIFEST_NAME):
+                raise ValueError(f"file name {entry.name!r} leads out of the directory")
+        return cls(**{**body, "files": files})
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads the manifest of a checkpoint directory and checks that every file is there at its size.
+
+    Checksums are not compared: `damage` does that, file by file, so that ranks can share the work.
+
+    Raises:
+        CheckpointError: the directory is no whole checkpoint; names the file.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = Manifest.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}).") from error
+    for name in _FORBIDDEN_NAMES:
+        if (directory / name).exists():
+            raise CheckpointError(
+                f"{directory / name}: does not belong to this checkpoint and would be read as part of it."
+            )
+    for entry in manifest.files:
+        problem = _size_problem(directory, entry)
+        if problem:
+            raise CheckpointError(problem)
+    return manifest
+
+
+def damage(directory: Path, entry: FileEntry) -> str | None:
+    """What is wrong with one file, compared byte for byte through its checksum; None: nothing."""
+    if problem := _size_problem(directory, entry):
+        return problem
+    path = directory / entry.name
+    try:
+        found = hash_file(path)
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})."
+    return None if found == entry.sha256 else f"{path}: its checksum does not match the manifest."
+
+
+def _size_problem(directory: Path, entry: FileEntry) -> str | None:
+    path = directory / entry.name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: is missing ({error.strerror})."
+    return None if size == entry.size else f"{path}: has {size} bytes, the manifest says {entry.size}."
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file in hex. Releases the interpreter while it hashes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_file(path: Path) -> FileEntry:
+    """The manifest's entry for a file that is complete."""
+    return FileEntry(path.name, path.stat().st_size, hash_file(path))

@@ -1,0 +1,151 @@
+"""Decides, before any process group exists, whether a run starts afresh, resumes, or must not start at all.
+
+Reads manifests and the saved config, leaves nothing behind, imports neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mtp.checkpoint.compat import Comparison, compare
+from megatron_mtp.checkpoint.directory import RunDirectory
+from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.serialize import to_dict
+from megatron_mtp.config.yaml_text import load_yaml
+from megatron_mtp.data.tokenizer import configured_tokenizer
+from megatron_mtp.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """Where a run goes on."""
+
+    iteration: int
+    consumed_samples: int
+    damaged: list[str]
+    """What is wrong with each newer checkpoint that is skipped."""
+    changes: list[str]
+    """Config changes that are allowed and move the curve."""
+
+
+def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
+    """Where `cfg` resumes; None: a fresh start. Large files are not read here, their checksums are compared at resume.
+
+    Args:
+        cfg: finalized.
+
+    Raises:
+        CheckpointError: `save` cannot be written or holds another run; `load` holds nothing that is whole, or a run
+            whose config does not fit.
+    """
+    save, load = cfg.checkpoint.save, cfg.checkpoint.load
+    if save is not None:
+        _check_writable(save)
+        if not is_same_directory(save, load):
+            _check_unused(save, load)
+    if load is None:
+        return None
+    directory = RunDirectory(load)
+    manifest, damaged = directory.newest_listed()
+    if manifest is None:
+        check_missing(cfg, damaged)
+        return None
+    comparison = compare_with_run(cfg, directory, manifest)
+    if comparison.refusals:
+        raise CheckpointError(refusal_text(load, manifest.iteration, comparison))
+    return ResumePoint(manifest.iteration, manifest.consumed_samples, damaged, comparison.changes)
+
+
+def is_same_directory(save: str | None, load: str | None) -> bool:
+    """Whether both name one directory, by whatever path."""
+    return save is not None and load is not None and os.path.realpath(save) == os.path.realpath(load)
+
+
+def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
+    """Returns if a `load` without a whole checkpoint is a fresh start: when it is the empty or absent `save`.
+
+    Raises:
+        CheckpointError: it is not; names every damaged checkpoint.
+    """
+    load = cfg.checkpoint.load
+    if damaged:
+        raise CheckpointError(
+            f"checkpoint.load = {load}: none of its checkpoints is whole, so there is nothing to resume from, and a fresh "
+            "start there could lose what is left. Restore one, or choose another directory.\n" + "\n".join(damaged)
+        )
+    if cfg.checkpoint.exit_on_missing_checkpoint or not is_same_directory(cfg.checkpoint.save, load):
+        raise CheckpointError(
+            f"checkpoint.load = {load}: the directory holds no checkpoint. Set checkpoint.load to a run's directory, or leave it "
+            "unset for a fresh start; a run that is to resume by itself sets it to the same directory as checkpoint.save."
+        )
+
+
+def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> Comparison:
+    """Compares `cfg` with the config in a checkpoint whose small files have been verified.
+
+    Raises:
+        CheckpointError: the checkpoint holds no config.
+    """
+    path = directory.whole_path(manifest.iteration) / CONFIG_NAME
+    if CONFIG_NAME not in (entry.name for entry in manifest.files):
+        raise CheckpointError(f"{path}: is not part of the checkpoint, so it cannot be told whose run this is.")
+    try:
+        saved = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    comparison = compare(saved, to_dict(cfg), to_dict(ConfigContainer()))
+    tokenizer = tokenizer_fingerprint(cfg)
+    if tokenizer != manifest.tokenizer:
+        comparison.refusals.append(
+            f"tokenizer.tokenizer_model = {cfg.tokenizer.tokenizer_model!r}: is another tokenizer ({tokenizer}) than the "
+            f"checkpoint's ({manifest.tokenizer}). It cannot change within a run."
+        )
+    return comparison
+
+
+def tokenizer_fingerprint(cfg: ConfigContainer) -> str | None:
+    """A hash of what the run's tokenizer maps to what; None where the run has none."""
+    tokenizer = configured_tokenizer(cfg)
+    return None if tokenizer is None else tokenizer.fingerprint()
+
+
+def refusal_text(load: str, iteration: int, comparison: Comparison) -> str:
+    """One message for all fields that do not fit."""
+    return (
+        f"checkpoint.load = {load}: iteration {iteration} belongs to a run with another config. Set these fields back, or start a "
+        "new run in another directory.\n" + "\n".join(comparison.refusals)
+    )
+
+
+def _check_unused(save: str, load: str | None) -> None:
+    iterations = RunDirectory(save).iterations()
+    if not iterations:
+        return
+    what = (
+        "checkpoint.load is not set, so this would be a fresh start in it"
+        if load is None
+        else f"checkpoint.load = {load} is another run, whose checkpoints would mix with them"
+    )
+    raise CheckpointError(
+        f"checkpoint.save = {save}: the directory holds checkpoints already, the newest of iteration {iterations[0]}, and {what}. "
+        f"To go on with that run set checkpoint.load={save}; for a new run choose another directory."
+    )
+
+
+def _check_writable(save: str) -> None:
+    place = Path(save).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise CheckpointError(f"checkpoint.save = {save}: {place} is not a directory. Choose another.")
+    try:
+        # Permission bits lie for root on NFS and on read-only mounts; making a folder and removing it does not.
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=place))
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint.save = {save}: {place} cannot be written ({error.strerror}). Choose another directory."
+        ) from error

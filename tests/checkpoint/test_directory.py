@@ -1,0 +1,140 @@
+"""A checkpoint is whole or it is not: every kind of damage to every file is named, and the one before it is taken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mtp.checkpoint.directory import LATEST_NAME, RunDirectory
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from megatron_mtp.errors import CheckpointError
+from tests.checkpoint.writing import damage_file, write_checkpoint
+
+pytestmark = pytest.mark.unit
+
+FILES = ["config.yaml", "train_state.json", "__0_0.distcp", MANIFEST_NAME]
+
+
+def find(directory: RunDirectory) -> tuple[int | None, list[str]]:
+    """The newest whole checkpoint, all checksums compared, and what is wrong with newer ones."""
+    problems = []
+    for iteration in directory.iterations():
+        try:
+            manifest = directory.read(iteration)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if not (damaged := directory.damages(manifest)):
+            return iteration, problems
+        problems += damaged
+    return None, problems
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted", "bit-flipped"])
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_is_named_and_the_one_before_is_taken(tmp_path, name, how):
+    write_checkpoint(tmp_path, 100)
+    newer = write_checkpoint(tmp_path, 200)
+    damage_file(newer / name, how)
+    iteration, problems = find(RunDirectory(tmp_path))
+    assert iteration == 100
+    assert len(problems) == 1
+    assert str(newer / name) in problems[0]
+
+
+def test_every_single_bit_of_a_manifest_counts(tmp_path):
+    whole = write_checkpoint(tmp_path, 7)
+    raw = (whole / MANIFEST_NAME).read_bytes()
+    for position in range(len(raw)):
+        for bit in range(8):
+            changed = bytearray(raw)
+            changed[position] ^= 1 << bit
+            with pytest.raises((ValueError, TypeError, KeyError)):
+                Manifest.from_bytes(bytes(changed))
+
+
+def test_a_manifest_moved_to_another_iteration_is_refused(tmp_path):
+    write_checkpoint(tmp_path, 100).rename(tmp_path / "iter_0000300")
+    with pytest.raises(CheckpointError, match="belongs to iteration 100"):
+        RunDirectory(tmp_path).read(300)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", MANIFEST_NAME])
+def test_a_manifest_cannot_name_files_elsewhere(name):
+    raw = Manifest(iteration=1, files=[FileEntry(name, 1, "0")]).to_bytes()
+    with pytest.raises(ValueError, match="leads out"):
+        Manifest.from_bytes(raw)
+
+
+def test_a_newer_format_is_refused():
+    with pytest.raises(ValueError, match="format version 2"):
+        Manifest.from_bytes(Manifest(iteration=1, files=[], format_version=2).to_bytes())
+
+
+def test_a_file_that_older_loaders_would_read_is_refused(tmp_path):
+    whole = write_checkpoint(tmp_path, 1)
+    (whole / "common.pt").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"common\.pt: does not belong"):
+        read_manifest(whole)
+
+
+def test_what_was_interrupted_is_never_taken_and_is_cleared(tmp_path):
+    write_checkpoint(tmp_path, 100)
+    directory = RunDirectory(tmp_path)
+    partial = directory.begin(200)
+    (partial / "__0_0.distcp").write_bytes(b"half")
+    assert directory.iterations() == [100]
+    assert directory.clear_remains() == ["iter_0000200.partial"]
+    assert not partial.exists()
+    assert find(directory) == (100, [])
+
+
+def test_latest_file_is_written_and_not_trusted(tmp_path):
+    write_checkpoint(tmp_path, 100)
+    assert (tmp_path / LATEST_NAME).read_text() == "100\n"
+    (tmp_path / LATEST_NAME).write_text("999\n")
+    assert find(RunDirectory(tmp_path)) == (100, [])
+
+
+def test_a_damaged_one_is_replaced_when_its_iteration_comes_again(tmp_path):
+    damage_file(write_checkpoint(tmp_path, 100) / "__0_0.distcp", "truncated")
+    write_checkpoint(tmp_path, 100)
+    assert find(RunDirectory(tmp_path)) == (100, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", LATEST_NAME]
+
+
+def test_a_vanished_directory_is_not_made_anew(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        RunDirectory(tmp_path / "gone").begin(1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.integers(1, 40), max_size=8), st.sets(st.integers(1, 40), max_size=3), st.integers(-1, 5))
+def test_retention_keeps_the_newest_whole_ones(tmp_path_factory, iterations, damaged, keep):
+    path = tmp_path_factory.mktemp("run")
+    for iteration in iterations:
+        write_checkpoint(path, iteration)
+    damaged &= iterations
+    for iteration in damaged:
+        damage_file(path / f"iter_{iteration:07d}" / MANIFEST_NAME, "truncated")
+    whole = sorted(iterations - damaged, reverse=True)
+    directory = RunDirectory(path)
+    removed = directory.retain(keep)
+    expected = whole if keep < 0 else whole[: max(1, keep)]
+    assert set(directory.iterations()) == set(expected) | damaged
+    assert set(removed) == set(whole) - set(expected)
+
+
+def test_iterations_beyond_seven_digits_are_found(tmp_path):
+    write_checkpoint(tmp_path, 12_345_678)
+    write_checkpoint(tmp_path, 9_999_999)
+    assert RunDirectory(tmp_path).iterations() == [12_345_678, 9_999_999]
+
+
+def test_the_manifest_is_readable(tmp_path):
+    text = json.loads((write_checkpoint(tmp_path, 5) / MANIFEST_NAME).read_text())
+    assert text["manifest"]["iteration"] == 5
+    assert {entry["name"] for entry in text["manifest"]["files"]} == set(FILES) - {MANIFEST_NAME}

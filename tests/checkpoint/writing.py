@@ -1,0 +1,40 @@
+"""Makes checkpoint folders without a model, for tests of what is around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_mtp.checkpoint.directory import RunDirectory
+from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest, describe_file
+from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.serialize import to_yaml
+
+
+def write_checkpoint(path: Path, iteration: int, cfg: ConfigContainer | None = None) -> Path:
+    """A whole checkpoint with a config, a train state and one file of data."""
+    cfg = cfg or ConfigContainer()
+    path.mkdir(parents=True, exist_ok=True)
+    directory = RunDirectory(path)
+    partial = directory.begin(iteration)
+    (partial / CONFIG_NAME).write_text(to_yaml(cfg))
+    (partial / TRAIN_STATE_NAME).write_text(f'{{"iteration": {iteration}}}\n')
+    (partial / "__0_0.distcp").write_bytes(bytes(range(256)) * 4)
+    files = [describe_file(file) for file in sorted(partial.iterdir())]
+    manifest = Manifest(
+        iteration=iteration, files=files, consumed_samples=iteration * 4, tokenizer=tokenizer_fingerprint(cfg)
+    )
+    return directory.complete(manifest)
+
+
+def damage_file(file: Path, how: str) -> None:
+    """Truncates or deletes a file, or flips one bit in its middle."""
+    if how == "deleted":
+        file.unlink()
+        return
+    raw = bytearray(file.read_bytes())
+    if how == "truncated":
+        del raw[-1:]
+    else:
+        raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
