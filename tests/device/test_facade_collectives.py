@@ -1,0 +1,59 @@
+"""The collectives that the facade adapts to gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.gloo_pool import GlooPool
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GlooPool(2) as pool:
+        yield pool
+
+
+def average_and_sum() -> tuple[list[float], list[float]]:
+    mean, total = (torch.tensor([1.0, 2.0]) * (dist.get_rank() + 1) for _ in range(2))
+    dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=dist.group.WORLD)
+    dist.all_reduce(total)
+    return mean.tolist(), total.tolist()
+
+
+def test_all_reduce_averages(pool):
+    assert pool.run(average_and_sum) == [([1.5, 3.0], [3.0, 6.0])] * 2
+
+
+def asynchronous_average() -> str:
+    try:
+        dist.all_reduce(torch.ones(1), op=dist.ReduceOp.AVG, async_op=True)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def test_asynchronous_average_is_refused(pool):
+    assert "average_in_collective" in pool.run(asynchronous_average)[0]
+
+
+def exchange_with_tensor_sizes() -> list[float]:
+    rank = dist.get_rank()
+    # rank 0 keeps 1 row and sends 2, rank 1 sends 3 and keeps 0
+    send, receive = ([1, 2], [1, 3]) if rank == 0 else ([3, 0], [2, 0])
+    output = torch.empty(sum(receive))
+    dist.all_to_all_single(
+        output,
+        torch.arange(3.0) + 10 * rank,
+        output_split_sizes=torch.tensor(receive),
+        input_split_sizes=torch.tensor(send),
+        group=dist.group.WORLD,
+    )
+    return output.tolist()
+
+
+def test_all_to_all_takes_sizes_as_tensors(pool):
+    assert pool.run(exchange_with_tensor_sizes) == [[0.0, 10.0, 11.0, 12.0], [1.0, 2.0]]
