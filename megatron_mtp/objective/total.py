@@ -8,7 +8,7 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 2.2, equations 21-25, with the me
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,6 @@ class StepObjective:
     num_micro_batches: int
     dp_cp_size: int
     z_loss_coeff: float = 0.0
-    sums: list[Tensor] = field(default_factory=list)
 
     def loss_function(self, sums: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What Megatron-Core's schedules call with the model's output of one micro-batch.

@@ -1,0 +1,106 @@
+"""From a finalized config to the model chunks of one rank."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.model.initial_weights import fill_initial_weights
+from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
+from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
+from megatron_mtp.model.transformer_config import transformer_config
+from megatron_mtp.parallel.layout import PipelineLayout
+
+
+def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: torch.device) -> list[MTPModel]:
+    """The chunks of this rank with their initial weights, on `device`, in fp32; see `training/setup.py` for wrapping.
+
+    Args:
+        cfg: finalized.
+        groups: every process group of the layout.
+        device: "meta" builds shapes only.
+
+    Returns:
+        One chunk, or one for each virtual stage.
+    """
+    use_te = wants_te(cfg, device.type)
+    config = transformer_config(cfg, use_te=use_te, device_type=device.type)
+    layout = PipelineLayout.from_config(cfg.model)
+    pp_rank = groups.pp.rank()
+    virtual = layout.vp > 1
+    chunks = [
+        _build_chunk(cfg, config, groups, layout, pp_rank, vp_stage if virtual else None, use_te=use_te)
+        for vp_stage in range(layout.vp)
+    ]
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        if cfg.model.mtp_freeze_trunk:
+            _freeze_trunk(chunk)
+    if device.type != "meta":
+        fill_initial_weights(
+            list(chunks), seed=cfg.rng.seed, std=cfg.model.init_method_std, num_layers=cfg.model.num_layers
+        )
+    return chunks
+
+
+def wants_te(cfg: ConfigContainer, device_type: str) -> bool:
+    """Whether Transformer Engine modules do the work."""
+    choice = cfg.model.backend
+    if choice == "transformer_engine" and not (te_is_available() and device_type == "cuda"):
+        raise UnsupportedError(
+            "model.backend = transformer_engine: needs Transformer Engine and a CUDA device; this process has "
+            f"{'no Transformer Engine' if not te_is_available() else f'device {device_type}'}. "
+            "Use model.backend=torch, or auto."
+        )
+    return choice == "transformer_engine" or (choice == "auto" and device_type == "cuda" and te_is_available())
+
+
+def _build_chunk(
+    cfg: ConfigContainer,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    layout: PipelineLayout,
+    pp_rank: int,
+    vp_stage: int | None,
+    *,
+    use_te: bool,
+) -> MTPModel:
+    model = cfg.model
+    symbols = layout.chunks[pp_rank][vp_stage or 0]
+    layer_class = ParallelMTPLayer if model.mtp_variant == "parallel" else MTPLayer
+    return MTPModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, layout.decoder_layers(pp_rank, vp_stage or 0), use_te=use_te),
+        vocab_size=padded_vocab_size(cfg),
+        max_sequence_length=model.seq_length,
+        pre_process="E" in symbols,
+        post_process="L" in symbols,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        mtp_block_spec=mtp_spec(config, layer_class, use_te=use_te) if "m" in symbols else None,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+        hidden_source=model.mtp_hidden_source,
+        mtp_variant=model.mtp_variant,
+    )
+
+
+def padded_vocab_size(cfg: ConfigContainer) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds the same number."""
+    multiple = cfg.model.make_vocab_size_divisible_by * cfg.model.tensor_model_parallel_size
+    return -(-cfg.model.vocab_size // multiple) * multiple
+
+
+def _freeze_trunk(chunk: nn.Module) -> None:
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad = name.startswith("mtp.")

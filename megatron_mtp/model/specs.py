@@ -1,0 +1,85 @@
+"""Which modules a chunk is made of: plain PyTorch's or Transformer Engine's."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mtp.model.mtp import MTPLayer
+from megatron_mtp.model.torch_backend import TorchSpecProvider, build_layer_spec
+
+
+def te_is_available() -> bool:
+    """Whether Transformer Engine for PyTorch can be imported."""
+    return importlib.util.find_spec("transformer_engine") is not None and _te_imports()
+
+
+def _te_imports() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
+
+
+def moe_pattern(config: TransformerConfig) -> list[bool]:
+    """For each decoder layer of the whole model, whether it is a mixture of experts."""
+    if not config.num_moe_experts:
+        return [False] * config.num_layers
+    freq = config.moe_layer_freq
+    if isinstance(freq, int):
+        return [layer % freq == 0 for layer in range(config.num_layers)]
+    return [bool(flag) for flag in freq]
+
+
+def block_spec(config: TransformerConfig, layers: range, *, use_te: bool) -> TransformerBlockSubmodules:
+    """The decoder layers of one chunk.
+
+    Args:
+        layers: their indices in the whole model, from 0.
+    """
+    pattern = moe_pattern(config)
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(config, pattern[layer], use_te=use_te) for layer in layers],
+        layer_norm=_provider(use_te).layer_norm(),
+    )
+
+
+def mtp_spec(
+    config: TransformerConfig, layer_class: type[MTPLayer], *, use_te: bool
+) -> MultiTokenPredictionBlockSubmodules:
+    """All depths. Their transformer layer is of the kind of the last decoder layer, as released models have it.
+
+    Made apart from the decoder's spec: a standalone MTP stage has no decoder layer to copy.
+    """
+    layer = get_mtp_layer_spec_for_backend(
+        _layer_spec(config, moe_pattern(config)[-1], use_te=use_te), backend=_provider(use_te)
+    )
+    layer.module = layer_class
+    copies = 1 if config.mtp_use_repeated_layer else config.mtp_num_layers
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * copies)
+
+
+def _layer_spec(config: TransformerConfig, is_moe: bool, *, use_te: bool) -> ModuleSpec:
+    if not use_te:
+        return build_layer_spec(config, is_moe)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if is_moe else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+
+
+def _provider(use_te: bool) -> TorchSpecProvider:
+    if not use_te:
+        return TorchSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()

@@ -1,0 +1,106 @@
+"""Wraps the model for data parallelism and makes the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.model.transformer_config import DTYPES
+
+
+def wrap_model(
+    cfg: ConfigContainer, chunks: list[nn.Module], groups: ProcessGroupCollection, device: torch.device
+) -> list[DistributedDataParallel]:
+    """Moves the chunks to `device`, casts them, and gives them gradient buffers that are averaged over dp x cp."""
+    config = chunks[0].config
+    for chunk in chunks:
+        chunk.to(device)
+    if cfg.precision.dtype != "fp32":
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=cfg.precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=cfg.ddp.overlap_grad_reduce,
+        overlap_param_gather=cfg.ddp.overlap_param_gather and cfg.ddp.use_distributed_optimizer,
+        use_distributed_optimizer=cfg.ddp.use_distributed_optimizer,
+        bucket_size=cfg.ddp.bucket_size,
+        check_for_nan_in_grad=cfg.ddp.check_for_nan_in_grad,
+    )
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(cfg: ConfigContainer, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection) -> Any:
+    """The update rule over the wrapped chunks, and the hooks by which the schedules reduce gradients."""
+    optimizer = _make(cfg, chunks, groups)
+    config = chunks[0].config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = _finalize(groups)
+    config.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks]) if cfg.ddp.overlap_grad_reduce else None
+    if cfg.ddp.overlap_grad_reduce and len(chunks) > 1:
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if cfg.ddp.overlap_param_gather and cfg.ddp.use_distributed_optimizer and len(chunks) > 1:
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+    return optimizer
+
+
+def _per_chunk(functions: list[Any]) -> Any:
+    return functions if len(functions) > 1 else functions[0]
+
+
+def _finalize(groups: ProcessGroupCollection) -> Any:
+    def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+        options["pg_collection"] = groups
+        finalize_model_grads(model, num_tokens, **options)
+
+    return finalize
+
+
+def _make(cfg: ConfigContainer, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection) -> Any:
+    options, precision = cfg.optimizer, cfg.precision
+    config = OptimizerConfig(
+        optimizer=options.optimizer,
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        apply_wd_to_qk_layernorm=options.apply_wd_to_qk_layernorm,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        sgd_momentum=options.sgd_momentum,
+        muon_momentum=options.muon_momentum,
+        muon_num_ns_steps=options.muon_num_ns_steps,
+        muon_scale_mode=options.muon_scale_mode,
+        clip_grad=options.clip_grad,
+        log_num_zeros_in_grad=options.log_num_zeros_in_grad,
+        params_dtype=DTYPES[precision.dtype],
+        bf16=precision.dtype == "bf16",
+        fp16=precision.dtype == "fp16",
+        loss_scale=precision.loss_scale,
+        initial_loss_scale=precision.initial_loss_scale,
+        min_loss_scale=precision.min_loss_scale,
+        loss_scale_window=precision.loss_scale_window,
+        hysteresis=precision.hysteresis,
+        use_distributed_optimizer=cfg.ddp.use_distributed_optimizer,
+        overlap_param_gather=cfg.ddp.overlap_param_gather and cfg.ddp.use_distributed_optimizer,
+    )
+    try:
+        return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"optimizer.optimizer = {options.optimizer}: Megatron-Core needs a package for it that is not installed "
+            f"({error}). Install it, or use adam."
+        ) from error

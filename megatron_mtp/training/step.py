@@ -1,0 +1,169 @@
+"""One optimizer step, and one evaluation pass over a global batch: read as forward, backward, update, figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_mtp.data.batch import GlobalBatch
+from megatron_mtp.mcore_compat import router_losses
+from megatron_mtp.objective.acceptance import ROWS
+from megatron_mtp.objective.heads import DepthHeads
+from megatron_mtp.objective.total import StepObjective, coefficients, depth_losses, global_counts
+from megatron_mtp.training.gpt_step import StepContext
+
+ForwardStep = Callable[[StepContext, Any, nn.Module], tuple[Tensor, Callable]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Figures of one step, the same on every rank.
+
+    depth_sums [1+D] fp64 [nats], depth_counts [1+D] int64 and losses [1+D] fp64 [nats per token] are what the
+    gradient was made of. router is name -> mean over layers and micro-batches. grad_norm is None in evaluation.
+    """
+
+    depth_sums: Tensor
+    depth_counts: Tensor
+    losses: list[float]
+    acceptance: Tensor  # [rows of objective.acceptance.ROWS, 1+D] int64, over the global batch
+    router: dict[str, float]
+    updated: bool = False
+    grad_norm: float | None = None
+    num_zeros: int | None = None
+
+    @property
+    def has_nan(self) -> bool:
+        """A depth with valid targets has a loss that is not finite."""
+        pairs = zip(self.losses, self.depth_counts.tolist(), strict=True)
+        return any(count and not math.isfinite(loss) for loss, count in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The model on this rank and everything a step needs that does not change from step to step."""
+
+    chunks: list[nn.Module]
+    optimizer: Any
+    groups: ProcessGroupCollection
+    heads: DepthHeads
+    device: torch.device
+    forward_step: ForwardStep
+    seq_length: int
+    num_depths: int
+    num_layers: int
+    num_moe_layers: int  # of the whole model, MTP layers included; a repeated MTP layer counts once
+    router_loss_names: tuple[str, ...]
+    depth_weights: list[float] | None
+    z_loss_coeff: float
+
+    def train(self, batch: GlobalBatch, loss_factor: float) -> StepResult:
+        """Forward and backward over all micro-batches, then the update.
+
+        Args:
+            batch: this rank's part of the global batch.
+            loss_factor: lambda at this step.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        figures = self._run(batch, loss_factor, forward_only=False)
+        if figures.has_nan:
+            return figures
+        updated, grad_norm, num_zeros = self.optimizer.step()
+        norm = None if grad_norm is None else float(grad_norm)
+        return replace(figures, updated=bool(updated), grad_norm=norm, num_zeros=num_zeros)
+
+    @torch.no_grad()
+    def evaluate(self, batch: GlobalBatch, loss_factor: float) -> StepResult:
+        """Forward only; dropout off."""
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            return self._run(batch, loss_factor, forward_only=True)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
+    def _run(self, batch: GlobalBatch, loss_factor: float, *, forward_only: bool) -> StepResult:
+        counts = global_counts(batch.num_targets.to(self.device), self.groups.dp_cp)
+        num_micro_batches = len(batch.micro_batches)
+        objective = StepObjective(
+            coefficients=coefficients(counts, loss_factor, self.depth_weights),
+            counts=counts,
+            num_micro_batches=num_micro_batches,
+            dp_cp_size=self.groups.dp_cp.size(),
+            z_loss_coeff=self.z_loss_coeff,
+        )
+        context = StepContext(self.heads, objective, self.device, self.groups.cp)
+        iterators = [iter(batch.micro_batches) for _ in self.chunks]
+        run = get_forward_backward_func(self.groups.pp.size(), len(self.chunks) if len(self.chunks) > 1 else None)
+        outputs = run(
+            forward_step_func=partial(self.forward_step, context),
+            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=num_micro_batches,
+            seq_length=self.seq_length,
+            micro_batch_size=batch.micro_batches[0].tokens.shape[0],
+            forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(self.groups.pp, self.chunks[0].config),
+            pg_collection=self.groups,
+        )
+        return self._figures(outputs, context, counts, num_micro_batches)
+
+    def _figures(
+        self, outputs: list[dict[str, Tensor]], context: StepContext, counts: Tensor, num_micro_batches: int
+    ) -> StepResult:
+        """Sums over micro-batches and ranks, and the last stage's figures sent to all stages."""
+        num_states = 1 + self.num_depths
+        sums = torch.zeros(2, num_states, dtype=torch.float64, device=self.device)
+        for output in outputs:
+            sums += output["sums"].double()
+        acceptance = context.acceptance
+        if acceptance is None:
+            acceptance = torch.zeros(len(ROWS), num_states, dtype=torch.int64, device=self.device)
+        for tensor in (sums, acceptance):
+            dist.all_reduce(tensor, group=self.groups.dp_cp)
+            if self.groups.pp.size() > 1:
+                last = dist.get_process_group_ranks(self.groups.pp)[-1]
+                dist.broadcast(tensor, src=last, group=self.groups.pp)
+        return StepResult(
+            depth_sums=sums[0].cpu(),
+            depth_counts=counts.cpu(),
+            losses=depth_losses(sums[0], counts).tolist(),
+            acceptance=acceptance.cpu(),
+            router=self._router_figures(num_micro_batches),
+        )
+
+    def _router_figures(self, num_micro_batches: int) -> dict[str, float]:
+        """Means over MoE layers, micro-batches and data-parallel ranks of what the routers recorded in this step.
+
+        Every rank takes part, those of dense stages too, so that no collective waits. A balancing loss is recorded in parts that
+        add up over tensor- and context-parallel ranks, the z-loss as each rank's mean.
+        """
+        if not self.num_moe_layers:
+            return {}
+        recorded = router_losses(self.num_layers + self.num_depths)
+        ranks = self.groups.tp_dp_cp.size()
+        divisors = {"seq_load_balancing_loss": self.groups.dp.size(), "load_balancing_loss": self.groups.dp.size(), "z_loss": ranks}
+        totals = torch.zeros(len(divisors), dtype=torch.float64, device=self.device)
+        for row, name in enumerate(divisors):
+            if name in recorded:
+                totals[row] = recorded[name].double().sum()
+        dist.all_reduce(totals, group=self.groups.pp)
+        dist.all_reduce(totals, group=self.groups.tp_dp_cp)
+        figures = {}
+        for name, total in zip(divisors, totals.tolist(), strict=True):
+            if name in self.router_loss_names:
+                figures[name] = total / (divisors[name] * num_micro_batches * self.num_moe_layers)
+        return figures
