@@ -1,0 +1,130 @@
+"""One split of one `.bin/.idx` data set, cut into samples of s+1 tokens."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mtp.data.files import cached_array
+from megatron_mtp.data.indexed import IndexedReader
+from megatron_mtp.data.randomness import derive_key, permute
+from megatron_mtp.data.source import Sample, document_starts
+from megatron_mtp.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+SPLITS = ("train", "valid", "test")
+_CHUNK = 1 << 22  # documents permuted at a time, to bound memory
+
+
+def split_range(split: str, which: str, num_documents: int) -> tuple[int, int]:
+    """First document and the one after the last of a split: Megatron's arithmetic, rounding included.
+
+    Args:
+        split: shares such as "9999,8,2"; any scale, missing ones are 0.
+        which: "train", "valid" or "test".
+
+    Example: split_range("8,1,1", "valid", 20) -> (16, 18).
+    """
+    shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
+    if not 1 <= len(shares) <= 3 or sum(shares) <= 0:
+        raise ConfigError(
+            f"dataset.split = {split!r}: give one to three shares that are not all 0, such as '9999,8,2'."
+        )
+    shares += [0.0] * (3 - len(shares))
+    shares = (np.array(shares) / np.sum(shares)).tolist()
+    ends = [0.0]
+    for share in shares:
+        ends.append(ends[-1] + share)
+    place = SPLITS.index(which)
+    return round(ends[place] * num_documents), round(ends[place + 1] * num_documents)
+
+
+class Corpus:
+    """Samples of one prefix and split: its documents in a random order that follows from the seed, end to end, cut into
+    samples of s+1 tokens that share one token with the next.
+
+    Args:
+        reader: the open files.
+        documents: first document and the one after the last.
+        which: name of the split, for messages and for the random order.
+        eod: a token after this one starts a document, as does the first token of each document.
+
+    Raises:
+        DataError: the split is too small for one sample.
+    """
+
+    def __init__(
+        self, reader: IndexedReader, documents: tuple[int, int], which: str, seq_length: int, eod: int, seed: int
+    ):
+        self.reader, self.documents, self.which = reader, documents, which
+        self.seq_length, self.eod, self.seed = seq_length, eod, seed
+        self.name = f"{Path(reader.prefix).name}:{which}"
+        self.num_tokens = reader.count_tokens(*documents)
+        self.num_samples = (self.num_tokens - 1) // seq_length
+        if self.num_samples < 1:
+            raise DataError(
+                f"{reader.prefix}: its {which} split holds {self.num_tokens} tokens in {documents[1] - documents[0]} of "
+                f"{len(reader)} documents, too few for one sample of {seq_length} + 1 tokens. Change dataset.split, shorten "
+                "model.seq_length, give more data"
+                + (", or set validation.eval_iters = 0." if which == "valid" else ".")
+            )
+        self._index: np.ndarray | None = None
+
+    def build_index(self, path_to_cache: str | None) -> None:
+        """Builds, or finds in the cache, the order of the documents and the token each one begins at.
+
+        Args:
+            path_to_cache: folder; None: beside the prefix, and in memory where that cannot be written.
+        """
+        folder = Path(path_to_cache or f"{self.reader.prefix}_cache")
+        path = folder / f"{Path(self.reader.prefix).name}-{self.which}-{self._cache_key():016x}.npy"
+        try:
+            self._index = cached_array(path, self._make_index)
+        except OSError as error:
+            if path_to_cache is not None:
+                raise DataError(
+                    f"dataset.path_to_cache = {path_to_cache!r}: cannot be written ({error.strerror}). Give a folder "
+                    "that every node can write."
+                ) from error
+            logger.warning(
+                "%s cannot be written (%s): the index stays in memory; set dataset.path_to_cache.",
+                folder,
+                error.strerror,
+            )
+            self._index = self._make_index()
+
+    def read(self, sample: int) -> Sample:
+        """Tokens [sample * s, sample * s + s + 1) of the shuffled documents."""
+        order, begins = self._index
+        wanted = self.seq_length + 1
+        place = int(np.searchsorted(begins, sample * self.seq_length, side="right")) - 1
+        offset = sample * self.seq_length - int(begins[place])
+        tokens, starts, filled = np.empty(wanted, np.int64), np.zeros(wanted, bool), 0
+        while filled < wanted:
+            part = self.reader.read(int(order[place]), offset)[: wanted - filled]
+            tokens[filled : filled + len(part)] = part
+            if offset == 0 and len(part):
+                starts[filled] = True
+            filled, place, offset = filled + len(part), place + 1, 0
+        return Sample(tokens, starts | document_starts(tokens, self.eod))
+
+    def _make_index(self) -> np.ndarray:
+        """int64 [2, n+1]: documents in their random order (the last entry unused), and the token each begins at."""
+        first, last = self.documents
+        count = last - first
+        index = np.zeros((2, count + 1), np.int64)
+        key = derive_key(self.seed, self.name, "documents")
+        for begin in range(0, count, _CHUNK):
+            block = np.arange(begin, min(begin + _CHUNK, count))
+            index[0, block] = first + permute(block, count, key)
+        np.cumsum(self.reader.lengths[index[0, :-1]], out=index[1, 1:])
+        return index
+
+    def _cache_key(self) -> int:
+        """Changes with everything the index depends on; the sequence length is not part of it."""
+        files = [Path(f"{self.reader.prefix}{ending}").resolve() for ending in (".bin", ".idx")]
+        state = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        return derive_key("index 1", *state, *self.documents, self.seed, self.name)
