@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.batch import BatchRules, GlobalBatch, count_targets, make_micro_batch
+from megatron_mtp.data.blend import BlendedSource
 from megatron_mtp.data.order import BatchSchedule, local_positions
 from megatron_mtp.data.prefetch import Prefetcher
 from megatron_mtp.data.source import Sample, SampleSource
@@ -93,6 +94,9 @@ class DataModule:
         self._train, self._valid = open_sources(cfg, vocab_size)
         if self._valid:
             self._check_divides("validation.eval_global_batch_size", self._eval_global, self._eval_micro)
+        for source in (self._train, *self._valid.values()):
+            if isinstance(source, BlendedSource):
+                source.build_indices(cfg.dataset.path_to_cache)
         self._open: list[Prefetcher[GlobalBatch]] = []
 
     @property

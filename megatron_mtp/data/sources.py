@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.data.blend import Blend, BlendedSource, parse_blend
+from megatron_mtp.data.corpus import SPLITS, Corpus, split_range
+from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.mock import MockSource
+from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.source import SampleSource
-from megatron_mtp.data.tokenizer import resolve_eod
+from megatron_mtp.data.tokenizer import configured_tokenizer, end_of_document, resolve_vocab_size
+from megatron_mtp.errors import ConfigError, DataError
 
 
 def is_mock(cfg: ConfigContainer) -> bool:
@@ -14,9 +21,104 @@ def is_mock(cfg: ConfigContainer) -> bool:
 
 
 def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, dict[str, SampleSource]]:
-    """The training source, and the validation sources by name ("valid" first); none if validation.eval_iters is 0."""
-    seq_length = cfg.dataset.seq_length or cfg.model.seq_length
-    eod = resolve_eod(cfg, vocab_size)
-    train = MockSource(vocab_size, seq_length, eod, cfg.rng.seed, "train")
-    valid = {"valid": MockSource(vocab_size, seq_length, eod, cfg.rng.seed, "valid")}
-    return train, valid if cfg.validation.eval_iters else {}
+    """The training source, and the validation sources by name ("valid" first); none if validation.eval_iters is 0.
+
+    Blends are opened and checked; their indices are not built yet (`BlendedSource.build_indices`).
+
+    Raises:
+        ConfigError: a blend or split is written wrongly.
+        DataError: every problem with the files, one on a line.
+    """
+    opener = _Opener(cfg, vocab_size)
+    wanted = SPLITS[: 2 if cfg.validation.eval_iters else 1]  # the test split is only kept apart
+    sources = {which: opener.mock(which) for which in wanted} if is_mock(cfg) else {}
+    for which, (blend, split) in ({} if is_mock(cfg) else _main_blends(cfg, wanted)).items():
+        sources[which] = opener.blend(blend, which, split)
+    if cfg.validation.eval_iters:
+        for name, blend in _named_blends(cfg).items():
+            sources[name] = opener.blend(blend, name, split=None)
+    if opener.problems:
+        raise DataError("\n".join(dict.fromkeys(opener.problems)))
+    return sources.pop("train"), sources
+
+
+def check_data(cfg: ConfigContainer) -> None:
+    """Opens all the data of a run and looks for mistakes, without torch and without building or writing anything.
+
+    Raises:
+        ConfigError: a blend or split is written wrongly.
+        DataError: every problem with the files, one on a line.
+    """
+    open_sources(cfg, resolve_vocab_size(cfg))
+
+
+def _main_blends(cfg: ConfigContainer, wanted: tuple[str, ...]) -> dict[str, tuple[Blend, str | None]]:
+    """Blend and split string (None: the whole of each prefix) of the training and the main validation set."""
+    dataset = cfg.dataset
+    if dataset.blend_per_split is None:
+        blend = parse_blend(dataset.blend, "dataset.blend")
+        return dict.fromkeys(wanted, (blend, dataset.split or "1"))
+    if dataset.blend is not None:
+        raise ConfigError("dataset.blend and dataset.blend_per_split are both set: give one of them.")
+    if not dataset.blend_per_split or dataset.blend_per_split[0] is None:
+        raise ConfigError("dataset.blend_per_split: has no blend for training, its first entry.")
+    return {
+        which: (parse_blend(value, f"dataset.blend_per_split ({which})"), None)
+        for which, value in zip(wanted, dataset.blend_per_split, strict=False)
+        if value is not None
+    }
+
+
+def _named_blends(cfg: ConfigContainer) -> dict[str, Blend]:
+    """Blends of the further validation sets."""
+    for name in cfg.dataset.valid_sets or {}:
+        if name in SPLITS or not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(
+                f"dataset.valid_sets[{name!r}]: a name consists of letters, digits, '_', '-' and '.', and is none of "
+                f"{', '.join(SPLITS)}. Choose another."
+            )
+    return {
+        name: parse_blend(value, f"dataset.valid_sets[{name!r}]")
+        for name, value in (cfg.dataset.valid_sets or {}).items()
+    }
+
+
+class _Opener:
+    """Opens sources, each file once, and collects what is wrong with them."""
+
+    def __init__(self, cfg: ConfigContainer, vocab_size: int):
+        self.vocab_size, self.seed = vocab_size, cfg.rng.seed
+        self.seq_length = cfg.dataset.seq_length or cfg.model.seq_length
+        tokenizer = configured_tokenizer(cfg)
+        self.eod = end_of_document(tokenizer, vocab_size)
+        self.fingerprint = None if tokenizer is None or tokenizer.kind == "null" else tokenizer.fingerprint()
+        self.problems: list[str] = []
+        self.readers: dict[str, IndexedReader | None] = {}
+
+    def mock(self, which: str) -> MockSource:
+        return MockSource(self.vocab_size, self.seq_length, self.eod, self.seed, which)
+
+    def blend(self, blend: Blend, which: str, split: str | None) -> BlendedSource:
+        """The mixture; without the corpora that have problems."""
+        corpora = [corpus for prefix in blend.prefixes if (corpus := self._corpus(prefix, which, split))]
+        return BlendedSource(corpora, blend.weights, self.seed)
+
+    def _corpus(self, prefix: str, which: str, split: str | None) -> Corpus | None:
+        try:
+            reader = self._reader(prefix)
+            if reader is None:
+                return None
+            documents = (0, len(reader)) if split is None else split_range(split, which, len(reader))
+            return Corpus(reader, documents, which, self.seq_length, self.eod, self.seed)
+        except DataError as error:
+            self.problems.append(str(error))
+            return None
+
+    def _reader(self, prefix: str) -> IndexedReader | None:
+        """The open files; None where they are damaged, which is recorded the first time."""
+        if prefix not in self.readers:
+            self.readers[prefix] = None
+            reader = self.readers[prefix] = IndexedReader(prefix)
+            if sidecar := Sidecar.load(prefix):
+                self.problems += sidecar.problems(prefix, reader.bin_size, self.vocab_size, self.fingerprint)
+        return self.readers[prefix]

@@ -273,9 +273,8 @@ def resolve_vocab_size(cfg: ConfigContainer) -> int:
     return tokenizer.vocab_size
 
 
-def resolve_eod(cfg: ConfigContainer, vocab_size: int) -> int:
+def end_of_document(tokenizer: Tokenizer | None, vocab_size: int) -> int:
     """The id that ends documents: the tokenizer's, or without a tokenizer the last of the vocabulary."""
-    tokenizer = configured_tokenizer(cfg)
     return vocab_size - 1 if tokenizer is None else tokenizer.eod
 
 

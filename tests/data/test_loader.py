@@ -8,6 +8,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.batch import hash_samples
 from megatron_mtp.data.loader import DataPlacement, build_data
 from megatron_mtp.errors import ConfigError, DataError
+from tests.data.corpora import write_corpus
 
 pytestmark = pytest.mark.unit
 
@@ -38,10 +39,15 @@ def stream_hashes(cfg, dp_size, consumed, steps):
     return [[batch[place] for place in sorted(batch)] for batch in merged]
 
 
-@pytest.fixture
-def ramped():
+@pytest.fixture(params=["mock", "files"])
+def ramped(request, tmp_path):
     cfg = config()
     cfg.train.global_batch_size, cfg.train.rampup_batch_size = 16, [8, 8, 120]
+    if request.param == "files":  # about 240 samples, so that 50 steps take more than two epochs
+        cfg.dataset.mock, cfg.dataset.split = False, "9,1"
+        for name in "ab":
+            write_corpus(tmp_path / name, [10, 90, 33] * 30, seed=ord(name))
+        cfg.dataset.blend = [[str(tmp_path / name) for name in "ab"], [0.3, 0.7]]
     return cfg
 
 
