@@ -1,5 +1,6 @@
 """Transformer modules on plain PyTorch, for CPUs and for GPUs without Transformer Engine."""
 
+from megatron_mtp.model.torch_backend.mla import ExactMLASelfAttention
 from megatron_mtp.model.torch_backend.provider import TorchSpecProvider, build_layer_spec
 
-__all__ = ["TorchSpecProvider", "build_layer_spec"]
+__all__ = ["ExactMLASelfAttention", "TorchSpecProvider", "build_layer_spec"]

@@ -21,8 +21,11 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 
-class TorchMLASelfAttention(MLASelfAttention):
-    """MLASelfAttention with both reductions mended, and with a key/value norm where queries have no latent."""
+class ExactMLASelfAttention(MLASelfAttention):
+    """MLASelfAttention with both reductions mended, and with a key/value norm where queries have no latent.
+
+    It fits the specs of both backends: Transformer Engine's layers have the first defect without sequence parallelism.
+    """
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
@@ -45,10 +48,14 @@ class TorchMLASelfAttention(MLASelfAttention):
             return q, kv
         # The width is whole when this returns, so the base class takes the branch it has for projections that are not
         # sharded. Under sequence parallelism that branch gathers the rope key with a backward pass that sums.
-        kv = gather_from_tensor_model_parallel_region(kv, group=self.tp_group)
+        widths = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        if kv.shape[-1] != sum(widths):  # our linear layers shard it, Transformer Engine's does not
+            kv = gather_from_tensor_model_parallel_region(kv, group=self.tp_group)
+            if self.config.sequence_parallel:
+                kv = scatter_to_sequence_parallel_region(kv, group=self.tp_group)
         if self.config.sequence_parallel:
-            return q, scatter_to_sequence_parallel_region(kv, group=self.tp_group)
-        latent, rope_key = kv.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
+            return q, kv
+        latent, rope_key = kv.split(widths, dim=-1)
         return q, torch.cat([latent, copy_to_tensor_model_parallel_region(rope_key, group=self.tp_group)], dim=-1)
 
     def _resolve_qk_norm_config(self, submodules: object) -> dict:

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_mtp.model.torch_backend.attention import TorchCoreAttention
-from megatron_mtp.model.torch_backend.mla import TorchMLASelfAttention
+from megatron_mtp.model.torch_backend.mla import ExactMLASelfAttention
 from megatron_mtp.model.torch_backend.norm import TorchNorm
 
 
@@ -84,7 +84,7 @@ def _multi_latent_attention(
     linear = provider.column_parallel_linear()
     kv_norm = provider.layer_norm() if config.qk_layernorm else IdentityOp
     spec = ModuleSpec(
-        module=TorchMLASelfAttention,
+        module=ExactMLASelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=linear,

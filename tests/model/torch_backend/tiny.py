@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-BASE: dict[str, Any] = dict(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    ffn_hidden_size=48,
-    gated_linear_unit=True,
-    activation_func=torch.nn.functional.silu,
-    normalization="RMSNorm",
-    add_bias_linear=False,
-    attention_dropout=0.0,
-    hidden_dropout=0.0,
-    bias_activation_fusion=False,
-    bias_dropout_fusion=False,
-    masked_softmax_fusion=False,
-    gradient_accumulation_fusion=False,
-    persist_layer_norm=False,
-    transformer_impl="local",
-)
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 48,
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "transformer_impl": "local",
+}
 
 
 def dense_config(**changes: Any) -> TransformerConfig:
@@ -34,19 +34,19 @@ def dense_config(**changes: Any) -> TransformerConfig:
 
 def mla_config(**changes: Any) -> MLATransformerConfig:
     """Multi-latent attention; query and key heads of width 12, value heads of width 6."""
-    sizes = dict(q_lora_rank=16, kv_lora_rank=12, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=6)
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 6}
     return MLATransformerConfig(**{**BASE, "multi_latent_attention": True, "rope_type": "rope", **sizes, **changes})
 
 
 def moe_config(**changes: Any) -> TransformerConfig:
     """Four experts, two for each token, and a shared one."""
-    moe = dict(
-        num_moe_experts=4,
-        moe_router_topk=2,
-        moe_ffn_hidden_size=16,
-        moe_shared_expert_intermediate_size=24,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none",
-        moe_router_dtype="fp32",
-    )
+    moe = {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+    }
     return TransformerConfig(**{**BASE, **moe, **changes})
