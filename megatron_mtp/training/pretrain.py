@@ -1,0 +1,105 @@
+"""`pretrain(cfg)`: the entry point of a run, from Python and from the command line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_mtp.checkpoint import Checkpointer
+from megatron_mtp.checkpoint.preflight import check_run_directory
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.serialize import to_dict
+from megatron_mtp.data.tokenizer import resolve_vocab_size
+from megatron_mtp.device.process_group import env_rank, env_world_size
+from megatron_mtp.observe.logs import setup_logging
+from megatron_mtp.observe.recorder import Recorder, RunInfo
+from megatron_mtp.training.callbacks import Callback
+from megatron_mtp.training.evaluation import EvaluationResult
+from megatron_mtp.training.loop import Trainer
+from megatron_mtp.training.setup import leave_groups, setup
+from megatron_mtp.training.state import TrainState
+from megatron_mtp.training.step import ForwardStep
+from megatron_mtp.training.throughput import Throughput
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run came to. The same on every rank.
+
+    Args:
+        state: position and counters.
+        evaluations: the last evaluation of each validation set.
+        records: kind of record -> where it is.
+    """
+
+    state: TrainState
+    evaluations: dict[str, EvaluationResult]
+    records: dict[str, str]
+
+
+def pretrain(
+    cfg: ConfigContainer,
+    forward_step: ForwardStep | None = None,
+    *,
+    recipe: str = "",
+    callbacks: Sequence[Callback] = (),
+) -> Summary:
+    """Trains as `cfg` says: joins the job that torchrun describes, or runs as one process.
+
+    Args:
+        cfg: of a recipe or one's own; it is copied, not changed.
+        forward_step: runs one micro-batch through one chunk; None: `gpt_step.forward_step`.
+        recipe: name for the records.
+        callbacks: see `Callback`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is written.
+    """
+    cfg = prepare_config(cfg, env_world_size())
+    check_run_directory(cfg)
+    setup_logging(env_rank())
+    try:
+        return _train(cfg, forward_step, recipe, callbacks)
+    finally:
+        leave_groups()
+
+
+def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContainer:
+    """A finalized copy, with the vocabulary size taken from the tokenizer where it is not given."""
+    cfg = cfg.copy()
+    if cfg.model.vocab_size is None:
+        cfg.model.vocab_size = resolve_vocab_size(cfg)
+    cfg.finalize(world_size)
+    return cfg
+
+
+def _train(
+    cfg: ConfigContainer, forward_step: ForwardStep | None, recipe: str, callbacks: Sequence[Callback]
+) -> Summary:
+    run = setup(cfg, forward_step)
+    state = TrainState()
+    checkpointer = Checkpointer(cfg, run.groups)
+    checkpointer.resume(run.engine.chunks, run.engine.optimizer, state)
+    info = RunInfo(
+        recipe=recipe,
+        iteration=state.iteration,
+        train_iters=cfg.train.train_iters,
+        world_size=dist.get_world_size(),
+        device=run.device.name,
+        config=to_dict(cfg),
+    )
+    recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id})
+    throughput = Throughput.of(cfg, dist.get_world_size(), run.device.name)
+    trainer = Trainer(run, state, recorder, checkpointer, list(callbacks), throughput)
+    try:
+        trainer.train()
+    finally:
+        recorder.close()
+        checkpointer.close()
+        run.data.close()
+    return Summary(state, trainer.evaluations, dict(recorder.places))

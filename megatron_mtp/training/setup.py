@@ -1,0 +1,166 @@
+"""Builds everything a run needs, in order, and takes it down again."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mtp import mcore_compat
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.data.loader import DataModule, DataPlacement, build_data
+from megatron_mtp.device.process_group import destroy_distributed, init_distributed
+from megatron_mtp.device.select import Device
+from megatron_mtp.model.build import build_model
+from megatron_mtp.objective.heads import DepthHeads
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.training.gpt_step import forward_step as default_forward_step
+from megatron_mtp.training.optimizer import build_optimizer, wrap_model
+from megatron_mtp.training.step import Engine, ForwardStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Run:
+    """One rank of a run, ready to train."""
+
+    cfg: ConfigContainer
+    device: Device
+    groups: ProcessGroupCollection
+    engine: Engine
+    data: DataModule
+
+    def close(self) -> None:
+        """Ends threads and leaves the process groups. A failure on the way does not keep the rest from closing."""
+        self.data.close()
+        leave_groups()
+
+
+def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
+    """Joins the job, makes the process groups of the layout and seeds every random number generator."""
+    mcore_compat.quiet_known_notices()
+    device = init_distributed(cfg.dist)
+    model = cfg.model
+    layout = PipelineLayout.from_config(model)
+    groups = mcore_compat.init_model_parallel(
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        vp=model.virtual_pipeline_model_parallel_size,
+        cp=model.context_parallel_size,
+        ep=model.expert_model_parallel_size,
+        etp=model.expert_tensor_parallel_size,
+        embedding_stages=embedding_stages(layout, model.share_embeddings_and_output_weights),
+        pp_before_dp=cfg.dist.use_tp_pp_dp_mapping,
+        timeout=timedelta(minutes=cfg.dist.distributed_timeout_minutes),
+    )
+    seed = cfg.rng.seed
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    mcore_compat.seed_dropout(seed, pp_rank=groups.pp.rank())
+    if cfg.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return device, groups
+
+
+def leave_groups() -> None:
+    """Undoes `join_groups`."""
+    mcore_compat.destroy_model_parallel()
+    destroy_distributed()
+    gc.enable()
+
+
+def embedding_stages(layout: PipelineLayout, is_tied: bool) -> list[int]:
+    """Pipeline stages with a copy of the embedding: the first, the MTP stage, and the last if it is tied to the head.
+
+    The default, first and last, is wrong for a standalone MTP stage: its copy would not be reduced, and an untied head's gradient would be added
+    to the embedding's.
+    """
+    stages = {0}
+    if layout.mtp_stage is not None:
+        stages.add(layout.mtp_stage)
+    if is_tied:
+        stages.add(layout.pp - 1)
+    return sorted(stages)
+
+
+def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
+    """Joins the job and builds model, optimizer and data of this rank.
+
+    Args:
+        cfg: finalized for this world size.
+        forward_step: in place of `gpt_step.forward_step`.
+    """
+    device, groups = join_groups(cfg)
+    model = cfg.model
+    num_depths = model.mtp_num_layers or 0
+    data = build_data(
+        cfg,
+        DataPlacement(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size()),
+        num_depths,
+        pin_memory=device.is_cuda,
+    )
+    chunks = wrap_model(cfg, build_model(cfg, groups, device.torch_device), groups, device.torch_device)
+    optimizer = build_optimizer(cfg, chunks, groups)
+    if num_depths and not any(_unwrapped(chunk).mtp_process for chunk in chunks):
+        logger.debug("this rank holds no MTP layer", extra={"all_ranks": True})
+    engine = Engine(
+        chunks=chunks,
+        optimizer=optimizer,
+        groups=groups,
+        heads=DepthHeads(
+            vocab_size=model.vocab_size,
+            tp_group=groups.tp,
+            sequence_parallel=model.sequence_parallel,
+            detach_depths=model.mtp_detach_heads,
+            chunk_tokens=model.logits_chunk_tokens,
+        ),
+        device=device.torch_device,
+        forward_step=forward_step or default_forward_step,
+        seq_length=model.seq_length,
+        num_depths=num_depths,
+        num_layers=model.num_layers,
+        num_moe_layers=num_moe_layers(cfg),
+        router_loss_names=router_loss_names(cfg),
+        depth_weights=model.mtp_depth_weights,
+        z_loss_coeff=model.logits_z_loss_coeff,
+    )
+    return Run(cfg=cfg, device=device, groups=groups, engine=engine, data=data)
+
+
+def num_moe_layers(cfg: ConfigContainer) -> int:
+    """Mixture-of-experts layers of the whole model, a repeated MTP layer counted once."""
+    model = cfg.model
+    if not model.num_moe_experts:
+        return 0
+    freq = model.moe_layer_freq
+    flags = freq if isinstance(freq, list) else [int(layer % freq == 0) for layer in range(model.num_layers)]
+    depths = model.mtp_num_layers or 0
+    mtp_layers = min(depths, 1) if model.mtp_use_repeated_layer else depths
+    return sum(flags) + flags[-1] * mtp_layers
+
+
+def router_loss_names(cfg: ConfigContainer) -> tuple[str, ...]:
+    """What the routers of this model record, under Megatron-Core's names."""
+    model = cfg.model
+    names = []
+    if model.num_moe_experts and model.moe_aux_loss_coeff:
+        names += {"aux_loss": ["load_balancing_loss"], "seq_aux_loss": ["seq_load_balancing_loss"]}.get(
+            model.moe_router_load_balancing_type, []
+        )
+    if model.num_moe_experts and model.moe_z_loss_coeff:
+        names.append("z_loss")
+    return tuple(names)
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(module, "module"):
+        module = module.module
+    return module

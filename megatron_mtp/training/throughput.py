@@ -1,0 +1,43 @@
+"""Rates of a step: tokens, floating-point operations, and their share of the device's peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.parallel.flops import train_flops_per_token
+from megatron_mtp.parallel.hardware import dense_peak_tflops
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Turns samples and seconds into rates for each device.
+
+    Args:
+        flops_per_token: of forward and backward pass, recomputation not counted.
+        peak_tflops: dense peak of one device in the training dtype; None where unknown.
+    """
+
+    flops_per_token: float
+    seq_length: int
+    num_devices: int
+    peak_tflops: float | None
+
+    @classmethod
+    def of(cls, cfg: ConfigContainer, num_devices: int, device_name: str) -> Throughput:
+        """For a run on devices of that name; logger.device_peak_tflops overrides the table."""
+        peak = cfg.logger.device_peak_tflops or dense_peak_tflops(device_name, cfg.precision.dtype)
+        return cls(train_flops_per_token(cfg.model), cfg.model.seq_length, num_devices, peak)
+
+    def flops(self, samples: int) -> float:
+        """Of one step."""
+        return self.flops_per_token * self.seq_length * samples
+
+    def rates(self, samples: int, elapsed_s: float) -> dict[str, float | None]:
+        """Fields of StepRecord."""
+        tflops = self.flops(samples) / elapsed_s / self.num_devices / 1e12
+        return {
+            "tokens_per_s_per_device": samples * self.seq_length / elapsed_s / self.num_devices,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+        }
