@@ -233,7 +233,7 @@ class LoggerConfig(Section):
     log_interval: int = 10
     """Steps between console lines."""
     log_dir: str | None = None
-    """Folder of metrics.jsonl; None: beside checkpoint.save, if that is set."""
+    """Folder of metrics.jsonl; None: the file is CHECKPOINT_SAVE.metrics.jsonl beside checkpoint.save, if that is set."""
     tensorboard_dir: str | None = None
     """TensorBoard events; None: off."""
     tensorboard_log_interval: int = 1

@@ -1,0 +1,72 @@
+"""Environment variables that change the results or the speed of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+# By prefix: libraries that compute or communicate. MASTER_ADDR and the like only name machines.
+PREFIXES = (
+    "CUBLAS_",
+    "CUDA_",
+    "CUDNN_",
+    "FLASH_ATTENTION_",
+    "GLOO_",
+    "GOMP_",
+    "HIP_",
+    "HSA_",
+    "KMP_",
+    "MIOPEN_",
+    "MKL_",
+    "NCCL_",
+    "NVIDIA_TF32_",
+    "NVTE_",
+    "OMP_",
+    "OPENBLAS_",
+    "PYTORCH_",
+    "RCCL_",
+    "ROCR_",
+    "TOKENIZERS_",
+    "TORCH",
+    "TRITON_",
+    "UB_",
+    "UCC_",
+    "UCX_",
+)
+NAMES = ("LD_PRELOAD", "MEGATRON_MTP_LOG", "PYTHONHASHSEED", "PYTHONOPTIMIZE", "WANDB_MODE")
+# torchrun sets these to coordinate its workers; they change neither results nor speed.
+BOOKKEEPING = ("TORCHELASTIC_",)
+
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
+
+
+def effective_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that are set and matter for results or speed, sorted by name, secrets blanked.
+
+    Args:
+        environ: None: this process's.
+    """
+    environ = os.environ if environ is None else environ
+    chosen = (n for n in environ if (n.startswith(PREFIXES) or n in NAMES) and not n.startswith(BOOKKEEPING))
+    return {name: redact(name, environ[name]) for name in sorted(chosen)}
+
+
+def redact(name: str, value: str) -> str:
+    """The value, or `<hidden>` where its name or form says that it is a secret.
+
+    >>> redact("HF_TOKEN", "hf_abc"), redact("PROXY", "http://me:pw@host/"), redact("OMP_NUM_THREADS", "4")
+    ('<hidden>', 'http://<hidden>@host/', '4')
+    """
+    if (_SECRET.search(name) and not name.startswith("TOKENIZERS_")) or _looks_secret(value):
+        return "<hidden>"
+    return _USER_IN_URL.sub(r"\1<hidden>@", value)
+
+
+def _looks_secret(value: str) -> bool:
+    """Access keys as services issue them: a known start, or one long run of hex or of mixed letters and digits."""
+    if re.match(r"(hf_|sk-|gh[pousr]_|glpat-|xox[a-z]-|AKIA|eyJ)\w", value):
+        return True
+    mixed = re.search(r"\d", value) and re.search(r"[a-zA-Z]", value)
+    return bool(mixed and re.fullmatch(r"[A-Za-z0-9+=_-]{32,}", value))

@@ -1,0 +1,114 @@
+"""metrics.jsonl: one JSON object on each line, and the reader that makes one curve of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class JsonlSink:
+    """Appends records to a file. Each line has `kind`, `iteration` and `time` (seconds since 1970) beside its own fields.
+
+    A run writes `start` first. When a run resumes at iteration n, the lines of later iterations stay in the file, and its `start`
+    record tells a reader to drop them; nothing that was once written is lost.
+
+    Args:
+        path: the file; its folder is made.
+        iteration: training steps done before this process.
+        run: what the `start` record says of the run.
+    """
+
+    def __init__(self, path: Path, iteration: int, run: dict[str, Any]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        broken_tail = _ends_within_a_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        if broken_tail:
+            self._file.write("\n")
+        self._write("start", iteration, run)
+
+    def step(self, iteration: int, figures: dict[str, float]) -> None:
+        """Writes one `step` record."""
+        self._write("step", iteration, figures)
+
+    def evaluation(self, name: str, iteration: int, figures: dict[str, float]) -> None:
+        """Writes one `evaluation` record, with the name of the validation set."""
+        self._write("evaluation", iteration, {"name": name, **figures})
+
+    def message(self, kind: str, iteration: int, text: str) -> None:
+        """Writes a line of text of the given kind."""
+        self._write(kind, iteration, {"text": text})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, kind: str, iteration: int, fields: dict[str, Any]) -> None:
+        line = {"kind": kind, "iteration": iteration, "time": round(time.time(), 3)} | _strict(fields)
+        self._file.write(json.dumps(line, default=str, allow_nan=False) + "\n")
+        # A crash a moment later must not take the last steps with it.
+        self._file.flush()
+
+
+def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) -> list[dict[str, Any]]:
+    """Reads the records of one kind as one curve, however often the run was resumed.
+
+    Lines that a resumed run did again are dropped, and so is a last line that was cut off. NaN and infinities come back as floats.
+
+    Args:
+        path: metrics.jsonl.
+        kind: `step`, `evaluation`, `warning`, `message` or `start`.
+        name: with `evaluation`, only this validation set.
+
+    Returns:
+        For `step` and `evaluation`, the last record of each iteration (and name) in ascending order; else the surviving lines in order.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in _lines(Path(path)):
+        if line["kind"] == "start":
+            # A run that starts at n repeats everything after n; what it writes at n itself (an evaluation) is new as well.
+            kept = [old for old in kept if old["iteration"] <= line["iteration"]]
+            if line["iteration"] == 0:
+                kept = []
+        kept.append(line)
+    kept = [line for line in kept if line["kind"] == kind and (name is None or line.get("name") == name)]
+    if kind not in ("step", "evaluation"):
+        return kept
+    last = {(line["iteration"], line.get("name", "")): line for line in kept}
+    return sorted(last.values(), key=lambda line: line["iteration"])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut off by a crash
+        yield {key: _number(value) for key, value in line.items()}
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
+
+
+# JSON has no NaN; many readers refuse the bare word, so it is written as a string.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _number(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,99 @@
+"""Python's logging for a training process, and the third-party noise that is kept out of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+LEVEL_VARIABLE = "MEGATRON_MTP_LOG"
+"""Environment variable: debug, info (default), warning or error."""
+
+# (message as a regular expression, category, why it is noise)
+_WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
+    (
+        r"(Transformer Engine and )?Apex (is|are) not installed",
+        UserWarning,
+        "the torch backend needs neither; `megatron-mtp doctor` says what is missing",
+    ),
+    (
+        r"invalid escape sequence|\"\\.\" is an invalid escape sequence",
+        SyntaxWarning,
+        "docstrings of Megatron-Core, shown once when Python compiles them",
+    ),
+)
+# (logger, lowest level that is shown, why)
+_LOGGERS: tuple[tuple[str, int, str], ...] = (
+    ("torch.utils.cpp_extension", logging.ERROR, "says on every machine without a GPU that there is no CUDA runtime"),
+)
+
+
+class RankFilter(logging.Filter):
+    """Lets rank 0 speak. Other ranks are heard for errors, and where a line was logged with `extra={"all_ranks": True}` because the rank
+    is the news; their lines begin with the rank."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self._rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.where = f"[rank {self._rank}] " if self._rank else ""
+        return self._rank == 0 or getattr(record, "all_ranks", False) or record.levelno >= logging.ERROR
+
+
+class _LineFormatter(logging.Formatter):
+    """News as they are; what needs attention with its level and source."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        where = getattr(record, "where", "")
+        source = "" if record.levelno == logging.INFO else f"{record.levelname} {record.name}: "
+        return f"{where}{source}{super().format(record)}"
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever sys.stderr is at that moment: a progress bar replaces it to keep its own line intact."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+def setup_logging(rank: int = 0, level: int | str | None = None) -> None:
+    """Sends log lines to stderr. Calling it again changes rank and level; a logging setup of the user's own script is left alone.
+
+    Args:
+        rank: global rank of this process.
+        level: of this project's loggers; None: the environment variable MEGATRON_MTP_LOG, or info.
+    """
+    silence_noise()
+    chosen = level if level is not None else os.environ.get(LEVEL_VARIABLE, "info").upper()
+    ours = logging.getLogger("megatron_mtp")
+    try:
+        ours.setLevel(chosen)
+    except ValueError:
+        ours.setLevel(logging.INFO)
+        ours.warning(
+            "%s=%s is not a log level; info is used. Use debug, info, warning or error.", LEVEL_VARIABLE, chosen
+        )
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _StderrHandler)]:
+        root.removeHandler(handler)
+    # A plain StreamHandler is what logging.basicConfig installs: then the script has its own idea of logging.
+    if any(type(handler) is logging.StreamHandler for handler in root.handlers):
+        return
+    handler = _StderrHandler()
+    handler.addFilter(RankFilter(rank))
+    handler.setFormatter(_LineFormatter())
+    root.addHandler(handler)
+
+
+def silence_noise() -> None:
+    """Filters warnings and log lines of other packages that tell a user nothing to act on. Each has its reason beside it."""
+    for message, category, _ in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    for name, level, _ in _LOGGERS:
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,214 @@
+"""Takes the figures of a run to everyone who wants them: console, progress bar, TensorBoard, W&B, metrics.jsonl, health checks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.errors import ConfigError
+from megatron_mtp.observe.console import evaluation_line, perplexity, step_line
+from megatron_mtp.observe.env import effective_environment
+from megatron_mtp.observe.health import HealthMonitor
+from megatron_mtp.observe.jsonl import JsonlSink
+from megatron_mtp.observe.metrics import Interval, StepRecord, scalars
+from megatron_mtp.observe.progress import ProgressBar, wanted
+from megatron_mtp.observe.tensorboard import TensorBoardSink
+from megatron_mtp.observe.wandb_sink import WandbSink
+
+# Whichever rank writes the records speaks for all.
+logger = logging.LoggerAdapter(logging.getLogger(__name__), {"all_ranks": True})
+
+
+@dataclass(kw_only=True, slots=True)
+class RunInfo:
+    """What the records say of the run itself."""
+
+    recipe: str = ""
+    """Name of the recipe, where the run has one."""
+    iteration: int = 0
+    """Training steps done before this process; above 0 the run is a resumed one."""
+    train_iters: int | None = None
+    """Steps of the whole run, for the progress bar."""
+    world_size: int = 1
+    """Processes of the run."""
+    device: str = "cpu"
+    """Name of the device."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved config as plain data."""
+    environment: dict[str, str] = field(default_factory=effective_environment)
+    """Environment variables that change results or speed."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Whatever else identifies the run: versions, parameter counts."""
+
+
+class Sink(Protocol):
+    """A place where records are kept."""
+
+    def step(self, iteration: int, figures: dict[str, float]) -> None: ...
+    def evaluation(self, name: str, iteration: int, figures: dict[str, float]) -> None: ...
+    def message(self, kind: str, iteration: int, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Recorder:
+    """Records a run. On every rank but one it does nothing.
+
+    The console line comes every `logger.log_interval` steps, after the first step and after the last; the other records every
+    `logger.tensorboard_log_interval` steps. Each holds the steps since the one before it, as `Interval` merges them.
+
+    Args:
+        cfg: finalized config; its logger and checkpoint sections are read.
+        run_info: what the records say of the run.
+        is_writer: whether this rank writes; true on exactly one.
+        resume_state: `state()` of the run that is resumed; None: a fresh run.
+
+    Raises:
+        ConfigError: a folder cannot be written, or Weights & Biases is asked for and cannot be had.
+    """
+
+    def __init__(
+        self, cfg: ConfigContainer, run_info: RunInfo, is_writer: bool, resume_state: dict[str, Any] | None = None
+    ):
+        self._logger = cfg.logger
+        self._is_writer = is_writer
+        self._state = dict(resume_state or {})
+        self._sinks: list[Sink] = []
+        self.places: dict[str, str] = {}
+        """Where each record is kept: `metrics`, `tensorboard`, `wandb`."""
+        self._bar: ProgressBar | None = None
+        self._health = HealthMonitor()
+        self._console_interval, self._sink_interval = Interval(), Interval()
+        self._iteration = run_info.iteration
+        self._is_first_step = True
+        if not is_writer:
+            return
+        logger.info(
+            "environment: %s",
+            " ".join(f"{k}={v}" for k, v in run_info.environment.items()) or "nothing that matters is set",
+        )
+        self._open_sinks(cfg, run_info)
+        if wanted(cfg.logger.progress_bar):
+            self._bar = ProgressBar(run_info.iteration, run_info.train_iters, force=cfg.logger.progress_bar is True)
+
+    def step(self, record: StepRecord) -> None:
+        """Takes in one training step. Call it once for each step."""
+        if not self._is_writer:
+            return
+        self._iteration = record.iteration
+        self._console_interval.add(record)
+        self._sink_interval.add(record)
+        if record.iteration % self._logger.tensorboard_log_interval == 0 or record.iteration == record.train_iters:
+            figures = scalars(self._sink_interval.drain())
+            self._each(lambda sink: sink.step(record.iteration, figures))
+        if record.iteration % self._logger.log_interval == 0 or record.iteration == record.train_iters:
+            self._print(step_line(self._console_interval.drain(), self._logger.log_throughput))
+        elif self._is_first_step:
+            # Shown as well, and counted again in the line that follows: it holds compilation and other one-time work.
+            self._print(step_line(self._console_interval.merged(), self._logger.log_throughput))
+        self._is_first_step = False
+        for warning in self._health.check(record.iteration, record.losses):
+            logger.warning(warning)
+            self._each(lambda sink, text=warning: sink.message("warning", record.iteration, text))
+        if self._bar:
+            self._bar.update(record)
+
+    def evaluation(
+        self, name: str, iteration: int, losses: dict[str, float], extra: dict[str, float] | None = None
+    ) -> None:
+        """Takes in one evaluation.
+
+        Args:
+            name: `validation`, `test`, or the name of a further validation set.
+            iteration: training steps done before it.
+            losses: nats per token, the main loss first, as in StepRecord.
+            extra: further figures, such as acceptance rates.
+        """
+        if not self._is_writer:
+            return
+        extra = extra or {}
+        self._print(evaluation_line(name, iteration, losses, extra))
+        figures = {**losses, **({"lm loss ppl": perplexity(losses["lm loss"])} if "lm loss" in losses else {}), **extra}
+        self._each(lambda sink: sink.evaluation(name, iteration, figures))
+
+    def message(self, text: str) -> None:
+        """Prints a line, and keeps it in metrics.jsonl."""
+        if not self._is_writer:
+            return
+        self._print(text)
+        self._each(lambda sink: sink.message("message", self._iteration, text))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on in the same records; plain data for the checkpoint. Only the writer's is complete."""
+        return dict(self._state)
+
+    def close(self) -> None:
+        """Ends the progress bar and closes every record; may be called twice."""
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+        self._each(lambda sink: sink.close())
+        self._sinks.clear()
+
+    def _open_sinks(self, cfg: ConfigContainer, run_info: RunInfo) -> None:
+        metrics = metrics_path(cfg)
+        if metrics:
+            field = "logger.log_dir" if cfg.logger.log_dir else "checkpoint.save"
+            with _writable(field, metrics.parent):
+                self._sinks.append(JsonlSink(metrics, run_info.iteration, asdict(run_info)))
+            self.places["metrics"] = str(metrics)
+        if cfg.logger.tensorboard_dir:
+            with _writable("logger.tensorboard_dir", cfg.logger.tensorboard_dir):
+                self._sinks.append(TensorBoardSink(Path(cfg.logger.tensorboard_dir), run_info.iteration))
+            self.places["tensorboard"] = cfg.logger.tensorboard_dir
+        if cfg.logger.wandb_project:
+            folder = Path(cfg.logger.wandb_save_dir or (metrics.parent if metrics else "."))
+            config = {"recipe": run_info.recipe, "world_size": run_info.world_size} | run_info.config
+            with _writable("logger.wandb_save_dir", folder):
+                wandb = WandbSink(
+                    cfg.logger, folder, config | {"environment": run_info.environment}, self._state.get("wandb_run_id")
+                )
+            self._sinks.append(wandb)
+            self._state["wandb_run_id"] = wandb.run_id
+            self.places["wandb"] = wandb.place
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        """Training outlives its records: one that fails (a full disk, a lost server) is given up with an error, once."""
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except Exception:
+                logger.exception("%s failed and is given up; training goes on without it.", type(sink).__name__)
+                self._sinks.remove(sink)
+
+    def _print(self, line: str) -> None:
+        if self._bar:
+            self._bar.print(line)
+        else:
+            print(line, flush=True)
+
+
+@contextmanager
+def _writable(field: str, folder: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{field} = {str(folder)!r}: records of the run cannot be written there: {error.strerror or error}. "
+            "Name a folder on a disk that this user can write to."
+        ) from error
+
+
+def metrics_path(cfg: ConfigContainer) -> Path | None:
+    """Where metrics.jsonl of a run is: in logger.log_dir, else beside checkpoint.save; None where neither is set."""
+    if cfg.logger.log_dir:
+        return Path(cfg.logger.log_dir) / "metrics.jsonl"
+    if cfg.checkpoint.save:
+        # Not inside: that folder belongs to the checkpoints. Not plainly `metrics.jsonl`: runs with sibling folders would share it.
+        save = Path(cfg.checkpoint.save)
+        return save.with_name(save.name + ".metrics.jsonl")
+    return None

@@ -1,0 +1,118 @@
+"""Each sign shows on a sick curve and stays silent on healthy ones, noise included."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from megatron_mtp.observe.health import HealthMonitor
+
+pytestmark = pytest.mark.unit
+
+Curve = Callable[[int], tuple[float, ...]]
+"""Step -> main loss, loss of depth 1, of depth 2 ..."""
+
+
+def noisy(curve: Curve, steps: int, shared: float, own: float, seed: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """A curve with batch difficulty that all depths share, and noise of each depth, as standard deviations in nats."""
+    source = random.Random(seed)
+    for step in range(1, steps + 1):
+        difficulty = source.gauss(0, shared)
+        main, *mtp = (value + difficulty + source.gauss(0, own) for value in curve(step))
+        yield step, {"lm loss": main} | {f"mtp_{k} loss": value for k, value in enumerate(mtp, 1)}
+
+
+def watch(curve: Curve, steps: int, shared: float = 0.1, own: float = 0.05, seed: int = 0) -> list[str]:
+    monitor = HealthMonitor()
+    return [text for step, losses in noisy(curve, steps, shared, own, seed) for text in monitor.check(step, losses)]
+
+
+def falling(step: int) -> float:
+    """A power law from 10.4 to about 2, as a language model's loss falls."""
+    return 1.7 + 8.7 * (1 + step / 20) ** -0.6
+
+
+HEALTHY: dict[str, Curve] = {
+    "usual": lambda t: (falling(t), falling(t) + 0.4 * (1 - math.exp(-t / 100))),
+    "deep and hard to predict": lambda t: (
+        falling(t),
+        2 + 0.8 * falling(t),
+        4.5 + 0.55 * falling(t),
+        5.6 + 0.44 * falling(t),
+    ),
+    "flat": lambda t: (3.0, 3.6),
+    "harder data from step 600": lambda t: tuple(falling(t) + gap + 0.5 * (t > 600) for gap in (0.0, 0.4)),
+    "spike that heals": lambda t: tuple(falling(t) + gap + 4 * math.exp(-abs(t - 500) / 15) for gap in (0.0, 0.4)),
+    "main loss turns up with the rest": lambda t: (3 + t / 2000, 3.5 + t / 2000),
+    "MTP learns faster": lambda t: (falling(t), falling(2 * t)),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize(("shared", "own"), [(0.0, 0.0), (0.1, 0.02), (0.3, 0.15)])
+def test_healthy_curves_are_silent(name: str, shared: float, own: float):
+    for seed in range(3):
+        assert watch(HEALTHY[name], 3000, shared, own, seed) == []
+
+
+def test_a_long_noisy_run_is_silent():
+    assert watch(HEALTHY["usual"], 100_000, shared=0.2, own=0.1) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["lm loss", "mtp_2 loss"])
+def test_not_a_number_is_reported_once_and_at_once(name: str, bad: float):
+    monitor = HealthMonitor()
+    losses = {"lm loss": 3.0, "mtp_1 loss": 3.5, "mtp_2 loss": 3.9}
+    assert monitor.check(1, losses) == []
+    (message,) = monitor.check(2, losses | {name: bad})
+    assert message.startswith(f"iteration 2: {name} is {bad}")
+    for advice in ("optimizer.lr", "optimizer.clip_grad", "bf16", "mtp_loss_scaling_factor"):
+        assert advice in message
+    assert monitor.check(3, losses | {name: bad}) == []
+
+
+def test_router_losses_are_not_watched():
+    assert HealthMonitor().check(1, {"lm loss": 3.0, "z_loss": math.inf}) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rising_mtp_loss_is_reported(seed: int):
+    curve = noisy(lambda t: (4 - t / 1000, 4.3 - min(t, 400) / 1000 + max(t - 400, 0) / 1000), 1200, 0.1, 0.05, seed)
+    monitor = HealthMonitor()
+    found = [text for step, losses in curve for text in monitor.check(step, losses) if " rose " in text]
+    assert len(found) == 1
+    assert "mtp_1 loss rose" in found[0]
+    assert "Lower model.mtp_loss_scaling_factor" in found[0]
+    step = int(found[0].split()[1].rstrip(":"))
+    assert 480 <= step <= 1000  # 0.1 nat above its lowest at step 500, then the noise must be exceeded
+
+
+def test_slow_rise_far_into_a_run_is_reported():
+    found = watch(lambda t: (falling(t), falling(t) + 0.4 + max(t - 20_000, 0) / 20_000), 40_000)
+    assert any("mtp_1 loss rose" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        pytest.param(lambda t: (3.0, 3.5 + t / 1000, 3.8), id="MTP rises, main flat"),
+        pytest.param(lambda t: (4 - t / 1000, 4.5, 4.2 - t / 1000), id="MTP stuck, main falls"),
+        pytest.param(lambda t: (3.0 + t / 2000, 3.5 + t / 700, 3.8 + t / 2000), id="both rise, MTP more"),
+        pytest.param(
+            lambda t: (falling(t), falling(t) + 0.5 + 1.5 / (1 + math.exp((900 - t) / 30)), falling(t) + 0.7),
+            id="after a healthy start",
+        ),
+    ],
+)
+def test_widening_gap_is_reported(curve: Curve):
+    found = [text for text in watch(curve, 2000) if "the gap of mtp_1 loss" in text]
+    assert len(found) == 1
+    assert "Raise model.mtp_loss_scaling_factor" in found[0]
+
+
+def test_gap_just_below_the_limit_is_silent():
+    assert not any("gap" in text for text in watch(lambda t: (3.0, 3.5 + 0.9 * min(t / 1000, 1)), 2000))

@@ -1,0 +1,260 @@
+"""What a run leaves behind, read back from each kind of record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import ConfigError
+from megatron_mtp.observe import Recorder, RunInfo, metrics_path, read_metrics
+from megatron_mtp.observe.metrics import columns, scalars
+from tests.observe.records import make_record
+from tests.observe.wandb_file import read_history
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def _quiet_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def make_config(folder: Path, interval: int = 1, wandb: bool = False) -> ConfigContainer:
+    cfg = ConfigContainer()
+    cfg.logger.log_dir = str(folder / "logs")
+    cfg.logger.tensorboard_dir = str(folder / "tb_logs")
+    cfg.logger.log_interval = interval
+    if wandb:
+        cfg.logger.wandb_project, cfg.logger.wandb_exp_name = "mtp", "test"
+        cfg.logger.wandb_save_dir, cfg.logger.wandb_mode = str(folder), "offline"
+    return cfg
+
+
+def record_steps(cfg: ConfigContainer, iterations: range, state: dict | None = None, offset: float = 0.0) -> dict:
+    recorder = Recorder(
+        cfg, RunInfo(iteration=iterations.start - 1, config={"a": 1}), is_writer=True, resume_state=state
+    )
+    for iteration in iterations:
+        recorder.step(
+            make_record(
+                iteration, losses={"lm loss": 10.0 - iteration + offset, "mtp_1 loss": 11.0 - iteration + offset}
+            )
+        )
+    recorder.close()
+    return recorder.state()
+
+
+def read_tensorboard(folder: str) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(folder).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_and_wandb_hold_every_scalar_of_the_console_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cfg = make_config(tmp_path, wandb=True)
+    record = make_record(7, losses={"lm loss": 7.5, "z_loss": 0.25, "mtp_1 loss": 7.75, "mtp_2 loss": math.nan})
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    recorder.step(record)
+    recorder.close()
+    line = capsys.readouterr().out
+    tensorboard = read_tensorboard(cfg.logger.tensorboard_dir)
+    (wandb,) = read_history(tmp_path, recorder.state()["wandb_run_id"])
+    (jsonl,) = read_metrics(metrics_path(cfg))
+    assert wandb["iteration"] == jsonl["iteration"] == 7
+    for column in columns(record):
+        value = column.value(record)
+        assert f"| {column.text(record)} |" in line
+        assert tensorboard[column.name][7] == pytest.approx(value, rel=1e-6, nan_ok=True), column.name
+        assert float(wandb[column.name]) == pytest.approx(value, nan_ok=True), column.name
+        assert jsonl[column.name] == pytest.approx(value, nan_ok=True), column.name
+    assert set(scalars(record)) <= set(tensorboard) & set(wandb) & set(jsonl)
+
+
+def test_a_resumed_run_goes_on_in_its_records(tmp_path: Path):
+    cfg = make_config(tmp_path, wandb=True)
+    state = record_steps(cfg, range(1, 6))
+    resumed = record_steps(cfg, range(4, 7), json.loads(json.dumps(state)), offset=0.5)
+    assert resumed == state
+    expected = {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.5, 5: 5.5, 6: 4.5}
+    steps = read_metrics(metrics_path(cfg))
+    assert {step["iteration"]: step["lm loss"] for step in steps} == expected
+    assert [step["iteration"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert read_tensorboard(cfg.logger.tensorboard_dir)["lm loss"] == expected
+    rows = read_history(tmp_path, state["wandb_run_id"])
+    assert {row["iteration"]: row["lm loss"] for row in rows} == expected
+    assert len(rows) == 8  # nothing was dropped
+
+
+def test_lines_of_a_longer_first_run_are_no_part_of_the_resumed_curve(tmp_path: Path):
+    cfg = make_config(tmp_path)
+    record_steps(cfg, range(1, 10))
+    record_steps(cfg, range(4, 6))
+    assert [step["iteration"] for step in read_metrics(metrics_path(cfg))] == [1, 2, 3, 4, 5]
+    record_steps(cfg, range(1, 3))
+    assert [step["iteration"] for step in read_metrics(metrics_path(cfg))] == [1, 2]
+    assert list(read_tensorboard(cfg.logger.tensorboard_dir)["lm loss"]) == [1, 2]
+
+
+def test_a_line_cut_off_by_a_crash_costs_that_line_only(tmp_path: Path):
+    cfg = make_config(tmp_path)
+    record_steps(cfg, range(1, 4))
+    path = metrics_path(cfg)
+    path.write_text(path.read_text()[:-20])
+    assert [step["iteration"] for step in read_metrics(path)] == [1, 2]
+    record_steps(cfg, range(3, 5))
+    assert [step["iteration"] for step in read_metrics(path)] == [1, 2, 3, 4]
+    assert len(read_metrics(path, "start")) == 2
+
+
+def test_jsonl_is_strict_json_and_keeps_nan(tmp_path: Path):
+    cfg = make_config(tmp_path)
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    recorder.step(make_record(1, losses={"lm loss": math.nan, "mtp_1 loss": -math.inf}))
+    recorder.close()
+
+    def refuse(word: str):
+        raise AssertionError(word)
+
+    for line in metrics_path(cfg).read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    (step,) = read_metrics(metrics_path(cfg))
+    assert math.isnan(step["lm loss"])
+    assert step["mtp_1 loss"] == -math.inf
+
+
+def test_evaluations_are_kept_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cfg = make_config(tmp_path)
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    recorder.evaluation("validation", 0, {"lm loss": 2.0, "mtp_1 loss": 3.0}, {"mtp_1 acceptance": 0.5})
+    recorder.evaluation("wiki", 0, {"lm loss": 4.0})
+    recorder.evaluation("validation", 10, {"lm loss": 1.0, "mtp_1 loss": 2.0})
+    recorder.close()
+    assert "validation loss at iteration 10 | lm loss value: 1.000000E+00 |" in capsys.readouterr().out
+    validation = read_metrics(metrics_path(cfg), "evaluation", "validation")
+    assert [(e["iteration"], e["lm loss"]) for e in validation] == [(0, 2.0), (10, 1.0)]
+    assert validation[0]["mtp_1 acceptance"] == 0.5
+    assert len(read_metrics(metrics_path(cfg), "evaluation")) == 3
+    tensorboard = read_tensorboard(cfg.logger.tensorboard_dir)
+    assert tensorboard["mtp_1 loss validation"] == {0: 3.0, 10: 2.0}
+    assert tensorboard["lm loss wiki"] == {0: 4.0}
+    assert tensorboard["lm loss ppl validation"][10] == pytest.approx(math.e)
+
+
+def test_console_comes_at_its_interval_first_and_last_step_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cfg = make_config(tmp_path, interval=4)
+    cfg.logger.tensorboard_log_interval = 2
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    for iteration in range(1, 11):
+        recorder.step(
+            make_record(iteration, train_iters=10, losses={"lm loss": float(iteration)}, skipped=iteration % 2)
+        )
+    recorder.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lm loss" in line]
+    fields = [[field.strip() for field in line.split("|")] for line in lines]
+    assert [field[0].split("iteration")[1].split("/")[0].strip() for field in fields] == ["1", "4", "8", "10"]
+    assert "lm loss: 2.500000E+00" in fields[1]  # the mean of steps 1 to 4
+    assert "lm loss: 9.500000E+00" in fields[3]  # of 9 and 10
+    assert "number of skipped iterations:   2" in fields[1]
+    steps = read_metrics(metrics_path(cfg))
+    assert [(s["iteration"], s["lm loss"], s["skipped-iterations"]) for s in steps][:2] == [(2, 1.5, 1), (4, 3.5, 1)]
+
+
+def test_trouble_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    cfg = make_config(tmp_path)
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    for iteration in (1, 2):
+        recorder.step(make_record(iteration, losses={"lm loss": 3.0, "mtp_1 loss": math.nan}))
+    recorder.message("a remark")
+    recorder.close()
+    warnings = [
+        r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "mtp_1 loss is nan" in r.getMessage()
+    ]
+    assert len(warnings) == 1
+    assert [line["text"] for line in read_metrics(metrics_path(cfg), "warning")] == warnings
+    assert [(line["text"], line["iteration"]) for line in read_metrics(metrics_path(cfg), "message")] == [
+        ("a remark", 2)
+    ]
+
+
+def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recorder = Recorder(
+        make_config(tmp_path, wandb=True), RunInfo(), is_writer=False, resume_state={"wandb_run_id": "x"}
+    )
+    recorder.step(make_record(1))
+    recorder.evaluation("validation", 1, {"lm loss": 1.0})
+    recorder.message("hello")
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+    assert recorder.state() == {"wandb_run_id": "x"}
+
+
+def test_training_outlives_a_record_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    cfg = make_config(tmp_path)
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    recorder.step(make_record(1))
+    (metrics,) = [sink for sink in recorder._sinks if hasattr(sink, "_file")]
+    metrics._file.close()
+    recorder.step(make_record(2))
+    recorder.step(make_record(3))
+    recorder.close()
+    assert sum("JsonlSink failed and is given up" in r.getMessage() for r in caplog.records) == 1
+    assert list(read_tensorboard(cfg.logger.tensorboard_dir)["lm loss"]) == [1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    cfg = make_config(tmp_path)
+    cfg.logger.log_dir = str(tmp_path / "file" / "logs")
+    with pytest.raises(ConfigError, match=r"logger\.log_dir = .*cannot be written"):
+        Recorder(cfg, RunInfo(), is_writer=True)
+
+
+def test_wandb_without_a_key_is_a_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    cfg = make_config(tmp_path, wandb=True)
+    cfg.logger.wandb_mode = "online"
+    with pytest.raises(ConfigError, match=r"(?s)logger\.wandb_project = 'mtp'.*wandb login.*offline"):
+        Recorder(cfg, RunInfo(), is_writer=True)
+
+
+def test_metrics_have_a_place_without_log_dir(tmp_path: Path):
+    cfg = ConfigContainer()
+    assert metrics_path(cfg) is None
+    cfg.checkpoint.save = str(tmp_path / "run_a")
+    assert metrics_path(cfg) == tmp_path / "run_a.metrics.jsonl"
+
+
+def test_neither_torch_nor_tensorflow_is_imported(tmp_path: Path):
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')\n")
+    code = f"""
+import sys
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.observe import Recorder, RunInfo
+from tests.observe.records import make_record
+cfg = ConfigContainer()
+cfg.logger.tensorboard_dir = {str(tmp_path / "tb_logs")!r}
+recorder = Recorder(cfg, RunInfo(), True)
+recorder.step(make_record(1))
+recorder.close()
+sys.exit(str({{"torch", "megatron", "wandb"}} & set(sys.modules)))
+"""
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    environ = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environ)
+    assert done.stderr.strip() == "set()"

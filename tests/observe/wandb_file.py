@@ -1,0 +1,45 @@
+"""Reads the file of an offline W&B run back, from the file format up: the wandb package no longer ships a reader."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+BLOCK = 32768
+HEADER = 7  # of the file, and of each record in it: checksum, length, type
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def read_history(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    """The rows logged to a run, in order, over all of its offline files in the order of their making.
+
+    Values come back as JSON numbers, or as the strings "NaN" and "Infinity".
+    """
+    rows = []
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb")):
+        for record in _records(path.read_bytes()):
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def _records(data: bytes):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    assert data[:4] == b":W&B"
+    position, parts = HEADER, []
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
+        parts.append(data[position + HEADER : position + HEADER + length])
+        position += HEADER + length
+        if kind in (WHOLE, LAST):
+            yield Record.FromString(b"".join(parts))
+            parts = []
+        assert kind in (WHOLE, FIRST, MIDDLE, LAST)
