@@ -23,8 +23,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_mtp.errors import UnsupportedError
 
-# A mask is made for this many (query, key) pairs at a time, so that its memory does not grow with s^2.
-MASK_ELEMENTS = 2**22
+# Masked attention runs over this many queries at a time, so that the mask's memory does not grow with s^2 and few keys
+# beyond the diagonal are computed. On a CPU 256 was fastest (s 1024 and 4096, one thread: 64 to 512 tried); a GPU wants
+# fewer and larger calls.
+TILE_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 class TorchCoreAttention(MegatronModule):
@@ -136,7 +138,7 @@ class TorchCoreAttention(MegatronModule):
             return self._sdpa(query, key, value, is_causal=True)
         if segment_ids is None and query.is_cuda:
             return self._sdpa(query, key, value, mask=causal_lower_right(rows, start + rows))
-        tile = max(1, MASK_ELEMENTS // (start + rows))
+        tile = TILE_ROWS.get(query.device.type, rows)
         return torch.cat(
             [
                 self._attend_masked(query[:, :, lo : lo + tile], key, value, start + lo, segment_ids)
@@ -158,13 +160,14 @@ class TorchCoreAttention(MegatronModule):
         return self._sdpa(query, key[:, :, first:stop], value[:, :, first:stop], mask=mask[..., first:])
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, is_causal: bool = False) -> Tensor:
-        width, v_width = query.shape[-1], value.shape[-1]
-        if query.device.type == "cpu":
-            # The fused CPU kernel wants as many key heads as query heads and one width; without it the scores of all
-            # heads are materialised.
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+        heads, groups, width, v_width = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+        if query.device.type == "cpu" or (mask is None and query.dtype != torch.float32):
+            # The flash kernels know groups, and want one width for keys and values.
             value = F.pad(value, (0, width - v_width)) if v_width < width else value
+        elif groups < heads:
+            # What is left on a GPU is the memory-efficient kernel, which knows widths but no groups; scores would be
+            # materialised.
+            key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
         context = F.scaled_dot_product_attention(
             query,
             key,
@@ -173,7 +176,7 @@ class TorchCoreAttention(MegatronModule):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=key.shape[1] < heads,
         )
         return context[..., :v_width]
 

@@ -110,7 +110,7 @@ def test_matches_the_formula(shape, documents):
 
 @pytest.mark.unit
 def test_masks_in_tiles_change_nothing(monkeypatch):
-    monkeypatch.setattr(attention, "MASK_ELEMENTS", 7 * 32)  # 5 tiles, the last of 4 rows
+    monkeypatch.setitem(attention.TILE_ROWS, "cpu", 7)  # 5 tiles, the last of 4 rows
     core = core_attention("grouped")
     got = run(lambda q, k, v: core(q, k, v, segments("grouped", True)), sample("grouped", torch.float32))
     assert worst(got, expected("grouped", True)) < TOLERANCE
@@ -153,11 +153,12 @@ def test_bf16_is_as_close_as_its_rounding():
 
 
 @pytest.mark.unit
+@pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("shape", ["grouped", "latent"])
-def test_the_fused_kernel_of_the_cpu_runs(shape):
-    x = sample(shape, torch.float32)
+def test_the_fused_kernel_of_the_cpu_runs(shape, documents):
+    x = {name: tensor.requires_grad_() for name, tensor in sample(shape, torch.float32).items()}
     with torch.profiler.profile() as profile:
-        core_attention(shape)(x["q"], x["k"], x["v"])
+        core_attention(shape)(x["q"], x["k"], x["v"], segments(shape, documents))
     ran = {event.key for event in profile.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in ran
     assert "aten::_scaled_dot_product_attention_math" not in ran
@@ -202,12 +203,12 @@ def zigzag(x: Tensor, cp: int, rank: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * cp - 1 - rank]])
 
 
-def sharded_run(shape: str, documents: bool, cp: int, tile: int | None) -> float:
+def sharded_run(shape: str, documents: bool, cp: int, tile_rows: int) -> float:
     """Worst relative difference of this rank's output and gradients to its slice of the reference."""
     groups = [dist.new_group(list(range(lo, lo + cp))) for lo in range(0, dist.get_world_size(), cp)]
     group = groups[dist.get_rank() // cp]
     core = core_attention(shape, group, context_parallel_size=cp)
-    attention.MASK_ELEMENTS = tile or attention.MASK_ELEMENTS
+    attention.TILE_ROWS["cpu"] = tile_rows
     local = {name: zigzag(x, cp, group.rank()) for name, x in sample(shape, torch.float32).items()}
     got = run(lambda q, k, v: core(q, k, v, segments(shape, documents)), local)
     want = {name: zigzag(x, cp, group.rank()) for name, x in expected(shape, documents).items()}
@@ -225,9 +226,9 @@ def pool():
 @pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_context_parallel_matches_the_formula(pool, shape, documents, cp):
-    assert max(pool.run(sharded_run, shape, documents, cp, None)) < TOLERANCE
+    assert max(pool.run(sharded_run, shape, documents, cp, 256)) < TOLERANCE
 
 
 @pytest.mark.dist
 def test_context_parallel_in_tiles_matches_the_formula(pool):
-    assert max(pool.run(sharded_run, "grouped", False, 2, 3 * 32)) < TOLERANCE
+    assert max(pool.run(sharded_run, "grouped", False, 2, 3)) < TOLERANCE
