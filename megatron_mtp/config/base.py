@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from copy import deepcopy
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from megatron_mtp.errors import ConfigError
 
@@ -55,5 +56,30 @@ class Section:
         raise AttributeError(unknown_field(self.SECTION, name, [f.name for f in fields(self)]))  # type: ignore[arg-type]
 
     def freeze(self) -> None:
-        """From now on every assignment raises ConfigError."""
+        """From now on every assignment raises ConfigError, in the sections below too."""
+        for f in fields(self):  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, f.name), Section):
+                value.freeze()
         object.__setattr__(self, "_frozen", True)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether `freeze` was called."""
+        return getattr(self, "_frozen", False)
+
+    def copy(self) -> Self:
+        """A deep copy that can be changed."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**{name: v.copy() if isinstance(v, Section) else deepcopy(v) for name, v in values.items()})
+
+    def __reduce__(self) -> tuple:
+        # The default protocol would set slots one by one through __setattr__, which refuses `_frozen`.
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return _rebuild, (type(self), values, self.is_frozen)
+
+
+def _rebuild(section: type[Section], values: dict[str, Any], is_frozen: bool) -> Section:
+    rebuilt = section(**values)
+    if is_frozen:
+        object.__setattr__(rebuilt, "_frozen", True)
+    return rebuilt

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.model import ModelConfig
@@ -44,3 +45,36 @@ class ConfigContainer(Section):
     dist: DistConfig = field(default_factory=DistConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+
+    def finalize(self, world_size: int | None = None) -> Self:
+        """Derives, checks across fields and freezes; see `megatron_mtp.config.finalize.finalize`."""
+        from megatron_mtp.config.finalize import finalize
+
+        finalize(self, world_size)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        from megatron_mtp.config.serialize import to_dict
+
+        return to_dict(self)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """YAML text, also written to `path` if it is given."""
+        from megatron_mtp.config.serialize import to_yaml
+
+        return to_yaml(self, path)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ConfigContainer:
+        """A config from plain data; unknown names and misfits raise ConfigError."""
+        from megatron_mtp.config.serialize import from_dict
+
+        return from_dict(data)
+
+    @staticmethod
+    def from_yaml(text_or_path: str | Path) -> ConfigContainer:
+        """A config from YAML text or a YAML file; unknown names and misfits raise ConfigError."""
+        from megatron_mtp.config.serialize import from_yaml
+
+        return from_yaml(text_or_path)

@@ -135,8 +135,8 @@ class ModelConfig(Section):
     """Tokens above this capacity are dropped; the curve then depends on the layout. None: no token is dropped."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to their experts."""
-    moe_grouped_gemm: bool = False
-    """One grouped matrix product for all local experts (transformer_engine backend)."""
+    moe_grouped_gemm: bool | None = None
+    """One grouped matrix product for all local experts (transformer_engine backend); None: where the backend has it."""
 
     # ---- multi-token prediction ----
     mtp_num_layers: int | None = None
@@ -160,7 +160,7 @@ class ModelConfig(Section):
     tensor_model_parallel_size: int = 1
     """TP."""
     sequence_parallel: bool = False
-    """Shards norms and residuals along the sequence over TP."""
+    """Shards norms and residuals along the sequence over TP; means nothing at TP = 1."""
     pipeline_model_parallel_size: int = 1
     """PP, the number of stages."""
     virtual_pipeline_model_parallel_size: int | None = None

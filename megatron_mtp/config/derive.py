@@ -1,0 +1,89 @@
+"""Fills the values that follow from others. Each rule is Megatron-Core's unless said otherwise."""
+
+from __future__ import annotations
+
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.quantity import parse_quantity
+from megatron_mtp.errors import ConfigError
+
+BYTES_VOCAB_SIZE = 257
+"""256 byte values and the end of a document."""
+TOKEN_COUNTS = (
+    ("train", "train_tokens"),
+    ("scheduler", "lr_decay_tokens"),
+    ("scheduler", "lr_warmup_tokens"),
+    ("scheduler", "lr_wsd_decay_tokens"),
+)
+
+
+def derive(cfg: ConfigContainer) -> list[str]:
+    """Fills derived values in place and returns what could not be derived."""
+    problems = _derive_model(cfg.model)
+    _derive_vocabulary(cfg)
+    if cfg.dataset.seq_length is None:
+        cfg.dataset.seq_length = cfg.model.seq_length
+    if cfg.dataset.blend is None and cfg.dataset.blend_per_split is None:
+        cfg.dataset.mock = True
+    if cfg.validation.eval_micro_batch_size is None:
+        cfg.validation.eval_micro_batch_size = cfg.train.micro_batch_size
+    if cfg.validation.eval_global_batch_size is None:
+        cfg.validation.eval_global_batch_size = cfg.train.global_batch_size
+    return problems
+
+
+def _derive_model(model: ModelConfig) -> list[str]:
+    problems = []
+    if model.mtp_num_layers is None:
+        model.mtp_num_layers = 0
+    if model.ffn_hidden_size is None:
+        model.ffn_hidden_size = 4 * model.hidden_size
+    if model.num_query_groups is None:
+        model.num_query_groups = model.num_attention_heads
+    if model.kv_channels is None and model.num_attention_heads:
+        model.kv_channels = model.hidden_size // model.num_attention_heads
+        if model.hidden_size % model.num_attention_heads and not model.multi_latent_attention:
+            problems.append(
+                f"model.hidden_size = {model.hidden_size}: not divisible by model.num_attention_heads = "
+                f"{model.num_attention_heads}. Change one of them, or set model.kv_channels, the width of a head."
+            )
+    if model.num_moe_experts is not None and model.moe_ffn_hidden_size is None:
+        model.moe_ffn_hidden_size = model.ffn_hidden_size
+    if model.tensor_model_parallel_size == 1:
+        model.sequence_parallel = False  # a shard of one: the same numbers, and Megatron-Core refuses it
+    if model.expert_tensor_parallel_size is None:
+        model.expert_tensor_parallel_size = model.tensor_model_parallel_size
+    if model.virtual_pipeline_model_parallel_size == 1:
+        model.virtual_pipeline_model_parallel_size = None
+    if model.pipeline_model_parallel_layout is None:
+        model.pipeline_model_parallel_layout = "auto"
+    if model.recompute_granularity == "selective" and model.recompute_modules is None:
+        model.recompute_modules = ["core_attn"]
+    return problems
+
+
+def _derive_vocabulary(cfg: ConfigContainer) -> None:
+    """The vocabulary of tokenizers that need no file; others are opened by the data room."""
+    tokenizer = cfg.tokenizer
+    if tokenizer.tokenizer_type == "null":
+        if tokenizer.vocab_size is None:
+            tokenizer.vocab_size = cfg.model.vocab_size
+        if cfg.model.vocab_size is None:
+            cfg.model.vocab_size = tokenizer.vocab_size
+    elif tokenizer.tokenizer_type == "bytes" and cfg.model.vocab_size is None:
+        cfg.model.vocab_size = BYTES_VOCAB_SIZE
+
+
+def read_token_counts(cfg: ConfigContainer) -> list[str]:
+    """Turns "10B" into a count in place and returns what could not be read."""
+    problems = []
+    for section_name, name in TOKEN_COUNTS:
+        section = getattr(cfg, section_name)
+        value = getattr(section, name)
+        try:
+            if isinstance(value, str):
+                setattr(section, name, parse_quantity(value))
+        except ConfigError as error:
+            problems.append(f"{section_name}.{name} = {error}")
+            setattr(section, name, 0 if name == "lr_warmup_tokens" else None)
+    return problems

@@ -1,0 +1,80 @@
+"""What is allowed but unusual, or makes a curve depend on its layout. Shown by `show`, never an error."""
+
+from __future__ import annotations
+
+from megatron_mtp.config.check_parallel import batch_sizes
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.config.model import ModelConfig
+
+USUAL_FACTOR = (0.05, 0.3)
+"""DeepSeek-V3, GLM-4.5, MiMo and Nemotron-3 train with 0.1 to 0.3."""
+
+
+def hints(cfg: ConfigContainer) -> list[str]:
+    """Advice on a finalized config, one sentence or two each."""
+    found = _mtp_hints(cfg.model) + _layout_hints(cfg.model) + _schedule_hints(cfg)
+    if cfg.dataset.mock:
+        found.append("dataset: mock data is used; set dataset.blend to train on text.")
+    if cfg.checkpoint.save is None:
+        found.append("checkpoint.save is not set: nothing will be saved.")
+    return found
+
+
+def _mtp_hints(model: ModelConfig) -> list[str]:
+    depths = model.mtp_num_layers
+    if not depths:
+        return []
+    found = []
+    if depths > 2:
+        found.append(
+            f"model.mtp_num_layers = {depths}: published pretraining runs use 1 or 2 depths; each costs about one layer and "
+            "one more pass through the output head."
+        )
+    low, high = LossFactor.parse(model.mtp_loss_scaling_factor).extremes
+    if low < USUAL_FACTOR[0] or high > USUAL_FACTOR[1]:
+        found.append(
+            f"model.mtp_loss_scaling_factor = {model.mtp_loss_scaling_factor}: outside the usual {USUAL_FACTOR[0]} to "
+            f"{USUAL_FACTOR[1]}; published runs use 0.3 first and 0.1 later."
+        )
+    if model.mtp_depth_weights and not any(model.mtp_depth_weights):
+        found.append("model.mtp_depth_weights are all 0: the MTP layers are computed but not trained.")
+    if model.add_bias_linear:
+        found.append("model.add_bias_linear = True: the MTP projection has no bias, as in Megatron-Core.")
+    return found
+
+
+def _layout_hints(model: ModelConfig) -> list[str]:
+    found = []
+    for name in ("attention_dropout", "hidden_dropout"):
+        if getattr(model, name):
+            found.append(f"model.{name} = {getattr(model, name)}: the curve depends on the layout.")
+    if model.moe_router_load_balancing_type == "aux_loss" and model.moe_aux_loss_coeff:
+        found.append(
+            "model.moe_router_load_balancing_type = 'aux_loss': balances inside each micro-batch by definition, so the curve "
+            "depends on train.micro_batch_size and on which samples share one. 'seq_aux_loss' and the expert bias do not."
+        )
+    if model.moe_expert_capacity_factor is not None:
+        found.append(
+            f"model.moe_expert_capacity_factor = {model.moe_expert_capacity_factor}: which tokens are dropped, and so the "
+            "curve, depends on the layout."
+        )
+    if model.mcore.get("moe_router_force_load_balancing"):
+        found.append("model.mcore.moe_router_force_load_balancing: the router is random; for timing only.")
+    return found
+
+
+def _schedule_hints(cfg: ConfigContainer) -> list[str]:
+    sched, train, found = cfg.scheduler, cfg.train, []
+    for unit in ("iters", "samples", "tokens"):
+        warmup, length = getattr(sched, f"lr_warmup_{unit}"), getattr(train, f"train_{unit}")
+        if length is not None and warmup >= length:
+            found.append(
+                f"scheduler.lr_warmup_{unit} = {warmup}: the run ends after {length} {unit}, before the learning rate reaches "
+                "its peak."
+            )
+    if train.rampup_batch_size is not None and len(batch_sizes(cfg)) == 1:
+        found.append("train.rampup_batch_size starts at train.global_batch_size: there is no ramp.")
+    if cfg.optimizer.clip_grad == 0:
+        found.append("optimizer.clip_grad = 0: gradients are not clipped; MTP runs are usually clipped to 1.0.")
+    return found

@@ -1,0 +1,94 @@
+"""The MTP loss factor as a function of the tokens seen.
+
+lambda in: total = L_0 + lambda / D * sum_k w_k L_k. DeepSeek-V3, GLM-4.5 and MiMo all lower it from 0.3 to 0.1 when the
+learning rate starts to fall (arXiv 2412.19437 section 4.2; models and figures in each recipe).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron_mtp.config.quantity import parse_quantity
+from megatron_mtp.errors import ConfigError
+
+FORMS = 'a number such as 0.1, steps in tokens such as "0.3@0,0.1@10T", or "linear:0.3->0.1@10T"'
+
+
+@dataclass(frozen=True, slots=True)
+class LossFactor:
+    """A factor that is constant, changes in steps, or moves along a line and then stays.
+
+    Args:
+        tokens: where each factor begins; starts with 0 and rises.
+        factors: one factor for each entry of `tokens`, finite and not negative.
+        is_linear: between two entries the factor moves along a line; else it stays until the next one.
+    """
+
+    tokens: tuple[int, ...]
+    factors: tuple[float, ...]
+    is_linear: bool = False
+
+    @classmethod
+    def parse(cls, text: float | str) -> LossFactor:
+        """Reads `model.mtp_loss_scaling_factor`.
+
+        Raises:
+            ConfigError: the text is none of the known forms, or a factor is negative, NaN or infinite.
+
+        Example: LossFactor.parse("0.3@0,0.1@10T").at(10**13) == 0.1.
+        """
+        if isinstance(text, bool) or not isinstance(text, int | float | str):
+            raise ConfigError(f"{text!r}: must be {FORMS}.")
+        if isinstance(text, str) and text.startswith("linear:"):
+            start, arrow, rest = text.removeprefix("linear:").partition("->")
+            end, at, tokens = rest.partition("@")
+            if not arrow or not at:
+                raise ConfigError(f"{text!r}: a line is written as linear:0.3->0.1@10T (from, to, tokens it takes).")
+            return cls((0, _tokens(text, tokens)), (_factor(text, start), _factor(text, end)), is_linear=True)
+        if isinstance(text, str) and "@" in text:
+            return cls._from_steps(text)
+        return cls((0,), (_factor(text, text),))
+
+    @classmethod
+    def _from_steps(cls, text: str) -> LossFactor:
+        steps = [step.partition("@") for step in text.split(",")]
+        factors = tuple(_factor(text, factor) for factor, _, _ in steps)
+        tokens = tuple(_tokens(text, where) for _, _, where in steps)
+        if tokens[0] != 0 or any(later <= earlier for earlier, later in pairwise(tokens)):
+            raise ConfigError(f"{text!r}: the steps must start at 0 tokens and rise, as in 0.3@0,0.1@10T.")
+        return cls(tokens, factors)
+
+    def at(self, consumed_tokens: int) -> float:
+        """The factor for the step that begins after `consumed_tokens` tokens."""
+        if self.is_linear:
+            end = self.tokens[1]
+            share = 1.0 if consumed_tokens >= end else consumed_tokens / end
+            return self.factors[0] + share * (self.factors[1] - self.factors[0])
+        return self.factors[max(0, bisect_right(self.tokens, consumed_tokens) - 1)]
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """Smallest and largest factor of the whole run."""
+        return min(self.factors), max(self.factors)
+
+
+def _factor(whole: float | str, part: float | str) -> float:
+    try:
+        value = float(part)
+    except ValueError:
+        raise ConfigError(f"{whole!r}: must be {FORMS}.") from None
+    if not math.isfinite(value) or value < 0:
+        raise ConfigError(
+            f"{whole!r}: a loss factor must be a finite number that is not negative; usual are 0.1 to 0.3."
+        )
+    return value
+
+
+def _tokens(whole: str, part: str) -> int:
+    try:
+        return parse_quantity(part)
+    except ConfigError as error:
+        raise ConfigError(f"{whole!r}: tokens {error}") from None

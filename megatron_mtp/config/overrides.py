@@ -1,0 +1,74 @@
+"""Changes from YAML files and from `section.field=value` arguments. Later ones win: recipe, then files, then arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mtp.config.base import Section
+from megatron_mtp.config.coerce import MisfitError, check, field_types
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.serialize import fitted, merge, read_text, unknown_section
+from megatron_mtp.errors import ConfigError
+
+
+def apply_yaml(cfg: ConfigContainer, path: str | Path) -> None:
+    """Overwrites what the YAML file names.
+
+    Raises:
+        ConfigError: the file cannot be read, or every unknown name and misfit in it.
+    """
+    from megatron_mtp.config.yaml_text import load_yaml
+
+    data = load_yaml(read_text(path), str(path))
+    try:
+        merge(cfg, {} if data is None else data, origin=str(path))
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+def apply_overrides(cfg: ConfigContainer, arguments: list[str]) -> None:
+    """Applies `model.num_layers=8` and the like; values are YAML, `None` and `null` both mean no value.
+
+    A name below a mapping sets one of its entries: `model.mcore.attention_softmax_in_fp32=true`.
+
+    Raises:
+        ConfigError: every problem in all arguments.
+    """
+    problems: list[str] = []
+    for argument in arguments:
+        try:
+            section, name, value = _parse(cfg, argument)
+            setattr(section, name, value)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def _parse(cfg: ConfigContainer, argument: str) -> tuple[Section, str, Any]:
+    from megatron_mtp.config.yaml_text import load_yaml
+
+    path, equals, raw = argument.partition("=")
+    keys = path.strip().split(".")
+    if not equals:
+        raise ConfigError(f"{argument!r}: an override is written as section.field=value, such as model.num_layers=8.")
+    if keys[0] not in field_types(ConfigContainer):
+        raise ConfigError(unknown_section(keys[0]))
+    section: Section = getattr(cfg, keys[0])
+    if len(keys) == 1:
+        raise ConfigError(f"{argument!r}: {keys[0]} is a section; name one of its fields, as in {keys[0]}.field=value.")
+    value = load_yaml(raw, argument)
+    if len(keys) > 2:
+        if keys[1] in field_types(type(section)) and not _holds_names(field_types(type(section))[keys[1]]):
+            raise ConfigError(f"{argument!r}: {keys[0]}.{keys[1]} holds no names.")
+        return section, keys[1], fitted(section, keys[1], {".".join(keys[2:]): value})
+    return section, keys[1], fitted(section, keys[1], value, raw)
+
+
+def _holds_names(wanted: Any) -> bool:
+    try:
+        check({}, wanted)
+    except MisfitError:
+        return False
+    return True

@@ -1,0 +1,35 @@
+"""The table of Megatron-Core's fields is the installed release's, and its rules name fields that exist."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mtp.config import mcore_rules, mcore_table
+from megatron_mtp.config.mcore_generate import render
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_table_has_not_drifted():
+    from megatron.core import __version__
+
+    fresh: dict = {}
+    exec(render(), fresh)
+    assert __version__ == mcore_table.MCORE_VERSION
+    assert fresh["MCORE_FIELDS"] == mcore_table.MCORE_FIELDS, "run python -m megatron_mtp.config.mcore_generate"
+
+
+def test_every_rule_names_a_field():
+    names = set(mcore_table.MCORE_FIELDS)
+    assert set(mcore_rules.OWNED) <= names
+    assert names >= mcore_rules.ENGINE
+    for prefix in (*mcore_rules.UNSUPPORTED, *mcore_rules.TRANSFORMER_ENGINE_ONLY):
+        assert any(name.startswith(prefix) for name in names), prefix
+
+
+def test_defaults_have_their_own_type():
+    from megatron_mtp.config.coerce import check
+
+    for name, (wanted, default) in mcore_table.MCORE_FIELDS.items():
+        if wanted is not None and not (name == "cuda_graph_modules" and default == "full"):
+            check(default, wanted)
