@@ -10,8 +10,10 @@ import hashlib
 import math
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
+
+from megatron_mtp.model.sharded import sharded_tensors
 
 BLOCK_ROWS = 256
 # Megatron-Core scales these by 1 / sqrt(2 * num_layers): they write into the residual stream.
@@ -34,23 +36,6 @@ def fill_initial_weights(chunks: list[nn.Module], *, seed: int, std: float, num_
                     continue
                 scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(RESIDUAL_OUTPUTS) else std
                 shard.data.copy_(_draw(shard, seed) * scale)
-
-
-def sharded_tensors(chunk: nn.Module) -> list[ShardedTensor]:
-    """Every tensor of a chunk as views with key, global shape and offset; fused ones are taken apart."""
-    found: list[ShardedTensor] = []
-    pending: list[object] = [chunk.sharded_state_dict()]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            pending.extend(item)
-        elif isinstance(item, ShardedTensorFactory):
-            pending.append(item.build())
-        elif isinstance(item, ShardedTensor) and item.data is not None:
-            found.append(item)
-    return sorted(found, key=lambda shard: (shard.key, shard.global_offset))
 
 
 def _draw(shard: ShardedTensor, seed: int) -> Tensor:

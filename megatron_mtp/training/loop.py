@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.errors import CheckpointError
 from megatron_mtp.observe.metrics import StepRecord
 from megatron_mtp.observe.recorder import Recorder
 from megatron_mtp.training import schedules
@@ -24,6 +26,8 @@ from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
 from megatron_mtp.training.throughput import Throughput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -46,6 +50,7 @@ class Trainer:
     throughput: Throughput
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
     _started_s: float = field(default_factory=time.monotonic)
+    _saved_at: int | None = None
 
     def train(self) -> None:
         """Trains to the end of the run, or to where this process is to leave."""
@@ -65,14 +70,14 @@ class Trainer:
                 must_leave = self._must_leave()
                 if self._every(cfg.checkpoint.save_interval) or must_leave:
                     self._save("interval")
-                self.checkpointer.maybe_finalize()
+                self._finalize_save()
                 if must_leave:
                     break
         batches.close()
         if cfg.validation.eval_at_end and not self._every(cfg.validation.eval_interval):
             self._evaluate()
         self._save("end of training")
-        self.checkpointer.maybe_finalize(blocking=True)
+        self._finalize_save(blocking=True)
         self._call("on_train_end")
 
     def _step(self, batch: Any) -> None:
@@ -139,11 +144,23 @@ class Trainer:
             state.best_validation_loss = main
 
     def _save(self, reason: str) -> None:
-        if self.run.cfg.checkpoint.save is None or self.checkpointer.last_saved == self.state.iteration:
+        """Saves once at an iteration. A save that fails is reported and training goes on: the next may find room."""
+        state = self.state
+        if self.run.cfg.checkpoint.save is None or self._saved_at == state.iteration:
             return
         self._call("on_save")
-        self.state.wandb_run_id = self.recorder.state().get("wandb_run_id", self.state.wandb_run_id)
-        self.checkpointer.save(self.run.engine.chunks, self.run.engine.optimizer, self.state, reason)
+        state.wandb_run_id = self.recorder.state().get("wandb_run_id", state.wandb_run_id)
+        try:
+            self.checkpointer.save(self.run.engine.chunks, self.run.engine.optimizer, state, reason)
+            self._saved_at = state.iteration
+        except CheckpointError as error:
+            logger.error("%s", error)
+
+    def _finalize_save(self, *, blocking: bool = False) -> None:
+        try:
+            self.checkpointer.maybe_finalize(blocking)
+        except CheckpointError as error:
+            logger.error("%s", error)
 
     def _must_leave(self) -> bool:
         """Whether this process is to save and leave before the end; the same answer on every rank."""

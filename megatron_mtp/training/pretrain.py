@@ -83,7 +83,7 @@ def _train(
 ) -> Summary:
     run = setup(cfg, forward_step)
     state = TrainState()
-    checkpointer = Checkpointer(cfg, run.groups)
+    checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
     checkpointer.resume(run.engine.chunks, run.engine.optimizer, state)
     info = RunInfo(
         recipe=recipe,

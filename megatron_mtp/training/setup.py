@@ -18,6 +18,7 @@ from megatron_mtp.data.loader import DataModule, DataPlacement, build_data
 from megatron_mtp.device.process_group import destroy_distributed, init_distributed
 from megatron_mtp.device.select import Device
 from megatron_mtp.model.build import build_model
+from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthHeads
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
@@ -109,7 +110,7 @@ def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
     )
     chunks = wrap_model(cfg, build_model(cfg, groups, device.torch_device), groups, device.torch_device)
     optimizer = build_optimizer(cfg, chunks, groups)
-    if num_depths and not any(_unwrapped(chunk).mtp_process for chunk in chunks):
+    if num_depths and not any(unwrap(chunk).mtp_process for chunk in chunks):
         logger.debug("this rank holds no MTP layer", extra={"all_ranks": True})
     engine = Engine(
         chunks=chunks,
@@ -158,9 +159,3 @@ def router_loss_names(cfg: ConfigContainer) -> tuple[str, ...]:
     if model.num_moe_experts and model.moe_z_loss_coeff:
         names.append("z_loss")
     return tuple(names)
-
-
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(module, "module"):
-        module = module.module
-    return module

@@ -74,15 +74,19 @@ class Engine:
             batch: this rank's part of the global batch.
             loss_factor: lambda at this step.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        figures = self._run(batch, loss_factor, forward_only=False)
+        figures = self.forward_backward(batch, loss_factor)
         if figures.has_nan:
             return figures
         updated, grad_norm, num_zeros = self.optimizer.step()
         norm = None if grad_norm is None else float(grad_norm)
         return replace(figures, updated=bool(updated), grad_norm=norm, num_zeros=num_zeros)
+
+    def forward_backward(self, batch: GlobalBatch, loss_factor: float) -> StepResult:
+        """Leaves the gradients of the total, reduced over all ranks, in the gradient buffers."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batch, loss_factor, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batch: GlobalBatch, loss_factor: float) -> StepResult:
@@ -155,7 +159,11 @@ class Engine:
             return {}
         recorded = router_losses(self.num_layers + self.num_depths)
         ranks = self.groups.tp_dp_cp.size()
-        divisors = {"seq_load_balancing_loss": self.groups.dp.size(), "load_balancing_loss": self.groups.dp.size(), "z_loss": ranks}
+        divisors = {
+            "seq_load_balancing_loss": self.groups.dp.size(),
+            "load_balancing_loss": self.groups.dp.size(),
+            "z_loss": ranks,
+        }
         totals = torch.zeros(len(divisors), dtype=torch.float64, device=self.device)
         for row, name in enumerate(divisors):
             if name in recorded:

@@ -1,0 +1,141 @@
+"""The parameters of a chunk as parts of whole tensors: key, global shape, offset, and a view of the local part.
+
+Megatron-Core's sharded state dict knows this for every parallelism; initial weights and the comparison of gradients between
+layouts are built on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+
+def sharded_tensors(chunk: nn.Module) -> list[ShardedTensor]:
+    """Every tensor of a chunk, sorted by key and offset; fused ones (gate and up projection) are taken apart."""
+    found: list[ShardedTensor] = []
+    pending: list[object] = [chunk.sharded_state_dict()]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+        elif isinstance(item, ShardedTensorFactory):
+            pending.append(item.build())
+        elif isinstance(item, ShardedTensor) and item.data is not None:
+            found.append(item)
+    return sorted(found, key=lambda shard: (shard.key, shard.global_offset))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a whole tensor, held by some rank.
+
+    `name` is the key, with the index on prepended axes (layer, expert) behind an @: "decoder.layers.mlp.linear_fc1.weight@3".
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: Tensor
+
+    @classmethod
+    def of(cls, shard: ShardedTensor) -> Part:
+        """A copy of the shard on the CPU."""
+        lead = shard.prepend_axis_num
+        index = ",".join(map(str, shard.global_offset[:lead]))
+        return cls(
+            f"{shard.key}@{index}" if lead else shard.key,
+            tuple(shard.global_shape[lead:]),
+            tuple(shard.global_offset[lead:]),
+            shard.data.detach().cpu().clone(),
+        )
+
+
+def parameter_parts(chunks: list[nn.Module]) -> list[Part]:
+    """This rank's parts of all parameters and buffers."""
+    return [Part.of(shard) for chunk in chunks for shard in sharded_tensors(unwrap(chunk))]
+
+
+def gradient_parts(chunks: list[nn.Module]) -> list[Part]:
+    """This rank's parts of all reduced gradients; call it after the gradients were finalized, before the update."""
+    parts = []
+    for chunk in chunks:
+        _gather_sharded_gradients(chunk)
+        with _gradients_in_place_of_weights(chunk) as names:
+            model = unwrap(chunk)
+            pointers = {parameter.data.untyped_storage().data_ptr() for parameter in names}
+            shards = sharded_tensors(model)
+            parts += [Part.of(s) for s in shards if s.data.untyped_storage().data_ptr() in pointers]
+    return parts
+
+
+@contextmanager
+def _gradients_in_place_of_weights(chunk: nn.Module) -> Iterator[list[nn.Parameter]]:
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+    weights = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        # A storage of its own for each, so that the tensors of the state dict can be told from weights and buffers.
+        parameter.data = parameter.main_grad.detach().to(parameter.dtype).clone()
+    try:
+        yield parameters
+    finally:
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.data = weight
+
+
+def _gather_sharded_gradients(chunk: nn.Module) -> None:
+    """With the distributed optimizer a rank holds the reduced gradients of its shard only; this fetches the others'."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            shard = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
+
+
+def whole_tensors(parts: list[Part]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Puts parts from all ranks together.
+
+    Returns:
+        name -> whole tensor, and name -> largest difference between two copies of the same part (0 where all agree).
+
+    Raises:
+        ValueError: a whole tensor has a hole.
+    """
+    whole: dict[str, Tensor] = {}
+    filled: dict[str, Tensor] = {}
+    spread: dict[str, float] = {}
+    for part in parts:
+        target = whole.setdefault(part.name, torch.zeros(part.global_shape, dtype=part.data.dtype))
+        seen = filled.setdefault(part.name, torch.zeros(part.global_shape, dtype=torch.bool))
+        box = tuple(slice(o, o + n) for o, n in zip(part.offset, part.data.shape, strict=True))
+        difference = (target[box] - part.data).abs()[seen[box]]
+        spread[part.name] = max(spread.get(part.name, 0.0), float(difference.max()) if difference.numel() else 0.0)
+        target[box] = part.data
+        seen[box] = True
+    holes = [key for key, seen in filled.items() if not seen.all()]
+    if holes:
+        raise ValueError(f"no rank holds some part of {', '.join(holes)}")
+    return whole, spread
+
+
+def gather_parts(parts: list[Part]) -> list[Part] | None:
+    """All ranks' parts on rank 0, in order of rank; None elsewhere."""
+    gathered: list[list[Part]] | None = [[] for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather_object(parts, gathered)
+    return None if gathered is None else [part for rank_parts in gathered for part in rank_parts]
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model inside DDP and mixed-precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
