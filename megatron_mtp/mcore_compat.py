@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
@@ -28,7 +31,11 @@ def quiet_known_notices() -> None:
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    for message in (".*Apex is not installed.*", ".*[Tt]ransformer [Ee]ngine.*not installed.*", ".*nvidia-resiliency-ext.*"):
+    for message in (
+        ".*Apex is not installed.*",
+        ".*[Tt]ransformer [Ee]ngine.*not installed.*",
+        ".*nvidia-resiliency-ext.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -67,7 +74,8 @@ def init_model_parallel(
         get_embedding_ranks=embedding_ranks,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
         # With gloo as the default backend these would be second copies of the same groups.
-        create_gloo_process_groups=torch.distributed.get_backend() != "gloo" and "fake" not in torch.distributed.get_backend(),
+        create_gloo_process_groups=torch.distributed.get_backend() != "gloo"
+        and "fake" not in torch.distributed.get_backend(),
     )
     return ProcessGroupCollection.use_mpu_process_groups()
 
@@ -93,3 +101,81 @@ def router_losses(num_layers: int) -> dict[str, torch.Tensor]:
     return {name: values[:num_layers] for name, values in recorded.items()}
 
 
+class TorchAdamDistributedOptimizer(DistributedOptimizer):
+    """The distributed optimizer over torch's Adam, made fit for checkpoints.
+
+    torch keeps a `step` tensor for each parameter, which Megatron-Core's save and load do not expect.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """As upstream; a rank whose shard holds no parameter has no step, which upstream's assertion forgets."""
+        if self.optimizer.state:
+            return super().state_dict()
+        groups = self.optimizer.state_dict()["param_groups"]
+        groups = [{k: v for k, v in group.items() if k != "params"} | {"step": 0.0} for group in groups]
+        scaler = {"grad_scaler": self.grad_scaler.state_dict()} if self.grad_scaler else {}
+        return {"optimizer": {"param_groups": groups}, **scaler}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As upstream, which gives all parameters one shared step tensor: Adam would count it up once for each."""
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        # Upstream looks every tensor of the state up in `tensors`; `step` is restored by load_state_dict.
+        super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
+
+
+def single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers a chain is made of, without those that hold no parameter on this rank, each fit for checkpoints."""
+    chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    singles = [single for single in chain if not getattr(single, "is_stub_optimizer", False)]
+    for single in singles:
+        if type(single) is DistributedOptimizer and not HAVE_APEX_OR_TE:
+            single.__class__ = TorchAdamDistributedOptimizer
+    return singles
+
+
+def initialize_optimizer_state(single: MegatronOptimizer) -> None:
+    """Gives torch's Adam and SGD the state that they would make at their first step, where it is missing.
+
+    Loading needs the tensors to load into, and a save before the first step needs them to be there. Upstream's own
+    hooks leave out `step` and have nothing for SGD.
+    """
+    inner = single.optimizer
+    if isinstance(inner, torch.optim.Adam):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    on_device = group.get("capturable") or group.get("fused")
+                    inner.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+    elif isinstance(inner, torch.optim.SGD):
+        single.init_state_fn = lambda *_: None
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if group["momentum"] and inner.state[parameter].get("momentum_buffer") is None:
+                    inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    else:
+        single.init_state_fn(inner, single.config)
+
+
+def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[torch.nn.Module]) -> None:
+    """Makes the model's weights what the fp32 master weights say, on every data-parallel rank."""
+    for single in singles:
+        if isinstance(single, DistributedOptimizer):
+            single._copy_main_params_to_model_params()
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
+
+
+def to_torch_items(sharded_state_dict: ShardedStateDict) -> dict[str, Any]:
+    """What this rank writes: the shards of which it is the main replica, by key, in the form torch's checkpoints take."""
+    by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
+        sharded_state_dict, keep_only_main_replica=True
+    )
+    return torch_dist.mcore_to_pyt_state_dict(by_key, is_loading=False)

@@ -1,0 +1,77 @@
+"""Looks through the pickled parts of a checkpoint before anything loads them: a checkpoint made by an enemy runs no code.
+
+Checksums do not help here, an enemy computes them as well. Megatron-Core and torch unpickle the metadata and every
+stored object without limits, so each is read once by a reader that knows a few harmless names only.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from megatron_mtp.errors import CheckpointError
+
+METADATA_NAME = ".metadata"
+
+_ALLOWED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """The metadata of a checkpoint, after a look through it and through every object it points to.
+
+    Raises:
+        CheckpointError: something that does not belong into a checkpoint.
+    """
+    path = directory / METADATA_NAME
+    try:
+        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
+        objects = {key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
+        places = [(index.fqn, info) for index, info in metadata.storage_data.items()]
+        for _, info in places:
+            if Path(info.relative_path).name != info.relative_path or getattr(info, "transform_descriptors", None):
+                raise ValueError(f"it leads to {info.relative_path!r}")
+    except Exception as error:
+        raise CheckpointError(f"{path}: is not a checkpoint's metadata ({error}).") from error
+    for key, info in places:
+        if key in objects:
+            _look_through(directory / info.relative_path, key, info.offset, info.length)
+    return metadata
+
+
+def _look_through(path: Path, key: str, offset: int, length: int) -> None:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            torch.load(io.BytesIO(stream.read(length)), weights_only=True, map_location="cpu")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: the object {key!r} is not plain data ({reason}).") from error

@@ -1,0 +1,210 @@
+"""Writes one rank's shards to one file in torch's distributed checkpoint format, planned by Megatron-Core.
+
+Megatron-Core's own writer starts a multiprocessing Manager, which imports the entry script again and hangs where that
+script has no `__main__` guard; and when rank 0 cannot write the metadata, its other ranks wait for ever. Here the plan is
+Megatron-Core's, each rank writes in a thread of its own, and nothing that can fail on one rank alone stands between
+collectives. Checkpoints are read back by Megatron-Core's loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_mtp.checkpoint.directory import write_durably
+from megatron_mtp.checkpoint.manifest import FileEntry, describe_file
+from megatron_mtp.mcore_compat import to_torch_items
+
+Payload = torch.Tensor | io.BytesIO
+
+
+@dataclass(slots=True)
+class RankFile:
+    """What one rank writes, and on rank 0 the metadata of all ranks, whose places in the files are filled in later."""
+
+    items: list[tuple[WriteItem, Payload]]
+    metadata: Metadata | None
+    finalize_fns: list[Callable[[], None]] = field(default_factory=list)
+    """Megatron-Core appends to it; not called, rank 0 does that work in `write_metadata`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of one rank's file; `error` None: it is on the disk. A rank without main replicas writes none."""
+
+    results: list[WriteResult]
+    entry: FileEntry | None
+    error: str | None = None
+
+
+class PlanOnly(TorchDistSaveShardedStrategy):
+    """Megatron-Core's save strategy up to the point where bytes would be written."""
+
+    def async_save(
+        self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, async_strategy: str = ""
+    ) -> RankFile:
+        """Plans on all ranks together.
+
+        Raises:
+            RuntimeError: on all ranks, if rank 0 cannot join the plans.
+        """
+        planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        is_first = dist.get_rank() == 0
+        planner.set_up_planner(to_torch_items(sharded_state_dict), is_coordinator=is_first)
+        local = planner.create_local_plan()
+        plans: list[Any] | None = [None] * dist.get_world_size() if is_first else None
+        dist.gather_object(local, plans, dst=0)
+        metadata, error = None, None
+        if is_first:
+            try:
+                metadata = planner.create_global_plan(plans)[1]
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {failure}"
+        if error := agree(error):
+            raise RuntimeError(f"the ranks' shards do not fit together: {error}")
+        plan = planner.finish_plan(local)
+        return RankFile([(item, planner.resolve_data(item)) for item in plan.items], metadata)
+
+
+def plan_save(state: ShardedStateDict, directory: Path) -> RankFile:
+    """What this rank has to write; payloads are views of live tensors. A collective."""
+    return dist_checkpointing.save(state, str(directory), PlanOnly(), async_sharded_save=True, async_strategy="mcore")
+
+
+def snapshot(file: RankFile, live_storages: set[int]) -> None:
+    """Copies every payload whose memory training goes on writing to; afterwards the file may be written at leisure."""
+    file.items = [
+        (item, _copied(payload, live_storages) if isinstance(payload, torch.Tensor) else payload)
+        for item, payload in file.items
+    ]
+
+
+def _copied(tensor: torch.Tensor, live_storages: set[int]) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        return tensor.to("cpu")
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in live_storages else tensor
+
+
+def write(file: RankFile, directory: Path, rank: int) -> Written:
+    """Writes and syncs this rank's file. Never raises: the other ranks wait for the outcome."""
+    if not file.items:
+        return Written([], None)
+    path = directory / f"__{rank}_0.distcp"
+    try:
+        with path.open("wb") as raw:
+            stream = _HashedStream(raw)
+            results = [_write_item(stream, path.name, item, payload) for item, payload in file.items]
+            raw.flush()
+            os.fsync(raw.fileno())
+        size = path.stat().st_size
+        if size != stream.position:
+            raise OSError(f"{size} of {stream.position} bytes arrived")
+        return Written(results, FileEntry(path.name, size, stream.digest.hexdigest()))
+    except Exception as error:
+        return Written([], None, f"rank {rank}, {path}: {describe_error(error)}")
+
+
+def _write_item(stream: _HashedStream, file_name: str, item: WriteItem, payload: Payload) -> WriteResult:
+    start = stream.position
+    if isinstance(payload, io.BytesIO):
+        stream.write(payload.getbuffer())
+    else:
+        tensor = payload.detach().to("cpu")
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save writes the whole storage behind a view
+        torch.save(tensor, stream)
+    length = stream.position - start
+    return WriteResult(item.index, length, _StorageInfo(file_name, start, length))
+
+
+class _HashedStream:
+    """Counts and hashes what passes through, so that the manifest tells what was meant, not what arrived."""
+
+    def __init__(self, raw: io.BufferedWriter):
+        self.raw, self.position, self.digest = raw, 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        size = self.raw.write(data)
+        self.position += size
+        return size
+
+    def flush(self) -> None:
+        self.raw.flush()
+
+
+def write_metadata(directory: Path, metadata: Metadata, written: list[Written]) -> list[FileEntry]:
+    """Writes what tells a loader where each shard lies; rank 0 only.
+
+    Args:
+        written: of every rank.
+
+    Raises:
+        OSError: the disk refused, or a rank's file is not where rank 0 looks.
+    """
+    for entry in (one.entry for one in written if one.entry):
+        if not (directory / entry.name).exists():
+            raise OSError(f"{directory / entry.name} was written but is not here: ranks must share the file system")
+    metadata.version = CURRENT_DCP_VERSION
+    metadata.storage_meta = StorageMeta()
+    metadata.storage_data = {result.index: result.storage_data for one in written for result in one.results}
+    write_durably(directory / ".metadata", pickle.dumps(metadata))
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    return [describe_file(directory / name) for name in (".metadata", "metadata.json")]
+
+
+class BackgroundWrite:
+    """`write` in a thread. The thread dies with the process: a file that is not finished is in no manifest."""
+
+    def __init__(self, file: RankFile, directory: Path, rank: int):
+        self._written: Written | None = None
+
+        def work() -> None:
+            self._written = write(file, directory, rank)
+            file.items.clear()  # frees the snapshot as soon as it is on the disk
+
+        self._thread = threading.Thread(target=work, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` returns at once."""
+        return not self._thread.is_alive()
+
+    def result(self) -> Written:
+        """Waits for the outcome."""
+        self._thread.join()
+        return self._written or Written([], None, "the writing thread died")
+
+
+def agree(error: str | None) -> str | None:
+    """Rank 0's error on every rank. A collective."""
+    verdict = [error]
+    dist.broadcast_object_list(verdict, src=0)
+    return verdict[0]
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in a few words; the operating system's for an OSError."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"

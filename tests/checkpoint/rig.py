@@ -1,0 +1,192 @@
+"""A tiny model with its optimizer on the ranks of a pool, and steps whose gradients no layout can change.
+
+A gradient is drawn from (step, parameter name, place in the whole tensor), so after a load at another layout the next
+step must give bit-equal weights: any difference is the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mtp import mcore_compat
+from megatron_mtp.checkpoint import Checkpointer
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.model.build import build_model
+from megatron_mtp.model.sharded import _gradients_in_place_of_weights, gather_parts, parameter_parts, sharded_tensors, unwrap, whole_tensors
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.training import schedules
+from megatron_mtp.training.optimizer import build_optimizer, wrap_model
+from megatron_mtp.training.setup import embedding_stages
+from megatron_mtp.training.state import TrainState
+
+DENSE = {"model.share_embeddings_and_output_weights": False}
+TIED = {"model.share_embeddings_and_output_weights": True}
+MOE = {
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 16,
+    "model.moe_layer_freq": [0, 0, 1, 1],  # at PP=2 the first stage has no experts,
+    "model.moe_shared_expert_intermediate_size": 16,
+    "model.moe_router_score_function": "sigmoid",
+    "model.moe_router_enable_expert_bias": True,
+}
+TP2 = {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True}
+PP2 = {"model.pipeline_model_parallel_size": 2}
+VP2 = {**PP2, "model.virtual_pipeline_model_parallel_size": 2}
+EP2 = {"model.expert_model_parallel_size": 2, "model.expert_tensor_parallel_size": 1}
+CP2 = {"model.context_parallel_size": 2}
+DP = {}
+
+
+def make_config(values: dict[str, Any], world_size: int, directory: str | None = None) -> ConfigContainer:
+    """A finalized config of a model that takes milliseconds; `directory` is both save and load."""
+    cfg = ConfigContainer()
+    base = {
+        "model.num_layers": 4,
+        "model.hidden_size": 32,
+        "model.ffn_hidden_size": 48,
+        "model.num_attention_heads": 4,
+        "model.num_query_groups": 2,
+        "model.seq_length": 16,
+        "model.vocab_size": 100,
+        "model.make_vocab_size_divisible_by": 8,
+        "model.mtp_num_layers": 2,
+        "precision.dtype": "fp32",
+        "optimizer.lr": 1e-2,
+        "optimizer.min_lr": 1e-3,
+        "optimizer.clip_grad": 0.0,  # a norm is summed in an order that the layout sets
+        "scheduler.lr_warmup_iters": 2,
+        "train.train_iters": 20,
+        "train.global_batch_size": 8,
+        "checkpoint.save": directory,
+        "checkpoint.load": directory,
+        "dataset.mock": True,
+    }
+    for path, value in {**base, **values}.items():
+        section, name = path.split(".")
+        setattr(getattr(cfg, section), name, value)
+    cfg.finalize(world_size)
+    return cfg
+
+
+@dataclass(slots=True)
+class Rig:
+    """One rank's model, optimizer and checkpointer."""
+
+    cfg: ConfigContainer
+    chunks: list
+    optimizer: Any
+    checkpointer: Checkpointer
+    state: TrainState
+
+    def steps(self, count: int) -> None:
+        """Updates with drawn gradients and the schedule's rates."""
+        lr, wd = schedules.learning_rate(self.cfg), schedules.weight_decay(self.cfg)
+        for _ in range(count):
+            schedules.apply(self.optimizer, lr, wd, self.state.consumed_samples)
+            for chunk in self.chunks:
+                draw_gradients(chunk, self.state.iteration)
+            updated, _, _ = self.optimizer.step()
+            assert updated
+            self.state.advance(self.cfg.train.global_batch_size, self.cfg.model.seq_length)
+
+    def save(self) -> None:
+        self.checkpointer.save(self.chunks, self.optimizer, self.state, "test")
+
+    def resume(self) -> bool:
+        return self.checkpointer.resume(self.chunks, self.optimizer, self.state)
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """Whole tensors on rank 0, after a check that all copies agree; padding of the vocabulary is cut off."""
+        parts = gather_parts(parameter_parts(self.chunks))
+        if parts is None:
+            return None
+        whole, spread = whole_tensors(parts)
+        assert not any(spread.values()), f"replicas differ: {spread}"
+        rows = self.cfg.model.vocab_size
+        return {k: v[:rows] if "word_embeddings" in k or "output_layer" in k else v for k, v in whole.items()}
+
+
+@torch.no_grad()
+def draw_gradients(chunk: Any, step: int) -> None:
+    """Fills every gradient, and every buffer, of a chunk from (step, name, place)."""
+    model = unwrap(chunk)
+    with _gradients_in_place_of_weights(chunk) as parameters:
+        for shard in sharded_tensors(model):
+            if not shard.data.is_floating_point():
+                continue
+            shard.data.copy_(_draw(shard, step))
+        drawn = [parameter.data for parameter in parameters]
+    for parameter, gradient in zip(parameters, drawn, strict=True):
+        parameter.main_grad.copy_(gradient)
+
+
+def _draw(shard: Any, step: int) -> torch.Tensor:
+    lead = shard.prepend_axis_num
+    text = f"{step}|{shard.key}|{tuple(shard.global_offset[:lead])}"
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    shape = list(shard.global_shape[lead:])
+    if "word_embeddings" in shard.key or "output_layer" in shard.key:
+        shape[0] = 256  # the padded vocabulary depends on TP
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    box = tuple(slice(o, o + n) for o, n in zip(shard.global_offset[lead:], shard.local_shape, strict=True))
+    return whole[box].reshape(shard.data.shape)
+
+
+@contextmanager
+def rig(cfg: ConfigContainer) -> Iterator[Rig]:
+    """Builds everything on the ranks of a pool, and forgets it afterwards."""
+    mcore_compat.quiet_known_notices()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    model = cfg.model
+    groups = mcore_compat.init_model_parallel(
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        vp=model.virtual_pipeline_model_parallel_size,
+        cp=model.context_parallel_size,
+        ep=model.expert_model_parallel_size,
+        etp=model.expert_tensor_parallel_size,
+        embedding_stages=embedding_stages(PipelineLayout.from_config(model), model.share_embeddings_and_output_weights),
+    )
+    try:
+        mcore_compat.seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
+        device = torch.device("cpu")
+        chunks = wrap_model(cfg, build_model(cfg, groups, device), groups, device)
+        optimizer = build_optimizer(cfg, chunks, groups)
+        yield Rig(cfg, chunks, optimizer, Checkpointer(cfg, groups), TrainState())
+    finally:
+        dist.barrier()
+        mcore_compat.destroy_model_parallel()
+
+
+def trained(values: dict[str, Any], steps: int, directory: str | None = None, save_at: int | None = None) -> Any:
+    """Trains from scratch, saves on the way, and returns the weights (rank 0)."""
+    with rig(make_config(values, dist.get_world_size(), directory)) as run:
+        if save_at is not None:
+            run.steps(save_at)
+            run.save()
+            run.checkpointer.maybe_finalize(blocking=True)
+        run.steps(steps - run.state.iteration)
+        return run.weights()
+
+
+def resumed(values: dict[str, Any], steps: int, directory: str) -> Any:
+    """Resumes, trains up to `steps` in all, and returns (iteration it resumed from, weights)."""
+    with rig(make_config(values, dist.get_world_size(), directory)) as run:
+        assert run.resume()
+        start = run.state.iteration
+        run.steps(steps - start)
+        return start, run.weights()
+
+
+def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference of each parameter that is not bit-equal."""
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+    return {k: float((left[k] - right[k]).abs().max()) for k in left if not torch.equal(left[k], right[k])}
