@@ -1,0 +1,70 @@
+"""Floating-point operations of training, in Megatron's convention. Pure arithmetic.
+
+A multiply-add counts as two; the backward pass as twice the forward pass; causal attention as half the square; routers,
+softmax, norms of the trunk and recomputation are not counted. With the trunk frozen its backward pass is not counted
+either, and neither are the weight gradients of a head that MTP losses do not reach.
+
+Source: megatron.training 0.19.2, training.py `num_floating_point_operations`; compared with it in tests.
+"""
+
+from __future__ import annotations
+
+from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.parallel.params import moe_pattern, padded_vocab_size
+
+
+def train_flops_per_token(model: ModelConfig) -> float:
+    """Forward and backward operations for one token of a full sample, MTP layers and all heads included.
+
+    Args:
+        model: finalized, with a known vocabulary size.
+
+    Returns:
+        Operations; times global_batch_size * seq_length they make one step.
+    """
+    depths = model.mtp_num_layers or 0
+    trunk_passes = 1 if model.mtp_freeze_trunk else 3
+    head_is_reached = not (model.mtp_freeze_trunk or model.mtp_detach_heads)
+    logits = forward_flops_logits(model)
+    kinds = moe_pattern(model)
+    total = trunk_passes * (sum(forward_flops_layer(model, is_moe) for is_moe in kinds) + logits)
+    total += depths * 3 * forward_flops_mtp(model)
+    return total + depths * (3 if head_is_reached else 2) * logits
+
+
+def forward_flops_layer(model: ModelConfig, is_moe: bool) -> float:
+    """One decoder layer for one token, attention over its whole causal past on average."""
+    attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
+    matrices = 3 if model.gated_linear_unit else 2
+    if is_moe:
+        width = model.moe_ffn_hidden_size * model.moe_router_topk + (model.moe_shared_expert_intermediate_size or 0)
+    else:
+        width = model.ffn_hidden_size
+    return attention + 2 * model.hidden_size * width * matrices
+
+
+def forward_flops_mtp(model: ModelConfig) -> float:
+    """One MTP layer for one token, without its pass through the head."""
+    h = model.hidden_size
+    joint = h if model.mtp_variant == "parallel" else 3 * h + 2 * h * h
+    return 2 * joint + forward_flops_layer(model, moe_pattern(model)[-1])
+
+
+def forward_flops_logits(model: ModelConfig) -> float:
+    """One pass of one token through the output head."""
+    return 2 * model.hidden_size * padded_vocab_size(model)
+
+
+def _attention(model: ModelConfig) -> float:
+    h, queries = model.hidden_size, model.kv_channels * model.num_attention_heads
+    keys_values = 2 * model.kv_channels * model.num_query_groups
+    return 2 * (h * (queries + keys_values) + queries * h) + 2 * model.seq_length * queries
+
+
+def _latent_attention(model: ModelConfig) -> float:
+    h, n, s = model.hidden_size, model.num_attention_heads, model.seq_length
+    head = model.qk_head_dim + model.qk_pos_emb_head_dim
+    queries = h * n * head if model.q_lora_rank is None else model.q_lora_rank * (h + n * head + 1)
+    keys_values = model.kv_lora_rank * (h + n * (model.qk_head_dim + model.v_head_dim) + 1)
+    linear = queries + keys_values + h * model.qk_pos_emb_head_dim + n * model.v_head_dim * h
+    return 2 * linear + s * n * (head + model.v_head_dim)
