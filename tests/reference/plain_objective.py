@@ -83,6 +83,22 @@ class PlainOutput:
     """Trunk layers in order, then MTP depths in order (a repeated layer once for each depth)."""
 
     @property
+    def acceptance(self) -> Tensor:
+        """[5, 1+D] int64, teacher-forced. For each depth, over its valid slots: how many there are; top-1 is the target; top-1 is
+        the main prediction's top-1 for that token, made k slots on; depths 1..k-1 all agreed with the main prediction; and
+        depth k then agrees too."""
+        columns = []
+        agreed = torch.ones_like(self.valid[0])
+        for depth, (valid, labels, top1) in enumerate(zip(self.valid, self.labels, self.top1, strict=True)):
+            main = torch.full_like(top1, -1)  # beyond the sample: valid nowhere
+            main[:, : top1.shape[1] - depth] = self.top1[0][:, depth:]
+            agrees = agreed & (top1 == main)
+            questions = (valid, valid & (top1 == labels), valid & (top1 == main), valid & agreed, valid & agrees)
+            columns.append(torch.stack([answer.sum() for answer in questions]))
+            agreed = agrees
+        return torch.stack(columns, dim=1)
+
+    @property
     def totals(self) -> PlainTotals:
         """As if this micro-batch were the whole global batch."""
         return combine([self])

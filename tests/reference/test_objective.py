@@ -139,3 +139,26 @@ def test_logit_z_loss_is_weighted_as_its_depth():
     without = output.losses[0] + 0.15 * output.losses[1] + 0.075 * output.losses[2]
     expected = without + 0.01 * (squares[0] + 0.15 * squares[1] + 0.075 * squares[2])
     assert output.total.item() == pytest.approx(expected.item(), rel=1e-14)
+
+
+def test_acceptance_equals_loops():
+    # A vocabulary of three, so that top-1 ids agree often by chance.
+    model = PlainMTPModel(PlainConfig(**TINY | {"vocab_size": 3}, num_depths=3), seed=4).double()
+    tokens = torch.randint(0, 3, (3, 13), generator=torch.Generator().manual_seed(6))
+    base_mask = torch.rand(3, 12, generator=torch.Generator().manual_seed(7)) < 0.8
+    output = model(tokens, base_mask)
+    top1 = output.top1.tolist()
+
+    expected = [[0] * 4 for _ in range(5)]
+    for depth in range(4):
+        for row in range(3):
+            for i in range(12 - depth):
+                if not base_mask[row, i + depth]:
+                    continue
+                agrees = [top1[j][row][i] == top1[0][row][i + j] for j in range(depth + 1)]
+                target = tokens[row, i + depth + 1]
+                answers = (True, top1[depth][row][i] == target, agrees[depth], all(agrees[:depth]), all(agrees))
+                for question, answer in enumerate(answers):
+                    expected[question][depth] += int(answer)
+    assert output.acceptance.tolist() == expected
+    assert 0 < expected[4][3] < expected[3][3] < expected[0][3]
