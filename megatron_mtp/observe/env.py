@@ -35,8 +35,8 @@ PREFIXES = (
     "UCX_",
 )
 NAMES = ("LD_PRELOAD", "MEGATRON_MTP_LOG", "PYTHONHASHSEED", "PYTHONOPTIMIZE", "WANDB_MODE")
-# torchrun sets these to coordinate its workers; they change neither results nor speed.
-BOOKKEEPING = ("TORCHELASTIC_",)
+# torchrun and torch set these for themselves; they change neither results nor speed.
+BOOKKEEPING = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
 
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")

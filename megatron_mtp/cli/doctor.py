@@ -1,0 +1,39 @@
+"""`megatron-mtp doctor`."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a report to attach to a bug; it holds no secrets.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine can run, and what to install for more.
+
+    Exit code 1 if nothing can be trained here.
+    """
+    from megatron_mtp.errors import ConfigError
+    from megatron_mtp.tools.doctor import abilities, as_dict, examine, print_table, report_text
+
+    findings = examine()
+    if json:
+        typer.echo(json_format.dumps(as_dict(findings), indent=2))
+    else:
+        print_table(findings)
+    if report:
+        try:
+            report.write_text(report_text(findings), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--report {report}: cannot be written: {error.strerror}. Name a file in a folder of yours."
+            ) from error
+        typer.echo(f"report written to {report}", err=True)
+    if not any(abilities(findings).values()):
+        raise typer.Exit(1)
