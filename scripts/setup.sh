@@ -121,7 +121,8 @@ rm -f "$STAMP"
 "$uv" pip install --python .venv/bin/python -c constraints.txt -b constraints.txt --editable ".[$EXTRAS]" ||
   fail "the packages could not be installed." "uv's message is above. A network failure: run make setup again, what was downloaded is kept."
 
-.venv/bin/python -c 'import megatron_mtp, torch' ||
-  fail "the packages are installed, but torch or the project does not import." "The traceback is above."
+say "trying the imports, and keeping their bytecode: the first time takes a while"
+PYTHONDONTWRITEBYTECODE= .venv/bin/python -W ignore -c 'import megatron_mtp, torch, megatron.core' ||
+  fail "the packages are installed, but torch, Megatron-Core or the project does not import." "The traceback is above."
 fingerprint >"$STAMP"
 say "done. Try: make demo, or .venv/bin/megatron-mtp --help"
