@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +49,11 @@ class Tokenizer(Protocol):
     eod: int
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; nothing is added before or after."""
+        """Ids of each text; nothing is added before or after.
+
+        Raises:
+            ValueError: a text has no ids (null only).
+        """
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -61,7 +66,10 @@ class Tokenizer(Protocol):
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, read by the `tokenizers` library."""
+    """A `tokenizer.json`, read by the `tokenizers` library.
+
+    Names of special tokens that occur in a text are text: no document can end another one early.
+    """
 
     kind = "huggingface"
 
@@ -72,6 +80,7 @@ class HuggingFaceTokenizer:
         content = _read(file)
         try:
             self._fast = Fast.from_str(content.decode())
+            self._fast.encode_special_tokens = True
             self._content = json.dumps(json.loads(content), sort_keys=True)
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"tokenizer {file}: is not a Hugging Face tokenizer.json ({error}).") from error
@@ -193,7 +202,11 @@ class NullTokenizer:
         self.vocab_size, self.eod = vocab_size, vocab_size - 1
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
+        encoded = [[int(word) for word in text.split()] for text in texts]
+        for id_ in chain.from_iterable(encoded):
+            if not 0 <= id_ < self.vocab_size:
+                raise ValueError(f"id {id_} is outside the vocabulary of {self.vocab_size}")
+        return encoded
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
