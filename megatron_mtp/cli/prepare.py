@@ -1,0 +1,88 @@
+"""`megatron-mtp prepare`: JSONL text to Megatron `.bin/.idx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mtp.errors import ConfigError
+
+
+def prepare(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="JSONL files (plain, .gz, .zst) and folders of them.")
+    ],
+    output: Annotated[Path, typer.Option(help="Prefix of the data sets: PREFIX_text_document.bin, .idx and .json.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="bytes, null:VOCAB, a tokenizer.json or its folder, *.model (SentencePiece) or *.tiktoken."),
+    ] = None,
+    shards: Annotated[int, typer.Option(help="Spread the documents over this many data sets, PREFIX_01_... on.")] = 1,
+    shuffle: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Shuffle all documents; the same seed gives the same files.")
+    ] = None,
+    json_key: Annotated[str, typer.Option(help="Field of each line that holds the text.")] = "text",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes, at most one for each file. Default: one for each core.")
+    ] = None,
+    train_tokenizer: Annotated[
+        bool,
+        typer.Option(
+            "--train-tokenizer",
+            help="Train a byte-level BPE on the input first, and write it to --tokenizer (default: tokenizer.json beside PREFIX).",
+        ),
+    ] = False,
+    vocab_size: Annotated[int | None, typer.Option(help="Ids of the tokenizer that is trained.")] = None,
+    append_eod: Annotated[bool, typer.Option(help="End each document with the end-of-document id.")] = True,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Count malformed lines in place of stopping at the first.")
+    ] = False,
+    memory_mib: Annotated[int, typer.Option(help="About how much memory the shuffle may take.")] = 1024,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies at PREFIX.")] = False,
+) -> None:
+    """Turn JSONL text into training data: tokenize, shuffle, and write Megatron .bin/.idx files.
+
+    Safe to interrupt: run the same command again and it goes on where it was.
+    """
+    from rich.console import Console
+
+    from megatron_mtp.tools.prepare import PrepareOptions
+    from megatron_mtp.tools.prepare import prepare as run
+
+    if train_tokenizer != (vocab_size is not None):
+        raise ConfigError("--train-tokenizer and --vocab-size belong together: give both, or neither.")
+    options = PrepareOptions(
+        tokenizer=tokenizer,
+        shards=shards,
+        shuffle=shuffle,
+        json_key=json_key,
+        append_eod=append_eod,
+        skip_bad_lines=skip_bad_lines,
+        train_vocab_size=vocab_size,
+        memory_mib=memory_mib,
+    )
+    console = Console(stderr=True, highlight=False)
+    try:
+        made = run(inputs, output, options, workers=workers, overwrite=overwrite, show_progress=console.is_terminal)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. What is done is kept in {output}.prepare: run the same command again to go on.")
+        raise typer.Exit(130) from None
+    _report(made)
+
+
+def _report(made) -> None:
+    counts = made.counts
+    if made.was_there:
+        typer.echo("Nothing to do: an earlier run made the same.")
+    typer.echo(
+        f"{counts.documents:,} documents, {counts.tokens:,} tokens, largest id {counts.largest_id} of {made.vocab_size}"
+    )
+    if counts.empty:
+        typer.echo(f"{counts.empty:,} empty documents left out")
+    if counts.skipped:
+        typer.echo(f"{counts.skipped:,} malformed lines skipped, the first: {counts.first_skipped}")
+    typer.echo(f"tokenizer: {made.tokenizer}")
+    for prefix in made.prefixes:
+        typer.echo(prefix)

@@ -1,0 +1,167 @@
+"""Documents from JSONL files: plain, gzip or Zstandard; one JSON object on each line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_mtp.errors import DataError
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+# Text bytes in one byte of the file, to foresee how much memory a shuffle takes; English web text.
+_EXPANSION = {".gz": 3.0, ".zst": 3.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and the line it stands on, counted from 1."""
+
+    line: int
+    text: str
+
+
+def list_inputs(inputs: Sequence[str | os.PathLike]) -> list[Path]:
+    """The JSONL files among `inputs`; folders are searched with their subfolders. Sorted within each folder.
+
+    Raises:
+        DataError: an input does not exist, is no JSONL file, or a folder holds none.
+    """
+    found: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file())
+            if not inside:
+                raise DataError(f"{path}: holds no file that ends in {', '.join(ENDINGS)}.")
+            found += inside
+        elif not path.exists():
+            raise DataError(f"{path}: there is no such file or folder.")
+        elif not path.name.endswith(ENDINGS):
+            raise DataError(f"{path}: is not JSONL; its name must end in {', '.join(ENDINGS)}.")
+        else:
+            found.append(path)
+    doubled = {str(path) for path in found if found.count(path) > 1} if len(set(found)) < len(found) else None
+    if doubled:
+        raise DataError(f"{', '.join(sorted(doubled))}: given twice.")
+    return found
+
+
+def text_bytes(path: Path) -> int:
+    """About how many bytes of text a file holds."""
+    return int(path.stat().st_size * _EXPANSION.get(path.suffix, 1.0))
+
+
+def read_documents(
+    path: Path,
+    key: str = "text",
+    on_bad_line: Callable[[str], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """The texts of a file in order. Blank lines are passed over.
+
+    Args:
+        key: field of each object that holds the text.
+        on_bad_line: told of a line that is not an object with a text; None: such a line is an error.
+        on_progress: told how many bytes of the file have been read since it was last told.
+
+    Raises:
+        DataError: a bad line, named with its number, or a file that cannot be read to its end.
+    """
+    told = 0
+    with path.open("rb") as raw:
+        try:
+            with _decompressed(path, raw) as lines:
+                for number, line in enumerate(lines, 1):
+                    if on_progress and raw.tell() - told > 1 << 20:
+                        on_progress(raw.tell() - told)
+                        told = raw.tell()
+                    if line.isspace():
+                        continue
+                    text, problem = _text_of(line, key)
+                    if problem is None:
+                        yield Document(number, text)
+                    elif on_bad_line is None:
+                        raise DataError(f"{path}:{number}: {problem}. Mend the line, or pass --skip-bad-lines.")
+                    else:
+                        on_bad_line(f"{path}:{number}: {problem}")
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be read to its end ({error}). It is truncated or damaged.") from error
+        if on_progress:
+            on_progress(raw.tell() - told)
+
+
+def _text_of(line: bytes, key: str) -> tuple[str, str | None]:
+    """The text of a line, and what is wrong with it, if anything."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        return "", f"is not JSON ({error})"
+    if not isinstance(value, dict) or key not in value:
+        return "", f"is not an object with the key {key!r} (see --json-key)"
+    if not isinstance(value[key], str):
+        return "", f"its {key!r} is {type(value[key]).__name__}, not a text"
+    return _without_lone_surrogates(value[key]), None
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """JSON may hold halves of surrogate pairs, which no tokenizer takes: they become replacement characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+@contextmanager
+def _decompressed(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
+    if path.suffix == ".gz":
+        with gzip.GzipFile(fileobj=raw) as file:
+            yield io.BufferedReader(file, 1 << 20)
+    elif path.suffix == ".zst":
+        yield io.BufferedReader(_ZstdFile(raw), 1 << 20)
+    else:
+        yield raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompresses frame after frame; unlike zstandard's own stream it notices a file that ends within a frame."""
+
+    def __init__(self, raw: BinaryIO):
+        import zstandard
+
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._rest, self._ready = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready and self._decompress_more():
+            pass
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _decompress_more(self) -> bool:
+        """Decompresses one piece; false at the end of the file."""
+        piece, self._rest = self._rest or self._raw.read(1 << 17), b""
+        if not piece:
+            if self._frame is not None:
+                raise EOFError("the file ends within a Zstandard frame")
+            return False
+        self._frame = self._frame or self._new_frame()
+        try:
+            self._ready = self._frame.decompress(piece)
+        except self._error as error:
+            raise EOFError(str(error)) from error
+        if self._frame.eof:
+            self._frame, self._rest = None, self._frame.unused_data
+        return True

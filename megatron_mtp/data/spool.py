@@ -1,0 +1,163 @@
+"""Tokenized documents on their way to a shuffled data set: written in the order of the input, read back bucket by bucket.
+
+Each input file becomes one spool. Its documents go to buckets at random (or in turn); a bucket of all spools together
+fits in memory, where it is shuffled. A spool is written in runs of bounded size, each sorted by bucket:
+
+    <name>.tokens         the tokens of run 0, bucket 0; run 0, bucket 1; ...; run 1, bucket 0; ...
+    <name>.lengths.npy    int32, tokens of each document in the same order
+    <name>.bounds.npy     int64 [runs, buckets + 1, 2], first document and first token of each bucket in each run
+    <name>.json           counts; written last, so a spool without it is not whole
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mtp.data.files import write_atomically
+from megatron_mtp.data.randomness import derive_key, hash_u64, permute
+
+RUN_TOKENS = 1 << 23  # about 0.3 GB while a run is sorted
+
+
+@dataclass(slots=True)
+class SpoolCounts:
+    """What became of the lines of one input file."""
+
+    documents: int = 0
+    tokens: int = 0
+    largest_id: int = -1
+    empty: int = 0
+    skipped: int = 0
+    first_skipped: str = ""
+
+    def add(self, other: SpoolCounts) -> None:
+        """Adds the counts of another file."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.largest_id = max(self.largest_id, other.largest_id)
+        self.empty += other.empty
+        self.skipped += other.skipped
+        self.first_skipped = self.first_skipped or other.first_skipped
+
+    def skip(self, what: str) -> None:
+        """Counts a malformed line and remembers the first."""
+        self.skipped += 1
+        self.first_skipped = self.first_skipped or what
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Which bucket a document goes to, and the order inside a bucket.
+
+    Args:
+        count: number of buckets.
+        seed: of the shuffle; None: documents go to the buckets in turn and stay in order.
+    """
+
+    count: int
+    seed: int | None
+
+    def of(self, documents: np.ndarray, spool: int) -> np.ndarray:
+        """Buckets, int64 [n], of documents given by their number in a spool."""
+        if self.seed is None:
+            return documents % self.count
+        hashes = hash_u64(documents, derive_key(self.seed, "bucket", spool))
+        return (hashes % np.uint64(self.count)).astype(np.int64)
+
+    def order(self, bucket: int, num_documents: int) -> np.ndarray:
+        """Order, int64 [n], in which the documents of a bucket are written."""
+        index = np.arange(num_documents)
+        if self.seed is None or num_documents == 0:
+            return index
+        return permute(index, num_documents, derive_key(self.seed, "order", bucket))
+
+
+def regroup(tokens: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Tokens of documents that lie end to end, rearranged into another order of the documents."""
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    moved = lengths[order]
+    shift = begins[order] - (np.cumsum(moved, dtype=np.int64) - moved)
+    return tokens[np.repeat(shift, moved) + np.arange(len(tokens))]
+
+
+class SpoolWriter:
+    """Writes the spool of one input file.
+
+    Args:
+        path: folder and name, without an ending.
+        number: of the input file; decides, with the seed, where its documents go.
+    """
+
+    def __init__(self, path: Path, number: int, buckets: Buckets, dtype: np.dtype, run_tokens: int = RUN_TOKENS):
+        self.path, self.number, self.buckets, self.dtype, self.run_tokens = path, number, buckets, dtype, run_tokens
+        self.counts = SpoolCounts()
+        self._file = path.with_suffix(".tokens").open("wb")
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending_tokens = 0
+        self._lengths: list[np.ndarray] = []
+        self._bounds: list[np.ndarray] = []
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents, given end to end with the number of tokens of each."""
+        self._pending.append((tokens.astype(self.dtype), lengths.astype(np.int32)))
+        self._pending_tokens += len(tokens)
+        if len(tokens):
+            self.counts.largest_id = max(self.counts.largest_id, int(tokens.max()))
+        if self._pending_tokens >= self.run_tokens:
+            self._write_run()
+
+    def close(self) -> SpoolCounts:
+        """Writes what is left and makes the spool whole."""
+        if self._pending:
+            self._write_run()
+        self._file.close()
+        empty = np.zeros((0, self.buckets.count + 1, 2), np.int64)
+        np.save(self.path.with_suffix(".lengths.npy"), np.concatenate([np.empty(0, np.int32), *self._lengths]))
+        np.save(self.path.with_suffix(".bounds.npy"), np.stack(self._bounds) if self._bounds else empty)
+        write_atomically(self.path.with_suffix(".json"), json.dumps(asdict(self.counts)).encode())
+        return self.counts
+
+    def _write_run(self) -> None:
+        tokens, lengths = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+        self._pending, self._pending_tokens = [], 0
+        first, count = self.counts.documents, len(lengths)
+        buckets = self.buckets.of(np.arange(first, first + count), self.number)
+        order = np.argsort(buckets, kind="stable")
+        if self.buckets.count > 1:
+            tokens, lengths = regroup(tokens, lengths, order), lengths[order]
+        documents = np.searchsorted(buckets[order], np.arange(self.buckets.count + 1))
+        token_ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._bounds.append(np.stack([first + documents, self.counts.tokens + token_ends[documents]], axis=1))
+        self._lengths.append(lengths)
+        self._file.write(tokens.data)
+        self.counts.documents += count
+        self.counts.tokens += len(tokens)
+
+
+class Spool:
+    """A whole spool, opened to be read."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.counts = SpoolCounts(**json.loads(path.with_suffix(".json").read_bytes()))
+        self._dtype, self._tokens = dtype, path.with_suffix(".tokens")
+        self._lengths = np.load(path.with_suffix(".lengths.npy"), mmap_mode="r")
+        self._bounds = np.load(path.with_suffix(".bounds.npy"), mmap_mode="r")
+
+    @staticmethod
+    def is_whole(path: Path) -> bool:
+        return path.with_suffix(".json").exists()
+
+    def read(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and lengths of the documents of a bucket, run by run, in the order of the input."""
+        with self._tokens.open("rb") as file:
+            for bounds in self._bounds:
+                (document, token), (document_end, token_end) = bounds[bucket], bounds[bucket + 1]
+                if document_end > document:
+                    file.seek(int(token) * self._dtype.itemsize)
+                    tokens = np.fromfile(file, self._dtype, int(token_end - token))
+                    yield tokens, np.array(self._lengths[document:document_end])
