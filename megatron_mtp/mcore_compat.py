@@ -81,14 +81,21 @@ def init_model_parallel(
 
 
 def destroy_model_parallel() -> None:
-    """Forgets all groups and every global of Megatron-Core that outlives a model."""
+    """Destroys all groups of a layout and every global of Megatron-Core that outlives a model.
+
+    Megatron-Core only forgets its groups. The threads of forgotten gloo groups spin once a peer is gone: a few hundred of them
+    starve a machine on which one process builds layout after layout.
+    """
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()
+    for group in groups:
+        if torch.distributed.is_initialized() and group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            torch.distributed.destroy_process_group(group)
 
 
-def seed_dropout(seed: int, *, pp_rank: int, dp_rank: int = 0) -> None:
-    """Seeds the tensor-parallel random number tracker that dropout draws from."""
-    del dp_rank  # Megatron's convention: data-parallel ranks share the seed, their data differ
+def seed_dropout(seed: int, *, pp_rank: int) -> None:
+    """Seeds the tensor-parallel random number tracker that dropout draws from; data-parallel ranks share the seed."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * pp_rank, force_reset_rng=True)
 
 

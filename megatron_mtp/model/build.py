@@ -15,6 +15,7 @@ from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
 from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
 from megatron_mtp.model.transformer_config import transformer_config
 from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.params import moe_pattern, padded_vocab_size
 
 
 def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: torch.device) -> list[MTPModel]:
@@ -72,12 +73,14 @@ def _build_chunk(
     use_te: bool,
 ) -> MTPModel:
     model = cfg.model
+    is_moe = moe_pattern(model)
+    layers = layout.decoder_layers(pp_rank, vp_stage or 0)
     symbols = layout.chunks[pp_rank][vp_stage or 0]
     layer_class = ParallelMTPLayer if model.mtp_variant == "parallel" else MTPLayer
     return MTPModel(
         config=config,
-        transformer_layer_spec=block_spec(config, layout.decoder_layers(pp_rank, vp_stage or 0), use_te=use_te),
-        vocab_size=padded_vocab_size(cfg),
+        transformer_layer_spec=block_spec(config, [is_moe[layer] for layer in layers], use_te=use_te),
+        vocab_size=padded_vocab_size(model),
         max_sequence_length=model.seq_length,
         pre_process="E" in symbols,
         post_process="L" in symbols,
@@ -87,18 +90,12 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
         rope_scaling_factor=model.rope_scaling_factor,
-        mtp_block_spec=mtp_spec(config, layer_class, use_te=use_te) if "m" in symbols else None,
+        mtp_block_spec=mtp_spec(config, is_moe[-1], layer_class, use_te=use_te) if "m" in symbols else None,
         pg_collection=groups,
         vp_stage=vp_stage,
         hidden_source=model.mtp_hidden_source,
         mtp_variant=model.mtp_variant,
     )
-
-
-def padded_vocab_size(cfg: ConfigContainer) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that every tensor-parallel rank holds the same number."""
-    multiple = cfg.model.make_vocab_size_divisible_by * cfg.model.tensor_model_parallel_size
-    return -(-cfg.model.vocab_size // multiple) * multiple
 
 
 def _freeze_trunk(chunk: nn.Module) -> None:

@@ -28,38 +28,24 @@ def _te_imports() -> bool:
     return HAVE_TE
 
 
-def moe_pattern(config: TransformerConfig) -> list[bool]:
-    """For each decoder layer of the whole model, whether it is a mixture of experts."""
-    if not config.num_moe_experts:
-        return [False] * config.num_layers
-    freq = config.moe_layer_freq
-    if isinstance(freq, int):
-        return [layer % freq == 0 for layer in range(config.num_layers)]
-    return [bool(flag) for flag in freq]
-
-
-def block_spec(config: TransformerConfig, layers: range, *, use_te: bool) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, is_moe: list[bool], *, use_te: bool) -> TransformerBlockSubmodules:
     """The decoder layers of one chunk.
 
     Args:
-        layers: their indices in the whole model, from 0.
+        is_moe: for each of them, whether it is a mixture of experts.
     """
-    pattern = moe_pattern(config)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, pattern[layer], use_te=use_te) for layer in layers],
+        layer_specs=[_layer_spec(config, moe, use_te=use_te) for moe in is_moe],
         layer_norm=_provider(use_te).layer_norm(),
     )
 
 
 def mtp_spec(
-    config: TransformerConfig, layer_class: type[MTPLayer], *, use_te: bool
+    config: TransformerConfig, is_moe: bool, layer_class: type[MTPLayer], *, use_te: bool
 ) -> MultiTokenPredictionBlockSubmodules:
-    """All depths. Their transformer layer is of the kind of the last decoder layer, as released models have it.
-
-    Made apart from the decoder's spec: a standalone MTP stage has no decoder layer to copy.
-    """
+    """All depths, made apart from the decoder's spec: a standalone MTP stage has no decoder layer to copy."""
     layer = get_mtp_layer_spec_for_backend(
-        _layer_spec(config, moe_pattern(config)[-1], use_te=use_te), backend=_provider(use_te)
+        _layer_spec(config, is_moe, use_te=use_te), backend=_provider(use_te)
     )
     layer.module = layer_class
     copies = 1 if config.mtp_use_repeated_layer else config.mtp_num_layers

@@ -21,6 +21,7 @@ from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthHeads
 from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.step import Engine, ForwardStep
@@ -141,8 +142,7 @@ def num_moe_layers(cfg: ConfigContainer) -> int:
     model = cfg.model
     if not model.num_moe_experts:
         return 0
-    freq = model.moe_layer_freq
-    flags = freq if isinstance(freq, list) else [int(layer % freq == 0) for layer in range(model.num_layers)]
+    flags = moe_pattern(model)
     depths = model.mtp_num_layers or 0
     mtp_layers = min(depths, 1) if model.mtp_use_repeated_layer else depths
     return sum(flags) + flags[-1] * mtp_layers
