@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -180,16 +180,24 @@ def _map_random_state() -> None:
         _replace(module, "get_rng_state", get_state)
         _replace(module, "set_rng_state", set_state)
         _replace(module, "manual_seed", lambda seed: torch.default_generator.manual_seed(int(seed)))
-    # _set_cuda_rng_state indexes the generators with current_device() inside _lazy_call. _lazy_call would queue the call
-    # until CUDA starts, that is forever; tensor_parallel/random.py holds it by name.
+    # _set_cuda_rng_state indexes the generators with current_device() inside _lazy_call, which would queue the call until
+    # CUDA starts, that is forever.
     _replace(torch.cuda, "default_generators", _EveryIndex(torch.default_generator))
-    _replace(torch.cuda, "_lazy_call", _call_now)
-    if _MCORE_RANDOM in sys.modules:
-        _replace(sys.modules[_MCORE_RANDOM], "_lazy_call", _call_now)
+    mcore_random = importlib.import_module(_MCORE_RANDOM)
+    _replace(mcore_random, "_lazy_call", _call_now)
+    # CheckpointWithoutOutput (selective recomputation of mla_up_proj, layernorm, moe_act) compiles a C++ extension when it
+    # first runs: two minutes and a compiler, to save one copy.
+    _replace(mcore_random, "_get_share_storage", lambda: _copy_storage)
 
 
 def _call_now(call: Callable[[], None], **kwargs: Any) -> None:
     call()
+
+
+def _copy_storage(to: torch.Tensor, source: torch.Tensor) -> None:
+    storage = source.untyped_storage()
+    to.untyped_storage().resize_(storage.nbytes())
+    to.untyped_storage().copy_(storage)
 
 
 class _EveryIndex:
@@ -247,34 +255,81 @@ def _map_tensor_methods(device: torch.device) -> None:
 
 
 def _map_collectives() -> None:
-    original_all_to_all, original_all_reduce = dist.all_to_all_single, dist.all_reduce
-
     # tensor_parallel/mappings.py (_AllToAll) passes the dispatcher's split sizes, which are tensors unless they had to be
     # copied from a GPU.
-    @functools.wraps(original_all_to_all)
+    _replace(dist, "all_to_all_single", _with_sizes_as_ints(dist.all_to_all_single))
+    # finalize_model_grads.py averages replicated gradients over TP, moe_logging.py its losses. gloo learnt AVG only in
+    # recent torch.
+    _replace(dist, "all_reduce", _with_average(dist.all_reduce))
+    # tensor_parallel/mappings.py gathers and scatters over expert-TP ranks that hold different numbers of tokens
+    # (token_dispatcher.py). gloo wants equal parts, so the parts are padded to the longest.
+    _replace(dist, "all_gather", _with_uneven_parts_gathered(dist.all_gather))
+    _replace(dist, "reduce_scatter", _with_uneven_parts_scattered(dist.reduce_scatter))
+
+
+def _with_sizes_as_ints(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def all_to_all_single(
         output: torch.Tensor, input: torch.Tensor, output_split_sizes=None, input_split_sizes=None, *args, **kwargs
     ) -> Any:
-        return original_all_to_all(
-            output, input, _as_ints(output_split_sizes), _as_ints(input_split_sizes), *args, **kwargs
-        )
+        return original(output, input, _as_ints(output_split_sizes), _as_ints(input_split_sizes), *args, **kwargs)
 
-    # finalize_model_grads.py averages replicated gradients over TP, moe_logging.py its losses. gloo learnt AVG only in
-    # recent torch, so it is a sum and a division here.
-    @functools.wraps(original_all_reduce)
+    return all_to_all_single
+
+
+def _with_average(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM, group=None, async_op: bool = False) -> Any:
         if op != dist.ReduceOp.AVG:
-            return original_all_reduce(tensor, op, group, async_op)
+            return original(tensor, op, group, async_op)
         if async_op:
             raise NotImplementedError(
                 "an asynchronous average has no counterpart on gloo; ddp.average_in_collective=False"
             )
-        original_all_reduce(tensor, dist.ReduceOp.SUM, group)
+        original(tensor, dist.ReduceOp.SUM, group)
         tensor.div_(dist.get_world_size(group))
         return None
 
-    _replace(dist, "all_to_all_single", all_to_all_single)
-    _replace(dist, "all_reduce", all_reduce)
+    return all_reduce
+
+
+def _with_uneven_parts_gathered(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group=None, async_op: bool = False) -> Any:
+        if async_op or _are_even(tensor_list):
+            return original(tensor_list, tensor, group, async_op)
+        longest = max(part.shape[0] for part in tensor_list)
+        padded = [tensor.new_empty(longest, *tensor.shape[1:]) for _ in tensor_list]
+        original(padded, _padded(tensor, longest), group)
+        for part, whole in zip(tensor_list, padded, strict=True):
+            part.copy_(whole[: part.shape[0]])
+        return None
+
+    return all_gather
+
+
+def _with_uneven_parts_scattered(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reduce_scatter(
+        output: torch.Tensor, input_list: list[torch.Tensor], op=dist.ReduceOp.SUM, group=None, async_op: bool = False
+    ) -> Any:
+        if async_op or _are_even(input_list):
+            return original(output, input_list, op, group, async_op)
+        longest = max(part.shape[0] for part in input_list)
+        padded = output.new_empty(longest, *output.shape[1:])
+        original(padded, [_padded(part, longest) for part in input_list], op, group)
+        output.copy_(padded[: output.shape[0]])
+        return None
+
+    return reduce_scatter
+
+
+def _are_even(parts: list[torch.Tensor]) -> bool:
+    return len({part.shape for part in parts}) == 1
+
+
+def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
 
 
 def _as_ints(sizes: Any) -> list[int] | None:

@@ -29,7 +29,9 @@ def meta():
 
 
 def test_uninstall_puts_everything_back():
-    owners = (torch, torch.cuda, torch.cuda.random, torch.Tensor, dist)
+    from megatron.core.tensor_parallel import random
+
+    owners = (torch, torch.cuda, torch.cuda.random, torch.Tensor, dist, random)
     before = [dict(vars(owner)) for owner in owners]
     cpu_facade.install("cpu")
     assert any(dict(vars(owner)) != old for owner, old in zip(owners, before, strict=True))
@@ -110,16 +112,16 @@ def test_default_generators_answer_any_index(cpu):
 
 
 def test_lazy_calls_run_at_once(cpu):
+    from megatron.core.tensor_parallel import random
+
     called = []
-    torch.cuda._lazy_call(lambda: called.append(1))
+    random._lazy_call(lambda: called.append(1))
     assert called == [1]
 
 
 def test_tracker_forks_reproduce_numbers_without_warning(cpu, caplog):
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    cpu_facade.uninstall()  # imported by now: the module holds _lazy_call by name
-    cpu_facade.install("cpu")
     tracker = CudaRNGStatesTracker()
     tracker.add("a", 1)
     tracker.add("b", 2)
@@ -137,6 +139,21 @@ def test_tracker_forks_reproduce_numbers_without_warning(cpu, caplog):
     assert torch.equal(torch.cat([first, second]), expected)
     assert not torch.equal(first, other)
     assert [r.getMessage() for r in caplog.records if r.name.startswith("megatron")] == []
+
+
+def test_outputs_that_were_dropped_come_back_without_a_compiler(cpu, monkeypatch):
+    from megatron.core.tensor_parallel import random
+
+    monkeypatch.setattr(random, "load_inline", None)
+    random.initialize_rng_tracker(force_reset=True)
+    x = torch.linspace(-1, 1, 6, requires_grad=True)
+    checkpoint = random.CheckpointWithoutOutput(fp8=None)
+    hidden = checkpoint.checkpoint(torch.exp, x)
+    out = hidden.square()
+    checkpoint.discard_output_and_register_recompute(out)
+    assert hidden.untyped_storage().nbytes() == 0
+    out.sum().backward()
+    assert torch.allclose(x.grad, 2 * torch.exp(2 * x.detach()))
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,26 @@ def exchange_with_tensor_sizes() -> list[float]:
 
 def test_all_to_all_takes_sizes_as_tensors(pool):
     assert pool.run(exchange_with_tensor_sizes) == [[0.0, 10.0, 11.0, 12.0], [1.0, 2.0]]
+
+
+def gather_uneven() -> list[float]:
+    mine = torch.full((1 + 2 * dist.get_rank(), 1), float(dist.get_rank()))
+    output = torch.full((4, 1), -1.0)
+    dist.all_gather(list(output.split([1, 3])), mine, group=dist.group.WORLD)
+    return output.flatten().tolist()
+
+
+def test_parts_of_different_length_are_gathered(pool):
+    assert pool.run(gather_uneven) == [[0.0, 1.0, 1.0, 1.0]] * 2
+
+
+def scatter_uneven() -> list[float]:
+    rank = dist.get_rank()
+    whole = torch.arange(4.0)[:, None] + 10 * rank
+    output = torch.empty(3 if rank else 1, 1)
+    dist.reduce_scatter(output, list(whole.split([1, 3])), group=dist.group.WORLD)
+    return output.flatten().tolist()
+
+
+def test_parts_of_different_length_are_scattered(pool):
+    assert pool.run(scatter_uneven) == [[10.0], [12.0, 14.0, 16.0]]
