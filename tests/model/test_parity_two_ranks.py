@@ -1,0 +1,81 @@
+"""Two pipeline stages against the plain model in fp64: trunk layers beside the MTP layers, as in the demo, and without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gloo_pool import GlooPool
+from tests.model.comparison import assert_same, assert_same_routing
+from tests.model.parity import Batches, Figures, global_batch, judge, plain_figures, step_figures
+from tests.model.plain_to_config import run_config
+from tests.model.test_parity_one_rank import DENSE, MLA_MOE
+from tests.reference.plain_model import PlainConfig
+
+pytestmark = pytest.mark.dist
+
+# Four trunk layers and two depths on two stages: ttt | tmmL. Two trunk layers: tt | mmL.
+DEEP = replace(DENSE, num_layers=4)
+CASES = {
+    "dense": DEEP,
+    "dense_tied_repeated": replace(DEEP, tied=True, mtp_repeated=True),
+    "parallel_detached_pre_norm": replace(DEEP, mtp_variant="parallel", mtp_detach=True, mtp_hidden="pre_final_norm"),
+    "mla_moe": replace(MLA_MOE, num_layers=4, moe_layers=(False, True, True, True)),
+    "no_trunk_layer_beside_mtp": DENSE,
+    "no_trunk_layer_beside_mtp_tied": replace(MLA_MOE, tied=True),
+}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GlooPool(2) as pool:
+        yield pool
+
+
+def stage_figures(plain: PlainConfig, batches: Batches) -> Figures:
+    """On each rank: the step of its stage."""
+    from megatron_mtp import mcore_compat
+    from megatron_mtp.device.select import pick_device
+    from megatron_mtp.training import setup
+
+    cfg = run_config(plain, batches[0]["tokens"].shape[0], len(batches), pp=2)
+    with mock.patch.object(
+        setup, "init_distributed", lambda config: pick_device(config.device)
+    ):  # the pool has joined already
+        run = setup.setup(cfg)
+    try:
+        return step_figures(run.engine, judge(plain), batches)
+    finally:
+        run.data.close()
+        mcore_compat.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_one_step_equals_the_plain_model(pool, name, documents):
+    plain, batches = CASES[name], global_batch(documents)
+    stages = pool.run(stage_figures, plain, batches)
+    expected = plain_figures(judge(plain), batches)
+
+    assert_same_routing(by_micro_batch([stage.routing_maps for stage in stages], len(batches)), expected.routing_maps)
+    first, last = (stage.gradients for stage in stages)
+    for shared in first.keys() & last.keys():
+        assert torch.equal(first[shared], last[shared]), f"the copies of {shared} on the two stages differ"
+    biases = stages[0].expert_biases | stages[1].expert_biases
+    for stage in stages:  # figures are the same on every rank
+        assert_same(Figures(**vars(stage) | {"gradients": first | last, "expert_biases": biases}), expected)
+
+
+def by_micro_batch(maps_of_stages: list[list[Tensor]], num_micro_batches: int) -> list[Tensor]:
+    """Each stage's router calls in its own order -> micro-batch by micro-batch, through all stages."""
+    per_stage = [len(maps) // num_micro_batches for maps in maps_of_stages]
+    return [
+        maps[index * calls + call]
+        for index in range(num_micro_batches)
+        for maps, calls in zip(maps_of_stages, per_stage, strict=True)
+        for call in range(calls)
+    ]
