@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import zstandard
 from typer.testing import CliRunner
 
 from megatron_mtp.cli.prepare import prepare as prepare_command
@@ -307,3 +308,18 @@ def test_needs_no_torch():
         "assert not {'torch', 'megatron', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_dclm_script_makes_ten_data_sets(tmp_path):
+    (tmp_path / "raw" / "deep").mkdir(parents=True)
+    lines = "".join(json.dumps({"text": f"page {page}", "url": "u"}) + "\n" for page in range(300)).encode()
+    (tmp_path / "raw" / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "raw" / "deep" / "b.jsonl.zst").write_bytes(zstandard.compress(lines))
+    script = Path(__file__).parents[2] / "scripts" / "prepare_dclm.sh"
+    environment = {**os.environ, "MEGATRON_MTP": f"{sys.executable} -m megatron_mtp", "SEED": "7"}
+    arguments = [str(tmp_path / "raw"), str(tmp_path / "out"), "bytes", "--workers", "1"]
+    subprocess.run(["bash", script, *arguments], env=environment, check=True, timeout=120, cwd=script.parents[1])
+    prefixes = [f"{tmp_path}/out/dclm_{shard:02d}_text_document" for shard in range(1, 11)]
+    found = [text for prefix in prefixes for text in documents(prefix)]
+    assert sorted(found) == sorted(f"page {page}" for page in range(300) for _ in range(2))
+    assert subprocess.run(["bash", script], capture_output=True, timeout=60).returncode == 2
