@@ -18,7 +18,7 @@ _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
         "the torch backend needs neither; `megatron-mtp doctor` says what is missing",
     ),
     (
-        r"invalid escape sequence|\"\\.\" is an invalid escape sequence",
+        r"invalid escape sequence",
         SyntaxWarning,
         "docstrings of Megatron-Core, shown once when Python compiles them",
     ),

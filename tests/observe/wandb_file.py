@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,22 @@ def read_history(folder: Path, run_id: str) -> list[dict[str, Any]]:
     Values come back as JSON numbers, or as the strings "NaN" and "Infinity".
     """
     rows = []
-    for path in sorted(folder.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb")):
-        for record in _records(path.read_bytes()):
+    paths = folder.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb")
+    for path in sorted(paths, key=lambda path: path.parent.name):
+        for record in _finished(path):
             if record.HasField("history"):
                 items = record.history.item
                 rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
     return rows
+
+
+def _finished(path: Path, wait_s: float = 30.0) -> list[Any]:
+    """The records of a run, once its last is there: W&B's own process writes on for a moment after `finish` returned."""
+    deadline = time.monotonic() + wait_s
+    while not (records := list(_records(path.read_bytes()))) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{path} was not finished in {wait_s} s"
+        time.sleep(0.05)
+    return records
 
 
 def _records(data: bytes):
@@ -39,6 +50,8 @@ def _records(data: bytes):
         _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
         parts.append(data[position + HEADER : position + HEADER + length])
         position += HEADER + length
+        if position > len(data):
+            return  # still being written
         if kind in (WHOLE, LAST):
             yield Record.FromString(b"".join(parts))
             parts = []
