@@ -122,7 +122,7 @@ rm -f "$STAMP"
   fail "the packages could not be installed." "uv's message is above. A network failure: run make setup again, what was downloaded is kept."
 
 say "trying the imports, and keeping their bytecode: the first time takes a while"
-PYTHONDONTWRITEBYTECODE= .venv/bin/python -W ignore -c 'import megatron_mtp, torch, megatron.core' ||
+PYTHONDONTWRITEBYTECODE= .venv/bin/python -c 'from megatron_mtp.observe.logs import silence_noise; silence_noise(); import torch, megatron.core' ||
   fail "the packages are installed, but torch, Megatron-Core or the project does not import." "The traceback is above."
 fingerprint >"$STAMP"
 say "done. Try: make demo, or .venv/bin/megatron-mtp --help"
