@@ -5,8 +5,6 @@ Everything else takes process groups as arguments.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -21,22 +19,6 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 RANK_ORDER_PP_DP = "tp-cp-ep-pp-dp"
-
-
-def quiet_known_notices() -> None:
-    """Filters notices of Megatron-Core that tell our users nothing they can act on.
-
-    GPTModel announces its successor at every construction (docs/decisions.md says why we use it); the schedules warn
-    about Apex and Transformer Engine being absent, which `doctor` reports with what to do.
-    """
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    for message in (
-        ".*Apex is not installed.*",
-        ".*[Tt]ransformer [Ee]ngine.*not installed.*",
-        ".*nvidia-resiliency-ext.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def init_model_parallel(

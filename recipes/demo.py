@@ -12,7 +12,7 @@ def demo_pretrain_config() -> ConfigContainer:
     It runs on mock data as it is; `make demo` points dataset and tokenizer at real text.
     """
     cfg = small_common()
-    cfg.model.num_layers = 4
+    cfg.model.num_layers = 6
     cfg.model.hidden_size = 128
     cfg.model.ffn_hidden_size = 384
     cfg.model.num_attention_heads = 4
@@ -21,10 +21,12 @@ def demo_pretrain_config() -> ConfigContainer:
     cfg.model.rotary_base = 10000.0
     cfg.model.layernorm_epsilon = 1e-6
     cfg.model.seq_length = 256
-    cfg.model.vocab_size = 2048
+    cfg.model.vocab_size = 1024
     cfg.model.mtp_num_layers = 2
     cfg.model.mtp_loss_scaling_factor = 0.3
     cfg.model.pipeline_model_parallel_size = 2
+    # Two MTP layers and three heads weigh more than an even split by layers would say.
+    cfg.model.pipeline_model_parallel_layout = [5, 1]
     cfg.train.train_iters = 300
     cfg.train.global_batch_size = 16
     cfg.train.micro_batch_size = 4

@@ -124,6 +124,9 @@ def install(target: str | torch.device = "cpu") -> None:
     _map_factories(device)
     _map_tensor_methods(device)
     _map_collectives()
+    # Megatron-Core wraps small functions (router losses, activations) in torch.compile. On a CPU that needs a C++ compiler and
+    # 20 s at the first step, and fused sums round in another order than the plain ones.
+    torch.compiler.set_stance("force_eager")
     logging.getLogger(_MCORE_RANDOM).addFilter(_shared_generator)
 
 
@@ -137,6 +140,7 @@ def uninstall() -> None:
             delattr(owner, name)  # torch.Tensor inherits these from TensorBase
     _undo.clear()
     _target = None
+    torch.compiler.set_stance("default")
     logging.getLogger(_MCORE_RANDOM).removeFilter(_shared_generator)
 
 

@@ -22,10 +22,23 @@ _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
         SyntaxWarning,
         "docstrings of Megatron-Core, shown once when Python compiles them",
     ),
+    (r"full scope is deprecated", UserWarning, "Megatron-Core's own default for CUDA graphs, which are not used"),
+    (r"MimoModelConfig is experimental", UserWarning, "a model of Megatron-Core that is imported but not used"),
+    (
+        r"The \.grad attribute of a Tensor that is not a leaf",
+        UserWarning,
+        "Megatron-Core's optimizer asks shards of parameters for .grad before it looks at .main_grad",
+    ),
 )
 # (logger, lowest level that is shown, why)
 _LOGGERS: tuple[tuple[str, int, str], ...] = (
     ("torch.utils.cpp_extension", logging.ERROR, "says on every machine without a GPU that there is no CUDA runtime"),
+    (
+        "megatron.core.distributed.distributed_data_parallel",
+        logging.ERROR,
+        "says that DDP lays out its buffers itself, which is what we want",
+    ),
+    ("megatron.core.models.gpt.gpt_model", logging.ERROR, "announces its successor for each chunk; docs/decisions.md"),
 )
 
 

@@ -149,7 +149,6 @@ class Trainer:
         if self.run.cfg.checkpoint.save is None or self._saved_at == state.iteration:
             return
         self._call("on_save")
-        state.wandb_run_id = self.recorder.state().get("wandb_run_id", state.wandb_run_id)
         try:
             self.checkpointer.save(self.run.engine.chunks, self.run.engine.optimizer, state, reason)
             self._saved_at = state.iteration

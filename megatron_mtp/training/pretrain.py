@@ -94,6 +94,7 @@ def _train(
         config=to_dict(cfg),
     )
     recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id})
+    state.wandb_run_id = recorder.state().get("wandb_run_id")
     throughput = Throughput.of(cfg, dist.get_world_size(), run.device.name)
     trainer = Trainer(run, state, recorder, checkpointer, list(callbacks), throughput)
     try:

@@ -47,7 +47,6 @@ class Run:
 
 def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
     """Joins the job, makes the process groups of the layout and seeds every random number generator."""
-    mcore_compat.quiet_known_notices()
     device = init_distributed(cfg.dist)
     model = cfg.model
     layout = PipelineLayout.from_config(model)

@@ -207,3 +207,16 @@ def test_meta_context_still_works(meta):
     assert torch.zeros(3).device.type == "cpu"
     assert torch.zeros(3).cuda().device == meta
     assert torch.zeros(3, device="cuda").type() == "torch.cuda.FloatTensor"
+
+
+def test_compiled_functions_run_as_they_are_written(cpu):
+    calls = []
+
+    @torch.compile
+    def double(x: torch.Tensor) -> torch.Tensor:
+        calls.append(type(x))
+        return 2 * x
+
+    for _ in range(3):
+        assert double(torch.ones(2)).tolist() == [2, 2]
+    assert calls == [torch.Tensor] * 3  # compiled, the body would be traced once
