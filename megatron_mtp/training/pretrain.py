@@ -12,6 +12,7 @@ from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict
+from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.device.process_group import env_rank, env_world_size
 from megatron_mtp.observe.logs import setup_logging
@@ -61,6 +62,7 @@ def pretrain(
         ConfigError, DataError, CheckpointError: before anything is written.
     """
     cfg = prepare_config(cfg, env_world_size())
+    check_data(cfg)
     check_run_directory(cfg)
     setup_logging(env_rank())
     try:
