@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_mtp.errors import ConfigError
@@ -31,9 +32,14 @@ def get_recipe(name: str) -> ConfigContainer:
     Raises:
         ConfigError: there is no such recipe; the message names the nearest ones.
     """
+    return recipe_function(name)()
+
+
+def recipe_function(name: str) -> Callable[[], ConfigContainer]:
+    """The function of a recipe; raises as `get_recipe`."""
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
         meant = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"There is no recipe {name!r}.{meant} Known recipes: {', '.join(RECIPES)}.")
     module, function = RECIPES[name].split(":")
-    return getattr(importlib.import_module(f"megatron_mtp.recipes.{module}"), function)()
+    return getattr(importlib.import_module(f"megatron_mtp.recipes.{module}"), function)

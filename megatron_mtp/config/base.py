@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from copy import deepcopy
 from dataclasses import fields
+from functools import cache
 from typing import Any, ClassVar, Self
 
 from megatron_mtp.errors import ConfigError
@@ -19,6 +20,12 @@ RENAMED = {
     "transformer_impl": "model.backend",
     "num_nextn_predict_layers": "model.mtp_num_layers",
 }
+
+
+@cache
+def _names(section: type) -> dict[str, None]:
+    """Field names in order; a dict because every assignment looks one up."""
+    return dict.fromkeys(f.name for f in fields(section))
 
 
 def unknown_field(section: str, name: str, known: list[str]) -> str:
@@ -43,9 +50,9 @@ class Section:
     SECTION: ClassVar[str]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        known = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        known = _names(type(self))
         if name not in known:
-            raise ConfigError(unknown_field(self.SECTION, name, known))
+            raise ConfigError(unknown_field(self.SECTION, name, list(known)))
         if getattr(self, "_frozen", False):
             raise ConfigError(f"{self.SECTION}.{name} = {value!r}: the config is finalized and can no longer change.")
         object.__setattr__(self, name, value)
@@ -53,12 +60,12 @@ class Section:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise AttributeError(unknown_field(self.SECTION, name, [f.name for f in fields(self)]))  # type: ignore[arg-type]
+        raise AttributeError(unknown_field(self.SECTION, name, list(_names(type(self)))))
 
     def freeze(self) -> None:
         """From now on every assignment raises ConfigError, in the sections below too."""
-        for f in fields(self):  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, f.name), Section):
+        for name in _names(type(self)):
+            if isinstance(value := getattr(self, name), Section):
                 value.freeze()
         object.__setattr__(self, "_frozen", True)
 
@@ -69,12 +76,12 @@ class Section:
 
     def copy(self) -> Self:
         """A deep copy that can be changed."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in _names(type(self))}
         return type(self)(**{name: v.copy() if isinstance(v, Section) else deepcopy(v) for name, v in values.items()})
 
     def __reduce__(self) -> tuple:
         # The default protocol would set slots one by one through __setattr__, which refuses `_frozen`.
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in _names(type(self))}
         return _rebuild, (type(self), values, self.is_frozen)
 
 

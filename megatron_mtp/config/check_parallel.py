@@ -196,7 +196,7 @@ def world_problems(cfg: ConfigContainer, world_size: int) -> list[str]:
             f"world size {world_size}: must be a multiple of {need}, from tensor {model.tensor_model_parallel_size} x "
             f"context {model.context_parallel_size} x pipeline {pp}, and for experts "
             f"{model.expert_tensor_parallel_size} x {model.expert_model_parallel_size} x pipeline {pp}. "
-            f"Start a multiple of {need} processes, or lower a parallel size."
+            f"Start a multiple of {need} processes (--nproc {need}, or torchrun), or lower a parallel size."
         ]
     dp = world_size // (model.tensor_model_parallel_size * model.context_parallel_size * pp)
     problems = batch_problems(cfg, dp)

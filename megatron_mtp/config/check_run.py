@@ -69,11 +69,11 @@ def length_problems(cfg: ConfigContainer) -> list[str]:
     lengths = {f"train_{unit}": getattr(train, f"train_{unit}") for unit in UNITS}
     given = {name: value for name, value in lengths.items() if value is not None}
     problems = []
-    if len(given) != 1:
+    if len(given) > 1 or (not given and train.exit_duration_in_mins is None):
         listed = ", ".join(f"train.{name} = {value}" for name, value in given.items()) or "none is set"
         problems.append(
             f"train.train_iters, train.train_samples, train.train_tokens: set exactly one ({listed}). "
-            "Set the others to null."
+            "Set the others to null. Only train.exit_duration_in_mins can stand in for all of them."
         )
     if train.rampup_batch_size is not None:
         problems += _ramp_problems(train.rampup_batch_size, train.global_batch_size)
@@ -112,6 +112,8 @@ def scheduler_problems(cfg: ConfigContainer) -> list[str]:
         if any(getattr(sched, f"lr_warmup_{unit}") for unit in UNITS):
             problems.append("scheduler.lr_warmup_fraction: a warmup length is given too. Set one of them to null or 0.")
     problems += _order_problems(cfg) if len(used) <= 1 else []
+    if cfg.train.exit_duration_in_mins is not None:
+        problems += _length_of_decay_problems(cfg)
     problems += _wsd_problems(cfg)
     problems += _weight_decay_problems(cfg)
     if sched.lr_warmup_init > cfg.optimizer.lr:
@@ -119,6 +121,19 @@ def scheduler_problems(cfg: ConfigContainer) -> list[str]:
             f"scheduler.lr_warmup_init = {sched.lr_warmup_init}: must not be above optimizer.lr = {cfg.optimizer.lr}."
         )
     return problems
+
+
+def _length_of_decay_problems(cfg: ConfigContainer) -> list[str]:
+    sched = cfg.scheduler
+    lengths = [getattr(cfg.train, f"train_{unit}") for unit in UNITS] + [
+        getattr(sched, f"lr_decay_{unit}") for unit in UNITS
+    ]
+    if any(lengths) or (sched.lr_decay_style == "constant" and sched.lr_warmup_fraction is None):
+        return []
+    return [
+        f"scheduler.lr_decay_style = {sched.lr_decay_style!r}: a decay needs a length, and a run that ends by wall-clock time "
+        "has none. Set scheduler.lr_decay_iters (or _samples, _tokens), or use 'constant'."
+    ]
 
 
 def _order_problems(cfg: ConfigContainer) -> list[str]:

@@ -23,8 +23,6 @@ def derive(cfg: ConfigContainer) -> list[str]:
     _derive_vocabulary(cfg)
     if cfg.dataset.seq_length is None:
         cfg.dataset.seq_length = cfg.model.seq_length
-    if cfg.dataset.blend is None and cfg.dataset.blend_per_split is None:
-        cfg.dataset.mock = True
     if cfg.validation.eval_micro_batch_size is None:
         cfg.validation.eval_micro_batch_size = cfg.train.micro_batch_size
     if cfg.validation.eval_global_batch_size is None:

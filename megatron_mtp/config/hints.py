@@ -14,7 +14,7 @@ USUAL_FACTOR = (0.05, 0.3)
 def hints(cfg: ConfigContainer) -> list[str]:
     """Advice on a finalized config, one sentence or two each."""
     found = _mtp_hints(cfg.model) + _layout_hints(cfg.model) + _schedule_hints(cfg)
-    if cfg.dataset.mock:
+    if cfg.dataset.mock or (cfg.dataset.blend is None and cfg.dataset.blend_per_split is None):
         found.append("dataset: mock data is used; set dataset.blend to train on text.")
     if cfg.checkpoint.save is None:
         found.append("checkpoint.save is not set: nothing will be saved.")

@@ -51,10 +51,16 @@ class Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # PyYAML writes these line breaks of Unicode as they are and reads them back as spaces, unless double-quoted
+        style = '"' if any(char in text for char in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
 
 for _tag, _pattern, _first in RESOLVERS:
     for _kind in (Loader, Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+Dumper.add_representer(str, Dumper.represent_text)
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 
@@ -82,6 +88,12 @@ def load_yaml(text: str, origin: str) -> Any:
 def dump_yaml(data: Any) -> str:
     """Writes plain data as YAML, keys in their order."""
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def dump_inline(value: Any) -> str:
+    """Writes one value on one line."""
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _has_interpolation(data: Any) -> bool:

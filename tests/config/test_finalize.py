@@ -48,7 +48,7 @@ def test_derived_values():
     assert model.sequence_parallel is False
     assert cfg.train.train_tokens == 1_500_000
     assert cfg.train.train_iters is None
-    assert (cfg.dataset.seq_length, cfg.dataset.mock, cfg.tokenizer.vocab_size) == (4096, True, 100)
+    assert (cfg.dataset.seq_length, cfg.tokenizer.vocab_size) == (4096, 100)
     assert (cfg.validation.eval_micro_batch_size, cfg.validation.eval_global_batch_size) == (1, 6)
 
 
@@ -117,6 +117,7 @@ BAD = [
     ("tiny_dense", ["model.num_layers=0"], "model.num_layers = 0: must be above 0"),
     ("tiny_dense", ["train.train_samples=5"], "set exactly one"),
     ("tiny_dense", ["train.train_iters=null"], "none is set"),
+    ("tiny_dense", ["train.train_iters=null", "train.exit_duration_in_mins=5"], "a decay needs a length"),
     ("tiny_dense", ["train.train_iters=null", "train.train_tokens=many"], "train.train_tokens = 'many'"),
     ("tiny_dense", ["train.rampup_batch_size=[2, 4, 10]"], "do not reach train.global_batch_size = 8 exactly"),
     ("tiny_dense", ["train.rampup_batch_size=[3, 5, 10]"], "size = 3: must be divisible by train.micro_batch_size"),
@@ -203,6 +204,12 @@ def test_all_problems_at_once_each_once():
         "mcore.foo",
     ):
         assert words in text
+
+
+def test_a_run_may_end_by_wall_clock_time_alone():
+    finalized(
+        "tiny_dense", "train.train_iters=null", "train.exit_duration_in_mins=5", "scheduler.lr_decay_style=constant"
+    )
 
 
 def test_only_refusals_are_unsupported_errors():

@@ -1,0 +1,43 @@
+"""The arguments that choose a config, shared by `show` and `pretrain`: recipe, then files, then section.field=value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import ConfigError
+
+Recipe = Annotated[str, typer.Argument(help="Name of a recipe; `megatron-mtp recipes` lists them.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Changes, such as model.num_layers=8.")
+]
+Files = Annotated[
+    list[Path] | None, typer.Option("--config", metavar="FILE", help="YAML with changes; may be given several times.")
+]
+
+
+def choose_config(recipe: str, files: list[Path] | None, overrides: list[str] | None) -> ConfigContainer:
+    """The unfinalized config; a later source wins.
+
+    Raises:
+        ConfigError: what is wrong in any of the sources.
+    """
+    from megatron_mtp.recipes import get_recipe
+
+    cfg = get_recipe(recipe)
+    problems: list[str] = []
+    if files or overrides:
+        from megatron_mtp.config.overrides import apply_overrides, apply_yaml
+
+        for apply, sources in ((apply_yaml, files or []), (apply_overrides, [overrides] if overrides else [])):
+            for source in sources:
+                try:
+                    apply(cfg, source)
+                except ConfigError as error:
+                    problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return cfg

@@ -1,0 +1,111 @@
+"""From an exception to an exit code and one message, on one rank or on many.
+
+Several ranks meet the same mistake, and when one rank fails the others soon fail because of it. The user should read the
+first cause once: rank 0 speaks; another rank speaks if the mistake is its own. Ranks that `--nproc` started write their
+failure to a file for the parent to choose from; ranks of torchrun leave it in torchrun's store for rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_mtp.errors import ConfigError, MegatronMTPError
+
+FAILURE_DIR = "MEGATRON_MTP_FAILURE_DIR"
+"""Set by `--nproc` for its ranks: the folder for their failure files."""
+STORE_KEY = "megatron_mtp/failure"
+SILENCE_S = 20.0
+"""A rank beside rank 0 waits this long to be ended before it speaks itself."""
+ECHO_WAIT_S = 3.0
+"""Rank 0, hit by another rank's end, waits this long for that rank's reason."""
+ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistNetworkError", "ncclRemoteError")
+"""Texts of failures that another rank's end explains."""
+USER_MISTAKE = 2
+
+
+def exit_code_of(error: Exception) -> int:
+    """Reports an exception that ended a command and returns the exit code.
+
+    A MegatronMTPError is a user's mistake: its text, no traceback, 2. Anything else is raised again for Python to print,
+    unless this rank's parent collects failures or another rank failed first for a reason it left.
+    """
+    rank, is_mistake = int(os.environ.get("RANK", "0")), isinstance(error, MegatronMTPError)
+    if folder := os.environ.get(FAILURE_DIR):
+        text = message(error) if is_mistake else "".join(traceback.format_exception(error))
+        _write_failure(Path(folder), rank, text, is_mistake)
+        return USER_MISTAKE if is_mistake else 1
+    if not is_mistake:
+        if rank == 0 and (cause := _cause_in_store(error)):
+            print(cause, file=sys.stderr, flush=True)
+            return USER_MISTAKE
+        raise error
+    if rank != 0:
+        _let_rank_0_speak(f"[rank {rank}] {message(error)}", isinstance(error, ConfigError))
+    else:
+        print(message(error), file=sys.stderr, flush=True)
+    return USER_MISTAKE
+
+
+def message(error: Exception) -> str:
+    """The text for the user: one line for each problem."""
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    if len(problems) == 1:
+        return f"megatron-mtp: {problems[0]}"
+    return "\n".join([f"megatron-mtp: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+
+
+def _write_failure(folder: Path, rank: int, text: str, is_mistake: bool) -> None:
+    record = {"rank": rank, "time": time.time(), "is_mistake": is_mistake, "text": text}
+    partial = folder / f"rank{rank}.partial"
+    with suppress(OSError):  # the parent falls back to the exit code
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.rename(folder / f"rank{rank}.json")
+
+
+def _let_rank_0_speak(text: str, is_shared: bool) -> None:
+    """Waits until rank 0 has said it and torchrun ends this rank. Speaks if that does not happen.
+
+    Args:
+        is_shared: every rank meets this mistake (it is in the config), so that silence is right on all but rank 0.
+    """
+    if not is_shared and (store := _store()) is not None:
+        with suppress(Exception):
+            store.set(STORE_KEY, text)
+    time.sleep(SILENCE_S)
+    if not is_shared:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _cause_in_store(error: Exception) -> str | None:
+    """What another rank left in the store as the reason of its end, before this rank failed."""
+    is_echo = any(echo in f"{type(error).__name__} {error}" for echo in ECHOES)
+    deadline = time.monotonic() + (ECHO_WAIT_S if is_echo else 0.0)
+    with suppress(Exception):
+        store = _store()
+        while store is not None:
+            if store.check([STORE_KEY]):
+                return store.get(STORE_KEY).decode()
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.1)
+    return None
+
+
+def _store():
+    """torchrun's key-value store; None outside torchrun or before torch was imported."""
+    if "torch.distributed" not in sys.modules or "MASTER_PORT" not in os.environ:
+        return None
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    with suppress(Exception):
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    return None

@@ -1,0 +1,67 @@
+"""The command `megatron-mtp`: argv in, one call out. A command's module is imported only when the command is given."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+
+import typer
+
+from megatron_mtp.cli.failure import exit_code_of
+
+# name -> (module:function, line of the overview)
+COMMANDS = {
+    "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
+    "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints. Opens no data."),
+    "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
+    "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
+    "doctor": ("megatron_mtp.cli.doctor:doctor", "Say what this machine can run."),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command and exits: 0 on success, 2 for a mistake of the user (one message, no traceback)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    try:
+        build_app(chosen)(args=arguments, prog_name="megatron-mtp")
+    except Exception as error:
+        sys.exit(exit_code_of(error))
+
+
+def build_app(chosen: str | None) -> typer.Typer:
+    """The command line, with every command listed and the chosen one imported."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        help="Pretraining with multi-token prediction on Megatron-Core.",
+    )
+    app.callback()(_version)
+    for name, (target, line) in COMMANDS.items():
+        app.command(name, short_help=line)(_load(target) if name == chosen else _unused)
+    return app
+
+
+def _load(target: str) -> Callable:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _unused() -> None:
+    """Stands in the overview for a command that was not given."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from megatron_mtp import __version__
+
+        typer.echo(f"megatron-mtp {__version__}")
+        raise typer.Exit()
+
+
+def _version(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass

@@ -1,0 +1,39 @@
+"""`megatron-mtp pretrain`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.errors import ConfigError
+
+
+def pretrain(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config: Files = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many processes on this machine.")] = None,
+) -> None:
+    """Train a model. Under torchrun it joins the job; otherwise it runs as one process, or as --nproc of them."""
+    cfg = choose_config(recipe, config, overrides)
+    is_rank = "RANK" in os.environ
+    if nproc is not None and is_rank:
+        raise ConfigError(f"--nproc {nproc}: torchrun has started the processes already. Leave --nproc out.")
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank else nproc or 1
+    cfg.copy().finalize(world_size)  # before torch is imported or a process is started
+    if world_size > 1 and not is_rank:
+        from megatron_mtp.cli.launch import launch
+
+        files = [argument for file in config or [] for argument in ("--config", str(file))]
+        command = [sys.executable, "-m", "megatron_mtp", "pretrain", recipe, *files, "--", *(overrides or [])]
+        raise typer.Exit(launch(command, world_size))
+    from megatron_mtp.observe.logs import silence_noise
+
+    silence_noise()  # before the imports that make it
+    from megatron_mtp.training.pretrain import pretrain as train
+
+    train(cfg, recipe=recipe)

@@ -1,0 +1,100 @@
+"""`megatron-mtp show`: the resolved config as YAML that can be used again, with facts and hints as comments."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.config import ConfigContainer
+
+
+def show(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config: Files = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Only what differs from the recipe.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    world_size: Annotated[int | None, typer.Option(help="Also check the sizes for this many processes.")] = None,
+) -> None:
+    """Print the resolved config of a run, with sizes and hints.
+
+    Opens no data and no checkpoint, so a laptop can show the config of a cluster. The output is YAML for --config.
+    """
+    from megatron_mtp.cli.facts import facts
+    from megatron_mtp.config.hints import hints
+    from megatron_mtp.recipes import get_recipe
+
+    cfg = choose_config(recipe, config, overrides).finalize(world_size)
+    changes = differences(get_recipe(recipe).finalize().to_dict(), cfg.to_dict())
+    found, advice = facts(cfg), hints(cfg)
+    if json:
+        data = {"recipe": recipe, **found, "changes": changes, "hints": advice, "config": cfg.to_dict()}
+        typer.echo(json_format.dumps(data, indent=2))
+        return
+    _comment(_summary(recipe, cfg, found))
+    typer.echo(_diff_text(changes) if diff else _config_text(cfg, changes))
+    _comment([f"hint: {hint}" for hint in advice])
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields whose values differ: "section.field" -> {"recipe": ..., "here": ...}."""
+    return {
+        f"{section}.{name}": {"recipe": before[section][name], "here": value}
+        for section, values in after.items()
+        for name, value in values.items()
+        if before[section][name] != value
+    }
+
+
+def _summary(recipe: str, cfg: ConfigContainer, found: dict[str, Any]) -> list[str]:
+    from megatron_mtp.cli.facts import short_count, short_layout, short_parallel
+
+    count = found["parameters"]
+    lines = [recipe]
+    if count is None:
+        lines.append("parameters: not known before the tokenizer is opened; set model.vocab_size to see them")
+    else:
+        lines.append(
+            f"parameters: {short_count(count['main'])} ({short_count(count['main_active'])} active), and MTP layers "
+            f"{short_count(count['mtp'])} ({short_count(count['mtp_active'])} active)"
+        )
+    depths = found["mtp_num_layers"]
+    factor = f", loss factor {found['mtp_loss_scaling_factor']}, {cfg.model.mtp_variant}" if depths else ""
+    lines.append(f"MTP depths: {depths}{factor}")
+    lines.append(f"parallel: {short_parallel(found['parallel'])}; a multiple of {found['processes']} processes")
+    lines.append(f"pipeline stages: {short_layout(found['layout'])}")
+    return lines
+
+
+def _comment(lines: list[str]) -> None:
+    style = {"fg": typer.colors.CYAN} if sys.stdout.isatty() else {}
+    for line in lines:
+        typer.secho(f"# {line}", **style)
+
+
+def _diff_text(changes: dict[str, dict[str, Any]]) -> str:
+    if not changes:
+        return "# nothing differs from the recipe"
+    return "\n".join(f"{path}: {_inline(pair['recipe'])} -> {_inline(pair['here'])}" for path, pair in changes.items())
+
+
+def _config_text(cfg: ConfigContainer, changes: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for section, values in cfg.to_dict().items():
+        lines.append(f"{section}:")
+        for name, value in values.items():
+            change = changes.get(f"{section}.{name}")
+            note = f"  # recipe: {_inline(change['recipe'])}" if change else ""
+            lines.append(f"  {name}: {_inline(value)}{note}")
+    return "\n".join(lines)
+
+
+def _inline(value: Any) -> str:
+    """One value on one line, as YAML."""
+    from megatron_mtp.config.yaml_text import dump_inline
+
+    return dump_inline(value)

@@ -1,0 +1,233 @@
+"""The commands: what they print, what they import, how they refuse."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mtp.cli import failure
+from megatron_mtp.cli.facts import short_count, short_layout
+from megatron_mtp.cli.main import COMMANDS, main
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.overrides import apply_yaml
+from megatron_mtp.errors import DataError
+from megatron_mtp.recipes import RECIPES, get_recipe
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", failure.FAILURE_DIR):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(list(arguments))
+        out = capsys.readouterr()
+        return caught.value.code or 0, out.out, out.err
+
+    return call
+
+
+def test_recipes_lists_every_recipe(run):
+    code, out, _ = run("recipes")
+    assert code == 0
+    for name in RECIPES:
+        assert name in out
+    assert "683B" in out
+    assert "38.2B" in out
+
+
+def test_recipes_as_json(run):
+    code, out, _ = run("recipes", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 0
+    assert set(rows) == set(RECIPES)
+    assert rows["deepseek_v3"]["processes"] == 1024
+    assert rows["deepseek_v3"]["parallel"]["expert"] == 64
+    assert rows["demo"]["mtp_num_layers"] == 2
+    assert all(row["description"] for row in rows.values())
+
+
+def test_show_prints_yaml_that_gives_the_same_config(run, tmp_path):
+    code, out, _ = run("show", "tiny_mla_moe", "model.num_layers=5", "model.moe_layer_freq=1", "checkpoint.save=007")
+    assert code == 0
+    path = tmp_path / "run.yaml"
+    path.write_text(out)
+    cfg = get_recipe("demo")
+    apply_yaml(cfg, path)
+    shown = ConfigContainer.from_yaml(path)
+    assert cfg == shown
+    assert (shown.model.num_layers, shown.checkpoint.save) == (5, "007")
+    assert "num_layers: 5  # recipe: 4" in out
+    assert "# hint: dataset: mock data" in out
+
+
+def test_show_differences(run):
+    code, out, _ = run("show", "demo", "--diff", "model.mtp_num_layers=3")
+    assert code == 0
+    changes = [line for line in out.splitlines() if not line.startswith("#")]
+    assert changes == ["model.mtp_num_layers: 2 -> 3"]
+    assert "hint: model.mtp_num_layers = 3" in out
+    assert "nothing differs" in run("show", "demo", "--diff")[1]
+
+
+def test_show_as_json(run):
+    _, out, _ = run("show", "qwen3_30b_a3b", "--json", "model.num_layers=24")
+    data = json.loads(out)
+    assert data["config"]["model"]["num_layers"] == 24
+    assert data["changes"] == {"model.num_layers": {"recipe": 48, "here": 24}}
+    assert data["layout"].count("t") == 24
+    assert data["parameters"]["total"] > data["parameters"]["active"]
+    assert any("aux_loss" in hint for hint in data["hints"])
+
+
+def test_arguments_win_over_files_and_later_files_over_earlier(run, tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {train_iters: 1, micro_batch_size: 1}\noptimizer: {lr: 0.01}\n")
+    (tmp_path / "b.yaml").write_text("train: {train_iters: 2}\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    _, out, _ = run("show", "tiny_dense", *files, "optimizer.lr=0.02", "--json")
+    cfg = json.loads(out)["config"]
+    assert (cfg["train"]["train_iters"], cfg["train"]["micro_batch_size"], cfg["optimizer"]["lr"]) == (2, 1, 0.02)
+
+
+def test_show_opens_no_data(run):
+    code, _, _ = run("show", "demo", "dataset.blend=[[/absent/a], null]", "tokenizer.tokenizer_type=huggingface",
+                     "tokenizer.tokenizer_model=/absent/tokenizer.json", "model.vocab_size=null")  # fmt: skip
+    assert code == 0
+
+
+BAD = [
+    (["tiny_denes"], "Did you mean tiny_dense"),
+    (["tiny_dense", "model.nun_layers=3"], "Did you mean model.num_layers?"),
+    (["tiny_dense", "model.pipeline_model_parallel_split_rank=1"], "Use model.pipeline_model_parallel_layout"),
+    (["tiny_dense", "model.num_layers=abc"], "model.num_layers = 'abc': must be an integer"),
+    (["tiny_dense", "model.tensor_model_parallel_size=3"], "must be divisible by model.tensor_model_parallel_size = 3"),
+    (["tiny_dense", "model.num_layers=1", "model.pipeline_model_parallel_size=2"], "every pipeline stage needs"),
+    (["tiny_dense", "model.seq_length=66", "model.context_parallel_size=2"], "2 x model.context_parallel_size"),
+    (["tiny_dense", "train.global_batch_size=7"], "train.global_batch_size = 7"),
+    (["tiny_moe", "model.expert_model_parallel_size=3"], "model.expert_model_parallel_size = 3"),
+    (["tiny_dense", "model.position_embedding_type=learned_absolute"], "learned_absolute"),
+    (["tiny_dense", "model.mtp_loss_scaling_factor=-1"], "must be a finite number that is not negative"),
+    (["tiny_dense", "model.mtp_loss_scaling_factor=nan"], "must be a finite number that is not negative"),
+    (["tiny_dense", "--config", "absent.yaml"], "config file 'absent.yaml' cannot be read"),
+    (["tiny_dense", "ddp.use_megatron_fsdp=true"], "fully sharded data parallelism is not supported"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["show"], ["pretrain"], ["pretrain", "--nproc", "2"]], ids=" ".join)
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_mistakes_end_with_2_and_one_message(run, monkeypatch, tmp_path, command, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    code, out, err = run(*command, *arguments)
+    assert code == 2
+    assert err.count(words) == 1
+    assert err.startswith("megatron-mtp: ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_world_size_that_does_not_fit(run, monkeypatch):
+    code, _, err = run("pretrain", "demo")
+    assert (code, "world size 1: must be a multiple of 2" in err, "--nproc 2" in err) == (2, True, True)
+    assert run("show", "demo", "--world-size", "3")[0] == 2
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "world size 3" in run("pretrain", "demo")[2]
+    assert "torchrun has started the processes already" in run("pretrain", "demo", "--nproc", "2")[2]
+
+
+def test_several_problems_are_a_list(run):
+    _, _, err = run("show", "tiny_dense", "model.num_layers=abc", "train.x=1")
+    assert err.splitlines()[0] == "megatron-mtp: 2 problems"
+    assert all(line.startswith("  - ") for line in err.splitlines()[1:])
+
+
+def test_ranks_beside_rank_0_say_nothing_about_a_shared_mistake(run, monkeypatch):
+    waited = []
+    monkeypatch.setattr(failure.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("pretrain", "tiny_dense", "model.num_layers=abc") == (2, "", "")
+    assert waited == [failure.SILENCE_S], "it waits for rank 0 to speak first"
+
+
+def test_a_rank_with_a_mistake_of_its_own_speaks_after_a_while(monkeypatch, capsys):
+    monkeypatch.setattr(failure.time, "sleep", lambda _: None)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert failure.exit_code_of(DataError("token id 7")) == 2
+    assert capsys.readouterr().err == "[rank 3] megatron-mtp: token id 7\n"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ZeroDivisionError):
+        failure.exit_code_of(ZeroDivisionError())
+
+
+def test_overview_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for name, (_, line) in COMMANDS.items():
+        assert name in out
+        assert line.split(".")[0] in out
+    assert run("--version")[1].startswith("megatron-mtp 0.")
+
+
+@pytest.mark.parametrize("name", ["recipes", "show", "pretrain"])
+def test_each_command_has_help(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert name in out
+
+
+QUICK = [
+    ["recipes"],
+    ["recipes", "--json"],
+    ["show", "deepseek_v3"],
+    ["show", "tiny_dense", "model.num_layers=8", "--diff"],
+]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_quick_commands_import_neither_torch_nor_megatron(arguments):
+    code = (
+        "import sys\nfrom megatron_mtp.cli.main import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch', 'megatron', 'numpy', 'omegaconf', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("arguments", QUICK[::2], ids=" ".join)
+def test_quick_commands_are_quick(arguments):
+    """Processor time, the best of three: the clock on the wall measures what else the machine does."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "megatron_mtp", *arguments], capture_output=True, check=True, timeout=120)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1K"), (999_600, "1M"), (671_026_419_200, "671B"), (1_500_000_000_000, "1.5T")],
+)
+def test_short_counts(number, text):
+    assert short_count(number) == text
+
+
+def test_short_layouts():
+    assert short_layout("Ettt|tttt|tttt|ttmL") == "Et*3 | (t*4) x 2 | t*2mL"
