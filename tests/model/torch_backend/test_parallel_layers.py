@@ -10,7 +10,8 @@ from tests.gloo_pool import GlooPool
 from tests.model.torch_backend.gradients import gradients, worst_difference
 
 pytestmark = pytest.mark.dist
-TOLERANCE = 5e-6  # relative, each parameter; a bias of k_layernorm is nearly cancelled by the softmax and comes to 2.4e-6
+# Relative, for each parameter. A bias of k_layernorm is nearly cancelled by the softmax and comes to 2.4e-6.
+TOLERANCE = 5e-6
 
 TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
