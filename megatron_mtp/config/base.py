@@ -18,6 +18,18 @@ RENAMED = {
     "account_for_embedding_in_pipeline_split": "model.pipeline_model_parallel_layout",
     "account_for_loss_in_pipeline_split": "model.pipeline_model_parallel_layout",
     "transformer_impl": "model.backend",
+    "add_cross_attention": "a decoder-only model: cross attention is not supported, and MTP has no form for it",
+    "cross_attention": "a decoder-only model: cross attention is not supported, and MTP has no form for it",
+    "mixed_precision": "precision.dtype",
+    "pipeline_dtype": "precision.dtype",
+    "params_dtype": "precision.dtype",
+    "bf16": "precision.dtype",
+    "fp16": "precision.dtype",
+    "fp8": "model.mcore, as model.mcore.fp8 (Transformer Engine only)",
+    "fp4": "model.mcore, as model.mcore.fp4 (Transformer Engine only)",
+    "calculate_per_token_loss": "nothing: every loss is divided by its global number of targets",
+    "cross_entropy_loss_fusion": "model.logits_chunk_tokens",
+    "cross_entropy_fusion_impl": "model.logits_chunk_tokens",
     "num_nextn_predict_layers": "model.mtp_num_layers",
 }
 
@@ -32,11 +44,19 @@ def unknown_field(section: str, name: str, known: list[str]) -> str:
     """Says that `section` has no field `name`, and which one was probably meant."""
     if name in RENAMED:
         hint = f" Use {RENAMED[name]}."
+    elif section == "model" and _is_megatron_core_field(name):
+        hint = f" Megatron-Core has this field: write model.mcore.{name}."
     elif close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         hint = f" Did you mean {section}.{close[0]}?"
     else:
         hint = ""
     return f"{section}.{name}: there is no such field.{hint}"
+
+
+def _is_megatron_core_field(name: str) -> bool:
+    from megatron_mtp.config.mcore_table import MCORE_FIELDS  # only needed for a mistake
+
+    return name in MCORE_FIELDS
 
 
 class Section:

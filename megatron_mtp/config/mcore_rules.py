@@ -40,6 +40,7 @@ ENGINE = {
     "batch_p2p_comm",
     "batch_p2p_sync",
     "deallocate_pipeline_outputs",
+    "gradient_accumulation_fusion",
     "init_model_with_meta_device",
     "overlap_p2p_comm",
     "overlap_p2p_comm_warmup_flush",

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_mtp.config.base import Section, unknown_field
+from megatron_mtp.config.base import RENAMED, Section, unknown_field
 from megatron_mtp.config.coerce import MisfitError, check, coerce, field_types
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.errors import ConfigError
@@ -130,6 +130,8 @@ def unknown_section(name: str) -> str:
     sections = field_types(ConfigContainer)
     if owners := [owner for owner, kind in sections.items() if name in field_types(kind)]:
         return f"{name}: the name of its section is missing. Write {' or '.join(f'{o}.{name}' for o in owners)}."
+    if name in RENAMED:
+        return f"{name}: there is no such section. Use {RENAMED[name]}."
     close = difflib.get_close_matches(name, sections, n=1, cutoff=0.5)
     meant = f" Did you mean {close[0]}?" if close else ""
     return f"{name}: there is no such section.{meant} Sections: {', '.join(sections)}."

@@ -8,7 +8,7 @@ import pickle
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mtp.config import ConfigContainer
@@ -71,6 +71,7 @@ def test_what_is_no_loss_factor(text):
         LossFactor.parse(text)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 2), st.floats(0, 2), st.integers(0, 10**6), st.integers(0, 2 * 10**6))
 def test_a_line_stays_between_its_ends(start, end, length, tokens):
     value = LossFactor((0, length), (start, end), is_linear=True).at(tokens)
@@ -137,6 +138,7 @@ PLAIN = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(PLAIN)
 def test_yaml_gives_back_what_it_wrote(data):
     if "${" in repr(data):
@@ -238,6 +240,10 @@ def test_bad_overrides_are_all_reported():
         ("model.hidden_size.b=1", "holds no names"),
         ("model.kv_channels=${a}", "interpolation"),
         ("model._target_=os.system", "there is no such field"),
+        ("mixed_precision=bf16_mixed", "Use precision.dtype"),
+        ("model.add_cross_attention=true", "cross attention is not supported"),
+        ("model.transformer_impl=local", "Use model.backend"),
+        ("model.softmax_scale=0.5", "Megatron-Core has this field: write model.mcore.softmax_scale"),
         ("model.pipeline_model_parallel_split_rank=3", "Use model.pipeline_model_parallel_layout"),
     ]
     with pytest.raises(ConfigError) as caught:

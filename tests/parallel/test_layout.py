@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mtp.config.layout import expand_layout, layout_chunks
@@ -31,6 +31,7 @@ def assert_every_layer_once(layout: PipelineLayout, num_layers: int, depths: int
         assert idx in layout.decoder_layers(p, v)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 6), st.integers(0, 8), st.integers(0, 80))
 def test_auto_places_every_layer_once_and_evenly(pp, vp, depths, extra):
     vp = vp if pp > 1 else 1
@@ -48,6 +49,7 @@ def test_auto_places_every_layer_once_and_evenly(pp, vp, depths, extra):
     assert not layout.has_standalone_mtp
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 4))
 def test_a_list_places_every_layer_once(counts, depths):
     layout = make(counts, sum(counts), depths, pp=len(counts))
@@ -92,6 +94,7 @@ def test_grammar(text, expected):
     assert expand_layout(text) == expected
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="Etm|L,()*23 x", max_size=14))
 def test_grammar_is_megatrons(text):
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -106,6 +109,7 @@ def test_grammar_is_megatrons(text):
         assert expand_layout(text) == ["".join(letters[kind.name] for kind in chunk) for chunk in theirs]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.lists(st.sampled_from("Ettmm|L"), max_size=14), st.booleans())
 def test_whatever_we_accept_megatron_accepts(pp, vp, symbols, valid_ends):
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
