@@ -84,7 +84,8 @@ class Content:
 
     def live_storages(self) -> set[int]:
         """Addresses of the memory that training goes on writing to."""
-        tensors = [t for chunk in self.chunks for t in (*chunk.parameters(), *chunk.buffers())]
+        models = [unwrap(chunk) for chunk in self.chunks]  # DDP's `buffers` are something else
+        tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
         for single in self.singles():
             for group in single.optimizer.param_groups:
                 tensors += group["params"]

@@ -29,8 +29,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_mtp.checkpoint.agreement import describe_error, from_first
 from megatron_mtp.checkpoint.directory import write_durably
 from megatron_mtp.checkpoint.manifest import FileEntry, describe_file
+from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore_compat import to_torch_items
 
 Payload = torch.Tensor | io.BytesIO
@@ -64,7 +66,7 @@ class PlanOnly(TorchDistSaveShardedStrategy):
         """Plans on all ranks together.
 
         Raises:
-            RuntimeError: on all ranks, if rank 0 cannot join the plans.
+            CheckpointError: on all ranks, if rank 0 cannot join the plans.
         """
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         is_first = dist.get_rank() == 0
@@ -72,14 +74,16 @@ class PlanOnly(TorchDistSaveShardedStrategy):
         local = planner.create_local_plan()
         plans: list[Any] | None = [None] * dist.get_world_size() if is_first else None
         dist.gather_object(local, plans, dst=0)
-        metadata, error = None, None
-        if is_first:
+        metadata = None
+
+        def join() -> None:
+            nonlocal metadata
             try:
                 metadata = planner.create_global_plan(plans)[1]
-            except Exception as failure:
-                error = f"{type(failure).__name__}: {failure}"
-        if error := agree(error):
-            raise RuntimeError(f"the ranks' shards do not fit together: {error}")
+            except Exception as error:
+                raise CheckpointError(f"the ranks' shards do not fit together ({describe_error(error)}).") from error
+
+        from_first(join)
         plan = planner.finish_plan(local)
         return RankFile([(item, planner.resolve_data(item)) for item in plan.items], metadata)
 
@@ -194,17 +198,3 @@ class BackgroundWrite:
         """Waits for the outcome."""
         self._thread.join()
         return self._written or Written([], None, "the writing thread died")
-
-
-def agree(error: str | None) -> str | None:
-    """Rank 0's error on every rank. A collective."""
-    verdict = [error]
-    dist.broadcast_object_list(verdict, src=0)
-    return verdict[0]
-
-
-def describe_error(error: BaseException) -> str:
-    """An exception in a few words; the operating system's for an OSError."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {error}"

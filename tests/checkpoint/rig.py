@@ -20,7 +20,14 @@ from megatron_mtp import mcore_compat
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.model.build import build_model
-from megatron_mtp.model.sharded import _gradients_in_place_of_weights, gather_parts, parameter_parts, sharded_tensors, unwrap, whole_tensors
+from megatron_mtp.model.sharded import (
+    _gradients_in_place_of_weights,
+    gather_parts,
+    parameter_parts,
+    sharded_tensors,
+    unwrap,
+    whole_tensors,
+)
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.training import schedules
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
@@ -143,7 +150,6 @@ def _draw(shard: Any, step: int) -> torch.Tensor:
 @contextmanager
 def rig(cfg: ConfigContainer) -> Iterator[Rig]:
     """Builds everything on the ranks of a pool, and forgets it afterwards."""
-    mcore_compat.quiet_known_notices()
     logging.getLogger("megatron").setLevel(logging.ERROR)
     model = cfg.model
     groups = mcore_compat.init_model_parallel(

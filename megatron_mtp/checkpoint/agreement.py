@@ -1,0 +1,61 @@
+"""Small collectives by which all ranks come to the same answer, errors included: a rank that raises alone leaves the
+others waiting. Every function must be called by all ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mtp.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+def from_first[T](produce: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank.
+
+    Raises:
+        CheckpointError: on every rank, whatever `produce` raised on rank 0.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = produce()
+        except CheckpointError as error:
+            found[1] = str(error)
+        except Exception as error:
+            log.exception("unexpected error")
+            found[1] = describe_error(error)
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise CheckpointError(found[1])
+    return found[0]
+
+
+def joined[T](items: list[T]) -> list[T]:
+    """The items of all ranks in order of rank, on every rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, items)
+    return [item for one in everyone for item in one]
+
+
+def raise_any(error: str | None) -> None:
+    """Raises the first error of any rank, on every rank."""
+    if problems := joined([] if error is None else [error]):
+        raise CheckpointError(problems[0])
+
+
+def first_known(values: dict[str, Any]) -> dict[str, Any]:
+    """Each value from the first rank that has it; a rank that holds no parameter has none."""
+    everyone = joined([values])
+    return {name: next((one[name] for one in everyone if one[name] is not None), None) for name in values}
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in a few words; the operating system's for an OSError, an error addressed to the user as it is."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

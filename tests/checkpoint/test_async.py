@@ -1,0 +1,111 @@
+"""Saving while training goes on: the checkpoint is of the step at which it was asked for."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from megatron_mtp.checkpoint import writer
+from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
+from tests.gloo_pool import GlooPool
+
+pytestmark = pytest.mark.dist
+
+ADAM = {**DENSE, "checkpoint.async_save": True}
+WHOLE = {**ADAM, "ddp.use_distributed_optimizer": False}
+BF16 = {**ADAM, "precision.dtype": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GlooPool(2) as workers:
+        yield workers
+
+
+class HeldBack:
+    """Keeps this process's writing thread waiting until it is let go, so that steps surely happen meanwhile."""
+
+    def __enter__(self) -> HeldBack:
+        self.original, self.gate = writer.write, threading.Event()
+
+        def write(*arguments):
+            assert self.gate.wait(60)
+            return self.original(*arguments)
+
+        writer.write = write
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.gate.set()
+        writer.write = self.original
+
+
+def save_while_training(values: dict, path: str) -> tuple:
+    with rig(make_config(values, dist.get_world_size(), path)) as run, HeldBack() as held:
+        run.steps(2)
+        run.save()
+        at_save = run.weights()
+        run.steps(3)
+        early = run.checkpointer.maybe_finalize()
+        was_saving = run.checkpointer.is_saving
+        held.gate.set()
+        finished = run.checkpointer.maybe_finalize(blocking=True)
+        run.checkpointer.maybe_finalize()
+        return early, was_saving, finished, run.checkpointer.is_saving, at_save, run.weights()
+
+
+@pytest.mark.parametrize("values", [ADAM, WHOLE, BF16], ids=["sharded", "whole", "bf16"])
+def test_steps_during_a_save_do_not_leak_into_it(pool, tmp_path, values):
+    early, was_saving, finished, is_saving, at_save, trained_on = pool.run(save_while_training, values, str(tmp_path))[
+        0
+    ]
+    assert (early, was_saving, finished, is_saving) == (None, True, 2, False)
+    assert differences(at_save, trained_on), "the steps after the save changed nothing: this test cannot fail"
+    start, weights = pool.run(resumed, values, 2, str(tmp_path))[0]
+    assert start == 2
+    assert differences(at_save, weights) == {}
+    # Optimizer state too: going on from the checkpoint gives what the run itself came to.
+    assert differences(trained_on, pool.run(resumed, values, 5, str(tmp_path))[0][1]) == {}
+
+
+def save_twice(path: str) -> tuple:
+    with rig(make_config(ADAM, dist.get_world_size(), path)) as run:
+        run.steps(1)
+        run.save()
+        run.steps(1)
+        run.save()  # waits for the first
+        saved = run.checkpointer.directory.iterations()
+        run.checkpointer.close()
+        return (
+            saved,
+            run.checkpointer.directory.iterations(),
+            run.checkpointer.last_stall_s,
+            run.checkpointer.last_save_s,
+        )
+
+
+def test_a_second_save_waits_for_the_first(pool, tmp_path):
+    for first, both, stall_s, save_s in pool.run(save_twice, str(tmp_path)):
+        assert first == [1]
+        assert both == [2, 1]
+        assert 0 < stall_s <= save_s
+
+
+def one_rank_is_slow(path: str) -> list:
+    with rig(make_config(ADAM, dist.get_world_size(), path)) as run:
+        run.steps(1)
+        with HeldBack() as held:
+            if dist.get_rank() == 0:
+                held.gate.set()
+            run.save()
+            if dist.get_rank() == 0:
+                run.checkpointer._pending.writing.result()
+            outcome = [run.checkpointer.maybe_finalize(), run.checkpointer.directory.iterations()]
+            held.gate.set()
+            return [*outcome, run.checkpointer.maybe_finalize(blocking=True)]
+
+
+def test_a_checkpoint_is_whole_when_every_rank_has_written(pool, tmp_path):
+    assert pool.run(one_rank_is_slow, str(tmp_path)) == [[None, [], 1], [None, [], 1]]
