@@ -70,13 +70,14 @@ def test_cores_are_divided_between_local_ranks(monkeypatch):
 
 
 JOIN = """
+import pathlib, sys
 import torch, torch.distributed as dist
 from megatron_mtp.config.sections import DistConfig
 from megatron_mtp.device.process_group import destroy_distributed, init_distributed
 init_distributed(DistConfig(device="cpu", num_threads=1))
 total = torch.tensor([dist.get_rank() + 1])
 dist.all_reduce(total)
-print("total", int(total))
+pathlib.Path(sys.argv[1], f"rank{dist.get_rank()}").write_text(str(int(total)))
 destroy_distributed()
 """
 
@@ -85,8 +86,17 @@ destroy_distributed()
 def test_torchrun_processes_join_one_group(tmp_path):
     script = tmp_path / "join.py"
     script.write_text(JOIN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("total 3") == 2
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3", "3"]
