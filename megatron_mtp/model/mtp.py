@@ -7,11 +7,13 @@ called with (the objective's), and returns what that returns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
@@ -115,6 +117,18 @@ class ParallelMTPBlock(MultiTokenPredictionBlock):
         return torch.cat([hidden_states, *depths], dim=0)
 
 
+def _share_z_loss(block: MultiTokenPredictionBlock, num_depths: int) -> None:
+    """Divides the router z-loss of a repeated layer among its applications, so that the layer counts once.
+
+    Megatron-Core 0.19.2 does so for the balancing loss; of the z-loss it divides the logged value only, after the gradient was
+    attached (moe/router.py, apply_z_loss). The log divides by the coefficient, so it is right with either.
+    """
+    for module in block.modules():
+        if isinstance(module, TopKRouter) and module.config.moe_z_loss_coeff is not None:
+            module.config = copy(module.config)
+            module.config.moe_z_loss_coeff /= num_depths
+
+
 class MTPModel(GPTModel):
     """One pipeline chunk of the model.
 
@@ -133,6 +147,8 @@ class MTPModel(GPTModel):
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights and not self.pre_process:
             # The head uses this stage's copy of the embedding; Megatron-Core leaves an unused [v, h] parameter here.
             self.output_layer.weight = None
+        if self.mtp_process and self.config.mtp_use_repeated_layer:
+            _share_z_loss(self.mtp, self.config.mtp_num_layers)
         self._pre_norm_hidden: Tensor | None = None
         if self.mtp_process and hidden_source == "pre_final_norm":
             self.decoder.final_layernorm.register_forward_pre_hook(self._keep_pre_norm_hidden)

@@ -96,20 +96,7 @@ CASES = {
 }
 
 
-# Megatron-Core 0.19.2, router.py apply_z_loss: the balancing loss of a repeated MTP layer is divided by D before it enters the
-# gradient, the z-loss only after, for the log. The gradient then holds it D times and the log once.
-UPSTREAM_DEFECTS = {"mla_moe_repeated_z_loss": "the router z-loss of a repeated MTP layer enters the gradient D times"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=UPSTREAM_DEFECTS[name], strict=True))
-        if name in UPSTREAM_DEFECTS
-        else name
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_one_step_equals_the_plain_model(name):
     case = CASES[name]
     model, batches = judge(case.plain), global_batch(case.documents)
