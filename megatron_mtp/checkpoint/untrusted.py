@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,5 +74,7 @@ def _look_through(path: Path, key: str, offset: int, length: int) -> None:
             stream.seek(offset)
             torch.load(io.BytesIO(stream.read(length)), weights_only=True, map_location="cpu")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # torch's text goes on to recommend loading it without limits.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {found[1]}" if found else type(error).__name__
         raise CheckpointError(f"{path}: the object {key!r} is not plain data ({reason}).") from error

@@ -1,0 +1,212 @@
+"""Every file of a real checkpoint damaged in turn, and checkpoints made by an enemy."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_mtp.checkpoint.directory import RunDirectory
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, describe_file, read_manifest
+from megatron_mtp.checkpoint.preflight import check_run_directory
+from megatron_mtp.checkpoint.resuming import find_checkpoint
+from megatron_mtp.checkpoint.untrusted import read_metadata
+from megatron_mtp.errors import CheckpointError
+from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
+from tests.checkpoint.writing import damage_file
+from tests.gloo_pool import GlooPool
+
+pytestmark = pytest.mark.dist
+
+FILES = {"config.yaml", "train_state.json", ".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp", MANIFEST_NAME}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GlooPool(2) as workers:
+        yield workers
+
+
+def save_two(path: str) -> tuple:
+    with rig(make_config(DENSE, dist.get_world_size(), path)) as run:
+        run.steps(1)
+        run.save()
+        first = run.weights()
+        run.steps(1)
+        run.save()
+        return first, run.weights()
+
+
+@pytest.fixture(scope="module")
+def saved(pool, tmp_path_factory):
+    """A directory with checkpoints 1 and 2, and their weights."""
+    path = tmp_path_factory.mktemp("saved")
+    return path, *pool.run(save_two, str(path))[0]
+
+
+class Warnings(logging.Handler):
+    """Collects what this rank would tell the user."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def what_is_found(path: str) -> tuple[int, list[str]]:
+    logger, told = logging.getLogger("megatron_mtp.checkpoint.resuming"), Warnings()
+    logger.addHandler(told)
+    try:
+        found = find_checkpoint(make_config(DENSE, dist.get_world_size(), path))
+    finally:
+        logger.removeHandler(told)
+    return found.manifest.iteration, told.texts
+
+
+def test_the_checkpoint_has_the_files_this_test_damages(saved):
+    assert {p.name for p in (saved[0] / "iter_0000002").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted", "bit-flipped"])
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(pool, saved, tmp_path, name, how):
+    path = shutil.copytree(saved[0], tmp_path / "run")
+    damage_file(path / "iter_0000002" / name, how)
+    (first, told), (second, silent) = pool.run(what_is_found, str(path))
+    assert first == second == 1
+    assert any(f"iter_0000002/{name}" in text and "damaged and skipped" in text for text in told)
+    assert silent == [], "one rank tells it"
+
+
+def test_the_checkpoint_before_is_what_is_loaded(pool, saved, tmp_path):
+    path = shutil.copytree(saved[0], tmp_path / "run")
+    damage_file(path / "iter_0000002" / "__1_0.distcp", "bit-flipped")
+    start, weights = pool.run(resumed, DENSE, 1, str(path))[0]
+    assert start == 1
+    assert differences(saved[1], weights) == {}
+    # Going on from there replaces the damaged one.
+    assert pool.run(resume_and_save, str(path))[0] == [2, 1]
+    assert differences(saved[2], pool.run(resumed, DENSE, 2, str(path))[0][1]) == {}
+
+
+def resume_and_save(path: str) -> list[int]:
+    with rig(make_config(DENSE, dist.get_world_size(), path)) as run:
+        assert run.resume()
+        run.steps(1)
+        run.save()
+        return run.checkpointer.directory.iterations()
+
+
+def refused(path: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(make_config(DENSE, dist.get_world_size(), path))
+    return str(caught.value)
+
+
+def test_where_nothing_is_whole_every_rank_stops_and_every_file_is_named(pool, saved, tmp_path):
+    path = shutil.copytree(saved[0], tmp_path / "run")
+    damage_file(path / "iter_0000001" / "__0_0.distcp", "bit-flipped")
+    damage_file(path / "iter_0000002" / ".metadata", "bit-flipped")
+    for message in pool.run(refused, str(path)):
+        assert "none of its checkpoints is whole" in message
+        assert "iter_0000001/__0_0.distcp" in message
+        assert "iter_0000002/.metadata" in message
+
+
+class Attack:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def forge(whole: Path) -> None:
+    """Gives a changed checkpoint a manifest with correct checksums, as an enemy would."""
+    manifest = read_manifest_of_changed(whole)
+    files = [describe_file(whole / entry.name) for entry in manifest.files]
+    (whole / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
+
+
+def read_manifest_of_changed(whole: Path):
+    from megatron_mtp.checkpoint.manifest import Manifest
+
+    return Manifest.from_bytes((whole / MANIFEST_NAME).read_bytes())
+
+
+def replace_object(whole: Path, prefix: str, content: bytes) -> None:
+    """Puts other bytes in place of a stored object: at the end of its file, with the metadata pointing there."""
+    metadata = read_metadata(whole)
+    index = next(index for index in metadata.storage_data if index.fqn.startswith(prefix))
+    info = metadata.storage_data[index]
+    file = whole / info.relative_path
+    info.offset, info.length = file.stat().st_size, len(content)
+    file.write_bytes(file.read_bytes() + content)
+    (whole / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def pickled_by_torch(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save([value], stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("where", ["metadata", "metadata inside", "common_state", "rng_state"])
+def test_a_checkpoint_made_by_an_enemy_runs_nothing(pool, saved, tmp_path, where):
+    path, target = shutil.copytree(saved[0], tmp_path / "run"), tmp_path / "owned"
+    whole = path / "iter_0000002"
+    if where == "metadata":
+        (whole / ".metadata").write_bytes(pickle.dumps(Attack(target)))
+    elif where == "metadata inside":
+        (whole / ".metadata").write_bytes(pickle.dumps(Metadata({}, planner_data=Attack(target))))
+    else:
+        replace_object(whole, where, pickled_by_torch(Attack(target)))
+    forge(whole)
+    assert read_manifest(whole), "the forged manifest must be intact, or checksums alone refuse it"
+    assert RunDirectory(path).damages(read_manifest(whole)) == []
+    (iteration, told), _ = pool.run(what_is_found, str(path))
+    assert iteration == 1
+    assert any("iter_0000002" in text and "mkdir" in text for text in told), told
+    assert not target.exists()
+
+
+def test_the_attack_would_have_worked(saved, tmp_path):
+    """Without the look through, torch's own reader runs it: the tests above can fail."""
+    path, target = shutil.copytree(saved[0], tmp_path / "run"), tmp_path / "owned"
+    (path / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Attack(target)))
+    reader = torch.distributed.checkpoint.FileSystemReader(path / "iter_0000002")
+    with pytest.raises(AttributeError, match="storage_meta"):
+        reader.read_metadata()
+    assert target.exists()
+
+
+def test_metadata_cannot_lead_to_files_elsewhere(saved, tmp_path):
+    whole = shutil.copytree(saved[0] / "iter_0000002", tmp_path / "iter_0000002")
+    metadata = read_metadata(whole)
+    next(iter(metadata.storage_data.values())).relative_path = "../secret"
+    (whole / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"leads to '\.\./secret'"):
+        read_metadata(whole)
+
+
+def test_a_config_that_names_code_is_refused(saved, tmp_path):
+    path, target = shutil.copytree(saved[0], tmp_path / "run"), tmp_path / "owned"
+    whole = path / "iter_0000002"
+    (whole / "config.yaml").write_text(f"model: !!python/object/apply:os.mkdir ['{target}']\n")
+    forge(whole)
+    with pytest.raises(CheckpointError, match=r"iter_0000002/config\.yaml"):
+        check_run_directory(make_config(DENSE, 2, str(path)))
+    assert not target.exists()
