@@ -141,7 +141,7 @@ def _verdict(ranks: list[Rank], folder: Path) -> int:
         print(first.failure["text"], file=sys.stderr, flush=True)
         return 2
     print(f"megatron-mtp: rank {first.rank} failed first: {_end_in_words(code)}", file=sys.stderr)
-    print(first.failure.get("text") or _tail(first.log), file=sys.stderr, flush=True)
+    print(first.failure.get("text") or _tail(first.log) or "It left no message.", file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code
 
 
