@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -99,5 +100,9 @@ def _build_chunk(
 
 
 def _freeze_trunk(chunk: nn.Module) -> None:
+    """No gradient for anything outside the MTP layers. A router's expert bias has none anyway; it is told to stay."""
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad = name.startswith("mtp.")
+    for name, module in chunk.named_modules():
+        if isinstance(module, TopKRouter) and not name.startswith("mtp."):
+            module.frozen_expert_bias = True

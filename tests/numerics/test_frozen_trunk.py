@@ -1,0 +1,81 @@
+"""Training the MTP layers on a frozen trunk: nothing else moves by a bit, and every layout trains the same layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gloo_pool import GlooPool
+from tests.numerics.runs import SMALL, Curve, curve, relative_errors
+
+pytestmark = pytest.mark.dist
+
+STEPS = 3
+# Weight decay so strong that a trunk it touched would show; expert biases that would move at every step.
+FROZEN = (
+    *SMALL,
+    "model.mtp_freeze_trunk=true",
+    "optimizer.weight_decay=10",
+    "scheduler.lr_warmup_iters=0",
+    "model.moe_router_bias_update_rate=0.1",
+)
+LAYOUTS = {
+    "tp2_sp": ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
+    "pp2": ("model.pipeline_model_parallel_size=2",),
+    # The first stage has no trainable parameter; the last one neither.
+    "pp2_without_trunk_layers_beside_mtp": (
+        "model.pipeline_model_parallel_size=2",
+        "model.pipeline_model_parallel_layout=Etttt|mmL",
+    ),
+    "pp2_vp2": ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
+    "pp2_distributed_optimizer": ("model.pipeline_model_parallel_size=2", "ddp.use_distributed_optimizer=true"),
+    "dp2_distributed_optimizer": ("ddp.use_distributed_optimizer=true",),
+    "pp2_tied": ("model.pipeline_model_parallel_size=2", "model.share_embeddings_and_output_weights=true"),
+    "pp2_full_recompute": (
+        "model.pipeline_model_parallel_size=2",
+        "model.recompute_granularity=full",
+        "model.recompute_method=uniform",
+        "model.recompute_num_layers=1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with GlooPool(1) as pool:
+        yield {
+            tied: pool.run(
+                curve, "tiny_mla_moe", (*FROZEN, f"model.share_embeddings_and_output_weights={tied}"), STEPS
+            )[0]
+            for tied in (False, True)
+        }
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GlooPool(2) as pool:
+        yield pool
+
+
+def assert_only_mtp_moved(figures: Curve) -> None:
+    for name, before in figures.weights_before.items():
+        moved = not torch.equal(before, figures.weights_after[name])
+        assert moved == name.startswith("mtp."), name
+    assert all(name.startswith("mtp.") for name in figures.first_gradients)
+
+
+def test_one_rank(alone):
+    assert_only_mtp_moved(alone[False])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_equal_one_rank(pool, alone, layout):
+    reference = alone["tied" in layout]
+    got = pool.run(curve, "tiny_mla_moe", (*FROZEN, *LAYOUTS[layout]), STEPS)[0]
+    assert_only_mtp_moved(got)
+    assert got.spread == 0
+    for mine, theirs in zip(got.losses, reference.losses, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    assert got.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+    errors = relative_errors(got.first_gradients, reference.first_gradients)
+    assert max(errors.values()) <= 5e-6, max(errors, key=errors.get)
