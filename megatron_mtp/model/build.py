@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.mcore_rules import torch_backend_problems
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
@@ -31,6 +32,8 @@ def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: to
         One chunk, or one for each virtual stage.
     """
     use_te = wants_te(cfg, device.type)
+    if not use_te and (problems := torch_backend_problems(cfg.model)):
+        raise UnsupportedError(problems)
     config = transformer_config(cfg, use_te=use_te, device_type=device.type)
     layout = PipelineLayout.from_config(cfg.model)
     pp_rank = groups.pp.rank()

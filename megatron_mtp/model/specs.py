@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mtp.model.mtp import MTPLayer
-from megatron_mtp.model.torch_backend import TorchSpecProvider, build_layer_spec
+from megatron_mtp.model.torch_backend import ExactMLASelfAttention, TorchSpecProvider, build_layer_spec
 
 
 def te_is_available() -> bool:
@@ -55,12 +55,16 @@ def mtp_spec(
 def _layer_spec(config: TransformerConfig, is_moe: bool, *, use_te: bool) -> ModuleSpec:
     if not use_te:
         return build_layer_spec(config, is_moe)
-    return get_gpt_layer_with_transformer_engine_spec(
+    spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
+    if config.multi_latent_attention:
+        # Under tensor parallelism without sequence parallelism the shared rope key loses gradient here too.
+        spec.submodules.self_attention.module = ExactMLASelfAttention
+    return spec
 
 
 def _provider(use_te: bool) -> TorchSpecProvider:

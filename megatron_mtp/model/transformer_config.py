@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_mtp.config import ConfigContainer
@@ -33,7 +34,7 @@ SAME_MOE = (
     "moe_router_topk moe_router_score_function moe_router_pre_softmax moe_router_num_groups moe_router_group_topk "
     "moe_router_topk_scaling_factor moe_router_dtype moe_router_enable_expert_bias moe_router_bias_update_rate "
     "moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_expert_capacity_factor "
-    "moe_token_dispatcher_type moe_grouped_gemm"
+    "moe_token_dispatcher_type"
 ).split()
 
 
@@ -69,9 +70,18 @@ def transformer_config(cfg: ConfigContainer, *, use_te: bool, device_type: str) 
         "cp_comm_type": "p2p" if use_te and model.context_parallel_size > 1 else None,
     }
     fields |= _communication(cfg, device_type)
-    fields |= model.mcore
+    if model.num_moe_experts:
+        fields["moe_grouped_gemm"] = use_te if model.moe_grouped_gemm is None else model.moe_grouped_gemm
+    fields |= {name: _engine_value(name, value) for name, value in model.mcore.items()}
     config_class = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
     return config_class(**fields)
+
+
+def _engine_value(name: str, value: Any) -> Any:
+    """A value of model.mcore as TransformerConfig wants it: YAML has neither enums nor tuples."""
+    if name == "attention_backend":
+        return AttnBackend[value]
+    return tuple(value) if name == "window_size" and value is not None else value
 
 
 def _layout(cfg: ConfigContainer) -> str | None:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     console.rule("training")
     started_s = time.monotonic()
     command = train_command(source, run, options.overrides)
-    console.print(f"$ {shlex.join(command)}", soft_wrap=True, highlight=False)
+    console.print(f"$ python -m {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
     code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
     if code:
         return code
@@ -163,7 +163,7 @@ def _print_summary(run: Path, verdicts: list[DepthVerdict], seconds: float) -> N
         f"training took {seconds:.0f} s, {last['perf/tokens_per_s_per_device'] * _num_ranks():,.0f} tokens/s in all. As drafters, the MTP "
         f"layers would have {evaluation['mtp/accepted_length']:.2f} tokens accepted per step (held out, teacher-forced).",
     )
-    console.print(f"[bold]{run}[/bold]: metrics.jsonl, {picture.name}, tensorboard/, checkpoints/", highlight=False)
+    console.print(f"{run}: metrics.jsonl, {picture.name}, tensorboard/, checkpoints/", highlight=False)
     console.print(
         "Next: megatron-mtp recipes; megatron-mtp show deepseek_v3; your own text through megatron-mtp prepare; "
         "docs/getting_started.md",
