@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.gloo_pool import GlooPool
-from tests.numerics.runs import SMALL, Curve, curve, relative_errors
+from tests.numerics.runs import SMALL, Curve, curve, opened, relative_errors, small_config
 
 pytestmark = pytest.mark.dist
 
@@ -79,3 +81,38 @@ def test_layouts_equal_one_rank(pool, alone, layout):
     assert got.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
     errors = relative_errors(got.first_gradients, reference.first_gradients)
     assert max(errors.values()) <= 5e-6, max(errors, key=errors.get)
+
+
+def saved_and_resumed(overrides: tuple[str, ...], directory: str) -> Any:
+    """Two steps, a save, one step; then a new run that resumes and takes that step. The weights of both, on rank 0."""
+    import torch.distributed as dist
+
+    from megatron_mtp.checkpoint import Checkpointer
+    from megatron_mtp.model.sharded import gather_parts, parameter_parts, whole_tensors
+    from megatron_mtp.training.state import TrainState
+
+    places = (f"checkpoint.save={directory}", f"checkpoint.load={directory}")
+    cfg = small_config("tiny_mla_moe", (*FROZEN, *overrides, *places), dist.get_world_size())
+    weights = []
+    for is_resumed in (False, True):
+        with opened(cfg) as run:
+            state, checkpointer = TrainState(), Checkpointer(cfg, run.groups)
+            assert checkpointer.resume(run.engine.chunks, run.engine.optimizer, state) == is_resumed
+            batches = run.data.train(state.consumed_samples)
+            while state.iteration < 3:
+                run.engine.train(next(batches), 1.0)
+                state.advance(cfg.train.global_batch_size, cfg.model.seq_length)
+                if state.iteration == 2:
+                    checkpointer.save(run.engine.chunks, run.engine.optimizer, state, "test")
+                    checkpointer.maybe_finalize(blocking=True)
+            batches.close()
+            checkpointer.close()
+            weights.append(gather_parts(parameter_parts(run.engine.chunks)))
+    return [whole_tensors(parts)[0] for parts in weights] if weights[0] else None
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2_without_trunk_layers_beside_mtp", "pp2_distributed_optimizer"])
+def test_a_rank_without_trainable_parameters_saves_and_resumes(pool, tmp_path, layout):
+    through, resumed = pool.run(saved_and_resumed, LAYOUTS[layout], str(tmp_path))[0]
+    assert through.keys() == resumed.keys()
+    assert all(torch.equal(through[name], resumed[name]) for name in through)
