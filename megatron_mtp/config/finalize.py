@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from megatron_mtp.config import check_data, check_model, check_parallel, check_run
+from megatron_mtp.config import check_data, check_model, check_pairs, check_parallel, check_run
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.container import ConfigContainer
@@ -52,6 +52,7 @@ def find_problems(trial: ConfigContainer, world_size: int | None = None) -> tupl
     misfits |= check_run.run_range_problems(trial)
     found += derive(trial)
     refused = check_model.refused_in_model(trial.model) + check_run.refused_in_run(trial)
+    refused += check_pairs.refused_pairs(trial)
     in_mcore, refused_in_mcore = mcore_problems(trial.model)
     found += in_mcore + _cross_problems(trial, world_size)
     found = [problem for problem in found if not any(name in problem for name in misfits)]

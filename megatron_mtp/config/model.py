@@ -154,7 +154,7 @@ class ModelConfig(Section):
     mtp_freeze_trunk: bool = False
     """Train the MTP layers only; trunk, embedding and head stay as they are."""
     mtp_hidden_source: Literal["post_final_norm", "pre_final_norm"] = "post_final_norm"
-    """The hidden state that depth 1 reads: after the final norm (DeepSeek-V3 and most) or before it (Step-3.5)."""
+    """The hidden state that depth 1 reads: after the final norm (DeepSeek-V3 and most) or before it (Step-3.5; then the MTP layers share a chunk with the last decoder layer)."""
 
     # ---- parallel sizes ----
     tensor_model_parallel_size: int = 1
@@ -190,6 +190,6 @@ class ModelConfig(Section):
 
     # ---- implementation ----
     backend: Literal["auto", "torch", "transformer_engine"] = "auto"
-    """Which modules do the work: Transformer Engine where it imports and a GPU is present, else plain PyTorch."""
+    """Which modules do the work. auto: Transformer Engine where it imports, a GPU is present and attention does not stop at documents, else torch."""
     mcore: dict[str, Any] = field(default_factory=dict)
     """Fields of Megatron-Core's TransformerConfig that have no field here, by name; checked against the pinned release."""

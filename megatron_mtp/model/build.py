@@ -55,8 +55,10 @@ def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: to
 
 
 def wants_te(cfg: ConfigContainer, device_type: str) -> bool:
-    """Whether Transformer Engine modules do the work."""
+    """Whether Transformer Engine modules do the work. Its attention cannot read documents as they are given here."""
     choice = cfg.model.backend
+    if choice == "auto" and cfg.dataset.reset_attention_mask:
+        choice = "torch"
     if choice == "transformer_engine" and not (te_is_available() and device_type == "cuda"):
         raise UnsupportedError(
             "model.backend = transformer_engine: needs Transformer Engine and a CUDA device; this process has "
