@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from unittest import mock
 
+import pytest
 from torch import Tensor
 
 from megatron_mtp.config import ConfigContainer
@@ -100,3 +101,80 @@ def relative_errors(got: dict[str, Tensor], reference: dict[str, Tensor]) -> dic
         name: float((got[name].double() - r.double()).norm()) / max(float(r.double().norm()), floor, 1e-30)
         for name, r in reference.items()
     }
+
+
+@dataclass
+class Step:
+    """One forward and backward pass over hand-made samples."""
+
+    losses: list[float]
+    counts: list[int]
+    acceptance: list[list[int]]
+    router: dict[str, float]
+    gradients: dict[str, Tensor]
+
+
+def masked_step(recipe: str, overrides: tuple[str, ...], masks: Tensor, documents: Tensor | None = None) -> Step | None:
+    """A step whose micro-batches have these masks; data-parallel ranks take them in turn. On rank 0, None elsewhere.
+
+    Args:
+        masks: [micro-batches of all ranks, b, s], validity of the target t[i+1].
+        documents: [micro-batches, b, s+1] document of each token, where attention and targets stay inside one.
+    """
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    from megatron_mtp.data.batch import GlobalBatch, MicroBatch, count_targets
+    from megatron_mtp.data.shift import depth_targets
+    from megatron_mtp.data.zigzag import zigzag_slice
+    from megatron_mtp.model.sharded import gather_parts, gradient_parts, whole_tensors
+
+    cfg = small_config(recipe, overrides, dist.get_world_size())
+    generator = torch.Generator().manual_seed(13)
+    tokens = torch.randint(0, cfg.model.vocab_size, (*masks.shape[:2], masks.shape[2] + 1), generator=generator)
+    with opened(cfg) as run:
+        groups = run.groups
+
+        def sliced(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(zigzag_slice(array, groups.cp.rank(), groups.cp.size())))
+
+        micro_batches = []
+        for index in range(groups.dp.rank(), len(masks), groups.dp.size()):
+            ids = None if documents is None else documents[index].numpy()
+            targets = depth_targets(tokens[index].numpy(), cfg.model.mtp_num_layers, masks[index].numpy(), ids)
+            places = np.broadcast_to(np.arange(masks.shape[2]), masks.shape[1:])
+            micro_batches.append(
+                MicroBatch(
+                    tokens=sliced(tokens[index, :, :-1].numpy()),
+                    position_ids=sliced(places),
+                    shifted_ids=sliced(targets.shifted_ids),
+                    labels=sliced(targets.labels),
+                    loss_mask=sliced(targets.loss_mask),
+                    segment_ids=None if ids is None else torch.from_numpy(ids[:, :-1].astype(np.int32)),
+                )
+            )
+        nowhere = np.zeros(0, dtype=np.int64)
+        batch = GlobalBatch(0, nowhere, nowhere, micro_batches, count_targets(micro_batches))
+        result = run.engine.forward_backward(batch, 1.0)
+        gradients = gather_parts(gradient_parts(run.engine.chunks))
+    if gradients is None:
+        return None
+    return Step(
+        losses=result.losses,
+        counts=result.depth_counts.tolist(),
+        acceptance=result.acceptance.tolist(),
+        router=result.router,
+        gradients=whole_tensors(gradients)[0],
+    )
+
+
+def assert_same_step(got: Step, reference: Step, gradient_tolerance: float = 5e-6) -> None:
+    """Counts exact, losses and router figures to 2e-6, each gradient to `gradient_tolerance` (see `relative_errors`)."""
+    assert got.counts == reference.counts
+    assert got.acceptance == reference.acceptance
+    assert got.losses == pytest.approx(reference.losses, rel=2e-6, nan_ok=True)
+    assert got.router == pytest.approx(reference.router, rel=2e-6)
+    errors = relative_errors(got.gradients, reference.gradients)
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= gradient_tolerance, worst
