@@ -83,6 +83,7 @@ class Checkpointer:
         self.last_save_s = 0.0
         """Seconds from the start of the last save until the checkpoint was whole."""
         self._pending: _Pending | None = None
+        self._tokenizer = tokenizer_fingerprint(cfg) if self.directory and self.rank == 0 else None
         if self.directory:
             from_first(self._make_directory)
 
@@ -206,7 +207,7 @@ class Checkpointer:
             world_size=self.world_size,
             reason=reason,
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            tokenizer=tokenizer_fingerprint(self.cfg),
+            tokenizer=self._tokenizer,
             versions=_versions(),
         )
 

@@ -32,6 +32,7 @@ from megatron_mtp.model.sharded import unwrap
 
 COMMON_KEY = "common_state"  # Megatron-Core's own object; holds nothing of ours
 OPTIMIZER_PREFIX = "optimizer."
+EXTRA_STATE = "_extra_state"
 
 # Where the tensors lie in what each kind of optimizer returns; everything beside them is rebuilt, not stored.
 _TENSOR_PATHS: dict[type, tuple[tuple[str, ...], ...]] = {
@@ -93,11 +94,15 @@ class Content:
                 tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
         return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
-    def _model_state(self) -> ShardedStateDict:
+    def named_chunks(self) -> dict[str, nn.Module]:
+        """The models of this rank under the names that Megatron-Core's optimizers look for."""
         names = ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
+        return {name: unwrap(chunk) for name, chunk in zip(names, self.chunks, strict=True)}
+
+    def _model_state(self) -> ShardedStateDict:
         return {
-            name: unwrap(chunk).sharded_state_dict(metadata=self._metadata())
-            for name, chunk in zip(names, self.chunks, strict=True)
+            name: _without_extra_state(model.sharded_state_dict(metadata=self._metadata()))
+            for name, model in self.named_chunks().items()
         }
 
     def _metadata(self) -> dict[str, Any]:
@@ -125,9 +130,11 @@ class LoadPlan:
             loaded: `state` with tensors in place of shards.
             scalars: of the optimizer, as `optimizer_scalars` gave them when the checkpoint was saved.
         """
-        names = ["model"] if len(self.content.chunks) == 1 else [f"model{i}" for i in range(len(self.content.chunks))]
-        for name, chunk in zip(names, self.content.chunks, strict=True):
-            unwrap(chunk).load_state_dict(loaded[name], strict=True)
+        for name, model in self.content.named_chunks().items():
+            odd = model.load_state_dict(loaded[name], strict=False)
+            missing = [key for key in odd.missing_keys if not key.endswith(EXTRA_STATE)]
+            assert not missing, f"{name} was given nothing for {missing}"
+            assert not odd.unexpected_keys, f"{name} has no place for {odd.unexpected_keys}"
         for index, (single, full) in enumerate(zip(self.content.singles(), self.optimizer_states, strict=True)):
             _put_back(full, loaded[f"optimizer{index}"], single)
             _set_scalars(full, scalars, single)
@@ -141,6 +148,12 @@ class LoadPlan:
             parts = nested_values(built) if isinstance(built, dict | list) else [built]
             shards |= {part.key for part in parts if isinstance(part, ShardedBase)}
         return shards
+
+
+def _without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
+    """Leaves out what Transformer Engine's modules keep for FP8: it is unused in other dtypes, ties a checkpoint to one
+    backend, and is unpickled without limits when it is loaded."""
+    return {name: shard for name, shard in state.items() if not name.endswith(EXTRA_STATE)}
 
 
 def optimizer_scalars(content: Content) -> dict[str, Any]:

@@ -204,3 +204,31 @@ def fresh_start(directory: str) -> bool:
 
 def test_an_empty_directory_is_a_fresh_start(pool, tmp_path):
     assert pool.run(fresh_start, str(tmp_path / "new")) == [False, False]
+
+
+def resume_with_extra_state(path: str, at_save: bool, at_load: bool) -> tuple:
+    """As if the modules were Transformer Engine's, which add an object of their own to the state."""
+    outcomes = []
+    for has_extra, work in ((at_save, "save"), (at_load, "resume")):
+        with rig(make_config(DENSE, dist.get_world_size(), path)) as run:
+            norm = type(run.chunks[0].module.decoder.final_layernorm)
+            if has_extra:
+                norm.get_extra_state = lambda self: torch.zeros(3, dtype=torch.uint8)
+                norm.set_extra_state = lambda self, state: None
+            try:
+                assert ("decoder.final_layernorm._extra_state" in run.chunks[0].module.state_dict()) == has_extra
+                if work == "save":
+                    run.steps(1)
+                outcomes.append(getattr(run, work)())
+                outcomes.append(run.weights())
+            finally:
+                if has_extra:
+                    del norm.get_extra_state, norm.set_extra_state
+    return outcomes
+
+
+@pytest.mark.parametrize(("at_save", "at_load"), [(True, False), (False, True), (True, True)])
+def test_the_backend_may_change(pool, tmp_path, at_save, at_load):
+    _, saved, resumed_, weights = pool.run(resume_with_extra_state, str(tmp_path), at_save, at_load)[0]
+    assert resumed_
+    assert differences(saved, weights) == {}
