@@ -5,10 +5,13 @@ Everything else takes process groups as arguments.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
@@ -45,35 +48,72 @@ def init_model_parallel(
     def embedding_ranks(pp_ranks: list[int], _: int | None = None) -> list[int]:
         return [pp_ranks[stage] for stage in embedding_stages]
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp,
-        context_parallel_size=cp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        order=RANK_ORDER_PP_DP if pp_before_dp else RANK_ORDER,
-        get_embedding_ranks=embedding_ranks,
-        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
-        # With gloo as the default backend these would be second copies of the same groups.
-        create_gloo_process_groups=torch.distributed.get_backend() != "gloo"
-        and "fake" not in torch.distributed.get_backend(),
-    )
+    with _gloo_groups_made_once():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vp,
+            context_parallel_size=cp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+            order=RANK_ORDER_PP_DP if pp_before_dp else RANK_ORDER,
+            get_embedding_ranks=embedding_ranks,
+            distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+            # With gloo as the default backend these would be second copies of the same groups.
+            create_gloo_process_groups=not dist.get_backend().startswith(("gloo", "fake")),
+        )
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def destroy_model_parallel() -> None:
-    """Destroys all groups of a layout and every global of Megatron-Core that outlives a model.
+    """Forgets the groups of a layout and every global of Megatron-Core that outlives a model.
 
-    Megatron-Core only forgets its groups. The threads of forgotten gloo groups spin once a peer is gone: a few hundred of them
-    starve a machine on which one process builds layout after layout.
+    Groups of gloo stay for the next layout of this process and end with the default group.
     """
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()
+    if not dist.is_initialized():
+        _gloo_groups.clear()
+        return
     for group in groups:
-        if torch.distributed.is_initialized() and group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
-            torch.distributed.destroy_process_group(group)
+        if group not in _gloo_groups.values():
+            dist.destroy_process_group(group)
+
+
+# Sorted ranks -> group, for as long as the default group beside it lives.
+_gloo_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_gloo_world: dist.ProcessGroup | None = None
+
+
+@contextmanager
+def _gloo_groups_made_once() -> Iterator[None]:
+    """On gloo, one group for each set of ranks, whatever it is for and however many layouts this process builds.
+
+    Megatron-Core makes about thirty groups of a few ranks, most of them over the same sets. Each gloo group polls with two threads
+    until nothing refers to it any more: two ranks had 57 threads, and a process that went through a dozen layouts a
+    thousand, which starved the machine. NCCL's groups stay apart: its communicators order their work by group.
+    """
+    global _gloo_world
+    if dist.get_backend() != "gloo":
+        yield
+        return
+    if _gloo_world is not dist.group.WORLD:
+        _gloo_groups.clear()
+        _gloo_world = dist.group.WORLD
+    make = dist.new_group
+
+    def made_once(ranks: list[int], **options: Any) -> dist.ProcessGroup:
+        key = tuple(sorted(ranks))
+        if key not in _gloo_groups:
+            _gloo_groups[key] = make(ranks, **options)
+        return _gloo_groups[key]
+
+    dist.new_group = made_once
+    try:
+        yield
+    finally:
+        dist.new_group = make
 
 
 def seed_dropout(seed: int, *, pp_rank: int) -> None:
