@@ -16,6 +16,8 @@ from megatron_mtp.device.select import Device, local_rank, local_world_size, pic
 def init_distributed(config: DistConfig) -> Device:
     """Picks the device of this process and joins the process group that torchrun describes; without torchrun, a group of one.
 
+    A process that has joined a group already (a worker of `device/worker_pool.py`) stays in it.
+
     On a CPU it also installs the facade over torch.cuda and divides the cores between the local ranks.
 
     Args:
@@ -35,6 +37,8 @@ def init_distributed(config: DistConfig) -> Device:
     if threads := config.num_threads or (None if device.is_cuda else cores_per_rank()):
         torch.set_num_threads(threads)
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    if dist.is_initialized():
+        return device
     if launched_by_torchrun():
         dist.init_process_group(device.backend, timeout=timeout)
     else:

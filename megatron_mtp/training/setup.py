@@ -44,6 +44,11 @@ class Run:
         self.data.close()
         leave_groups()
 
+    def release(self) -> None:
+        """Ends threads and destroys the groups of this layout; the process stays in the job, for another run."""
+        self.data.close()
+        mcore_compat.destroy_model_parallel()
+
 
 def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
     """Joins the job, makes the process groups of the layout and seeds every random number generator."""
