@@ -18,7 +18,22 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import HAVE_TE
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+
+
+class _CheckpointWithoutFP8(tensor_parallel.CheckpointWithoutOutput):
+    """Megatron-Core's recomputation of norms and latents, where Transformer Engine is not installed.
+
+    Upstream reads its default, fp8=False, as "FP8 may be on" and asks Transformer Engine, which ends in a NameError.
+    """
+
+    def __init__(self, fp8: object = False):
+        super().__init__(fp8 or None)
+
+
+if not HAVE_TE:
+    tensor_parallel.CheckpointWithoutOutput = _CheckpointWithoutFP8
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 RANK_ORDER_PP_DP = "tp-cp-ep-pp-dp"

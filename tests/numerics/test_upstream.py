@@ -1,0 +1,190 @@
+"""Defects of Megatron-Core 0.19.2 that one rank can show; docs/numerics.md names the entry behind each test."""
+
+from __future__ import annotations
+
+import inspect
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.gloo_pool import GlooPool
+from tests.numerics.runs import SMALL, Step, assert_same_step, masked_step, opened, relative_errors, small_config
+
+pytestmark = pytest.mark.dist
+
+DENSE = (*SMALL, "train.micro_batch_size=1", "train.global_batch_size=2")
+LOSS_SCALE = 1024.0
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GlooPool(1) as pool:
+        yield pool
+
+
+def ones(slots: int = 32) -> torch.Tensor:
+    return torch.ones(2, 1, slots)
+
+
+def scaled_step(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) -> Step | None:
+    """`masked_step` under a loss scale that the schedule applies, the gradients divided by it."""
+    from megatron_mtp.training import optimizer, setup
+
+    real = optimizer.build_optimizer
+
+    def with_scale(cfg, chunks, groups):
+        built = real(cfg, chunks, groups)
+        chunks[0].config.grad_scale_func = lambda loss: loss * LOSS_SCALE
+        return built
+
+    with mock.patch.object(setup, "build_optimizer", with_scale):
+        step = masked_step(recipe, overrides, masks)
+    step.gradients = {name: gradient / LOSS_SCALE for name, gradient in step.gradients.items()}
+    return step
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_mla_moe"])
+def test_the_loss_scale_reaches_every_term(pool, recipe):
+    router = () if recipe == "tiny_dense" else ("model.moe_z_loss_coeff=0.01", "model.moe_aux_loss_coeff=0.01")
+    got = pool.run(scaled_step, recipe, (*DENSE, *router), ones())[0]
+    assert_same_step(got, pool.run(masked_step, recipe, (*DENSE, *router), ones())[0])
+
+
+def step_without_upstream_mtp(masks: torch.Tensor) -> Step | None:
+    """Upstream's rolling, loss, autograd scaler and log replaced by an error, padding and packing looked for."""
+    from megatron.core.models.gpt import gpt_model
+    from megatron.core.transformer import multi_token_prediction as upstream
+
+    from megatron_mtp.model.mtp import MTPLayer
+
+    def refuse(*_, **__):
+        raise AssertionError("upstream's MTP objective or roll was called")
+
+    real = MTPLayer._get_embeddings
+
+    def watched(self, *args, **kwargs):
+        assert kwargs.get("packed_seq_params") is None
+        assert kwargs.get("padding_mask") is None
+        return real(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(upstream, "roll_tensor", refuse),
+        mock.patch.object(upstream, "process_mtp_loss", refuse),
+        mock.patch.object(gpt_model, "process_mtp_loss", refuse),
+        mock.patch.object(upstream.MTPLossAutoScaler, "apply", refuse),
+        mock.patch.object(MTPLayer, "_get_embeddings", watched),
+    ):
+        return masked_step("tiny_dense", DENSE, masks)
+
+
+def test_nothing_is_rolled_packed_or_padded_in_the_model(pool):
+    assert pool.run(step_without_upstream_mtp, ones())[0].counts == [64, 62, 60]
+
+
+def test_the_mask_is_mandatory():
+    from megatron_mtp.objective.heads import DepthBatch
+
+    parameters = inspect.signature(DepthBatch).parameters
+    assert parameters["loss_mask"].default is inspect.Parameter.empty
+
+
+def evaluated() -> tuple[list[float], list[float], list[int], list[int]]:
+    """Evaluation over two batches, and by hand: sums over counts of the same batches."""
+    from megatron_mtp.training.evaluation import evaluate
+
+    # End-of-document targets are masked, so the batches have different numbers of targets.
+    overrides = (*DENSE, "validation.eval_iters=2", "validation.eval_global_batch_size=2", "dataset.eod_mask_loss=true")
+    with opened(small_config("tiny_dense", overrides, 1)) as run:
+        (result,) = evaluate(run.engine, run.data, 0.1).values()
+        name = run.data.valid_names[0]
+        batches = [run.engine.evaluate(batch, 0.1) for batch in run.data.valid(name)]
+    sums = sum(batch.depth_sums for batch in batches)
+    counts = sum(batch.depth_counts for batch in batches)
+    return result.losses, (sums / counts).tolist(), result.acceptance[0].tolist(), counts.tolist()
+
+
+def test_evaluation_has_every_depth_as_sum_over_count(pool):
+    losses, by_hand, valid, counts = pool.run(evaluated)[0]
+    assert losses == by_hand
+    assert len(losses) == 3
+    assert valid == counts
+
+
+RECOMPUTE = {
+    "uniform": ("model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"),
+    "uniform_2": ("model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=2"),
+    "block": ("model.recompute_granularity=full", "model.recompute_method=block", "model.recompute_num_layers=1"),
+    "selective": (
+        "model.recompute_granularity=selective",
+        "model.recompute_modules=[core_attn, layernorm, mla_up_proj, mlp, moe]",
+    ),
+}
+# Of what the MTP layers keep for the backward pass without recomputation. Full: their inputs and the final norms.
+MOST_KEPT = {"uniform": 0.35, "uniform_2": 0.35, "block": 0.35, "selective": 0.75}
+
+
+def kept_by_mtp_layers(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) -> tuple[Step | None, int]:
+    """A step, and the bytes of activations that the MTP layers keep for the backward pass of one micro-batch."""
+    from megatron_mtp.model.mtp import MTPModel
+
+    real, kept = MTPModel._run_depths, {}
+
+    def watched(self, *args, **kwargs):
+        weights = {p.untyped_storage().data_ptr() for p in self.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return real(self, *args, **kwargs)
+
+    with mock.patch.object(MTPModel, "_run_depths", watched):
+        step = masked_step(recipe, overrides, masks)
+    return step, sum(kept.values())
+
+
+@pytest.mark.parametrize("method", RECOMPUTE)
+def test_recomputation_covers_mtp_layers_and_changes_no_gradient(pool, method):
+    overrides = (*DENSE, "model.moe_z_loss_coeff=0.01", "model.moe_aux_loss_coeff=0.01")
+    plain, all_kept = pool.run(kept_by_mtp_layers, "tiny_mla_moe", overrides, ones())[0]
+    got, kept = pool.run(kept_by_mtp_layers, "tiny_mla_moe", (*overrides, *RECOMPUTE[method]), ones())[0]
+    assert_same_step(got, plain, gradient_tolerance=2e-6)
+    assert kept < MOST_KEPT[method] * all_kept
+
+
+def names_on_last_stage() -> list[str]:
+    from megatron_mtp.model.sharded import unwrap
+
+    overrides = (*DENSE, "model.pipeline_model_parallel_size=2", "model.share_embeddings_and_output_weights=true")
+    with opened(small_config("tiny_dense", overrides, 2)) as run:
+        return [name for chunk in run.engine.chunks for name, _ in unwrap(chunk).named_parameters()]
+
+
+def stage_without_experts() -> dict[str, float] | None:
+    """Router figures of a step whose first stages, if there are several, hold dense layers only. On rank 0."""
+    import torch.distributed as dist
+
+    overrides = (*DENSE, "model.moe_layer_freq=[0, 0, 0, 1]", "model.moe_aux_loss_coeff=0.01")
+    step = masked_step(
+        "tiny_mla_moe", (*overrides, f"model.pipeline_model_parallel_size={dist.get_world_size()}"), ones()
+    )
+    return None if step is None else step.router
+
+
+def test_two_stages(pool):
+    """A tied head keeps no second weight of its own, and a stage without experts takes part in the router figures."""
+    alone = pool.run(stage_without_experts)[0]
+    with GlooPool(2) as two:
+        assert "output_layer.weight" not in two.run(names_on_last_stage)[1]
+        assert two.run(stage_without_experts)[0] == pytest.approx(alone, rel=2e-6)
+
+
+def test_gradient_errors_are_seen():
+    """The measure that this folder's tests use is not blind: a part in a million of one tensor shows."""
+    reference = {"a": torch.ones(100), "b": torch.ones(3)}
+    assert max(relative_errors({"a": torch.ones(100), "b": torch.ones(3) * (1 + 1e-5)}, reference).values()) > 5e-6
