@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,7 @@ def judge(metrics: Path, data: DemoData) -> list[DepthVerdict]:
 def is_success(verdicts: list[DepthVerdict]) -> bool:
     """Every depth beats its table, and a farther token is harder."""
     losses = [verdict.held_out for verdict in verdicts]
-    return all(verdict.is_learnt for verdict in verdicts) and all(
-        near < far for near, far in zip(losses, losses[1:], strict=False)
-    )
+    return all(verdict.is_learnt for verdict in verdicts) and all(near < far for near, far in pairwise(losses))
 
 
 def _print_summary(run: Path, verdicts: list[DepthVerdict], seconds: float) -> None:
