@@ -146,7 +146,7 @@ class ModelConfig(Section):
     mtp_depth_weights: list[float] | None = None
     """w_k for each depth; None: all 1."""
     mtp_variant: Literal["sequential", "parallel"] = "sequential"
-    """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the trunk (Gloeckle et al. 2024)."""
+    """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several."""
     mtp_use_repeated_layer: bool = False
     """One set of MTP weights applied D times (Nemotron-3)."""
     mtp_detach_heads: bool = False

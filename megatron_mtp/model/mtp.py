@@ -81,6 +81,10 @@ class MTPLayer(MultiTokenPredictionLayer):
 class ParallelMTPLayer(MTPLayer):
     """A depth of the parallel variant: one transformer layer on the trunk's hidden state, no token is looked at.
 
+    With several depths each one is recomputed in the backward pass, whatever the config recomputes elsewhere: of all depths one
+    holds its activations at a time, as in the paper's order (one head's forward and backward after the other). That costs one more
+    forward pass of each depth's layer, which the paper's order saves by knowing each head's weight in the total beforehand.
+
     Source: Gloeckle et al. 2024, arXiv 2404.19737, section 2.
     """
 
@@ -88,6 +92,10 @@ class ParallelMTPLayer(MTPLayer):
         super().__init__(*args, **kwargs)
         # Built by the base class for the sequential variant; a depth here reads neither embedding nor projection.
         del self.enorm, self.hnorm, self.eh_proj
+        if self.config.mtp_num_layers > 1:
+            self.config = copy(self.config)
+            self.config.recompute_granularity = "full"
+            self.config.recompute_method, self.config.recompute_num_layers = "uniform", 1
 
     def _get_embeddings(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -180,8 +181,14 @@ def record_routing_maps(chunk: nn.Module, batch_size: int) -> list[Tensor]:
     maps: list[Tensor] = []
     for module in chunk.modules():
         if isinstance(module, TopKRouter):
-            module.register_forward_hook(lambda _, __, output: maps.append(_batch_first(output[1], batch_size)))
+            module.register_forward_hook(partial(_record, maps, batch_size))
     return maps
+
+
+def _record(maps: list[Tensor], batch_size: int, _: nn.Module, __: tuple, output: tuple[Tensor, Tensor]) -> None:
+    in_backward = torch._C._current_graph_task_id() != -1  # a layer that is recomputed calls its router again
+    if not in_backward:
+        maps.append(_batch_first(output[1], batch_size))
 
 
 def _batch_first(routing_map: Tensor, batch_size: int) -> Tensor:

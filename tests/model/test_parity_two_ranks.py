@@ -24,6 +24,8 @@ CASES = {
     "dense": DEEP,
     "dense_tied_repeated": replace(DEEP, tied=True, mtp_repeated=True),
     "parallel_detached_pre_norm": replace(DEEP, mtp_variant="parallel", mtp_detach=True, mtp_hidden="pre_final_norm"),
+    "pre_final_norm": replace(DEEP, mtp_hidden="pre_final_norm"),
+    "frozen_trunk": replace(DEEP, mtp_freeze_trunk=True),
     "mla_moe": replace(MLA_MOE, num_layers=4, moe_layers=(False, True, True, True)),
     "no_trunk_layer_beside_mtp": DENSE,
     "no_trunk_layer_beside_mtp_tied": replace(MLA_MOE, tied=True),
