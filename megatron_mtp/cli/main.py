@@ -15,6 +15,7 @@ COMMANDS = {
     "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
     "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints. Opens no data."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
+    "verify": ("megatron_mtp.cli.verify:verify", "Compare parallel layouts with one rank, at a small size."),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
     "doctor": ("megatron_mtp.cli.doctor:doctor", "Say what this machine can run."),
 }

@@ -1,0 +1,59 @@
+"""`megatron-mtp verify`."""
+
+from __future__ import annotations
+
+import json as json_format
+from typing import Annotated
+
+import typer
+
+from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+
+
+def verify(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config: Files = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            help='Layouts to compare with one rank, such as "tp=2,sp=1; pp=2,vp=2; pp=4,layout=Ett|tt|mm|L; dp=2,distopt=1". '
+            "Keys: tp sp pp vp layout cp ep etp dp distopt overlap mbs recompute. Default: one of each that the model can use."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
+) -> None:
+    """Check that parallel layouts compute what one rank computes: the loss of every depth and every gradient.
+
+    The recipe is shrunk to a size that this machine can run, in fp32 on the CPU. Exit code 1 if a layout is off.
+    """
+    from rich.console import Console
+
+    from megatron_mtp.tools.verify import plan, print_outcomes
+    from megatron_mtp.tools.verify import verify as run
+
+    planned = plan(
+        choose_config(recipe, config, overrides), layouts
+    )  # before torch is imported or a process is started
+    console = Console(stderr=True)
+    console.print(f"shrunk for this machine: {', '.join(planned.changes)}", markup=False, highlight=False)
+    total = 1 + len(planned.layouts)
+    with console.status("starting") as status:
+        done = 0
+
+        def report(what: str) -> None:
+            nonlocal done
+            done += 1
+            line = f"[{done}/{total}] {what}"
+            status.update(line.replace("[", "\\[", 1))
+            if not console.is_terminal:
+                console.print(line, markup=False, highlight=False)
+
+        outcomes = run(planned, report)
+    if json:
+        data = {"recipe": recipe, "shrunk": planned.changes, "outcomes": [outcome.as_dict() for outcome in outcomes]}
+        typer.echo(json_format.dumps(data, indent=2))
+    else:
+        print_outcomes(outcomes)
+    if not all(outcome.is_right for outcome in outcomes):
+        raise typer.Exit(1)
