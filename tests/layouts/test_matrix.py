@@ -1,0 +1,29 @@
+"""Every layout computes what one rank computes, whatever the mask: loss of every depth, counts, routing, every gradient.
+
+What is allowed stands in megatron_mtp/tools/verify_compare.py; no pair of the matrix needs more.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mtp.tools.verify_batch import MASKS
+from tests.layouts.matrix import LAYOUTS, all_pairs, fast_pairs
+
+pytestmark = pytest.mark.dist
+
+FAST = fast_pairs()
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "mask"),
+    [pytest.param(*pair, marks=[] if pair in FAST else [pytest.mark.slow]) for pair in all_pairs()],
+)
+def test_a_layout_computes_what_one_rank_computes(bench, model, layout, mask):
+    assert bench.difference(model, layout, mask).faults() == []
+
+
+def test_the_fast_part_holds_every_mask_and_layout():
+    for model in ("dense", "mla_moe"):
+        assert {mask for name, _, mask in FAST if name == model} == set(MASKS)
+    assert {layout for _, layout, _ in FAST} | {"tp=2,sp=1,pp=2,dp=2"} == {x for xs in LAYOUTS.values() for x in xs}
