@@ -9,7 +9,12 @@ from megatron_mtp.config.model import ModelConfig
 
 def refused_pairs(cfg: ConfigContainer) -> list[str]:
     """Each problem is a complete message: field and value, rule, other value, what to do."""
-    return _hidden_source_problems(cfg.model) + _document_problems(cfg) + _recompute_problems(cfg.model)
+    return (
+        _hidden_source_problems(cfg.model)
+        + _document_problems(cfg)
+        + _recompute_problems(cfg.model)
+        + _sink_problems(cfg.model)
+    )
 
 
 def _hidden_source_problems(model: ModelConfig) -> list[str]:
@@ -55,4 +60,15 @@ def _recompute_problems(model: ModelConfig) -> list[str]:
         f"model.recompute_method = {model.recompute_method!r}, model.recompute_num_layers = {model.recompute_num_layers}: in FP8 "
         f"or FP4 the MTP layers (model.mtp_num_layers = {model.mtp_num_layers}) are recomputed by 'uniform' with 1 layer only. "
         "Use these, or no recomputation."
+    ]
+
+
+def _sink_problems(model: ModelConfig) -> list[str]:
+    """Megatron-Core 0.19.2 does not mark the sinks as sharded, so the gradient norm holds one rank's heads only."""
+    tp = model.tensor_model_parallel_size
+    if model.mcore.get("softmax_type") != "learnable" or tp == 1:
+        return []
+    return [
+        "model.mcore.softmax_type = 'learnable': the gradient norm would leave out the attention sinks of all but one rank; "
+        f"model.tensor_model_parallel_size = {tp}. Set it to 1, or remove softmax_type."
     ]

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ExactMLASelfAttention(MLASelfAttention):
@@ -32,6 +32,9 @@ class ExactMLASelfAttention(MLASelfAttention):
         if self.config.q_lora_rank is not None and not self.config.sequence_parallel:
             for param in self.q_layernorm.parameters():
                 param.average_gradients_across_tp_domain = True
+        if self.config.q_lora_rank is not None:
+            mark_whole_weight(self.linear_q_down_proj, self.config.q_lora_rank)
+        mark_whole_weight(self.linear_kv_down_proj, self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim)
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of queries and of keys and values.
@@ -65,3 +68,15 @@ class ExactMLASelfAttention(MLASelfAttention):
             names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
             return {name: getattr(submodules, name) for name in names}
         return super()._resolve_qk_norm_config(submodules)
+
+
+def mark_whole_weight(linear: nn.Module, width: int) -> None:
+    """Says of a weight that every tensor-parallel rank holds whole that it is not sharded, so that a gradient norm counts it once.
+
+    Transformer Engine marks the weights of all its linear layers as sharded, those it duplicates too.
+
+    Args:
+        linear: a projection to `width` features; one whose weight is a shard is left as it is.
+    """
+    if linear.weight.shape[0] == width:
+        linear.weight.tensor_model_parallel = False
