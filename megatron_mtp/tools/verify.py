@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.device.worker_pool import WorkerError, WorkerPool
+from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.logs import silence_noise
-from megatron_mtp.tools.verify_batch import BatchSpec
 from megatron_mtp.tools.verify_layout import Layout, parse_layouts
+from megatron_mtp.tools.verify_masks import BatchSpec
 from megatron_mtp.tools.verify_shrink import shrink
 
 PRELOAD = ("megatron_mtp.tools.verify_preload",)
@@ -41,15 +43,15 @@ class Outcome:
         return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for --json."""
+        """Plain data, for --json; null stands where there is no finite number."""
         return {
             "layout": self.layout,
             "ranks": self.ranks,
             "right": self.is_right,
-            "losses_relative_difference": self.losses,
+            "losses_relative_difference": [_finite_or_none(value) for value in self.losses],
             "counts_equal": self.counts_equal,
             "acceptance_equal": self.acceptance_equal,
-            "gradient_difference": self.gradient,
+            "gradient_difference": _finite_or_none(self.gradient),
             "gradient_parameter": self.gradient_name,
             "faults": self.faults,
             "seconds": self.seconds,
@@ -81,8 +83,6 @@ def plan(cfg: ConfigContainer, layouts: str | None) -> Plan:
     Raises:
         ConfigError: the recipe is wrong, a layout cannot be read, or it cannot be.
     """
-    from megatron_mtp.errors import ConfigError
-
     parsed = parse_layouts(default_layouts(cfg) if layouts is None else layouts)
     small, changes = shrink(cfg, parsed)
     placed, problems = [], []
@@ -201,6 +201,10 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         for fault in outcome.faults:
             console.print(f"{outcome.layout}: {fault}", markup=False, highlight=False)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _word(is_equal: bool) -> str:

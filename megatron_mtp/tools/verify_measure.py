@@ -13,7 +13,8 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.data.loader import DataPlacement
 from megatron_mtp.model.sharded import gather_parts, gradient_parts, parameter_parts, unwrap, whole_tensors
-from megatron_mtp.tools.verify_batch import BatchSpec, rank_batch
+from megatron_mtp.tools.verify_batch import rank_batch
+from megatron_mtp.tools.verify_masks import BatchSpec
 from megatron_mtp.tools.verify_routing import RouterCall, RoutingRecorder, gather_routing
 from megatron_mtp.training.setup import Run, setup
 from megatron_mtp.training.step import StepResult
