@@ -20,6 +20,15 @@ def data_problems(cfg: ConfigContainer) -> list[str]:
         problems.append("dataset.blend and dataset.blend_per_split: give one of them.")
     if data.mock and (data.blend is not None or data.blend_per_split is not None):
         problems.append("dataset.mock = True: a blend is given too. Set dataset.mock = False, or the blend to null.")
+    if data.loss_mask_suffix == "":
+        problems.append(
+            "dataset.loss_mask_suffix = '': the mask would be the tokens themselves. Give a suffix, or null."
+        )
+    if data.loss_mask_suffix and data.mock:
+        problems.append(
+            f"dataset.loss_mask_suffix = {data.loss_mask_suffix!r}: mock data has no files, dataset.mock = True. Set one of "
+            "them to null or False."
+        )
     problems += blend_problems("dataset.blend", data.blend)
     if data.blend_per_split is not None:
         if len(data.blend_per_split) != 3:

@@ -198,6 +198,8 @@ class DatasetConfig(Section):
     """Further validation sets: name -> blend. Each is reported under its name."""
     eod_mask_loss: bool = False
     """Targets after an end-of-document token carry no loss."""
+    loss_mask_suffix: str | None = None
+    """Beside each prefix lies <prefix><suffix>.bin/.idx, one number for each token: 0 if it is no target (a prompt); None: all are."""
     reset_attention_mask: bool = False
     """Attention stays within a document, and no depth predicts across its end."""
     reset_position_ids: bool = False

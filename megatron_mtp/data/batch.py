@@ -90,6 +90,9 @@ def make_micro_batch(samples: Sequence[Sample], rules: BatchRules) -> MicroBatch
     starts = np.stack([sample.starts for sample in samples])
     documents = segments(starts) if rules.separate_documents else None
     mask = base_loss_mask(starts, rules.mask_document_starts)
+    for row, sample in zip(mask, samples, strict=True):
+        if sample.is_target is not None:
+            row *= sample.is_target[1:]
     targets = depth_targets(tokens, rules.num_depths, mask, documents)
 
     def tensor(array: np.ndarray) -> torch.Tensor:

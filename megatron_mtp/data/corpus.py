@@ -51,15 +51,28 @@ class Corpus:
         documents: first document and the one after the last.
         which: name of the split, for messages and for the random order.
         eod: a token after this one starts a document, as does the first token of each document.
+        targets: a data set of the same lengths, 0 where a token is no target; None: all are.
 
     Raises:
-        DataError: the split is too small for one sample.
+        DataError: the split is too small for one sample, or `targets` has other lengths.
     """
 
     def __init__(
-        self, reader: IndexedReader, documents: tuple[int, int], which: str, seq_length: int, eod: int, seed: int
+        self,
+        reader: IndexedReader,
+        documents: tuple[int, int],
+        which: str,
+        seq_length: int,
+        eod: int,
+        seed: int,
+        targets: IndexedReader | None = None,
     ):
-        self.reader, self.documents, self.which = reader, documents, which
+        self.reader, self.documents, self.which, self.targets = reader, documents, which, targets
+        if targets is not None and not np.array_equal(targets.lengths, reader.lengths):
+            raise DataError(
+                f"{targets.prefix}: its {len(targets)} sequences have other lengths than the {len(reader)} of {reader.prefix}, "
+                "whose loss mask it is (dataset.loss_mask_suffix). Write one number for each token."
+            )
         self.seq_length, self.eod, self.seed = seq_length, eod, seed
         self.name = f"{Path(reader.prefix).name}:{which}"
         self.num_tokens = reader.count_tokens(*documents)
@@ -103,13 +116,16 @@ class Corpus:
         place = int(np.searchsorted(begins, sample * self.seq_length, side="right")) - 1
         offset = sample * self.seq_length - int(begins[place])
         tokens, starts, filled = np.empty(wanted, np.int64), np.zeros(wanted, bool), 0
+        is_target = None if self.targets is None else np.empty(wanted, bool)
         while filled < wanted:
             part = self.reader.read(int(order[place]), offset)[: wanted - filled]
             tokens[filled : filled + len(part)] = part
+            if is_target is not None:
+                is_target[filled : filled + len(part)] = self.targets.read(int(order[place]), offset, len(part))
             if offset == 0 and len(part):
                 starts[filled] = True
             filled, place, offset = filled + len(part), place + 1, 0
-        return Sample(tokens, starts | document_starts(tokens, self.eod))
+        return Sample(tokens, starts | document_starts(tokens, self.eod), is_target)
 
     def _make_index(self) -> np.ndarray:
         """int64 [2, n+1]: documents in their random order (the last entry unused), and the token each begins at."""

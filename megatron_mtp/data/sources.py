@@ -92,6 +92,7 @@ class _Opener:
         tokenizer = configured_tokenizer(cfg)
         self.eod = end_of_document(tokenizer, vocab_size)
         self.fingerprint = None if tokenizer is None or tokenizer.kind == "null" else tokenizer.fingerprint()
+        self.mask_suffix = cfg.dataset.loss_mask_suffix
         self.problems: list[str] = []
         self.readers: dict[str, IndexedReader | None] = {}
 
@@ -109,7 +110,8 @@ class _Opener:
             if reader is None:
                 return None
             documents = (0, len(reader)) if split is None else split_range(split, which, len(reader))
-            return Corpus(reader, documents, which, self.seq_length, self.eod, self.seed)
+            targets = IndexedReader(f"{prefix}{self.mask_suffix}") if self.mask_suffix else None
+            return Corpus(reader, documents, which, self.seq_length, self.eod, self.seed, targets)
         except DataError as error:
             self.problems.append(str(error))
             return None
