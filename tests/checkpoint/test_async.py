@@ -9,19 +9,12 @@ import torch.distributed as dist
 
 from megatron_mtp.checkpoint import writer
 from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
-from tests.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.dist
 
 ADAM = {**DENSE, "checkpoint.async_save": True}
 WHOLE = {**ADAM, "ddp.use_distributed_optimizer": False}
 BF16 = {**ADAM, "precision.dtype": "bf16"}
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as workers:
-        yield workers
 
 
 class HeldBack:
@@ -56,7 +49,9 @@ def save_while_training(values: dict, path: str) -> tuple:
         return early, was_saving, finished, run.checkpointer.is_saving, at_save, run.weights()
 
 
-@pytest.mark.parametrize("values", [ADAM, WHOLE, BF16], ids=["sharded", "whole", "bf16"])
+@pytest.mark.parametrize(
+    "values", [ADAM, WHOLE, pytest.param(BF16, marks=pytest.mark.slow)], ids=["sharded", "whole", "bf16"]
+)
 def test_steps_during_a_save_do_not_leak_into_it(pool, tmp_path, values):
     early, was_saving, finished, is_saving, at_save, trained_on = pool.run(save_while_training, values, str(tmp_path))[
         0

@@ -23,17 +23,10 @@ from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError
 from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
 from tests.checkpoint.writing import damage_file
-from tests.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.dist
 
 FILES = {"config.yaml", "train_state.json", ".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp", MANIFEST_NAME}
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as workers:
-        yield workers
 
 
 def save_two(path: str) -> tuple:

@@ -5,17 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.checkpoint.rig import CP2, DENSE, DP, EP2, MOE, PP2, TIED, TP2, VP2, differences, resumed, trained
-from tests.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.dist
 
 SAVED_AT, STEPS = 2, 4
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as workers:
-        yield workers
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +25,28 @@ def saved(pool, tmp_path_factory):
     return get
 
 
+CASES = {
+    "dense dp to dp": (DENSE, DP, DP),
+    "dense dp to tp": (DENSE, DP, TP2),
+    "dense dp to pp": (DENSE, DP, PP2),
+    "dense dp to vp": (DENSE, DP, VP2),
+    "dense dp to cp": (DENSE, DP, CP2),
+    "dense tp to dp": (DENSE, TP2, DP),
+    "dense vp to tp": (DENSE, VP2, TP2),
+    "tied pp to dp": (TIED, PP2, DP),
+    "moe ep to ep": (MOE, EP2, EP2),
+    "moe ep to tp": (MOE, EP2, TP2),
+    "moe ep to pp": (MOE, EP2, PP2),
+    "moe pp to ep": (MOE, PP2, EP2),
+}
+SLOW = {"dense dp to cp", "dense dp to vp", "dense tp to dp", "moe ep to ep", "moe ep to pp"}
+
+
 @pytest.mark.parametrize(
     ("name", "model", "old", "new"),
     [
-        ("dense-dp", DENSE, DP, DP),
-        ("dense-dp", DENSE, DP, TP2),
-        ("dense-dp", DENSE, DP, PP2),
-        ("dense-dp", DENSE, DP, VP2),
-        ("dense-dp", DENSE, DP, CP2),
-        ("dense-tp", DENSE, TP2, DP),
-        ("dense-vp", DENSE, VP2, TP2),
-        ("tied-pp", TIED, PP2, DP),
-        ("moe-ep", MOE, EP2, EP2),
-        ("moe-ep", MOE, EP2, TP2),
-        ("moe-ep", MOE, EP2, PP2),
-        ("moe-pp", MOE, PP2, EP2),
+        pytest.param(*name.split(" to ")[:1], *case, marks=pytest.mark.slow if name in SLOW else (), id=name)
+        for name, case in CASES.items()
     ],
 )
 def test_resume_gives_the_weights_of_a_run_that_was_never_stopped(pool, saved, name, model, old, new):

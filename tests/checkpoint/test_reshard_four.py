@@ -24,8 +24,7 @@ LAYOUTS = {
     "cp2+tp2": {**TP2, "model.context_parallel_size": 2},
     "ep2+pp2": {**PP2, "model.expert_model_parallel_size": 2, "model.expert_tensor_parallel_size": 1},
 }
-# These together write and read every kind of layout once.
-FAST = [("dense", "tp2+pp2", "m|L"), ("moe", "m|L", "ep2+pp2"), ("moe", "ep2+pp2", "pp4+vp2")]
+FAST = [("dense", "tp2+pp2", "m|L"), ("moe", "ep2+pp2", "pp4+vp2")]
 SAVED_AT, STEPS = 2, 4
 
 
@@ -70,6 +69,7 @@ def test_resume_gives_the_weights_of_a_run_that_was_never_stopped(pool, saved, m
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_the_uninterrupted_runs_agree_across_layouts(saved, model):
     """The gradients are drawn by place, so this must hold; else the comparison above would compare different runs."""

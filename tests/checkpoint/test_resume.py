@@ -14,7 +14,6 @@ from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore_compat import copy_master_weights_to_model, single_optimizers
 from megatron_mtp.training.state import TrainState
 from tests.checkpoint.rig import DENSE, PP2, TP2, Rig, differences, make_config, resumed, rig, trained
-from tests.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.dist
 
@@ -24,25 +23,25 @@ WHOLE = {"ddp.use_distributed_optimizer": False}
 SGD = {**DENSE, **WHOLE, "optimizer.optimizer": "sgd"}
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as workers:
-        yield workers
+CASES = {
+    "bf16": (BF16, {}),
+    "fp16": (FP16, {}),
+    "fp32-whole": ({**DENSE, **WHOLE}, {}),
+    "bf16-whole": ({**BF16, **WHOLE}, {}),
+    "sgd": (SGD, {}),
+    "bf16-to-tp2": (BF16, TP2),
+    "bf16-whole-to-pp2": ({**BF16, **WHOLE}, PP2),
+}
+FAST = {("bf16", 2), ("fp16", 2), ("sgd", 2), ("bf16-whole-to-pp2", 2), ("bf16", 0), ("fp32-whole", 0)}
 
 
-@pytest.mark.parametrize("save_at", [0, 2])
 @pytest.mark.parametrize(
-    ("model", "layout"),
+    ("model", "layout", "save_at"),
     [
-        (BF16, {}),
-        (FP16, {}),
-        ({**DENSE, **WHOLE}, {}),
-        ({**BF16, **WHOLE}, {}),
-        (SGD, {}),
-        (BF16, TP2),
-        ({**BF16, **WHOLE}, PP2),
+        pytest.param(*case, save_at, marks=() if (name, save_at) in FAST else pytest.mark.slow, id=f"{name}-{save_at}")
+        for name, case in CASES.items()
+        for save_at in (0, 2)
     ],
-    ids=["bf16", "fp16", "fp32-whole", "bf16-whole", "sgd", "bf16-to-tp2", "bf16-whole-to-pp2"],
 )
 def test_resume_is_bit_equal(pool, tmp_path, model, layout, save_at):
     expected = pool.run(trained, model, 4, str(tmp_path), save_at)[0]
@@ -85,7 +84,7 @@ def draw_streams() -> list:
     return [random.random(), float(np.random.rand()), torch.rand(2).tolist(), dropout]
 
 
-@pytest.mark.parametrize("model", [DENSE, FP16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("model", [pytest.param(DENSE, marks=pytest.mark.slow), FP16], ids=["fp32", "fp16"])
 def test_counters_loss_scale_and_random_streams_go_on(pool, tmp_path, model):
     streams = pool.run(save_with_counters, model, str(tmp_path))
     assert streams[0] != streams[1], "ranks must differ, or this test cannot tell them apart"
@@ -128,7 +127,13 @@ def masters(run: Rig) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [(DENSE, BF16), (BF16, DENSE), (BF16, FP16)], ids=["32-16", "16-32", "bf16-fp16"]
+    ("old", "new"),
+    [
+        (DENSE, BF16),
+        pytest.param(BF16, DENSE, marks=pytest.mark.slow),
+        pytest.param(BF16, FP16, marks=pytest.mark.slow),
+    ],
+    ids=["fp32-bf16", "bf16-fp32", "bf16-fp16"],
 )
 def test_a_change_of_dtype_goes_on_from_the_master_weights(pool, tmp_path, old, new):
     """`weights` also checks that data-parallel copies agree, which loading the masters alone would break."""
@@ -227,7 +232,10 @@ def resume_with_extra_state(path: str, at_save: bool, at_load: bool) -> tuple:
     return outcomes
 
 
-@pytest.mark.parametrize(("at_save", "at_load"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("at_save", "at_load"),
+    [(True, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, True), (True, True)))],
+)
 def test_the_backend_may_change(pool, tmp_path, at_save, at_load):
     _, saved, resumed_, weights = pool.run(resume_with_extra_state, str(tmp_path), at_save, at_load)[0]
     assert resumed_

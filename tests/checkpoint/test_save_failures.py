@@ -16,17 +16,10 @@ import torch.distributed as dist
 from megatron_mtp.checkpoint import checkpointer, directory, writer
 from megatron_mtp.errors import CheckpointError
 from tests.checkpoint.rig import DENSE, Rig, differences, make_config, resumed, rig
-from tests.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.dist
 
 ASYNC = {**DENSE, "checkpoint.async_save": True}
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as workers:
-        yield workers
 
 
 @contextmanager
@@ -84,9 +77,17 @@ def save_on_a_full_disk(values: dict, path: str, place: str) -> tuple:
         return message, left, last, run.weights()
 
 
-@pytest.mark.parametrize("values", [DENSE, ASYNC], ids=["sync", "async"])
+PLACES = ["file of rank 1", "metadata on rank 0", "config on rank 0", "manifest on rank 0", "folder on rank 0"]
+FAST = {("file of rank 1", "async"), ("metadata on rank 0", "sync"), ("folder on rank 0", "sync")}
+
+
 @pytest.mark.parametrize(
-    "place", ["file of rank 1", "metadata on rank 0", "config on rank 0", "manifest on rank 0", "folder on rank 0"]
+    ("values", "place"),
+    [
+        pytest.param(values, place, marks=() if (place, how) in FAST else pytest.mark.slow, id=f"{place}-{how}")
+        for place in PLACES
+        for how, values in (("sync", DENSE), ("async", ASYNC))
+    ],
 )
 def test_a_full_disk_is_reported_and_survived(pool, tmp_path, values, place):
     outcomes = pool.run(save_on_a_full_disk, values, str(tmp_path), place)
