@@ -71,6 +71,7 @@ CURVE: dict[str, frozenset[str]] = {
             "mtp_loss_scaling_factor",
             "mtp_depth_weights",
             "mtp_detach_heads",
+            "mtp_freeze_trunk",  # with load_optim=false, see _pair_refusals
             "logits_z_loss_coeff",
         }
     ),
@@ -164,6 +165,20 @@ def _base_names(blend: Any) -> Any:
 
 def _pair_refusals(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """Changes that are fine alone and not together."""
+    return _dtype_refusals(saved, present) + _frozen_refusals(saved, present)
+
+
+def _frozen_refusals(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    old, new = (bool((side.get("model") or {}).get("mtp_freeze_trunk")) for side in (saved, present))
+    if old == new or not (present.get("checkpoint") or {}).get("load_optim", True):
+        return []
+    return [
+        f"model.mtp_freeze_trunk = {new}: the checkpoint was saved with {old}. It can change with checkpoint.load_optim=false "
+        "only, since a frozen trunk has no optimizer state."
+    ]
+
+
+def _dtype_refusals(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     old, new = ((side.get("precision") or {}).get("dtype") for side in (saved, present))
     sharded = (present.get("ddp") or {}).get("use_distributed_optimizer", True)
     if old == new or sharded:

@@ -36,7 +36,6 @@ def compare(changes: dict[str, object], saved: dict[str, object] | None = None) 
         "model.mtp_num_layers",
         "model.mtp_variant",
         "model.mtp_use_repeated_layer",
-        "model.mtp_freeze_trunk",
         "model.num_moe_experts",
         "model.rotary_base",
         "model.mcore",
@@ -145,3 +144,11 @@ def test_the_tables_name_fields_that_exist_once():
             assert names - {"*"} <= sections[section], f"{section}: stale names"
     for section, names in compat.FREE.items():
         assert not names & compat.CURVE.get(section, frozenset())
+
+
+def test_a_trunk_is_frozen_or_freed_without_optimizer_state_only():
+    refused = compare({"model.mtp_freeze_trunk": True})
+    assert "It can change with checkpoint.load_optim=false only" in refused.refusals[0]
+    allowed = compare({"model.mtp_freeze_trunk": True, "checkpoint.load_optim": False})
+    assert not allowed.refusals
+    assert allowed.changes

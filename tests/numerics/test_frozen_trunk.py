@@ -83,6 +83,40 @@ def test_layouts_equal_one_rank(pool, alone, layout):
     assert max(errors.values()) <= 5e-6, max(errors, key=errors.get)
 
 
+def frozen_after_pretraining(directory: str) -> Any:
+    """Two steps with a trunk that is trained, a save, and a step on the frozen trunk. Weights at the save and after, on rank 0."""
+    import torch.distributed as dist
+
+    from megatron_mtp.checkpoint import Checkpointer
+    from megatron_mtp.model.sharded import gather_parts, parameter_parts, whole_tensors
+    from megatron_mtp.training.state import TrainState
+
+    places = (f"checkpoint.save={directory}", f"checkpoint.load={directory}", "checkpoint.load_optim=false")
+    weights = []
+    for is_frozen in (False, True):
+        overrides = (*FROZEN, *places, f"model.mtp_freeze_trunk={is_frozen}")
+        with opened(small_config("tiny_mla_moe", overrides, dist.get_world_size())) as run:
+            state, checkpointer = TrainState(), Checkpointer(run.cfg, run.groups)
+            assert checkpointer.resume(run.engine.chunks, run.engine.optimizer, state) == is_frozen
+            batches = run.data.train(state.consumed_samples)
+            for _ in range(1 if is_frozen else 2):
+                run.engine.train(next(batches), 1.0)
+                state.advance(run.cfg.train.global_batch_size, run.cfg.model.seq_length)
+            if not is_frozen:
+                checkpointer.save(run.engine.chunks, run.engine.optimizer, state, "test")
+                checkpointer.maybe_finalize(blocking=True)
+            batches.close()
+            checkpointer.close()
+            weights.append(gather_parts(parameter_parts(run.engine.chunks)))
+    return [whole_tensors(parts)[0] for parts in weights] if weights[0] else None
+
+
+def test_a_trunk_can_be_frozen_after_pretraining(pool, tmp_path):
+    pretrained, after = pool.run(frozen_after_pretraining, str(tmp_path))[0]
+    for name, weight in pretrained.items():
+        assert torch.equal(weight, after[name]) != name.startswith("mtp."), name
+
+
 def saved_and_resumed(overrides: tuple[str, ...], directory: str) -> Any:
     """Two steps, a save, one step; then a new run that resumes and takes that step. The weights of both, on rank 0."""
     import torch.distributed as dist
