@@ -178,7 +178,7 @@ class ModelConfig(Section):
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers, or chosen modules, in the backward pass."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """full: groups of recompute_num_layers layers (uniform), or the first recompute_num_layers of each chunk (block)."""
+    """full: groups of recompute_num_layers layers (uniform), or the first recompute_num_layers of each chunk (block); MTP layers in both."""
     recompute_num_layers: int | None = None
     """See recompute_method."""
     recompute_modules: list[str] | None = None

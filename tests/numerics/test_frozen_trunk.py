@@ -42,6 +42,9 @@ LAYOUTS = {
 }
 
 
+QUICK = ("tp2_sp", "pp2_without_trunk_layers_beside_mtp", "dp2_distributed_optimizer")
+
+
 @pytest.fixture(scope="module")
 def alone():
     with GlooPool(1) as pool:
@@ -70,7 +73,9 @@ def test_one_rank(alone):
     assert_only_mtp_moved(alone[False])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS]
+)
 def test_layouts_equal_one_rank(pool, alone, layout):
     reference = alone["tied" in layout]
     got = pool.run(curve, "tiny_mla_moe", (*FROZEN, *LAYOUTS[layout]), STEPS)[0]

@@ -57,7 +57,10 @@ def pool():
         yield pool
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["cp2", "dp2", pytest.param("pp2", marks=pytest.mark.slow), pytest.param("cp2_detached", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", masks())
 def test_layouts_equal_one_rank(pool, alone, name, layout):
     got = pool.run(masked_step, "tiny_dense", (*DENSE, *LAYOUTS[layout]), masks()[name])[0]
