@@ -188,3 +188,19 @@ def test_gradient_errors_are_seen():
     """The measure that this folder's tests use is not blind: a part in a million of one tensor shows."""
     reference = {"a": torch.ones(100), "b": torch.ones(3)}
     assert max(relative_errors({"a": torch.ones(100), "b": torch.ones(3) * (1 + 1e-5)}, reference).values()) > 5e-6
+
+
+@pytest.mark.slow
+def test_a_standalone_mtp_stage_with_virtual_chunks(pool):
+    """Deadlocks in the interleaved schedule unless messages overlap."""
+    deep = (*DENSE, "train.global_batch_size=4", "model.num_layers=6")
+    masks = torch.ones(4, 1, 32)
+    masks[1, 0, 7:] = 0
+    layout = (
+        "model.pipeline_model_parallel_size=4",
+        "model.virtual_pipeline_model_parallel_size=2",
+        "model.pipeline_model_parallel_layout=Et|t|t|t|t|t|mm|L",
+    )
+    reference = pool.run(masked_step, "tiny_dense", deep, masks)[0]
+    with GlooPool(4) as four:
+        assert_same_step(four.run(masked_step, "tiny_dense", (*deep, *layout), masks)[0], reference)
