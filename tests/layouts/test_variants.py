@@ -72,6 +72,4 @@ def test_the_size_of_micro_batches_does_not_matter(bench, model, micro_batch_siz
 @pytest.mark.parametrize("layout", ["tp=2,sp=1", "pp=2,vp=2", "pp=4,layout=Ett|tt|mm|L", "cp=2", "dp=2,distopt=1"])
 @pytest.mark.parametrize("model", ["dense", "mla_moe"])
 def test_variants_of_mtp(bench, model, layout, change):
-    if change is repeated and "layout" in layout:
-        pytest.skip("a repeated layer is one parameter set on one stage like any other: the layout string is the same")
     assert bench.difference(model, layout, change=change).faults() == []
