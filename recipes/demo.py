@@ -12,9 +12,9 @@ def demo_pretrain_config() -> ConfigContainer:
     It runs on mock data as it is; `make demo` points dataset and tokenizer at real text.
     """
     cfg = small_common()
-    cfg.model.num_layers = 6
-    cfg.model.hidden_size = 128
-    cfg.model.ffn_hidden_size = 384
+    cfg.model.num_layers = 10
+    cfg.model.hidden_size = 96
+    cfg.model.ffn_hidden_size = 256
     cfg.model.num_attention_heads = 4
     cfg.model.num_query_groups = 2
     cfg.model.qk_layernorm = True
@@ -23,15 +23,19 @@ def demo_pretrain_config() -> ConfigContainer:
     cfg.model.seq_length = 256
     cfg.model.vocab_size = 1024
     cfg.model.mtp_num_layers = 2
-    cfg.model.mtp_loss_scaling_factor = 0.3
+    cfg.model.mtp_loss_scaling_factor = 0.1
+    # Farther depths weigh less, as in FastMTP (arXiv 2509.18362): depth 1 then serves its own prediction first.
+    cfg.model.mtp_depth_weights = [1.0, 0.1]
     cfg.model.pipeline_model_parallel_size = 2
-    # Two MTP layers and three heads weigh more than an even split by layers would say.
-    cfg.model.pipeline_model_parallel_layout = [5, 1]
-    cfg.train.train_iters = 300
-    cfg.train.global_batch_size = 16
-    cfg.train.micro_batch_size = 4
+    # Two MTP layers and three heads weigh about as much as four decoder layers.
+    cfg.model.pipeline_model_parallel_layout = [7, 3]
+    cfg.train.train_iters = 500
+    cfg.train.global_batch_size = 8
+    cfg.train.micro_batch_size = 1
+    cfg.optimizer.lr = 4e-3
+    cfg.optimizer.min_lr = 4e-4
     cfg.scheduler.lr_warmup_iters = 30
-    cfg.validation.eval_interval = 100
-    cfg.validation.eval_iters = 8
+    cfg.validation.eval_interval = 250
+    cfg.validation.eval_iters = 70
     cfg.logger.log_interval = 10
     return cfg
