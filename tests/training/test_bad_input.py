@@ -61,7 +61,9 @@ def test_damaged_data(
     assert f"train_text_document{words}" in text
 
 
-@pytest.mark.parametrize(("field", "value", "words"), [("largest_id", 700, "700"), ("fingerprint", "other", "tokenizer")])
+@pytest.mark.parametrize(
+    ("field", "value", "words"), [("largest_id", 700, "700"), ("fingerprint", "other", "tokenizer")]
+)
 def test_the_sidecar_is_believed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], field: str, value: object, words: str
 ):
@@ -84,9 +86,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, capfd: pytest.Captur
     assert "checkpoint.save" in text
 
 
-def refused(
-    folder: Path, capfd: pytest.CaptureFixture[str], prefix: Path, ranks: list[str], *overrides: str
-) -> str:
+def refused(folder: Path, capfd: pytest.CaptureFixture[str], prefix: Path, ranks: list[str], *overrides: str) -> str:
     """Runs `pretrain tiny_dense` on the data, checks that it is refused in the proper form, and returns the message."""
     before = sorted(folder.rglob("*"))
     arguments = [
