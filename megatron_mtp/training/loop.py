@@ -50,7 +50,6 @@ class Trainer:
     throughput: Throughput
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
     _started_s: float = field(default_factory=time.monotonic)
-    _saved_at: int | None = None
 
     def train(self) -> None:
         """Trains to the end of the run, or to where this process is to leave."""
@@ -146,12 +145,11 @@ class Trainer:
     def _save(self, reason: str) -> None:
         """Saves once at an iteration. A save that fails is reported and training goes on: the next may find room."""
         state = self.state
-        if self.run.cfg.checkpoint.save is None or self._saved_at == state.iteration:
+        if self.run.cfg.checkpoint.save is None or self.checkpointer.last_saved == state.iteration:
             return
         self._call("on_save")
         try:
             self.checkpointer.save(self.run.engine.chunks, self.run.engine.optimizer, state, reason)
-            self._saved_at = state.iteration
         except CheckpointError as error:
             logger.error("%s", error)
 
