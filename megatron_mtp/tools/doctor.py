@@ -19,7 +19,7 @@ from megatron_mtp.tools.doctor_checks import CHECKS, Finding
 # Their versions explain most bugs.
 REPORTED_PACKAGES = (
     "megatron-core torch triton numpy nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13 transformer-engine flash-attn apex "
-    "omegaconf pydantic typer rich tensorboard wandb tokenizers sentencepiece tiktoken safetensors transformers psutil setuptools pybind11"
+    "typer rich tensorboard wandb tokenizers sentencepiece tiktoken safetensors transformers psutil setuptools pybind11"
 ).split()
 
 
