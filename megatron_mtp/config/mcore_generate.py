@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import types
 import typing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -27,7 +28,6 @@ MCORE_FIELDS: dict[str, tuple[Any, Any]] = {{
 
 def render() -> str:
     """The text of `mcore_table.py` for the installed megatron-core."""
-    from megatron.core import __version__
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
@@ -36,7 +36,8 @@ def render() -> str:
     for field in sorted(dataclasses.fields(MLATransformerConfig), key=lambda field: field.name):
         if field.name not in ours and not field.name.startswith("_"):
             lines.append(f'    "{field.name}": ({_type(hints[field.name])}, {_default(field)}),\n')
-    return HEAD.format(version=__version__) + "".join(lines) + "}\n"
+    # Not megatron.core.__version__, which appends the commit of any git repository that its folder lies in.
+    return HEAD.format(version=version("megatron-core")) + "".join(lines) + "}\n"
 
 
 def _type(hint: Any) -> str:

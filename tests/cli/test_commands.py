@@ -70,12 +70,12 @@ def test_show_prints_yaml_that_gives_the_same_config(run, tmp_path):
 
 
 def test_show_differences(run):
-    code, out, _ = run("show", "demo", "--diff", "model.mtp_num_layers=3")
+    code, out, _ = run("show", "tiny_dense", "--diff", "model.mtp_num_layers=3")
     assert code == 0
     changes = [line for line in out.splitlines() if not line.startswith("#")]
     assert changes == ["model.mtp_num_layers: 2 -> 3"]
     assert "hint: model.mtp_num_layers = 3" in out
-    assert "nothing differs" in run("show", "demo", "--diff")[1]
+    assert "nothing differs" in run("show", "tiny_dense", "--diff")[1]
 
 
 def test_show_as_json(run):
