@@ -5,6 +5,7 @@ Learning rate, weight decay, loss factor and data position are not in it: they a
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -66,8 +67,8 @@ class TrainState:
             self.acceptance[name] = [int(a) + int(b) for a, b in zip(old, new, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """All fields as JSON values. A copy: an asynchronous save writes it while later steps go on counting."""
+        return {f.name: deepcopy(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:

@@ -76,3 +76,12 @@ def test_advance_counts_tokens():
     state.advance(samples=8, seq_length=64)
     state.advance(samples=16, seq_length=64)
     assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (2, 24, 24 * 64)
+
+
+def test_what_was_handed_out_does_not_go_on_counting():
+    """An asynchronous save writes it several steps later; a run killed then would count those steps twice."""
+    state = TrainState()
+    state.add_acceptance({"matches_target": [5, 2]})
+    handed_out = state.to_dict()
+    state.add_acceptance({"matches_target": [5, 2]})
+    assert handed_out["acceptance"] == {"matches_target": [5, 2]}
