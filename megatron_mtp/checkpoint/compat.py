@@ -44,6 +44,9 @@ FREE: dict[str, frozenset[str]] = {
             "manual_gc",
             "manual_gc_interval",
             "deterministic",
+            "skip_limit",
+            "rollback_limit",
+            "check_replicas_interval",
         }
     ),
     "validation": _ALL,
@@ -76,7 +79,9 @@ CURVE: dict[str, frozenset[str]] = {
         }
     ),
     "precision": _ALL,
-    "train": frozenset({"train_iters", "train_samples", "train_tokens"}),
+    "train": frozenset(
+        {"train_iters", "train_samples", "train_tokens", "on_nan", "on_spike", "spike_sigmas", "spike_window"}
+    ),
     "optimizer": frozenset(
         {
             "lr",

@@ -16,6 +16,10 @@ POSITIVE = {
         "exit_interval",
         "exit_duration_in_mins",
         "manual_gc_interval",
+        "spike_sigmas",
+        "spike_window",
+        "skip_limit",
+        "check_replicas_interval",
     ),
     "validation": ("eval_interval", "eval_micro_batch_size", "eval_global_batch_size"),
     "optimizer": ("lr", "adam_eps", "muon_num_ns_steps"),
@@ -31,10 +35,13 @@ POSITIVE = {
     "dataset": ("seq_length",),
     "tokenizer": ("vocab_size",),
     "logger": ("log_interval", "tensorboard_log_interval", "device_peak_tflops"),
-    "checkpoint": ("save_interval",),
-    "dist": ("distributed_timeout_minutes", "num_threads"),
+    "checkpoint": ("save_interval", "save_interval_mins", "keep_every"),
+    "dist": ("distributed_timeout_minutes", "num_threads", "preemption_grace_s"),
 }
 NOT_NEGATIVE = {
+    "train": ("rollback_limit",),
+    "checkpoint": ("keep_best",),
+    "dist": ("watchdog_s", "straggler_factor"),
     "validation": ("eval_iters",),
     "optimizer": ("min_lr", "weight_decay", "sgd_momentum", "muon_momentum", "clip_grad"),
     "scheduler": (

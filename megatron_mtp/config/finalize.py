@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from megatron_mtp.config import check_data, check_model, check_pairs, check_parallel, check_run
+from megatron_mtp.config import check_data, check_faults, check_model, check_pairs, check_parallel, check_run
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.container import ConfigContainer
@@ -67,7 +67,7 @@ def _cross_problems(cfg: ConfigContainer, world_size: int | None) -> list[str]:
     problems += check_parallel.placement_problems(model) + check_parallel.recompute_problems(model)
     length = check_run.length_problems(cfg)
     problems += length + check_run.scheduler_problems(cfg) + check_run.optimizer_problems(cfg)
-    problems += check_data.data_problems(cfg) + check_run.record_problems(cfg)
+    problems += check_data.data_problems(cfg) + check_run.record_problems(cfg) + check_faults.fault_problems(cfg)
     if not any("rampup_batch_size" in problem for problem in length):
         if world_size is None:
             problems += check_parallel.batch_problems(cfg, None)

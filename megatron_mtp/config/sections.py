@@ -58,6 +58,20 @@ class TrainConfig(Section):
     """Steps between collections."""
     deterministic: bool = False
     """Ask torch for deterministic kernels; slower on a GPU."""
+    on_nan: Literal["skip", "stop", "rollback"] = "skip"
+    """A loss or gradient that is not finite: leave the update out, stop, or go back to the last checkpoint and pass over the batches since."""
+    on_spike: Literal["report", "skip", "stop", "rollback"] = "report"
+    """A loss or gradient norm far above those before it: apply it and say so, or as on_nan."""
+    spike_sigmas: float = 6.0
+    """A spike is this many standard deviations above the mean of the last spike_window good steps."""
+    spike_window: int = 128
+    """Good steps that a spike is compared with; half of them must have been done."""
+    skip_limit: int = 10
+    """Steps left out in a row after which the run stops."""
+    rollback_limit: int = 3
+    """Rollbacks after which the run stops at the next fault."""
+    check_replicas_interval: int | None = None
+    """Steps between comparisons of the weights of data-parallel replicas, by hash; None: never."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,8 +290,14 @@ class CheckpointConfig(Section):
     """Save optimizer state."""
     load_optim: bool = True
     """Load optimizer state."""
+    save_interval_mins: float | None = None
+    """Minutes between checkpoints, beside save_interval; None: none by the clock."""
     most_recent_k: int = -1
     """Keep this many; -1: all."""
+    keep_every: int | None = None
+    """Checkpoints of iterations divisible by this are kept for ever, beside the most recent ones."""
+    keep_best: int = 0
+    """Save after an evaluation with the lowest loss so far, and keep this many with the lowest ones, beside the most recent ones."""
     async_save: bool = False
     """Write while training goes on."""
     exit_on_missing_checkpoint: bool = False
@@ -294,6 +314,16 @@ class DistConfig(Section):
     """auto: cuda where a GPU is present."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer ends the job."""
+    watchdog_s: float | None = None
+    """A rank without progress for this long ends the job, with the stack of every rank; None: nine tenths of distributed_timeout_minutes; 0: off."""
+    node_check: bool = True
+    """Before the first step: versions equal, checkpoint folder shared, bandwidth between ranks."""
+    straggler_factor: float = 1.5
+    """Ranks whose own work takes this many times the median are named in the log; 0: off."""
+    preempted_exit_code: int = 3
+    """Exit code after SIGTERM and its checkpoint; launchers start such a job again."""
+    preemption_grace_s: int = 300
+    """Seconds that launchers leave between SIGTERM and SIGKILL; the scripts of `megatron-mtp launch` are made with it."""
     use_tp_pp_dp_mapping: bool = False
     """Rank order tp-cp-ep-pp-dp in place of tp-cp-ep-dp-pp."""
     num_threads: int | None = None
