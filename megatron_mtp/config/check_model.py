@@ -30,6 +30,12 @@ POSITIVE = (
     "v_head_dim",
     "rotary_scaling_factor",
     "original_max_position_embeddings",
+    "latent_norm_epsilon",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
     "num_moe_experts",
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
@@ -86,6 +92,7 @@ def architecture_problems(model: ModelConfig) -> list[str]:
         if not 0 <= getattr(model, name) < 1:
             problems.append(f"model.{name} = {getattr(model, name)}: must be from 0 to below 1.")
     problems += _mla_problems(model) if model.multi_latent_attention else _head_problems(model)
+    problems += _linear_attention_problems(model)
     if model.mtp_num_layers >= model.seq_length:
         problems.append(
             f"model.seq_length = {model.seq_length}: must be above model.mtp_num_layers = {model.mtp_num_layers}, or the "
@@ -121,9 +128,45 @@ def _mla_problems(model: ModelConfig) -> list[str]:
         )
     if model.rope_scaling:
         problems.append("model.rope_scaling = True: multi-latent attention scales by model.rope_type = 'yarn' instead.")
+    for name in ("attention_output_gate", "experimental_attention_variant"):
+        if value := getattr(model, name):
+            problems.append(f"model.{name} = {value!r}: multi-latent attention has no such form. Leave it unset.")
     if model.qk_pos_emb_head_dim % 2:
         problems.append(
             f"model.qk_pos_emb_head_dim = {model.qk_pos_emb_head_dim}: RoPE turns pairs, so it must be even."
+        )
+    return problems
+
+
+def _linear_attention_problems(model: ModelConfig) -> list[str]:
+    freq = model.linear_attention_freq
+    if model.experimental_attention_variant is None:
+        if freq is None:
+            return []
+        return [
+            f"model.linear_attention_freq = {freq}: needs model.experimental_attention_variant = 'gated_delta_net'."
+        ]
+    problems = []
+    if freq is None:
+        problems.append(
+            "model.linear_attention_freq: model.experimental_attention_variant = 'gated_delta_net' needs it, for example 4."
+        )
+    elif isinstance(freq, int):
+        problems += [f"model.linear_attention_freq = {freq}: must be 2 or more."] if freq < 2 else []
+    elif set(freq) - {0, 1} or len(freq) != model.num_layers:
+        problems.append(
+            f"model.linear_attention_freq = {freq}: a list holds 1 (linear) or 0 (full attention) for each of "
+            f"model.num_layers = {model.num_layers} layers."
+        )
+    if model.linear_num_value_heads % model.linear_num_key_heads:
+        problems.append(
+            f"model.linear_num_value_heads = {model.linear_num_value_heads}: must be a multiple of "
+            f"model.linear_num_key_heads = {model.linear_num_key_heads}."
+        )
+    if model.activation_func != "silu":
+        problems.append(
+            f"model.activation_func = {model.activation_func!r}: the convolution of the gated delta net is built with "
+            "'silu' only."
         )
     return problems
 

@@ -12,6 +12,7 @@ def refused_pairs(cfg: ConfigContainer) -> list[str]:
     return (
         _hidden_source_problems(cfg.model)
         + _document_problems(cfg)
+        + _packing_problems(cfg)
         + _recompute_problems(cfg.model)
         + _sink_problems(cfg.model)
     )
@@ -46,6 +47,17 @@ def _document_problems(cfg: ConfigContainer) -> list[str]:
         "dataset.reset_attention_mask = True: documents reach the attention as one id for each token, which Transformer Engine's "
         "attention would misread as a mask; model.backend = 'transformer_engine'. Use model.backend = 'torch' (or 'auto', "
         "which then takes it), at every parallel size; or leave documents joined and set dataset.eod_mask_loss = True."
+    ]
+
+
+def _packing_problems(cfg: ConfigContainer) -> list[str]:
+    """The state of a linear attention runs on from one document into the next; only flash-linear-attention's kernels stop it."""
+    if cfg.model.experimental_attention_variant is None or not cfg.dataset.reset_attention_mask:
+        return []
+    return [
+        f"dataset.reset_attention_mask = True: model.experimental_attention_variant = "
+        f"{cfg.model.experimental_attention_variant!r} carries a state along the whole sequence and does not stop it at documents. "
+        "Leave documents joined and set dataset.eod_mask_loss = True, or use a model with attention in all layers."
     ]
 
 

@@ -43,6 +43,8 @@ def _tensor_problems(model: ModelConfig) -> list[str]:
         problems.append(
             f"model.num_query_groups = {groups}: must be a multiple or a divisor of model.tensor_model_parallel_size = {tp}."
         )
+    if model.experimental_attention_variant is not None:
+        problems += _linear_head_problems(model)
     latent = model.kv_lora_rank + model.qk_pos_emb_head_dim
     if model.multi_latent_attention and latent % tp:
         problems.append(
@@ -50,6 +52,17 @@ def _tensor_problems(model: ModelConfig) -> list[str]:
             f"model.tensor_model_parallel_size = {tp}."
         )
     return problems
+
+
+def _linear_head_problems(model: ModelConfig) -> list[str]:
+    """Linear attention shards its heads over TP and CP: a head reads the whole sequence."""
+    tp, cp = model.tensor_model_parallel_size, model.context_parallel_size
+    return [
+        f"model.{name} = {getattr(model, name)}: must be divisible by model.tensor_model_parallel_size x "
+        f"model.context_parallel_size = {tp} x {cp}."
+        for name in ("linear_num_key_heads", "linear_num_value_heads")
+        if getattr(model, name) % (tp * cp)
+    ]
 
 
 def _sequence_problems(model: ModelConfig) -> list[str]:

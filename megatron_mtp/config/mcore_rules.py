@@ -53,14 +53,12 @@ ENGINE = {
 
 # Not built or never checked against the reference model here, by name or by the beginning of the name.
 UNSUPPORTED = {
-    "attention_output_gate": "gated attention is not built",
     "cache_mla_latents": "it is for inference",
     "cuda_graph_scope": "it is deprecated; use cuda_graph_modules",
     "delay_wgrad_compute": "it needs the combined 1F1B schedule, which is not built",
     "dsa_": "sparse attention is not built",
     "enable_cuda_graph": "it is deprecated; use cuda_graph_impl",
     "ep_overlap_": "it needs the combined 1F1B schedule, which is not built",
-    "experimental_attention_variant": "linear and sparse attention are not built",
     "expert_gtp_": "sharded weights inside a tensor parallel rank are not built",
     "expert_tensor_parallel_num_weight_shards": "sharded weights inside a tensor parallel rank are not built",
     "external_cuda_graph": "it is deprecated; use cuda_graph_impl",
@@ -74,7 +72,6 @@ UNSUPPORTED = {
     "hybrid_context_parallel": "it is not built; use model.context_parallel_size",
     "inference_": "it is for inference",
     "is_hybrid_model": "hybrid models are not built",
-    "linear_": "linear attention is not built",
     "mamba_": "hybrid models are not built",
     "mla_down_proj_fusion": "it changes the parameters of MLA",
     "mlp_chunks_for_prefill": "it is for inference",

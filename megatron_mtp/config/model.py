@@ -61,6 +61,8 @@ class ModelConfig(Section):
     """Activation of the feed-forward block."""
     qk_layernorm: bool = False
     """Norm of queries and keys per head; with MLA, norm of the latents."""
+    attention_output_gate: bool = False
+    """A sigmoid gate on the output of attention, from a query projection of twice the width (Qwen3-Next)."""
     attention_dropout: float = 0.0
     """Dropout on attention probabilities. Above 0 the curve depends on the layout."""
     hidden_dropout: float = 0.0
@@ -95,6 +97,24 @@ class ModelConfig(Section):
     """YaRN mscale."""
     mscale_all_dim: float = 0.0
     """YaRN mscale over all dimensions."""
+    latent_norm_epsilon: float | None = None
+    """Epsilon of the norms of the latents; None: layernorm_epsilon. Hugging Face's DeepSeek classes have 1e-6 whatever the others have."""
+
+    # ---- linear attention ----
+    experimental_attention_variant: Literal["gated_delta_net"] | None = None
+    """gated_delta_net: linear attention in some layers (Qwen3-Next). None: attention in all."""
+    linear_attention_freq: int | list[int] | None = None
+    """Every n-th layer has full attention and the others are linear, or a list of 1 (linear) and 0 (full), one for each decoder layer. MTP layers have full attention."""
+    linear_conv_kernel_dim: int = 4
+    """Tokens that the short convolution over queries, keys and values sees."""
+    linear_key_head_dim: int = 128
+    """Width of one query and key head of linear attention."""
+    linear_value_head_dim: int = 128
+    """Width of one value head of linear attention."""
+    linear_num_key_heads: int = 16
+    """Query and key heads of linear attention."""
+    linear_num_value_heads: int = 32
+    """Value heads of linear attention."""
 
     # ---- mixture of experts ----
     num_moe_experts: int | None = None

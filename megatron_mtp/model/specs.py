@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.mtp import MTPLayer
 from megatron_mtp.model.torch_backend import ExactMLASelfAttention, TorchSpecProvider, build_layer_spec
 
@@ -34,6 +35,11 @@ def block_spec(config: TransformerConfig, is_moe: list[bool], *, use_te: bool) -
     Args:
         is_moe: for each of them, whether it is a mixture of experts.
     """
+    if config.experimental_attention_variant is not None:
+        raise UnsupportedError(
+            f"model.experimental_attention_variant = {config.experimental_attention_variant!r}: has a config and no modules yet. "
+            "Leave it unset."
+        )
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(config, moe, use_te=use_te) for moe in is_moe],
         layer_norm=_provider(use_te).layer_norm(),

@@ -10,7 +10,7 @@ Source: megatron.training 0.19.2, training.py `num_floating_point_operations`; c
 from __future__ import annotations
 
 from megatron_mtp.config.model import ModelConfig
-from megatron_mtp.parallel.params import moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 
 
 def train_flops_per_token(model: ModelConfig) -> float:
@@ -26,15 +26,19 @@ def train_flops_per_token(model: ModelConfig) -> float:
     trunk_passes = 1 if model.mtp_freeze_trunk else 3
     head_is_reached = not (model.mtp_freeze_trunk or model.mtp_detach_heads)
     logits = forward_flops_logits(model)
-    kinds = moe_pattern(model)
-    total = trunk_passes * (sum(forward_flops_layer(model, is_moe) for is_moe in kinds) + logits)
+    kinds = zip(moe_pattern(model), linear_pattern(model), strict=True)
+    trunk = sum(forward_flops_layer(model, is_moe, is_linear=linear) for is_moe, linear in kinds)
+    total = trunk_passes * (trunk + logits)
     total += depths * 3 * forward_flops_mtp(model)
     return total + depths * (3 if head_is_reached else 2) * logits
 
 
-def forward_flops_layer(model: ModelConfig, is_moe: bool) -> float:
+def forward_flops_layer(model: ModelConfig, is_moe: bool, *, is_linear: bool = False) -> float:
     """One decoder layer for one token, attention over its whole causal past on average."""
-    attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
+    if is_linear:
+        attention = _gated_delta_net(model)
+    else:
+        attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
     matrices = 3 if model.gated_linear_unit else 2
     if is_moe:
         width = model.moe_ffn_hidden_size * model.moe_router_topk + (model.moe_shared_expert_intermediate_size or 0)
@@ -58,7 +62,17 @@ def forward_flops_logits(model: ModelConfig) -> float:
 def _attention(model: ModelConfig) -> float:
     h, queries = model.hidden_size, model.kv_channels * model.num_attention_heads
     keys_values = 2 * model.kv_channels * model.num_query_groups
-    return 2 * (h * (queries + keys_values) + queries * h) + 2 * model.seq_length * queries
+    gate = queries if model.attention_output_gate else 0
+    return 2 * (h * (queries + keys_values + gate) + queries * h) + 2 * model.seq_length * queries
+
+
+def _gated_delta_net(model: ModelConfig) -> float:
+    """Four products of a head's state [v, v] in each step: KK^T, VK^T, the update of the state, and the query's."""
+    heads = model.linear_num_value_heads
+    keys, values = model.linear_num_key_heads * model.linear_key_head_dim, heads * model.linear_value_head_dim
+    projections = model.hidden_size * (2 * keys + 2 * values + 2 * heads + values)
+    convolution = model.linear_conv_kernel_dim * (2 * keys + values)
+    return 2 * (projections + convolution + 4 * heads * model.linear_value_head_dim**2)
 
 
 def _latent_attention(model: ModelConfig) -> float:

@@ -55,11 +55,10 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     embedding = rows * model.hidden_size
     if model.position_embedding_type == "learned_absolute":
         embedding += model.seq_length * model.hidden_size
-    kinds = moe_pattern(model)
-    trunk = sum(layer_parameters(model, is_moe) for is_moe in kinds) + _norm(model, model.hidden_size)
-    active = sum(layer_parameters(model, is_moe, only_active=True) for is_moe in kinds) + _norm(
-        model, model.hidden_size
-    )
+    kinds = list(zip(moe_pattern(model), linear_pattern(model), strict=True))
+    norm = _norm(model, model.hidden_size)
+    trunk = sum(layer_parameters(model, is_moe, is_linear=linear) for is_moe, linear in kinds) + norm
+    active = sum(layer_parameters(model, moe, is_linear=linear, only_active=True) for moe, linear in kinds) + norm
     copies = 1 if model.mtp_use_repeated_layer and model.mtp_num_layers else model.mtp_num_layers or 0
     return ParameterCount(
         embedding=embedding,
@@ -86,9 +85,21 @@ def moe_pattern(model: ModelConfig) -> list[bool]:
     return [bool(kind) for kind in model.moe_layer_freq]
 
 
-def layer_parameters(model: ModelConfig, is_moe: bool, *, only_active: bool = False) -> int:
+def linear_pattern(model: ModelConfig) -> list[bool]:
+    """For each decoder layer whether its attention is linear. An MTP layer has full attention."""
+    if model.experimental_attention_variant is None:
+        return [False] * model.num_layers
+    if isinstance(model.linear_attention_freq, int):
+        return [(idx + 1) % model.linear_attention_freq != 0 for idx in range(model.num_layers)]
+    return [bool(kind) for kind in model.linear_attention_freq or []]
+
+
+def layer_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool = False, only_active: bool = False) -> int:
     """One decoder layer with its two norms."""
-    attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
+    if is_linear:
+        attention = _gated_delta_net(model)
+    else:
+        attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
     block = _experts(model, only_active) if is_moe else _mlp(model, model.ffn_hidden_size, model.add_bias_linear)
     return attention + block + 2 * _norm(model, model.hidden_size)
 
@@ -109,7 +120,8 @@ def _norm(model: ModelConfig, width: int) -> int:
 
 def _attention(model: ModelConfig) -> int:
     h, d = model.hidden_size, model.kv_channels
-    queries, qkv = model.num_attention_heads * d, (model.num_attention_heads + 2 * model.num_query_groups) * d
+    queries = model.num_attention_heads * d
+    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * model.num_query_groups * d
     biases = qkv * (model.add_bias_linear or model.add_qkv_bias) + h * model.add_bias_linear
     return h * qkv + queries * h + biases + 2 * _norm(model, d) * model.qk_layernorm
 
@@ -124,6 +136,18 @@ def _latent_attention(model: ModelConfig) -> int:
     keys_values = h * (model.kv_lora_rank + rope) + model.kv_lora_rank * n * (model.qk_head_dim + model.v_head_dim)
     keys_values += _norm(model, model.kv_lora_rank) * model.qk_layernorm
     return queries + keys_values + n * model.v_head_dim * h + h * model.add_bias_linear
+
+
+def _gated_delta_net(model: ModelConfig) -> int:
+    """Projections of queries, keys, values, gate, beta and alpha; the convolution; A and dt of each head; norm; output."""
+    heads = model.linear_num_value_heads
+    keys = model.linear_num_key_heads * model.linear_key_head_dim
+    values = heads * model.linear_value_head_dim
+    projected = 2 * keys + 2 * values + 2 * heads
+    convolution = (2 * keys + values) * model.linear_conv_kernel_dim
+    return (
+        model.hidden_size * (projected + values) + convolution + 2 * heads + _norm(model, model.linear_value_head_dim)
+    )
 
 
 def _mlp(model: ModelConfig, width: int, has_bias: bool) -> int:

@@ -23,6 +23,7 @@ VARIANTS = [
     ("tiny_dense", ["model.add_qkv_bias=true", "model.gated_linear_unit=false", "model.activation_func=gelu"]),
     ("tiny_dense", ["model.mtp_use_repeated_layer=true", "model.kv_channels=24"]),
     ("tiny_dense", ["model.mtp_variant=parallel", "model.mtp_num_layers=3"]),
+    ("tiny_dense", ["model.attention_output_gate=true", "model.add_qkv_bias=true"]),
     ("tiny_moe", []),
     ("tiny_moe", ["model.moe_layer_freq=2", "model.moe_shared_expert_gate=true"]),
     ("tiny_mla_moe", []),
@@ -101,8 +102,8 @@ def megatron_flops(cfg: ConfigContainer) -> float:
     args.num_experts = model.num_moe_experts
     args.swiglu = model.gated_linear_unit
     args.padded_vocab_size = padded_vocab_size(model)
-    args.moe_latent_size = args.experimental_attention_variant = args.hybrid_layer_pattern = None
-    args.attention_output_gate = args.is_hybrid_model = False
+    args.moe_latent_size = args.hybrid_layer_pattern = None
+    args.is_hybrid_model = False
     return num_floating_point_operations(args, 1) / model.seq_length
 
 
@@ -115,6 +116,14 @@ def test_operations_equal_megatrons(recipe, depths):
 
 def test_operations_of_an_mlp_without_gate():
     cfg = make("tiny_dense", "model.gated_linear_unit=false", "model.activation_func=gelu")
+    assert train_flops_per_token(cfg.model) == pytest.approx(megatron_flops(cfg), rel=1e-12)
+
+
+@pytest.mark.parametrize("freq", ["4", "[1, 0, 1, 0]"])
+def test_operations_with_linear_attention(freq):
+    """Without MTP: Megatron's formula goes on with the pattern into the MTP layers, which have full attention."""
+    changes = ["attention_output_gate=true", "experimental_attention_variant=gated_delta_net", "mtp_num_layers=0"]
+    cfg = make("tiny_moe", *(f"model.{change}" for change in [*changes, f"linear_attention_freq={freq}"]))
     assert train_flops_per_token(cfg.model) == pytest.approx(megatron_flops(cfg), rel=1e-12)
 
 
