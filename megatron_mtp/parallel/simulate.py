@@ -1,0 +1,272 @@
+"""Runs a pipeline schedule event by event with given times. Pure arithmetic.
+
+A message travels once both ends have posted it (rendezvous, as gloo and NCCL do it), takes its time on a link of its
+own, and is then done for both. Which event waits for which does not depend on the times, so a schedule is compiled once into a list
+of nodes, each the later of two earlier ones plus a cost, and any number of splits are timed by running down the list.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+
+from megatron_mtp.parallel.profile import PartTime
+from megatron_mtp.parallel.schedule import Compute, Exchange, Message, ScheduleKind, Wait, rank_program
+
+NO_COST = 0
+SHORT_STEPS = (5, 10, 20)
+"""Lengths, in rounds of pp micro-batches, at which `step_time` looks whether a schedule has settled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one step costs.
+
+    Args:
+        chunks: `chunks[pp_rank][vp_rank]`, the times of one micro-batch.
+        message_ms: for each boundary between chunks in execution order, pp * vp - 1 of them, the time of a message.
+        shapes_ms: time of the message about shapes that goes before each message if MTP layers have a stage of their own;
+            None: there is none.
+    """
+
+    chunks: tuple[tuple[PartTime, ...], ...]
+    message_ms: tuple[float, ...]
+    shapes_ms: float | None = None
+
+    @property
+    def pp(self) -> int:
+        """Pipeline size."""
+        return len(self.chunks)
+
+    @property
+    def vp(self) -> int:
+        """Chunks of each rank."""
+        return len(self.chunks[0])
+
+    def costs(self) -> list[float]:
+        """The cost of every class of nodes, in the order in which `_Compiler` numbers them."""
+        pp, vp = self.pp, self.vp
+        costs = [0.0, self.shapes_ms or 0.0]
+        for chunk in range(pp * vp):
+            time = self.chunks[chunk % pp][chunk // pp]
+            costs += [time.forward_ms, time.backward_ms]
+        return [*costs, *self.message_ms]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One call of a chunk."""
+
+    pp_rank: int
+    vp_rank: int
+    micro_batch: int
+    is_forward: bool
+    start_ms: float
+    end_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A whole step of the pipeline, forward and backward passes only."""
+
+    total_ms: float
+    busy_ms: tuple[float, ...]
+    """Of each rank."""
+    events: tuple[Event, ...]
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Share of the step in which each rank computes nothing; waiting for messages is idle time."""
+        return tuple(1 - busy / self.total_ms for busy in self.busy_ms)
+
+    @property
+    def bubble(self) -> float:
+        """Mean of `idle`."""
+        return sum(self.idle) / len(self.busy_ms)
+
+
+def simulate(kind: ScheduleKind, work: Work) -> Timeline:
+    """Every call with its start and end."""
+    compiled = compile_schedule(kind, work.shapes_ms is not None)
+    costs = work.costs()
+    times = compiled.times(costs)
+    events = tuple(
+        Event(
+            rank,
+            step.vp_rank,
+            step.micro_batch,
+            step.is_forward,
+            times[node] - costs[compiled.costs[node]],
+            times[node],
+        )
+        for rank, step, node in compiled.calls
+    )
+    busy = tuple(kind.num_microbatches * sum(t.forward_ms + t.backward_ms for t in rank) for rank in work.chunks)
+    return Timeline(max(times[node] for node in compiled.last), busy, events)
+
+
+def step_time(kind: ScheduleKind, work: Work) -> float:
+    """`simulate(...).total_ms`, with the steady part of a long step computed instead of run.
+
+    Once every call of a whole round comes the same time after its counterpart one round before, so does all that
+    follows, because each event is the later of earlier ones plus a constant. A shorter step that gets there is then longer by that time for
+    each further round. A schedule that takes long to settle is run in full.
+    """
+    costs, shapes = work.costs(), work.shapes_ms is not None
+    for rounds in SHORT_STEPS:
+        shorter = replace(kind, num_microbatches=rounds * kind.pp + kind.num_microbatches % kind.pp)
+        if shorter.num_microbatches >= kind.num_microbatches:
+            break
+        compiled = compile_schedule(shorter, shapes)
+        times = compiled.times(costs)
+        if (round_ms := compiled.steady_round(shorter, times)) is not None:
+            more = (kind.num_microbatches - shorter.num_microbatches) // kind.pp
+            return max(times[node] for node in compiled.last) + more * round_ms
+    return compile_schedule(kind, shapes).total(costs)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSchedule:
+    """Nodes in an order in which each comes after what it waits for; node 0 is the start of the step."""
+
+    first: list[int]
+    second: list[int]
+    costs: list[int]
+    """Class of each node's cost."""
+    calls: list[tuple[int, Compute, int]]
+    """(rank, call, node), in that order too."""
+    last: list[int]
+    """The last node of each rank."""
+
+    def times(self, costs: list[float]) -> list[float]:
+        """When each node is done."""
+        times = [0.0]
+        append = times.append
+        for first, second, cost in islice(zip(self.first, self.second, self.costs, strict=True), 1, None):
+            one, other = times[first], times[second]
+            append((one if one > other else other) + costs[cost])
+        return times
+
+    def total(self, costs: list[float]) -> float:
+        """When the last rank is done."""
+        times = self.times(costs)
+        return max(times[node] for node in self.last)
+
+    def steady_round(self, kind: ScheduleKind, times: list[float]) -> float | None:
+        """Time that pp micro-batches take on every rank when nothing changes any more; None if it is not that far.
+
+        Compares, on all ranks, the last iterations in which the first rank still starts micro-batches with those one round before, over more
+        of them than a message or a waiting rank reaches back (twice the pipeline size).
+        """
+        ends: list[list[float]] = [[] for _ in range(kind.pp)]
+        for rank, _, node in self.calls:
+            ends[rank].append(times[node])
+        length = 2 * kind.pp * kind.vp  # calls of one round: forward and backward of pp micro-batches in vp chunks
+        num_steady = 2 * (kind.num_microbatches * kind.vp - kind.num_warmup(0))
+        window = length + 4 * kind.pp
+        if num_steady < window + length:
+            return None
+        round_ms = None
+        for rank, times_of_rank in enumerate(ends):
+            stop = kind.num_warmup(rank) + num_steady
+            for idx in range(stop - window, stop):
+                increase = times_of_rank[idx] - times_of_rank[idx - length]
+                if round_ms is None:
+                    round_ms = increase
+                elif abs(increase - round_ms) > 1e-9 * round_ms:
+                    return None
+        return round_ms
+
+
+@lru_cache(maxsize=64)
+def compile_schedule(kind: ScheduleKind, exchanges_shapes: bool) -> CompiledSchedule:
+    """Works out which event waits for which.
+
+    Raises:
+        RuntimeError: the schedule deadlocks.
+    """
+    return _Compiler(kind, exchanges_shapes).run()
+
+
+class _Compiler:
+    """Executes the programs of all ranks as far as each can go, in turn, and notes what waits for what."""
+
+    def __init__(self, kind: ScheduleKind, exchanges_shapes: bool):
+        self.kind, self.exchanges_shapes = kind, exchanges_shapes
+        self.first, self.second, self.costs = [0], [0], [NO_COST]
+        self.calls: list[tuple[int, Compute, int]] = []
+        self.clock = [0] * kind.pp  # the node after which each rank goes on
+        self.posted: dict[
+            tuple[Message, bool], int
+        ] = {}  # (message, is about shapes) -> node of the end that came first
+        self.done: dict[tuple[Message, bool], int] = {}
+
+    def run(self) -> CompiledSchedule:
+        runners = deque((rank, self._run_rank(rank)) for rank in range(self.kind.pp))
+        stuck = 0
+        while runners:
+            rank, runner = runners.popleft()
+            has_moved = next(runner, None)
+            if has_moved is None:  # this rank is done
+                stuck = 0
+                continue
+            runners.append((rank, runner))
+            stuck = 0 if has_moved else stuck + 1
+            if stuck > len(runners):
+                raise RuntimeError(f"the schedule deadlocks: ranks {[rank for rank, _ in runners]} wait for each other")
+        return CompiledSchedule(self.first, self.second, self.costs, self.calls, self.clock)
+
+    def _run_rank(self, rank: int) -> Iterator[bool]:
+        """Yields whenever this rank must wait for another: whether it has moved since the last time."""
+        done, clock = self.done, self.clock
+        for step in rank_program(self.kind, rank):
+            if isinstance(step, Compute):
+                chunk = step.vp_rank * self.kind.pp + rank
+                clock[rank] = self._node(clock[rank], 0, 2 + 2 * chunk + (not step.is_forward))
+                self.calls.append((rank, step, clock[rank]))
+                continue
+            for messages, is_posted, is_awaited in self._phases(step):
+                if is_posted:
+                    for message in messages:
+                        self._post(message, clock[rank])
+                if is_awaited:
+                    has_moved = True
+                    while any(message not in done for message in messages):
+                        yield has_moved
+                        has_moved = False
+                    for message in messages:
+                        clock[rank] = self._later(clock[rank], done[message])
+
+    def _phases(self, step: Exchange | Wait) -> Iterator[tuple[list[tuple[Message, bool]], bool, bool]]:
+        """(messages, whether they are posted now, whether they are waited for now)."""
+        if isinstance(step, Wait):
+            yield [(step.message, False)], False, True
+            return
+        messages = step.sends + step.receives
+        if self.exchanges_shapes:
+            yield [(message, True) for message in messages], True, True
+        yield [(message, False) for message in messages], True, step.is_blocking
+
+    def _post(self, message: tuple[Message, bool], node: int) -> None:
+        other = self.posted.pop(message, None)
+        if other is None:
+            self.posted[message] = node
+            return
+        (_, boundary, _), is_shape = message
+        cost = 1 if is_shape else 2 + 2 * self.kind.pp * self.kind.vp + boundary
+        self.done[message] = self._node(other, node, cost)
+
+    def _later(self, node: int, other: int) -> int:
+        """The later of two; a message that was posted at this very node is later anyway."""
+        if node in (self.first[other], self.second[other]):
+            return other
+        return self._node(node, other, NO_COST)
+
+    def _node(self, first: int, second: int, cost: int) -> int:
+        self.first.append(first)
+        self.second.append(second)
+        self.costs.append(cost)
+        return len(self.costs) - 1
