@@ -1,0 +1,1 @@
+"""Decoding with the MTP layers as the drafter."""

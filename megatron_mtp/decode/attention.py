@@ -1,0 +1,160 @@
+"""Self-attention over static caches: grouped queries, and multi-latent attention on the latent itself.
+
+Both end in one call of scaled_dot_product_attention in which the query heads of a key/value group stand beside each other as rows, so
+that no key or value is repeated and no kernel has to know of groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_mtp.decode.linear import Linear
+from megatron_mtp.decode.norm import Norm
+from megatron_mtp.decode.rope import rotate
+from megatron_mtp.decode.span import Span
+from megatron_mtp.decode.tensor_parallel import TensorParallel
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys and values of one layer in static slots. MLA keeps one tensor that is both.
+
+    keys: [b, groups/tp, slots, key width], values: [b, groups/tp, slots, value width].
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def keep(self, start: int, slots: list[int]) -> None:
+        """Moves the given slots to `start` and behind; for the accepted path of a draft tree."""
+        index = torch.tensor(slots, device=self.keys.device)
+        for tensor in {id(t): t for t in (self.keys, self.values)}.values():
+            tensor[:, :, start : start + len(slots)] = tensor[:, :, index]
+
+
+def attend(query: Tensor, cache: Cache, span: Span, heads: int, scale: float) -> Tensor:
+    """query: [b * q, heads, width] -> [b * q, heads, value width], over the slots of `cache` that `span` lets it see."""
+    groups = cache.keys.shape[1]
+    each = heads // groups
+    b, q = span.b, span.q
+    if q == 1:
+        rows = query.view(b, groups, each, -1)
+    else:
+        rows = query.view(b, q, groups, each, -1).transpose(1, 2).reshape(b, groups, q * each, -1)
+    keys, values = cache.keys[:, :, : span.stop], cache.values[:, :, : span.stop]
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=span.mask(each), scale=scale)
+    if q == 1:
+        return out.reshape(b, heads, -1)
+    return out.view(b, groups, q, each, -1).transpose(1, 2).reshape(b * q, heads, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedAttention:
+    """Grouped-query attention of this rank's heads.
+
+    Args:
+        qkv: h -> [all query heads; all key heads; all value heads], coordinates of a RoPE pair side by side.
+        out: heads/tp * width -> h.
+        head_norm: norm of queries and keys for each head, None without; its weights are `head_weight` [heads + groups, width].
+    """
+
+    qkv: Linear
+    out: Linear
+    heads: int
+    groups: int
+    width: int
+    head_norm: Norm | None
+    head_weight: Tensor | None
+    tp: TensorParallel
+
+    def __call__(self, x: Tensor, residual: Tensor, span: Span, cache: Cache) -> Tensor:
+        """x: [b * q, h], normed. Returns residual + attention, [b * q, h]."""
+        heads, both = self.heads, self.heads + self.groups
+        qkv = self.qkv(x).view(-1, both + self.groups, self.width)
+        turned = qkv[:, :both]
+        if self.head_norm is not None:
+            turned = self.head_norm(turned.contiguous()).mul_(self.head_weight)
+        rotation = span.rotation
+        if rotation is not None:
+            turned = rotate(turned, rotation)
+        span.write(cache.keys, turned[:, heads:])
+        span.write(cache.values, qkv[:, both:])
+        context = attend(turned[:, :heads], cache, span, heads, self.width**-0.5).view(-1, heads * self.width)
+        return join(self.out, context, residual, self.tp)
+
+    def new_cache(self, b: int, slots: int, dtype: torch.dtype, device: torch.device) -> Cache:
+        """Empty slots."""
+        keys, values = (torch.zeros(b, self.groups, slots, self.width, dtype=dtype, device=device) for _ in range(2))
+        return Cache(keys, values)
+
+    @property
+    def values_of_slot(self) -> int:
+        return 2 * self.groups * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """MLA with its up projections absorbed: scores are taken with the latent, and heads are made after the mean.
+
+    A slot keeps kv_lora_rank + rope numbers for all heads together. Products with `key_up` before and `value_up` after the attention
+    equal those with keys and values that are made for each slot, up to rounding. The weight of the latent's norm is in both.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
+
+    Args:
+        down: h -> [query latent (or this rank's query heads); key/value latent; rope key].
+        query_up: query latent -> this rank's query heads; None: `down` makes them.
+        key_up: [heads/tp, qk_head_dim, kv_lora_rank].
+        value_up: [heads/tp, kv_lora_rank, v_head_dim].
+        out: heads/tp * v_head_dim -> h.
+        splits: widths of the parts of `down`.
+    """
+
+    down: Linear
+    query_norm: Norm | None
+    query_up: Linear | None
+    latent_norm: Norm | None
+    key_up: Tensor
+    value_up: Tensor
+    out: Linear
+    heads: int
+    splits: tuple[int, int, int]
+    scale: float
+    tp: TensorParallel
+
+    def __call__(self, x: Tensor, residual: Tensor, span: Span, cache: Cache) -> Tensor:
+        """x: [b * q, h], normed. Returns residual + attention, [b * q, h]."""
+        query, latent, rope_key = self.down(x).split(self.splits, dim=-1)
+        if self.query_up is not None:
+            query = query.contiguous()
+            query = self.query_up(query if self.query_norm is None else self.query_norm(query))
+        if self.latent_norm is not None:
+            latent = self.latent_norm(latent.contiguous())
+        query = query.view(x.shape[0], self.heads, -1)
+        plain = query[..., : self.key_up.shape[1]].transpose(0, 1)  # [heads, n, qk_head_dim]
+        absorbed = torch.bmm(plain, self.key_up).transpose(0, 1)  # [n, heads, kv_lora_rank]
+        turned, rope_key = query[..., self.key_up.shape[1] :], rope_key[:, None]
+        if span.rotation is not None:
+            turned, rope_key = rotate(turned.contiguous(), span.rotation), rotate(rope_key.contiguous(), span.rotation)
+        span.write(cache.keys, torch.cat((latent[:, None], rope_key), dim=-1))
+        # Keys and values of one width suit the fast kernels: the mean of the rope keys is computed and dropped.
+        context = attend(torch.cat((absorbed, turned), dim=-1), cache, span, self.heads, self.scale)
+        context = torch.bmm(context[..., : latent.shape[-1]].transpose(0, 1), self.value_up)  # [heads, n, v_head_dim]
+        return join(self.out, context.transpose(0, 1).reshape(x.shape[0], -1), residual, self.tp)
+
+    def new_cache(self, b: int, slots: int, dtype: torch.dtype, device: torch.device) -> Cache:
+        """Empty slots."""
+        latent = torch.zeros(b, 1, slots, self.values_of_slot, dtype=dtype, device=device)
+        return Cache(latent, latent)
+
+    @property
+    def values_of_slot(self) -> int:
+        return self.splits[1] + self.splits[2]
+
+
+def join(out: Linear, x: Tensor, residual: Tensor, tp: TensorParallel) -> Tensor:
+    """residual + the sum over ranks of out(x)."""
+    return out.plus(x, residual) if tp.size == 1 else residual + tp.reduce(out(x))

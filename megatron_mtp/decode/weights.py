@@ -1,0 +1,230 @@
+"""From the state dict of a trained model to the parts that decode.
+
+Names and layouts are those of Megatron-Core's local specs (our torch backend), each tensor as this tensor-parallel rank holds it. The
+model is not kept: weights are copied into the forms that decoding reads (norm weights multiplied in, coordinates of RoPE pairs side by side, packed for
+oneDNN), and the trained model may be dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.decode.attention import GroupedAttention, LatentAttention
+from megatron_mtp.decode.block import Block, Depth
+from megatron_mtp.decode.feed_forward import Dense, Experts, activation, chooser, router
+from megatron_mtp.decode.linear import Linear, linear
+from megatron_mtp.decode.norm import LayerNorm, Norm, RMSScale, WeightedRMS
+from megatron_mtp.decode.rope import pair_order
+from megatron_mtp.decode.tensor_parallel import TensorParallel
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where parts of the model get their weights.
+
+    Args:
+        model: finalized.
+        tensors: state dict of this tensor-parallel rank.
+        tp: its group.
+        dtype: of the weights and of the residual stream.
+        device: where they go.
+    """
+
+    model: ModelConfig
+    tensors: Mapping[str, Tensor | None]
+    tp: TensorParallel
+    dtype: torch.dtype
+    device: torch.device
+
+    def get(self, name: str) -> Tensor:
+        """fp32, on the device; to be cast when nothing more is multiplied in."""
+        return self.tensors[name].detach().to(self.device, torch.float32)
+
+    def find(self, name: str) -> Tensor | None:
+        """As `get`; None where the model has no such tensor."""
+        return None if self.tensors.get(name) is None else self.get(name)
+
+    def whole(self, name: str, rows: int) -> Tensor:
+        """A weight of `rows` rows that Megatron-Core shards over tp and decoding wants whole."""
+        tensor = self.get(name)
+        return tensor if tensor.shape[0] == rows else self.tp.gather(tensor, dim=0)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A projection in this dtype."""
+        return linear(weight.to(self.dtype).clone(), None if bias is None else bias.to(self.dtype))
+
+    def after_sum(self, bias: Tensor | None) -> Tensor | None:
+        """The bias of a projection whose results are summed over ranks: one rank adds it."""
+        return bias if self.tp.rank == 0 else None
+
+    def norm(self, name: str, width: int, eps: float | None = None) -> tuple[Norm, Tensor | None]:
+        """A norm, and the weight [width] that the projections behind it must take in (None: the norm applies its own)."""
+        weight, eps = self.get(f"{name}.weight"), eps or self.model.layernorm_epsilon
+        weight = weight + 1 if self.model.layernorm_zero_centered_gamma else weight
+        if self.model.normalization == "RMSNorm":
+            return RMSScale(width, eps, self.device), weight
+        bias = self.find(f"{name}.bias")
+        return LayerNorm(weight.to(self.dtype), None if bias is None else bias.to(self.dtype), eps), None
+
+    def full_norm(self, name: str) -> Norm:
+        """A norm that applies its own weight."""
+        norm, weight = self.norm(name, self.model.hidden_size)
+        return norm if weight is None else WeightedRMS(norm, weight.to(self.dtype))
+
+
+def scaled(weight: Tensor, columns: Tensor | None) -> Tensor:
+    """weight [out, in] with each column times the norm weight before it."""
+    return weight if columns is None else weight * columns
+
+
+def block(source: Source, prefix: str, is_moe: bool) -> Block:
+    """One transformer layer, trunk or MTP."""
+    width = source.model.hidden_size
+    first, first_weight = source.norm(f"{prefix}input_layernorm", width)
+    second, second_weight = source.norm(f"{prefix}pre_mlp_layernorm", width)
+    attend = _latent if source.model.multi_latent_attention else _grouped
+    feed = _experts if is_moe else _dense
+    return Block(
+        first,
+        attend(source, f"{prefix}self_attention.", first_weight),
+        second,
+        feed(source, f"{prefix}mlp.", second_weight),
+    )
+
+
+def depth(source: Source, prefix: str, is_moe: bool) -> Depth:
+    """One MTP layer."""
+    model, h = source.model, source.model.hidden_size
+    layer = block(source, f"{prefix}mtp_model_layer.", is_moe)
+    final = source.full_norm(f"{prefix}final_layernorm")
+    if model.mtp_variant == "parallel":
+        return Depth(None, None, None, layer, final)
+    enorm, enorm_weight = source.norm(f"{prefix}enorm", h)
+    hnorm, hnorm_weight = source.norm(f"{prefix}hnorm", h)
+    weight = source.whole(f"{prefix}eh_proj.weight", h)
+    if enorm_weight is not None:
+        weight = weight * torch.cat((enorm_weight, hnorm_weight))
+    return Depth(enorm, hnorm, source.linear(weight), layer, final)
+
+
+def _grouped(source: Source, prefix: str, columns: Tensor | None) -> GroupedAttention:
+    model, tp = source.model, source.tp
+    heads, groups, width = model.num_attention_heads // tp.size, model.num_query_groups // tp.size, model.kv_channels
+    order = _head_order(model)
+    weight = _by_kind(source.get(f"{prefix}linear_qkv.weight"), heads, groups, width, order)
+    bias = source.find(f"{prefix}linear_qkv.bias")
+    head_norm, head_weight = None, None
+    if model.qk_layernorm:
+        parts = [source.get(f"{prefix}{name}_layernorm.weight")[order] for name in ("q", "k")]
+        offset = 1.0 if model.layernorm_zero_centered_gamma else 0.0
+        rows = [part.expand(count, -1) for part, count in zip(parts, (heads, groups), strict=True)]
+        head_norm = RMSScale(width, model.layernorm_epsilon, source.device)
+        head_weight = (torch.cat(rows) + offset).to(source.dtype)
+    return GroupedAttention(
+        qkv=source.linear(
+            scaled(weight, columns), None if bias is None else _by_kind(bias, heads, groups, width, order)
+        ),
+        out=source.linear(
+            source.get(f"{prefix}linear_proj.weight"), source.after_sum(source.find(f"{prefix}linear_proj.bias"))
+        ),
+        heads=heads,
+        groups=groups,
+        width=width,
+        head_norm=head_norm,
+        head_weight=head_weight,
+        tp=tp,
+    )
+
+
+def _head_order(model: ModelConfig) -> list[int]:
+    is_turned = model.position_embedding_type == "rope"
+    return pair_order(model.kv_channels, model.rotary_percent) if is_turned else list(range(model.kv_channels))
+
+
+def _by_kind(rows: Tensor, heads: int, groups: int, width: int, order: list[int]) -> Tensor:
+    """Megatron's rows, q q k v for each group, -> [all q; all k; all v], coordinates of q and k heads in `order`."""
+    each = heads // groups
+    grouped = rows.view(groups, each + 2, width, *rows.shape[1:])
+    query, key, value = grouped[:, :each], grouped[:, each : each + 1], grouped[:, each + 1 :]
+    parts = (query[:, :, order], key[:, :, order], value)
+    return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in parts])
+
+
+def _latent(source: Source, prefix: str, columns: Tensor | None) -> LatentAttention:
+    model, tp = source.model, source.tp
+    heads, rank = model.num_attention_heads // tp.size, model.kv_lora_rank
+    eps = model.latent_norm_epsilon
+    kv_down = source.whole(f"{prefix}linear_kv_down_proj.weight", rank + model.qk_pos_emb_head_dim)
+    query_norm = query_up = latent_norm = None
+    if model.q_lora_rank is None:
+        query_down = source.get(f"{prefix}linear_q_proj.weight")
+    else:
+        query_down = source.whole(f"{prefix}linear_q_down_proj.weight", model.q_lora_rank)
+        up, weight = source.get(f"{prefix}linear_q_up_proj.weight"), None
+        if model.qk_layernorm:
+            query_norm, weight = source.norm(f"{prefix}q_layernorm", model.q_lora_rank, eps)
+        query_up = source.linear(scaled(up, weight))
+    kv_up = source.get(f"{prefix}linear_kv_up_proj.weight").view(heads, model.qk_head_dim + model.v_head_dim, rank)
+    if model.qk_layernorm:
+        latent_norm, weight = source.norm(f"{prefix}kv_layernorm", rank, eps)
+        kv_up = scaled(kv_up, weight)
+    key_up, value_up = kv_up.split((model.qk_head_dim, model.v_head_dim), dim=1)
+    return LatentAttention(
+        down=source.linear(scaled(torch.cat((query_down, kv_down)), columns)),
+        query_norm=query_norm,
+        query_up=query_up,
+        latent_norm=latent_norm,
+        key_up=key_up.to(source.dtype).contiguous(),
+        value_up=value_up.transpose(1, 2).to(source.dtype).contiguous(),
+        out=source.linear(
+            source.get(f"{prefix}linear_proj.weight"), source.after_sum(source.find(f"{prefix}linear_proj.bias"))
+        ),
+        heads=heads,
+        splits=(query_down.shape[0], rank, model.qk_pos_emb_head_dim),
+        scale=_latent_scale(model),
+        tp=tp,
+    )
+
+
+def _latent_scale(model: ModelConfig) -> float:
+    """Softmax scale of MLA with YaRN's correction. Source: Megatron-Core, MultiLatentAttention.__init__."""
+    factor = model.rotary_scaling_factor
+    correction = 1.0 if factor <= 1 else 0.1 * model.mscale_all_dim * math.log(factor) + 1.0
+    return correction**2 / math.sqrt(model.qk_head_dim + model.qk_pos_emb_head_dim)
+
+
+def _dense(source: Source, prefix: str, columns: Tensor | None) -> Dense:
+    return Dense(
+        up=source.linear(
+            scaled(source.get(f"{prefix}linear_fc1.weight"), columns), source.find(f"{prefix}linear_fc1.bias")
+        ),
+        down=source.linear(
+            source.get(f"{prefix}linear_fc2.weight"), source.after_sum(source.find(f"{prefix}linear_fc2.bias"))
+        ),
+        act=activation(source.model),
+        tp=source.tp,
+    )
+
+
+def _experts(source: Source, prefix: str, columns: Tensor | None) -> Experts:
+    model = source.model
+    dtype = {"fp32": torch.float32, "fp64": torch.float64, None: source.dtype}[model.moe_router_dtype]
+    bias = source.find(f"{prefix}router.expert_bias")
+    gate = source.find(f"{prefix}shared_experts.gate_weight")
+    make: Callable[[str], Dense] = lambda name: _dense(source, f"{prefix}{name}.", columns)  # noqa: E731
+    return Experts(
+        router=router(
+            scaled(source.get(f"{prefix}router.weight"), columns), source.find(f"{prefix}router.bias"), dtype
+        ),
+        choose=chooser(model, bias),
+        experts=[make(f"experts.local_experts.{index}") for index in range(model.num_moe_experts)],
+        shared=make("shared_experts") if model.moe_shared_expert_intermediate_size else None,
+        gate=None if gate is None else scaled(gate, columns).t().to(source.dtype).contiguous(),
+        tp=source.tp,
+    )
