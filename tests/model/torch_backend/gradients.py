@@ -18,9 +18,9 @@ from megatron_mtp import mcore_compat
 from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.sharded import gather_parts, gradient_parts, whole_tensors
 from megatron_mtp.model.torch_backend import TorchSpecProvider, build_layer_spec
-from tests.model.torch_backend.tiny import dense_config, mla_config, moe_config
+from tests.model.torch_backend.tiny import delta_net_config, dense_config, mla_config, moe_config
 
-CONFIGS = {"dense": dense_config, "mla": mla_config, "moe": moe_config}
+CONFIGS = {"dense": dense_config, "mla": mla_config, "moe": moe_config, "delta_net": delta_net_config}
 PARALLEL_STATE_NAMES = (
     "tensor_model_parallel_size",
     "expert_model_parallel_size",
@@ -45,7 +45,8 @@ def gradients(kind: str, fields: dict[str, object], upstream_mla: bool = False) 
     try:
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = CONFIGS[kind](mtp_num_layers=1, **fields)
-        model = _model(config, build_layer_spec(config, is_moe=kind == "moe"), upstream_mla)
+        layer = build_layer_spec(config, is_moe=kind == "moe", is_linear=kind == "delta_net")
+        model = _model(config, layer, upstream_mla)
         fill_initial_weights([model], seed=7, std=0.2, num_layers=2)
         _perturb_vectors(model)
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=False), model)

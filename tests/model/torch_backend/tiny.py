@@ -50,3 +50,21 @@ def moe_config(**changes: Any) -> TransformerConfig:
         "moe_router_dtype": "fp32",
     }
     return TransformerConfig(**{**BASE, **moe, **changes})
+
+
+def delta_net_config(**changes: Any) -> TransformerConfig:
+    """Linear attention with two key and four value heads; attention with a gate beside it, zero-centred norms."""
+    fields = {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [1, 0],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+        "attention_output_gate": True,
+        "num_query_groups": 2,
+        "qk_layernorm": True,
+        "layernorm_zero_centered_gamma": True,
+        "layernorm_epsilon": 1e-6,
+    }
+    return TransformerConfig(**{**BASE, **fields, **changes})
