@@ -115,7 +115,7 @@ def write(file: RankFile, directory: Path, rank: int) -> Written:
     path = directory / f"__{rank}_0.distcp"
     try:
         with path.open("wb") as raw:
-            stream = _HashedStream(raw)
+            stream = HashedStream(raw)
             results = [_write_item(stream, path.name, item, payload) for item, payload in file.items]
             raw.flush()
             os.fsync(raw.fileno())
@@ -127,20 +127,24 @@ def write(file: RankFile, directory: Path, rank: int) -> Written:
         return Written([], None, f"rank {rank}, {path}: {describe_error(error)}")
 
 
-def _write_item(stream: _HashedStream, file_name: str, item: WriteItem, payload: Payload) -> WriteResult:
+def _write_item(stream: HashedStream, file_name: str, item: WriteItem, payload: Payload) -> WriteResult:
     start = stream.position
     if isinstance(payload, io.BytesIO):
         stream.write(payload.getbuffer())
     else:
-        tensor = payload.detach().to("cpu")
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save writes the whole storage behind a view
-        torch.save(tensor, stream)
+        save_tensor(payload.detach().to("cpu"), stream)
     length = stream.position - start
     return WriteResult(item.index, length, _StorageInfo(file_name, start, length))
 
 
-class _HashedStream:
+def save_tensor(tensor: torch.Tensor, stream: HashedStream) -> None:
+    """Appends one tensor on the CPU in the form that loaders of distributed checkpoints read."""
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone()  # torch.save writes the whole storage behind a view
+    torch.save(tensor, stream)
+
+
+class HashedStream:
     """Counts and hashes what passes through, so that the manifest tells what was meant, not what arrived."""
 
     def __init__(self, raw: io.BufferedWriter):
