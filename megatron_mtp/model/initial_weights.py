@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -17,7 +18,11 @@ from megatron_mtp.model.sharded import sharded_tensors
 
 BLOCK_ROWS = 256
 # Megatron-Core scales these by 1 / sqrt(2 * num_layers): they write into the residual stream.
-RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
+DECAY = ".A_log"
+"""The decay of a head of linear attention: the logarithm of a number drawn uniformly from 1 to 16."""
+CONVOLUTION = ".conv1d.weight."
+"""The short convolution of linear attention: uniform in +-1/sqrt(taps), torch's own choice."""
 
 
 def fill_initial_weights(chunks: list[nn.Module], *, seed: int, std: float, num_layers: int) -> None:
@@ -32,30 +37,71 @@ def fill_initial_weights(chunks: list[nn.Module], *, seed: int, std: float, num_
     with torch.no_grad():
         for chunk in chunks:
             for shard in sharded_tensors(chunk):
-                if len(shard.global_shape) - shard.prepend_axis_num < 2 or not shard.data.is_floating_point():
-                    continue
-                scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(RESIDUAL_OUTPUTS) else std
-                shard.data.copy_(_draw(shard, seed) * scale)
+                is_matrix = len(shard.global_shape) - shard.prepend_axis_num >= 2
+                if shard.key.endswith(DECAY):
+                    shard.data.copy_(torch.log(1 + 15 * _draw_uniform(shard, seed)))
+                elif CONVOLUTION in shard.key:
+                    shard.data.copy_((2 * _draw_uniform(shard, seed) - 1) / math.sqrt(shard.data.shape[-1]))
+                elif is_matrix and shard.data.is_floating_point():
+                    shard.data.copy_(_draw(shard, seed) * std_of(shard.key, std, num_layers))
 
 
 def _draw(shard: ShardedTensor, seed: int) -> Tensor:
-    """Standard normal values of this shard. Rows are the first axis after the prepended ones; the rest is one row."""
+    """Standard normal values of this shard."""
+    return _draw_shard(shard, seed, torch.randn)
+
+
+def _draw_uniform(shard: ShardedTensor, seed: int) -> Tensor:
+    """Values of this shard, uniform from 0 to 1."""
+    return _draw_shard(shard, seed, torch.rand)
+
+
+def _draw_shard(shard: ShardedTensor, seed: int, draw: Callable[..., Tensor]) -> Tensor:
     lead = shard.prepend_axis_num
-    outer = shard.global_offset[:lead]
-    rows, *inner = shard.global_shape[lead:]
-    first_row, *inner_offset = shard.global_offset[lead:]
-    local_rows, *inner_local = shard.data.shape[-len(shard.global_shape) + lead :]
+    size = shard.data.shape[-len(shard.global_shape) + lead :]
+    box = draw_box(shard.key, shard.global_shape, shard.global_offset, size, lead, seed, draw)
+    return box.reshape(shard.data.shape).to(shard.data.dtype)
+
+
+def std_of(key: str, std: float, num_layers: int) -> float:
+    """Standard deviation of a matrix."""
+    return std / math.sqrt(2 * num_layers) if key.endswith(RESIDUAL_OUTPUTS) else std
+
+
+def draw_box(
+    key: str,
+    whole: tuple[int, ...],
+    offset: tuple[int, ...],
+    size: tuple[int, ...],
+    lead: int,
+    seed: int,
+    draw: Callable[..., Tensor] = torch.randn,
+) -> Tensor:
+    """Values of a box of a whole tensor in fp32, standard normal ones unless `draw` says otherwise; the same at every layout.
+
+    Args:
+        key: of the tensor in the sharded state dict.
+        whole: its shape, `lead` prepended axes (layer, expert) included.
+        offset: where the box begins, on as many axes.
+        size: of the box behind the prepended axes, of which it takes one step each.
+
+    Rows are the first axis after the prepended ones; the rest is one row.
+    """
+    outer = offset[:lead]
+    rows, *inner = whole[lead:]
+    first_row, *inner_offset = offset[lead:]
+    local_rows, *inner_local = size
     blocks = []
     for block in range(first_row // BLOCK_ROWS, (first_row + local_rows - 1) // BLOCK_ROWS + 1):
-        generator = torch.Generator().manual_seed(_block_seed(seed, shard.key, outer, block))
-        values = torch.randn(min(BLOCK_ROWS, rows - block * BLOCK_ROWS), *inner, generator=generator)
+        generator = torch.Generator().manual_seed(_block_seed(seed, key, outer, block))
+        values = draw(min(BLOCK_ROWS, rows - block * BLOCK_ROWS), *inner, generator=generator)
         low = max(first_row - block * BLOCK_ROWS, 0)
         high = min(first_row + local_rows - block * BLOCK_ROWS, BLOCK_ROWS)
         blocks.append(values[low:high])
-    whole = torch.cat(blocks)
-    for axis, (offset, size) in enumerate(zip(inner_offset, inner_local, strict=True), start=1):
-        whole = whole.narrow(axis, offset, size)
-    return whole.reshape(shard.data.shape).to(shard.data.dtype)
+    box = torch.cat(blocks)
+    for axis, (start, length) in enumerate(zip(inner_offset, inner_local, strict=True), start=1):
+        box = box.narrow(axis, start, length)
+    return box
 
 
 def _block_seed(seed: int, key: str, outer: tuple[int, ...], block: int) -> int:
