@@ -31,7 +31,7 @@ def demo_pretrain_config() -> ConfigContainer:
     cfg.model.pipeline_model_parallel_layout = [7, 3]
     cfg.train.train_iters = 500
     cfg.train.global_batch_size = 8
-    cfg.train.micro_batch_size = 1
+    cfg.train.micro_batch_size = 2
     cfg.optimizer.lr = 4e-3
     cfg.optimizer.min_lr = 4e-4
     cfg.scheduler.lr_warmup_iters = 30
