@@ -1,0 +1,53 @@
+"""The weights of a checkpoint for a model that starts anew from them: no optimizer, no counters, any layout."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron_mtp.checkpoint.agreement import describe_error, from_first, raise_any
+from megatron_mtp.checkpoint.content import Content
+from megatron_mtp.checkpoint.manifest import damage, read_manifest
+from megatron_mtp.checkpoint.resuming import _check_keys
+from megatron_mtp.checkpoint.untrusted import read_metadata
+from megatron_mtp.errors import CheckpointError, MegatronMTPError
+
+log = logging.getLogger(__name__)
+
+
+def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: ProcessGroup) -> None:
+    """Fills the chunks of every rank, in the dtype that they have. A collective.
+
+    Args:
+        folder: of one checkpoint.
+        chunks: bare or wrapped.
+        dp_cp_group: ranks that hold the same weights.
+
+    Raises:
+        CheckpointError: on every rank; the checkpoint is damaged, or its tensors are not the model's, by name.
+    """
+    from_first(lambda: _check(folder))
+    error = None
+    try:
+        content = Content(chunks, None, dp_cp_group)
+        plan = content.for_loading(with_random_state=False)
+        _check_keys(folder, plan.requested_keys(), load_optim=False)
+        plan.adopt(dist_checkpointing.load(plan.state, str(folder), validate_access_integrity=False), {})
+    except MegatronMTPError as failure:
+        error = str(failure)
+    except Exception as failure:
+        log.debug("loading failed", exc_info=failure)
+        error = f"{folder}: cannot be loaded ({describe_error(failure)})."
+    raise_any(error)
+
+
+def _check(folder: Path) -> None:
+    """Every byte against the manifest, and what is pickled before anything unpickles it."""
+    problems = [text for entry in read_manifest(folder).files if (text := damage(folder, entry))]
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    read_metadata(folder)

@@ -1,0 +1,297 @@
+"""Weights into and out of a checkpoint, box by box, in one process without process groups or a model.
+
+For what does not train: exchange with other formats. What is written here, a run loads at any layout; what any layout wrote is
+read here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_mtp.checkpoint.agreement import describe_error
+from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX
+from megatron_mtp.checkpoint.directory import RunDirectory, write_durably
+from megatron_mtp.checkpoint.manifest import (
+    CONFIG_NAME,
+    TRAIN_STATE_NAME,
+    FileEntry,
+    Manifest,
+    damage,
+    describe_file,
+    read_manifest,
+)
+from megatron_mtp.checkpoint.random_state import RNG_KEY
+from megatron_mtp.checkpoint.untrusted import read_metadata
+from megatron_mtp.checkpoint.writer import HashedStream, Written, save_tensor, write_metadata
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.serialize import from_dict, to_yaml
+from megatron_mtp.config.yaml_text import load_yaml
+from megatron_mtp.errors import CheckpointError
+
+FILE_BYTES = 8 << 30
+
+
+@dataclass(slots=True)
+class _File:
+    raw: io.BufferedWriter
+    stream: HashedStream
+    name: str
+
+
+@dataclass(slots=True)
+class WeightsWriter:
+    """Writes a checkpoint of weights alone. Used in a `with` block: left by an exception, it leaves nothing behind.
+
+    Args:
+        path: run directory; made if it is missing, and must hold no checkpoint.
+        file_bytes: a file that has grown beyond this is followed by another.
+
+    Raises:
+        CheckpointError: the directory cannot be written or holds a checkpoint.
+    """
+
+    path: Path
+    file_bytes: int = FILE_BYTES
+    iteration: int = 0
+    _made: bool = False
+    _file: _File | None = None
+    _entries: list[FileEntry] = field(default_factory=list)
+    _results: list[WriteResult] = field(default_factory=list)
+    _tensors: dict[str, TensorStorageMetadata] = field(default_factory=dict)
+
+    def __enter__(self) -> WeightsWriter:
+        directory = RunDirectory(self.path)
+        if directory.iterations():
+            raise CheckpointError(f"{self.path}: holds a checkpoint already. Choose another directory.")
+        self._made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            directory.begin(self.iteration)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written ({describe_error(error)}).") from error
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.raw.close()
+        if kind is not None:
+            RunDirectory(self.path).abandon(self.iteration)
+            if self._made and not any(self.path.iterdir()):
+                self.path.rmdir()
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{self.path}: the checkpoint was not written ({describe_error(error)}).") from error
+
+    def add(self, key: str, whole: tuple[int, ...], offset: tuple[int, ...], box: Tensor) -> None:
+        """Writes one box of a tensor.
+
+        Args:
+            whole: shape of the whole tensor.
+            offset: where the box begins; boxes of one tensor do not overlap, and fill it in the end.
+        """
+        stored = self._tensors.setdefault(
+            key, TensorStorageMetadata(TensorProperties(dtype=box.dtype), torch.Size(whole), [])
+        )
+        assert (stored.properties.dtype, tuple(stored.size)) == (box.dtype, whole), f"{key} changes its form"
+        stored.chunks.append(ChunkStorageMetadata(torch.Size(offset), box.shape))
+        file = self._current_file()
+        start = file.stream.position
+        save_tensor(box, file.stream)
+        self._record(MetadataIndex(key, torch.Size(offset)), file, start)
+
+    def complete(
+        self, cfg: ConfigContainer, train_state: dict[str, Any], *, reason: str, tokenizer: str | None = None
+    ) -> Path:
+        """Makes the checkpoint whole; returns its folder.
+
+        Args:
+            cfg: finalized config of the model.
+            train_state: as training.state.TrainState.to_dict gives it.
+            tokenizer: fingerprint of the run's tokenizer.
+        """
+        file = self._current_file()
+        start = file.stream.position
+        torch.save([{}], file.stream)  # Megatron-Core's loader asks for its own object
+        common = f"{COMMON_KEY}/shard_0_1"
+        self._record(MetadataIndex(common), file, start)
+        self._close_file()
+        directory = RunDirectory(self.path)
+        partial = directory.partial_path(self.iteration)
+        metadata = Metadata({**self._tensors, common: BytesStorageMetadata()})
+        written = [Written(self._results, None), *(Written([], entry) for entry in self._entries)]
+        state = {"train": train_state, "optimizer": {"step": None, "grad_scaler": None}}
+        write_durably(partial / CONFIG_NAME, to_yaml(cfg).encode())
+        write_durably(partial / TRAIN_STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
+        files = [describe_file(partial / name) for name in (CONFIG_NAME, TRAIN_STATE_NAME)]
+        files += write_metadata(partial, metadata, written) + self._entries
+        # No world has size 0: random state is taken over by none.
+        manifest = Manifest(iteration=self.iteration, files=files, world_size=0, reason=reason, tokenizer=tokenizer)
+        return directory.complete(replace(manifest, consumed_samples=train_state["consumed_samples"]))
+
+    def _record(self, index: MetadataIndex, file: _File, start: int) -> None:
+        length = file.stream.position - start
+        self._results.append(WriteResult(index, length, _StorageInfo(file.name, start, length)))
+
+    def _current_file(self) -> _File:
+        if self._file is not None and self._file.stream.position >= self.file_bytes:
+            self._close_file()
+        if self._file is None:
+            name = f"__0_{len(self._entries)}.distcp"
+            raw = (RunDirectory(self.path).partial_path(self.iteration) / name).open("wb")
+            self._file = _File(raw, HashedStream(raw), name)
+        return self._file
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.raw.flush()
+            os.fsync(file.raw.fileno())
+            file.raw.close()
+            self._entries.append(FileEntry(file.name, file.stream.position, file.stream.digest.hexdigest()))
+
+
+class StoredWeights:
+    """The tensors of a whole checkpoint, whatever layout wrote it.
+
+    Args:
+        path: a run directory (its newest checkpoint is taken), or the folder of one checkpoint.
+        verify: compare every byte with the manifest first.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged; all that is wrong is named.
+    """
+
+    def __init__(self, path: Path, *, verify: bool = True):
+        self.folder = checkpoint_folder(path)
+        self.manifest = read_manifest(self.folder)
+        if problems := [text for entry in self.manifest.files if verify and (text := damage(self.folder, entry))]:
+            raise CheckpointError("\n".join(problems))
+        metadata = read_metadata(self.folder)
+        self._boxes: dict[str, dict[int, list[_Box]]] = {}
+        self._stacks: set[str] = set()
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self.left_out: dict[str, int] = {}
+        """What is no weight: "optimizer state" and the like -> number of tensors or objects."""
+        for key, stored in metadata.state_dict_metadata.items():
+            kind = _other_kind(key)
+            if kind is not None:
+                self.left_out[kind] = self.left_out.get(kind, 0) + 1
+            elif isinstance(stored, TensorStorageMetadata):
+                self.tensors[key] = stored
+                self._boxes[key] = by_first = {}
+                for chunk in stored.chunks:
+                    info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                    box = _Box(tuple(chunk.offsets), tuple(chunk.sizes), info)
+                    by_first.setdefault(box.offset[0], []).append(box)
+                if all(box.size[0] == 1 for boxes in by_first.values() for box in boxes):
+                    self._stacks.add(key)
+
+    def config(self) -> ConfigContainer:
+        """The config that is saved with the weights, not finalized."""
+        path = self.folder / CONFIG_NAME
+        return from_dict(load_yaml(path.read_text(encoding="utf-8"), str(path)))
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a whole tensor."""
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of a tensor."""
+        return self.tensors[key].properties.dtype
+
+    def read(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """One box, put together from what is stored.
+
+        Raises:
+            CheckpointError: a part of it is stored nowhere.
+        """
+        hits = [(box, shared) for box in self._candidates(key, offset, size) if (shared := box.overlap(offset, size))]
+        if len(hits) == 1 and (hits[0][0].offset, hits[0][0].size) == (offset, size):
+            return self._load(hits[0][0].info)
+        target = torch.empty(size, dtype=self.dtype(key))
+        count = 0
+        for box, (ours, theirs) in hits:
+            part = self._load(box.info)[theirs]
+            target[ours] = part
+            count += part.numel()
+        if count != target.numel():
+            raise CheckpointError(f"{self.folder}: holds only {count} of {target.numel()} values of {key} at {offset}.")
+        return target
+
+    def _candidates(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> list[_Box]:
+        """Boxes that may be hit. A stack of layers and experts has tens of thousands, each one layer thick."""
+        by_first = self._boxes[key]
+        if key in self._stacks and size[0] == 1:
+            return by_first.get(offset[0], [])
+        return [box for boxes in by_first.values() for box in boxes]
+
+    def _load(self, info: _StorageInfo) -> Tensor:
+        with (self.folder / info.relative_path).open("rb") as stream:
+            view = _create_file_view(stream, info.offset, info.length)
+            return torch.load(view, map_location="cpu", weights_only=True).detach()
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder of one checkpoint: `path` itself, or the newest one in the run directory `path`.
+
+    Raises:
+        CheckpointError: there is none that is whole.
+    """
+    if not (path / CONFIG_NAME).exists():
+        directory = RunDirectory(path)
+        manifest, problems = directory.newest_listed()
+        if manifest is None:
+            raise CheckpointError("\n".join([f"{path}: holds no whole checkpoint.", *problems]))
+        return directory.whole_path(manifest.iteration)
+    return path
+
+
+def _other_kind(key: str) -> str | None:
+    kinds: Iterable[tuple[str, str]] = (
+        (OPTIMIZER_PREFIX, "optimizer state"),
+        (RNG_KEY, "random state"),
+        (COMMON_KEY, "Megatron-Core's common state"),
+    )
+    return next((kind for prefix, kind in kinds if key.startswith(prefix)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """A stored part of a tensor."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    info: _StorageInfo
+
+    def overlap(
+        self, offset: tuple[int, ...], size: tuple[int, ...]
+    ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """What it shares with another box, as seen from that one and from this; None: nothing."""
+        theirs, ours = [], []
+        for o, n, p, m in zip(offset, size, self.offset, self.size, strict=True):
+            low, high = max(o, p), min(o + n, p + m)
+            if low >= high:
+                return None
+            theirs.append(slice(low - o, high - o))
+            ours.append(slice(low - p, high - p))
+        return tuple(theirs), tuple(ours)

@@ -1,0 +1,108 @@
+"""Holds the tensors of a folder against what a model needs, before anything is written. Imports no megatron."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_mtp.convert.links import Link
+from megatron_mtp.convert.names import IGNORED_ENDINGS
+from megatron_mtp.convert.tensor_files import CODES, DTYPES, TensorFiles
+from megatron_mtp.errors import ConversionError
+
+_MOST_SHOWN = 20
+FP32_ENDINGS = ("e_score_correction_bias",)
+"""Tensors that stay in fp32 beside weights of another dtype."""
+_CODE_OF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """What becomes of each tensor in the files that is not read through a link.
+
+    Args:
+        dtype: code of the weights' dtype.
+        tied: repeats a weight that it is tied to.
+        duplicated: repeats a weight as released files do.
+        ignored: buffers that everybody computes anew, and what the caller leaves out.
+    """
+
+    dtype: str
+    tied: list[str]
+    duplicated: list[str]
+    ignored: list[str]
+
+
+def hold(
+    files: TensorFiles,
+    links: list[Link],
+    *,
+    declared_dtype: str | None,
+    duplicates: dict[str, str],
+    tied: dict[str, str],
+    dropped: Iterable[str] = (),
+) -> Accounts:
+    """Checks names, shapes, dtypes and repeated tensors.
+
+    Args:
+        declared_dtype: what config.json says, such as "bfloat16"; None: the dtype of most tensors.
+        duplicates: names that may be there -> the tensor that they must equal.
+        tied: the same of tied weights.
+        dropped: names that the caller leaves out.
+
+    Raises:
+        ConversionError: all that is missing, left over, misshapen, of a wrong dtype, or repeated with other values.
+    """
+    needed = {source.name: source.shape for link in links for source in link.sources}
+    found = files.entries
+    ignored = {name for name in found if name.endswith(IGNORED_ENDINGS)} | (set(dropped) & set(found))
+    known = set(needed) | set(duplicates) | set(tied) | ignored
+    missing, surplus = sorted(set(needed) - set(found)), sorted(set(found) - known)
+    problems = [f"{name} is missing.{_meant(name, surplus)}" for name in missing]
+    problems += [f"{name} has no place in the model.{_meant(name, missing)}" for name in surplus]
+    dtype = _dtype(files, declared_dtype, [name for name in needed if name in found])
+    for name in sorted(set(needed) & set(found)):
+        entry = found[name]
+        if entry.shape != needed[name]:
+            problems.append(f"{name} has shape {list(entry.shape)}, the model needs {list(needed[name])}.")
+        if entry.dtype != dtype and not (entry.dtype == "F32" and name.endswith(FP32_ENDINGS)):
+            problems.append(f"{name} is {entry.dtype}, the weights are {dtype}.")
+    repeated = {name: of for name, of in (duplicates | tied).items() if name in found and of in found}
+    if not problems:
+        problems += [
+            f"{name} differs from {of}, which it should repeat: a model that shares them cannot hold both."
+            for name, of in sorted(repeated.items())
+            if not files.are_equal(name, of)
+        ]
+    if problems:
+        shown = problems[:_MOST_SHOWN]
+        more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+        raise ConversionError("\n".join([f"{files.folder}: nothing was written.", *shown, *more]))
+    return Accounts(
+        dtype=dtype,
+        tied=sorted(name for name in tied if name in found),
+        duplicated=sorted(name for name in duplicates if name in found),
+        ignored=sorted(ignored),
+    )
+
+
+def _meant(name: str, others: list[str]) -> str:
+    close = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+    return f" Is it {close[0]}, renamed?" if close else ""
+
+
+def _dtype(files: TensorFiles, declared: str | None, names: list[str]) -> str:
+    if declared is not None:
+        code = _CODE_OF.get(declared.removeprefix("torch."))
+        if code is None:
+            raise ConversionError(
+                f"{files.folder}: config.json says dtype = {declared!r}; {', '.join(_CODE_OF)} can be converted."
+            )
+        return code
+    counts = Counter(files.entries[name].dtype for name in names)
+    most = counts.most_common(1)[0][0] if counts else CODES[DTYPES["F32"]]
+    if most not in DTYPES:
+        raise ConversionError(f"{files.folder}: the tensors are {most}; {', '.join(DTYPES)} can be converted.")
+    return most

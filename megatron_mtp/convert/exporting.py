@@ -1,0 +1,238 @@
+"""A checkpoint of any layout -> a Hugging Face folder. One tensor is in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.convert.accounts import FP32_ENDINGS
+from megatron_mtp.convert.hf_config import family_of, hf_config_dict
+from megatron_mtp.convert.layouts import to_theirs
+from megatron_mtp.convert.links import Link, check_form, duplicates, links, own_depths
+from megatron_mtp.convert.names import EMBEDDING, HEAD
+from megatron_mtp.convert.report import Report
+from megatron_mtp.convert.side_files import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    KEPT_FOLDER,
+    token_ids,
+    tokenizer_folder,
+    write_json,
+    write_tokenizer,
+)
+from megatron_mtp.convert.tensor_files import SHARD_BYTES, Planned, TensorWriter
+from megatron_mtp.data.tokenizer import configured_tokenizer
+from megatron_mtp.errors import ConversionError, DataError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointModel:
+    """A checkpoint as far as it was planned: the links of every tensor that is exported."""
+
+    weights: StoredWeights
+    cfg: ConfigContainer
+    family: str
+    links: list[Link]
+    num_depths: int
+    dtype: torch.dtype
+    dropped: list[str]
+    """Keys of MTP layers that the caller leaves out."""
+
+    def read(self, link: Link) -> list[torch.Tensor]:
+        """The tensors of `link.sources`, in the dtype in which they are stored."""
+        box = self.weights.read(link.key, link.offset, link.size)
+        return to_theirs(link, box, self.cfg.model.num_query_groups or 1)
+
+    def dtype_of(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """What a tensor is exported as."""
+        return stored if name.endswith(FP32_ENDINGS) else self.dtype
+
+
+def export_hf(
+    checkpoint: str | Path,
+    hf_dir: str | Path,
+    *,
+    family: str | None = None,
+    mtp_depths: int | None = None,
+    mtp_duplicates: bool = True,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    with_tokenizer: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
+) -> Report:
+    """Writes weights, config, tokenizer and generation settings in the form of a family.
+
+    Args:
+        checkpoint: run directory (its newest checkpoint), or the folder of one checkpoint.
+        hf_dir: made; must be empty if it is there.
+        family: form to write; None: the one that has this architecture.
+        mtp_depths: MTP layers to write; None: all. Others are left out and named in the report.
+        mtp_duplicates: write the copies of embedding and head that released files of the family hold beside each depth.
+        dtype: fp32, bf16 or fp16; None: as stored.
+        tokenizer: folder or tokenizer.json; None: the run's.
+        with_tokenizer: False: none is written.
+        shard_bytes: weights in one file.
+        verify: compare every byte of the checkpoint with its manifest first.
+
+    Raises:
+        ConversionError, CheckpointError: all that does not fit, by name; nothing is left behind.
+    """
+    target = Path(hf_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConversionError(f"{target}: is there already and not empty. Choose another folder.")
+    model = plan_checkpoint(Path(checkpoint), family, mtp_depths, dtype, verify=verify)
+    chosen = tokenizer_folder(model.cfg, Path(tokenizer) if tokenizer else None) if with_tokenizer else None
+    config = _config(model, chosen)
+    report = Report(str(checkpoint), str(hf_dir), model.family)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        copies = duplicates(model.family, model.cfg.model, model.num_depths) if mtp_duplicates else {}
+        _write_weights(model, partial, copies, shard_bytes)
+        write_json(partial / CONFIG_NAME, config)
+        report.files = [CONFIG_NAME, *_write_side_files(model, partial, chosen, config)]
+        if target.exists():
+            target.rmdir()
+        os.rename(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConversionError(f"{target}: cannot be written ({error.strerror or error}).") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _account(model, copies, report)
+    return report
+
+
+def plan_checkpoint(
+    path: Path, family: str | None, mtp_depths: int | None, dtype: str | None, *, verify: bool = True
+) -> CheckpointModel:
+    """Reads config and metadata of a checkpoint and checks them against each other. Arguments and errors as `export_hf`."""
+    weights = StoredWeights(path, verify=verify)
+    cfg = weights.config()
+    name = family or family_of(cfg.model)
+    own = own_depths(cfg.model)
+    depths = own if mtp_depths is None else mtp_depths
+    if depths > own:
+        raise ConversionError(f"--mtp-depths {depths}: {weights.folder} holds {own} MTP layers.")
+    if depths:
+        check_form(cfg.model, name, depths)
+    found = links(cfg.model, name, depths)
+    dropped = sorted(key for key in weights.tensors if _depth_of(key) is not None and _depth_of(key) >= depths)
+    _check_keys(weights, found, dropped)
+    stored = _stored_dtype(weights, found)
+    return CheckpointModel(weights, cfg, name, found, depths, DTYPES[dtype] if dtype else stored, dropped)
+
+
+def _depth_of(key: str) -> int | None:
+    return int(key.split(".")[2]) if key.startswith("mtp.layers.") else None
+
+
+def _check_keys(weights: StoredWeights, found: list[Link], dropped: list[str]) -> None:
+    shapes = {link.key: link.whole for link in found}
+    problems = [f"{key} is missing." for key in sorted(shapes.keys() - weights.tensors.keys())]
+    problems += [
+        f"{key} has no name in the family's files."
+        for key in sorted(weights.tensors.keys() - shapes.keys() - set(dropped))
+    ]
+    problems += [
+        f"{key} has shape {list(weights.shape(key))}, the config needs {list(shapes[key])}."
+        for key in sorted(shapes.keys() & weights.tensors.keys())
+        if weights.shape(key) != shapes[key]
+    ]
+    if problems:
+        raise ConversionError("\n".join([f"{weights.folder}: nothing was written.", *problems[:20]]))
+
+
+def _stored_dtype(weights: StoredWeights, found: list[Link]) -> torch.dtype:
+    """Of the weights; tensors that stay in fp32 beside them are left out."""
+    kinds: dict[torch.dtype, str] = {}
+    for link in found:
+        if link.sources and not link.sources[0].name.endswith(FP32_ENDINGS):
+            kinds.setdefault(weights.dtype(link.key), link.key)
+    if len(kinds) != 1 or next(iter(kinds)) not in HF_DTYPES:
+        shown = ", ".join(f"{key} is {dtype}" for dtype, key in kinds.items())
+        raise ConversionError(f"{weights.folder}: weights are of one dtype, fp32, bf16 or fp16; here {shown}.")
+    return next(iter(kinds))
+
+
+def _write_weights(model: CheckpointModel, folder: Path, copies: dict[str, str], shard_bytes: int) -> None:
+    carried = [link for link in model.links if link.sources]
+    planned = [
+        Planned(source.name, model.dtype_of(source.name, model.weights.dtype(link.key)), source.shape)
+        for link in carried
+        for source in link.sources
+    ]
+    shapes = {plan.name: plan.shape for plan in planned}
+    planned += [Planned(name, model.dtype, shapes[of]) for name, of in copies.items()]
+    repeats: dict[str, list[str]] = {}
+    for name, of in copies.items():
+        repeats.setdefault(of, []).append(name)
+    writer = TensorWriter(folder, planned, shard_bytes)
+    for link in carried:
+        for source, tensor in zip(link.sources, model.read(link), strict=True):
+            value = tensor.to(model.dtype_of(source.name, tensor.dtype))
+            for name in (source.name, *repeats.get(source.name, ())):
+                writer.write(name, value)
+    writer.close()
+
+
+def _config(model: CheckpointModel, tokenizer: Path | None) -> dict[str, Any]:
+    shown = model.cfg.copy()
+    shown.model.mtp_num_layers = model.num_depths
+    config = hf_config_dict(shown.model, model.family)
+    config |= token_ids(_kept(model, tokenizer), _end_of_document(model.cfg, tokenizer))
+    return {**config, "dtype": HF_DTYPES[model.dtype]}
+
+
+def _kept(model: CheckpointModel, tokenizer: Path | None) -> Path | None:
+    """The folder of the files that came with an imported model, if this run still points to it."""
+    candidates = [tokenizer, model.weights.folder.parent / KEPT_FOLDER]
+    return next((path for path in candidates if path is not None and (path / CONFIG_NAME).is_file()), None)
+
+
+def _end_of_document(cfg: ConfigContainer, tokenizer: Path | None) -> tuple[int, str] | None:
+    if tokenizer is None:
+        return None
+    try:
+        opened = configured_tokenizer(cfg)
+    except DataError:
+        return None  # the run's tokenizer has moved; the caller named another
+    return None if opened is None else (opened.eod, opened.decode([opened.eod]))
+
+
+def _write_side_files(
+    model: CheckpointModel, folder: Path, tokenizer: Path | None, config: dict[str, Any]
+) -> list[str]:
+    eod = _end_of_document(model.cfg, tokenizer)
+    names = [] if tokenizer is None else write_tokenizer(tokenizer, folder, eod)
+    kept = _kept(model, tokenizer)
+    if kept is not None and (kept / GENERATION_NAME).is_file():
+        shutil.copyfile(kept / GENERATION_NAME, folder / GENERATION_NAME)
+    else:
+        settings = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        write_json(folder / GENERATION_NAME, {"_from_model_config": True, **settings})
+    return [*names, GENERATION_NAME]
+
+
+def _account(model: CheckpointModel, copies: dict[str, str], report: Report) -> None:
+    carried = [link for link in model.links if link.sources]
+    report.read = sorted({link.key for link in carried})
+    report.written = sorted({s.name for link in carried for s in link.sources})
+    report.duplicated = sorted(copies)
+    report.padded = sorted({link.key for link in model.links if not link.sources})
+    report.left_out = [*model.dropped, *(f"{count} of {kind}" for kind, count in model.weights.left_out.items())]
+    if model.cfg.model.share_embeddings_and_output_weights:
+        report.tied = [f"{HEAD} (is {EMBEDDING})"]
