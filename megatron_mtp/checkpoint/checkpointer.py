@@ -111,22 +111,45 @@ class Checkpointer:
         found = find_checkpoint(self.cfg) if self.cfg.checkpoint.load else None
         if found is None:
             return False
-        train_state.restore(load_checkpoint(self.cfg, found, chunks, optimizer, self.groups.dp_cp))
+        load_optim = self.cfg.checkpoint.load_optim
+        train_state.restore(
+            load_checkpoint(self.cfg, found, chunks, optimizer, self.groups.dp_cp, load_optim=load_optim)
+        )
         if self.directory and found.path.parent.resolve() == self.directory.path.resolve():
             self.last_saved = found.manifest.iteration
         if self.rank == 0:
             log.info("resumed from %s", found.path)
         return True
 
+    def roll_back(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: Resumable) -> None:
+        """Takes everything from the newest whole checkpoint of checkpoint.save, within the run.
+
+        Raises:
+            CheckpointError: on every rank: there is none that is whole.
+        """
+        found = find_checkpoint(self.cfg, self.directory.path)
+        if found is None:
+            raise CheckpointError(f"checkpoint.save = {self.directory.path}: holds no checkpoint to go back to.")
+        train_state.restore(load_checkpoint(self.cfg, found, chunks, optimizer, self.groups.dp_cp, load_optim=True))
+        self.last_saved = found.manifest.iteration
+        if self.rank == 0:
+            log.info("went back to %s", found.path)
+
     # ---- saving ----
 
     def save(
-        self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: Resumable, reason: str = "interval"
+        self,
+        chunks: list[nn.Module],
+        optimizer: MegatronOptimizer,
+        train_state: Resumable,
+        reason: str = "interval",
+        validation_loss: float | None = None,
     ) -> None:
         """Saves everything. With checkpoint.async_save it returns when the state is copied, and `maybe_finalize` does the rest.
 
         Args:
             reason: why, for the manifest.
+            validation_loss: of the evaluation at this iteration, for the rule that keeps the best.
 
         Raises:
             CheckpointError: on every rank, with the first cause. Earlier checkpoints stay, no partial one is left, and
@@ -142,7 +165,7 @@ class Checkpointer:
         file = plan_save(content.for_saving(), partial)
         scalars = first_known(optimizer_scalars(content))  # there is a step count once `for_saving` made one
         pending = _Pending(
-            self._manifest(train_state, reason),
+            self._manifest(train_state, reason, validation_loss),
             {"train": train_state.to_dict(), "optimizer": scalars},
             file,
             started_s,
@@ -199,7 +222,7 @@ class Checkpointer:
         except OSError as error:
             raise self._failure(iteration, f"{self.directory.path}: {describe_error(error)}") from error
 
-    def _manifest(self, train_state: Resumable, reason: str) -> Manifest:
+    def _manifest(self, train_state: Resumable, reason: str, validation_loss: float | None) -> Manifest:
         return Manifest(
             iteration=train_state.iteration,
             files=[],
@@ -207,6 +230,7 @@ class Checkpointer:
             world_size=self.world_size,
             reason=reason,
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            validation_loss=validation_loss,
             tokenizer=self._tokenizer,
             versions=_versions(),
         )
@@ -239,7 +263,8 @@ class Checkpointer:
             self.directory.abandon(iteration)
             raise self._failure(iteration, describe_error(error)) from error
         try:
-            self.directory.retain(self.cfg.checkpoint.most_recent_k)
+            rules = self.cfg.checkpoint
+            self.directory.retain(rules.most_recent_k, rules.keep_every, rules.keep_best)
         except OSError as error:
             log.warning("%s: an old checkpoint cannot be removed (%s)", self.directory.path, describe_error(error))
 

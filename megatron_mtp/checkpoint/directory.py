@@ -138,21 +138,31 @@ class RunDirectory:
             shutil.rmtree(self.path / name, ignore_errors=True)
         return names
 
-    def retain(self, most_recent_k: int) -> list[int]:
-        """Removes whole checkpoints beyond the newest `most_recent_k`; -1 keeps all. Returns their iterations.
+    def retain(self, most_recent_k: int, keep_every: int | None = None, keep_best: int = 0) -> list[int]:
+        """Removes whole checkpoints that no rule keeps. Returns their iterations.
 
         Damaged folders do not count and stay: they are evidence, and the newest whole one must not go because of them.
+
+        Args:
+            most_recent_k: the newest are kept, at least one; -1 keeps all.
+            keep_every: iterations divisible by it are kept.
+            keep_best: so many with the lowest validation loss are kept.
         """
         if most_recent_k < 0:
             return []
-        whole = []
+        whole: list[Manifest] = []
         for iteration in self.iterations():
             try:
-                self.read(iteration)
+                whole.append(self.read(iteration))
             except CheckpointError:
                 continue
-            whole.append(iteration)
-        surplus = whole[max(1, most_recent_k) :]
+        kept = {manifest.iteration for manifest in whole[: max(1, most_recent_k)]}
+        if keep_every:
+            kept |= {manifest.iteration for manifest in whole if manifest.iteration % keep_every == 0}
+        evaluated = [manifest for manifest in whole if manifest.validation_loss is not None]
+        evaluated.sort(key=lambda manifest: (manifest.validation_loss, manifest.iteration))
+        kept |= {manifest.iteration for manifest in evaluated[:keep_best]}
+        surplus = [manifest.iteration for manifest in whole if manifest.iteration not in kept]
         for iteration in surplus:
             # Renamed first, so that one that is half removed is not taken for a damaged checkpoint.
             retired = self.path / f"iter_{iteration:07d}.retired"

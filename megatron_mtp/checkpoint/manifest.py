@@ -46,6 +46,8 @@ class Manifest:
     """Why it was saved: interval, end, exit ..."""
     saved_at: str = ""
     """ISO 8601, UTC."""
+    validation_loss: float | None = None
+    """Main loss of the evaluation at this iteration, nats per token; None: there was none."""
     tokenizer: str | None = None
     """Fingerprint of the tokenizer; None where the run has none."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -49,16 +49,19 @@ class Found:
     manifest: Manifest
 
 
-def find_checkpoint(cfg: ConfigContainer) -> Found | None:
+def find_checkpoint(cfg: ConfigContainer, path: str | Path | None = None) -> Found | None:
     """The newest whole checkpoint of checkpoint.load; None where a fresh start is allowed.
 
     Every byte is compared with the manifest before any file is parsed, each rank reading its share, and what is pickled is
     looked through by rank 0 before any rank loads it. A damaged checkpoint is named and the one before it taken.
 
+    Args:
+        path: in place of checkpoint.load.
+
     Raises:
         CheckpointError: on every rank: no checkpoint is whole, or the newest whole one is of a run with another config.
     """
-    directory = RunDirectory(cfg.checkpoint.load)
+    directory = RunDirectory(path or cfg.checkpoint.load)
     damaged: list[str] = []
     for iteration in from_first(directory.iterations):
         manifest, problems = _examine(directory, iteration)
@@ -101,9 +104,18 @@ def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manif
 
 
 def load_checkpoint(
-    cfg: ConfigContainer, found: Found, chunks: list[nn.Module], optimizer: MegatronOptimizer, dp_cp_group: ProcessGroup
+    cfg: ConfigContainer,
+    found: Found,
+    chunks: list[nn.Module],
+    optimizer: MegatronOptimizer,
+    dp_cp_group: ProcessGroup,
+    *,
+    load_optim: bool,
 ) -> dict[str, Any]:
     """Fills model, optimizer and random state from a checkpoint, whatever layout saved it.
+
+    Args:
+        load_optim: with optimizer state.
 
     Returns:
         The saved train state.
@@ -114,7 +126,7 @@ def load_checkpoint(
     error, saved = None, {}
     try:
         saved = json.loads((found.path / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
-        _load(cfg, found, chunks, optimizer, dp_cp_group, saved["optimizer"])
+        _load(cfg, found, chunks, optimizer, dp_cp_group, saved["optimizer"], load_optim)
     except MegatronMTPError as failure:
         error = str(failure)
     except Exception as failure:
@@ -131,10 +143,10 @@ def _load(
     optimizer: MegatronOptimizer,
     dp_cp_group: ProcessGroup,
     scalars: dict[str, Any],
+    load_optim: bool,
 ) -> None:
     saved = load_yaml((found.path / CONFIG_NAME).read_text(encoding="utf-8"), str(found.path / CONFIG_NAME))
     same_place = found.manifest.world_size == dist.get_world_size() and _place(saved) == _place(to_dict(cfg))
-    load_optim = cfg.checkpoint.load_optim
     content = Content(chunks, optimizer if load_optim else None, dp_cp_group)
     plan = content.for_loading(with_random_state=same_place)
     _check_keys(found.path, plan.requested_keys(), load_optim)

@@ -128,6 +128,19 @@ def test_retention_keeps_the_newest_whole_ones(tmp_path_factory, iterations, dam
     assert set(removed) == set(whole) - set(expected)
 
 
+def test_what_the_rules_for_every_and_best_keep(tmp_path):
+    losses = {100: 3.0, 200: 2.5, 300: 2.7, 400: None, 500: 2.9, 600: 2.8}
+    for iteration, loss in losses.items():
+        write_checkpoint(tmp_path, iteration, validation_loss=loss)
+    directory = RunDirectory(tmp_path)
+    assert directory.retain(1, keep_every=500, keep_best=2) == [400, 100]
+    assert directory.iterations() == [600, 500, 300, 200]
+    # A better one later displaces the worst of the best; what is kept for its number stays.
+    write_checkpoint(tmp_path, 700, validation_loss=2.6)
+    assert directory.retain(1, keep_every=500, keep_best=2) == [600, 300]
+    assert directory.iterations() == [700, 500, 200]
+
+
 def test_iterations_beyond_seven_digits_are_found(tmp_path):
     write_checkpoint(tmp_path, 12_345_678)
     write_checkpoint(tmp_path, 9_999_999)

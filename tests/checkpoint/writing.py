@@ -11,7 +11,9 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
 
 
-def write_checkpoint(path: Path, iteration: int, cfg: ConfigContainer | None = None) -> Path:
+def write_checkpoint(
+    path: Path, iteration: int, cfg: ConfigContainer | None = None, validation_loss: float | None = None
+) -> Path:
     """A whole checkpoint with a config, a train state and one file of data."""
     cfg = cfg or ConfigContainer()
     path.mkdir(parents=True, exist_ok=True)
@@ -22,7 +24,11 @@ def write_checkpoint(path: Path, iteration: int, cfg: ConfigContainer | None = N
     (partial / "__0_0.distcp").write_bytes(bytes(range(256)) * 4)
     files = [describe_file(file) for file in sorted(partial.iterdir())]
     manifest = Manifest(
-        iteration=iteration, files=files, consumed_samples=iteration * 4, tokenizer=tokenizer_fingerprint(cfg)
+        iteration=iteration,
+        files=files,
+        consumed_samples=iteration * 4,
+        validation_loss=validation_loss,
+        tokenizer=tokenizer_fingerprint(cfg),
     )
     return directory.complete(manifest)
 
