@@ -1,10 +1,12 @@
-"""Errors a user can cause or must act on. The command line turns each into one message and exit code 2."""
+"""Errors a user can cause or must act on. The command line turns each into one message and its exit code."""
 
 from __future__ import annotations
 
 
 class MegatronMTPError(Exception):
     """Base of every error that is addressed to the user; its text is complete without a traceback."""
+
+    exit_code = 2
 
 
 class ConfigError(MegatronMTPError):
@@ -40,3 +42,9 @@ class ConversionError(MegatronMTPError):
 
 class UnsupportedError(ConfigError):
     """A combination is refused by name because it would be wrong or is not built."""
+
+
+class NumericsError(MegatronMTPError):
+    """Losses or gradients are bad, and the run's policy is to stop. Starting again without a change leads here again."""
+
+    exit_code = 4

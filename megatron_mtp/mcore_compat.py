@@ -5,7 +5,7 @@ Everything else takes process groups as arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -73,7 +73,7 @@ def init_model_parallel(
             expert_tensor_parallel_size=etp,
             order=RANK_ORDER_PP_DP if pp_before_dp else RANK_ORDER,
             get_embedding_ranks=embedding_ranks,
-            distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
             # With gloo as the default backend these would be second copies of the same groups.
             create_gloo_process_groups=not dist.get_backend().startswith(("gloo", "fake")),
         )
@@ -209,6 +209,36 @@ def initialize_optimizer_state(single: MegatronOptimizer) -> None:
 
 
 def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[torch.nn.Module]) -> None:
+def guarded_step(
+    optimizer: ChainedOptimizer, permits: Callable[[float], bool]
+) -> tuple[bool, float | None, int | None]:
+    """`optimizer.step()`, with a look at the norm of the gradient before anything is applied.
+
+    Upstream divides by a norm that is not finite and applies the result, except under fp16.
+
+    Args:
+        permits: called with the norm before clipping, unless an fp16 overflow ends the step first.
+
+    Returns:
+        Whether the update was applied, the norm (None after an overflow), and the number of zeros (None if not counted).
+    """
+    upstream, found = optimizer.step_with_ready_grads, {}
+
+    def get_grad_norm() -> float:
+        found["norm"] = type(optimizer).get_grad_norm(optimizer)
+        return found["norm"]
+
+    def step_with_ready_grads() -> bool:
+        return upstream() if permits(float(found["norm"])) else False
+
+    optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+    try:
+        updated, norm, num_zeros = optimizer.step()
+    finally:
+        del optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    return bool(updated), None if norm is None else float(norm), num_zeros
+
+
     """Makes the model's weights what the fp32 master weights say, on every data-parallel rank."""
     for single in singles:
         if isinstance(single, DistributedOptimizer):

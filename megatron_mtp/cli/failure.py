@@ -15,7 +15,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_mtp.errors import ConfigError, MegatronMTPError
+from megatron_mtp.errors import ConfigError, MegatronMTPError, NumericsError
 
 FAILURE_DIR = "MEGATRON_MTP_FAILURE_DIR"
 """Set by `--nproc` for its ranks: the folder for their failure files."""
@@ -32,24 +32,25 @@ USER_MISTAKE = 2
 def exit_code_of(error: Exception) -> int:
     """Reports an exception that ended a command and returns the exit code.
 
-    A MegatronMTPError is a user's mistake: its text, no traceback, 2. Anything else is raised again for Python to print,
-    unless this rank's parent collects failures or another rank failed first for a reason it left.
+    A MegatronMTPError is addressed to the user: its text, no traceback, its exit code (2 but for bad numbers). Anything else is
+    raised again for Python to print, unless this rank's parent collects failures or another rank failed first for a reason it left.
     """
     rank, is_mistake = int(os.environ.get("RANK", "0")), isinstance(error, MegatronMTPError)
+    code = error.exit_code if isinstance(error, MegatronMTPError) else 1
     if folder := os.environ.get(FAILURE_DIR):
         text = message(error) if is_mistake else "".join(traceback.format_exception(error))
         _write_failure(Path(folder), rank, text, is_mistake)
-        return USER_MISTAKE if is_mistake else 1
+        return code
     if not is_mistake:
         if rank == 0 and (cause := _cause_in_store(error)):
             print(cause, file=sys.stderr, flush=True)
             return USER_MISTAKE
         raise error
     if rank != 0:
-        _let_rank_0_speak(f"[rank {rank}] {message(error)}", isinstance(error, ConfigError))
+        _let_rank_0_speak(f"[rank {rank}] {message(error)}", isinstance(error, ConfigError | NumericsError))
     else:
         print(message(error), file=sys.stderr, flush=True)
-    return USER_MISTAKE
+    return code
 
 
 def message(error: Exception) -> str:
@@ -72,7 +73,7 @@ def _let_rank_0_speak(text: str, is_shared: bool) -> None:
     """Waits until rank 0 has said it and torchrun ends this rank. Speaks if that does not happen.
 
     Args:
-        is_shared: every rank meets this mistake (it is in the config), so that silence is right on all but rank 0.
+        is_shared: every rank meets it (a mistake in the config, bad numbers), so that silence is right on all but rank 0.
     """
     if not is_shared and (store := _store()) is not None:
         with suppress(Exception):

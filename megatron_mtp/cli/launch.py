@@ -23,7 +23,7 @@ SETTLE_S = 3.0
 TERM_S = 10.0
 """From SIGTERM to SIGKILL."""
 TAIL_LINES = 30
-FORWARDED = (signal.SIGTERM, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 130
 
 
@@ -39,11 +39,14 @@ class Rank:
     failure: dict = field(default_factory=dict)
 
 
-def launch(command: list[str], num_ranks: int) -> int:
+def launch(command: list[str], num_ranks: int, preempted_code: int = 3) -> int:
     """Runs `command` as `num_ranks` local ranks, which find their place in torchrun's environment variables.
 
+    Args:
+        preempted_code: exit code of a rank that left on SIGTERM with a checkpoint; no failure.
+
     Returns:
-        The exit code of the whole: 0, 2 for a mistake of the user, or the one of the rank that failed first.
+        The exit code of the whole: 0, 2 for a mistake of the user, `preempted_code`, or the one of the rank that failed first.
 
     Rank 0 has the terminal; what the others print is shown only if they die without a reason.
     """
@@ -53,12 +56,12 @@ def launch(command: list[str], num_ranks: int) -> int:
         interrupts: list[int] = []
         handlers = {number: signal.signal(number, _forwarder(ranks, interrupts)) for number in FORWARDED}
         try:
-            _wait(ranks, interrupts)
+            _wait(ranks, interrupts, (None, 0, preempted_code))
         finally:
             _end(ranks)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return INTERRUPTED if interrupts else _verdict(ranks, Path(folder))
+        return INTERRUPTED if interrupts else _verdict(ranks, Path(folder), preempted_code)
 
 
 def _start(command: list[str], rank: int, num_ranks: int, folder: Path, port: int) -> Rank:
@@ -79,13 +82,13 @@ def _start(command: list[str], rank: int, num_ranks: int, folder: Path, port: in
     return Rank(rank, process, log)
 
 
-def _wait(ranks: list[Rank], interrupts: list[int]) -> None:
+def _wait(ranks: list[Rank], interrupts: list[int], in_order: tuple[int | None, ...]) -> None:
     """Until all ranks have ended, or one has failed or Ctrl-C was pressed and they had time to settle."""
     failed_at = None
     while any(rank.process.poll() is None for rank in ranks):
         now = time.monotonic()
         _note_ends(ranks)
-        if failed_at is None and (interrupts or any(rank.process.poll() for rank in ranks)):
+        if failed_at is None and (interrupts or any(rank.process.poll() not in in_order for rank in ranks)):
             failed_at = now
         if failed_at is not None and now - failed_at > SETTLE_S:
             return
@@ -114,7 +117,7 @@ def _end(ranks: list[Rank]) -> None:
 
 
 def _forwarder(ranks: list[Rank], interrupts: list[int]) -> Callable[[int, object], None]:
-    """SIGTERM is passed on. Ctrl-C is only noted: the terminal sends it to the ranks too."""
+    """SIGTERM and SIGUSR1 are passed on. Ctrl-C is only noted: the terminal sends it to the ranks too."""
 
     def forward(number: int, frame: object) -> None:
         if number == signal.SIGINT:
@@ -127,11 +130,11 @@ def _forwarder(ranks: list[Rank], interrupts: list[int]) -> Callable[[int, objec
     return forward
 
 
-def _verdict(ranks: list[Rank], folder: Path) -> int:
+def _verdict(ranks: list[Rank], folder: Path, preempted_code: int) -> int:
     """Prints the first cause and returns the exit code."""
-    failed = [rank for rank in ranks if rank.process.returncode != 0 and not rank.was_ended_by_us]
+    failed = [rank for rank in ranks if rank.process.returncode not in (0, preempted_code) and not rank.was_ended_by_us]
     if not failed:
-        return 0
+        return max(rank.process.returncode for rank in ranks if not rank.was_ended_by_us)
     for rank in failed:
         with suppress(OSError, ValueError):
             rank.failure = json.loads((folder / f"rank{rank.rank}.json").read_text(encoding="utf-8"))
@@ -139,7 +142,7 @@ def _verdict(ranks: list[Rank], folder: Path) -> int:
     code = first.process.returncode
     if first.failure.get("is_mistake"):
         print(first.failure["text"], file=sys.stderr, flush=True)
-        return 2
+        return code
     print(f"megatron-mtp: rank {first.rank} failed first: {_end_in_words(code)}", file=sys.stderr)
     print(first.failure.get("text") or _tail(first.log) or "It left no message.", file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_mtp.cli.agent import note_exit
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
 from megatron_mtp.errors import ConfigError
 
@@ -30,10 +31,12 @@ def pretrain(
 
         files = [argument for file in config or [] for argument in ("--config", str(file))]
         command = [sys.executable, "-m", "megatron_mtp", "pretrain", recipe, *files, "--", *(overrides or [])]
-        raise typer.Exit(launch(command, world_size))
+        raise typer.Exit(launch(command, world_size, cfg.dist.preempted_exit_code))
     from megatron_mtp.observe.logs import silence_noise
 
     silence_noise()  # before the imports that make it
     from megatron_mtp.training.pretrain import pretrain as train
 
-    train(cfg, recipe=recipe)
+    code = train(cfg, recipe=recipe).exit_code
+    note_exit(code)
+    raise typer.Exit(code)

@@ -22,6 +22,10 @@ HEALTHY_SHARE = 1 / 3
 at least this share of the main loss's fall."""
 SIGMAS = 4.0
 """Standard errors that a difference of two means must exceed; thousands of comparisons are made in a run."""
+REMEDIES = (
+    "If it stays so, go back to the last good checkpoint with a lower optimizer.lr, optimizer.clip_grad = 1.0 or less, precision.dtype = "
+    "bf16 in place of fp16, or model.mtp_loss_scaling_factor lowered to 0.05."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +112,7 @@ def _not_finite(losses: dict[str, float]) -> str | None:
     bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
     if not bad:
         return None
-    return (
-        f"{', '.join(bad)}. If it stays so, go back to the last good checkpoint with a lower optimizer.lr, optimizer.clip_grad = 1.0 or "
-        "less, precision.dtype = bf16 in place of fp16, or model.mtp_loss_scaling_factor lowered to 0.05."
-    )
+    return f"{', '.join(bad)}. {REMEDIES}"
 
 
 def _mtp_rises(history: list[Window], now: Window) -> str | None:

@@ -14,7 +14,7 @@ class JsonlSink:
     """Appends records to a file. Each line has `kind`, `iteration` and `time` (seconds since 1970) beside its own fields.
 
     A run writes `start` first. When a run resumes at iteration n, the lines of later iterations stay in the file, and its `start`
-    record tells a reader to drop them; nothing that was once written is lost.
+    record tells a reader to drop them; nothing that was once written is lost. A `rollback` record tells the same within a run.
 
     Args:
         path: the file; its folder is made.
@@ -68,10 +68,10 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
     """
     kept: list[dict[str, Any]] = []
     for line in _lines(Path(path)):
-        if line["kind"] == "start":
+        if line["kind"] in ("start", "rollback"):
             # A run that starts at n repeats everything after n; what it writes at n itself (an evaluation) is new as well.
             kept = [old for old in kept if old["iteration"] <= line["iteration"]]
-            if line["iteration"] == 0:
+            if line["kind"] == "start" and line["iteration"] == 0:
                 kept = []
         kept.append(line)
     kept = [line for line in kept if line["kind"] == kind and (name is None or line.get("name") == name)]

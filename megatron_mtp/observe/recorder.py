@@ -135,12 +135,18 @@ class Recorder:
         figures = {**losses, **({"lm loss ppl": perplexity(losses["lm loss"])} if "lm loss" in losses else {}), **extra}
         self._each(lambda sink: sink.evaluation(name, iteration, figures))
 
-    def message(self, text: str) -> None:
-        """Prints a line, and keeps it in metrics.jsonl."""
+    def message(self, text: str, kind: str = "message") -> None:
+        """Prints a line, and keeps it in metrics.jsonl under its kind."""
         if not self._is_writer:
             return
         self._print(text)
-        self._each(lambda sink: sink.message("message", self._iteration, text))
+        self._each(lambda sink: sink.message(kind, self._iteration, text))
+
+    def roll_back(self, iteration: int) -> None:
+        """The run goes on from an earlier iteration: what was recorded since is void, and stays readable in metrics.jsonl."""
+        self._iteration = iteration
+        self._console_interval, self._sink_interval = Interval(), Interval()
+        self._each(lambda sink: sink.message("rollback", iteration, f"the run goes on from iteration {iteration}"))
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on in the same records; plain data for the checkpoint. Only the writer's is complete."""

@@ -19,7 +19,10 @@ from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.evaluation import EvaluationResult
+from megatron_mtp.training.faults import FaultWatch
 from megatron_mtp.training.loop import Trainer
+from megatron_mtp.training.preemption import SignalWatch, StepBoundary
+from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import leave_groups, setup
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import ForwardStep
@@ -36,11 +39,13 @@ class Summary:
         state: position and counters.
         evaluations: the last evaluation of each validation set.
         records: kind of record -> where it is.
+        exit_code: 0, or dist.preempted_exit_code if the run was asked to leave and is to be started again.
     """
 
     state: TrainState
     evaluations: dict[str, EvaluationResult]
     records: dict[str, str]
+    exit_code: int = 0
 
 
 def pretrain(
@@ -60,13 +65,17 @@ def pretrain(
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
+        NumericsError: the numbers are bad and the policy is to stop.
+
+    SIGTERM and SIGUSR1 are caught meanwhile, if this is the main thread: see `preemption`.
     """
     cfg = prepare_config(cfg, env_world_size())
     check_data(cfg)
     check_run_directory(cfg)
     setup_logging(env_rank())
     try:
-        return _train(cfg, forward_step, recipe, callbacks)
+        with SignalWatch() as signals:
+            return _train(cfg, forward_step, recipe, callbacks, signals)
     finally:
         leave_groups()
 
@@ -81,7 +90,11 @@ def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContai
 
 
 def _train(
-    cfg: ConfigContainer, forward_step: ForwardStep | None, recipe: str, callbacks: Sequence[Callback]
+    cfg: ConfigContainer,
+    forward_step: ForwardStep | None,
+    recipe: str,
+    callbacks: Sequence[Callback],
+    signals: SignalWatch,
 ) -> Summary:
     run = setup(cfg, forward_step)
     state = TrainState()
@@ -98,11 +111,21 @@ def _train(
     recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id})
     state.wandb_run_id = recorder.state().get("wandb_run_id")
     throughput = Throughput.of(cfg, dist.get_world_size(), run.device.name)
-    trainer = Trainer(run, state, recorder, checkpointer, list(callbacks), throughput)
+    trainer = Trainer(
+        run=run,
+        state=state,
+        recorder=recorder,
+        saver=Saver(run, state, checkpointer),
+        boundary=StepBoundary(cfg, signals, run.device.torch_device),
+        watch=FaultWatch(cfg.train, state),
+        callbacks=list(callbacks),
+        throughput=throughput,
+    )
     try:
         trainer.train()
     finally:
         recorder.close()
         checkpointer.close()
         run.data.close()
-    return Summary(state, trainer.evaluations, dict(recorder.places))
+    exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
+    return Summary(state, trainer.evaluations, dict(recorder.places), exit_code)

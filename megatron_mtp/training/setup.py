@@ -22,6 +22,7 @@ from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthHeads
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import moe_pattern
+from megatron_mtp.training.attribution import GradientWatch
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.step import Engine, ForwardStep
@@ -120,6 +121,8 @@ def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
     engine = Engine(
         chunks=chunks,
         optimizer=optimizer,
+    gradients = GradientWatch(chunks, cfg.ddp.overlap_grad_reduce)
+    chunks[0].config.finalize_model_grads_func = gradients.before(chunks[0].config.finalize_model_grads_func)
         groups=groups,
         heads=DepthHeads(
             vocab_size=model.vocab_size,
@@ -142,6 +145,7 @@ def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
 
 
 def num_moe_layers(cfg: ConfigContainer) -> int:
+        gradients=gradients,
     """Mixture-of-experts layers of the whole model, a repeated MTP layer counted once."""
     model = cfg.model
     if not model.num_moe_experts:

@@ -1,6 +1,7 @@
 """What must survive a restart beside weights, optimizer and random numbers: one small dataclass of plain numbers.
 
-Learning rate, weight decay, loss factor and data position are not in it: they are functions of `consumed_samples`.
+Learning rate, weight decay and loss factor are not in it: they are functions of `consumed_samples`. So is the data position, but for
+`passed_over_samples`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ class TrainState:
     skipped_iterations: int = 0
     """Steps whose update was left out (fp16 overflow or a policy for bad numbers)."""
     nan_iterations: int = 0
-    """Steps whose loss was not finite."""
+    """Steps whose loss or gradient was not finite."""
+    skips_in_row: int = 0
+    """Steps left out by a policy for bad numbers since the last good one."""
+    rollbacks: int = 0
+    """How often the run went back to a checkpoint by itself."""
+    passed_over_samples: int = 0
+    """Samples that rollbacks passed over: the data is this far ahead of consumed_samples."""
     elapsed_s: float = 0.0
     """Wall-clock seconds of all sessions of the run, up to the last checkpoint."""
     floating_point_operations: float = 0.0
@@ -47,7 +54,12 @@ class TrainState:
     wandb_run_id: str | None = None
     """The run goes on under this id."""
     health: dict[str, Any] = field(default_factory=dict)
-    """What the health watch remembers; JSON values only."""
+    """What the watch for spikes remembers; JSON values only."""
+
+    @property
+    def data_position(self) -> int:
+        """Samples of the data order that lie behind."""
+        return self.consumed_samples + self.passed_over_samples
 
     def advance(self, samples: int, seq_length: int) -> None:
         """Counts one step of `samples` samples."""

@@ -15,22 +15,28 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from megatron_mtp.config.sections import TrainConfig
 from megatron_mtp.data.batch import GlobalBatch
-from megatron_mtp.mcore_compat import router_losses
+from megatron_mtp.mcore_compat import guarded_step, router_losses
 from megatron_mtp.objective.acceptance import ROWS
 from megatron_mtp.objective.heads import DepthHeads
 from megatron_mtp.objective.total import StepObjective, coefficients, depth_losses, global_counts
+from megatron_mtp.training.attribution import GradientWatch
+from megatron_mtp.training.faults import Fault, FaultWatch
+from megatron_mtp.training.figures import loss_names
 from megatron_mtp.training.gpt_step import StepContext
+from megatron_mtp.training.state import TrainState
 
 ForwardStep = Callable[[StepContext, Any, nn.Module], tuple[Tensor, Callable]]
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Figures of one step, the same on every rank.
+    """Figures of one step, the same on every rank but for local_sums.
 
     depth_sums [1+D] fp64 [nats], depth_counts [1+D] int64 and losses [1+D] fp64 [nats per token] are what the
     gradient was made of. router is name -> mean over layers and micro-batches. grad_norm is None in evaluation.
+    local_sums [1+D] fp64 are this rank's own part of depth_sums; zeros before the last stage. fault is what is wrong with the step.
     """
 
     depth_sums: Tensor
@@ -38,15 +44,23 @@ class StepResult:
     losses: list[float]
     acceptance: Tensor  # [rows of objective.acceptance.ROWS, 1+D] int64, over the global batch
     router: dict[str, float]
+    local_sums: Tensor
     updated: bool = False
     grad_norm: float | None = None
     num_zeros: int | None = None
+    fault: Fault | None = None
 
     @property
     def has_nan(self) -> bool:
-        """A depth with valid targets has a loss that is not finite."""
-        pairs = zip(self.losses, self.depth_counts.tolist(), strict=True)
-        return any(count and not math.isfinite(loss) for loss, count in pairs)
+        """A depth with valid targets has a loss that is not finite, or the gradient is not."""
+        is_bad = self.fault is not None and self.fault.kind == "nan"
+        return is_bad or not all(map(math.isfinite, self.valid_losses().values()))
+
+    def valid_losses(self) -> dict[str, float]:
+        """Losses by name of the depths that have valid targets: the others are NaN by definition."""
+        names = loss_names(len(self.losses) - 1)
+        triples = zip(names, self.losses, self.depth_counts.tolist(), strict=True)
+        return {name: loss for name, loss, count in triples if count}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +80,37 @@ class Engine:
     router_loss_names: tuple[str, ...]
     depth_weights: list[float] | None
     z_loss_coeff: float
+    gradients: GradientWatch | None = None
 
-    def train(self, batch: GlobalBatch, loss_factor: float) -> StepResult:
-        """Forward and backward over all micro-batches, then the update.
+    def train(self, batch: GlobalBatch, loss_factor: float, watch: FaultWatch | None = None) -> StepResult:
+        """Forward and backward over all micro-batches, then the update, unless losses or gradient forbid it.
 
         Args:
             batch: this rank's part of the global batch.
             loss_factor: lambda at this step.
+            watch: judges the step; None: what is not finite is not applied, and nothing is a spike.
         """
         figures = self.forward_backward(batch, loss_factor)
-        if figures.has_nan:
-            return figures
-        updated, grad_norm, num_zeros = self.optimizer.step()
-        norm = None if grad_norm is None else float(grad_norm)
-        return replace(figures, updated=bool(updated), grad_norm=norm, num_zeros=num_zeros)
+        watch = watch or FaultWatch(TrainConfig(), TrainState())
+        losses = figures.valid_losses()
+        fault = watch.of_losses(losses)
+        if not watch.lets_pass(fault):
+            return replace(figures, fault=fault)
+
+        def permits(norm: float | None) -> bool:
+            nonlocal fault
+            fault = watch.of_gradient(norm) or fault
+            return watch.lets_pass(fault)
+
+        updated, norm, num_zeros = guarded_step(self.optimizer, permits)
+        if updated and fault is None:
+            watch.remember(losses, norm)
+        return replace(figures, updated=updated, grad_norm=norm, num_zeros=num_zeros, fault=fault)
 
     def forward_backward(self, batch: GlobalBatch, loss_factor: float) -> StepResult:
         """Leaves the gradients of the total, reduced over all ranks, in the gradient buffers."""
+        if self.gradients is not None:
+            self.gradients.begin()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -133,6 +161,7 @@ class Engine:
         sums = torch.zeros(2, num_states, dtype=torch.float64, device=self.device)
         for output in outputs:
             sums += output["sums"].double()
+        local_sums = sums[0].clone()
         acceptance = context.acceptance
         if acceptance is None:
             acceptance = torch.zeros(len(ROWS), num_states, dtype=torch.int64, device=self.device)
@@ -147,6 +176,7 @@ class Engine:
             losses=depth_losses(sums[0], counts).tolist(),
             acceptance=acceptance.cpu(),
             router=self._router_figures(num_micro_batches),
+            local_sums=local_sums.cpu(),
         )
 
     def _router_figures(self, num_micro_batches: int) -> dict[str, float]:

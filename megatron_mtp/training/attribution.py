@@ -1,0 +1,133 @@
+"""Where bad numbers came from: which rank, which samples, which parameters.
+
+By the time a step is known to be bad its gradient has been summed over ranks, and every rank has it. So each rank notes which
+of its own gradients are not finite just before they are reduced; nobody looks at the notes unless a step is bad.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_mtp.data.batch import GlobalBatch
+from megatron_mtp.model.sharded import unwrap
+
+if TYPE_CHECKING:
+    from megatron_mtp.training.setup import Run
+    from megatron_mtp.training.step import StepResult
+
+SHOWN = 3
+
+
+class GradientWatch:
+    """Notes of one rank's own gradients, and of its own time, taken when its backward pass is done.
+
+    Args:
+        chunks: wrapped chunks.
+        is_overlapped: gradients are reduced during the backward pass, so that there is no moment to look at a rank's own.
+    """
+
+    def __init__(self, chunks: list[nn.Module], is_overlapped: bool):
+        self._parameters = [
+            (name, parameter)
+            for chunk in chunks
+            for name, parameter in unwrap(chunk).named_parameters()
+            if parameter.requires_grad
+        ]
+        self.is_overlapped = is_overlapped
+        self._largest: Tensor | None = None
+        self._started = time.perf_counter()
+        self.own_s = 0.0
+        """Seconds from the start of the last step until this rank had its gradients, other stages' time included."""
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._largest, self._started = None, time.perf_counter()
+
+    def before(self, finalize: Callable[..., None]) -> Callable[..., None]:
+        """Wraps Megatron-Core's hook that reduces gradients."""
+
+        def noted(*arguments: Any, **options: Any) -> None:
+            self.own_s = time.perf_counter() - self._started
+            if not self.is_overlapped:
+                self._note()
+            finalize(*arguments, **options)
+
+        return noted
+
+    def bad_parameters(self) -> list[str]:
+        """Parameters of which this rank's own gradient is not finite."""
+        if self._largest is None:
+            return []
+        bad = (~torch.isfinite(self._largest)).nonzero().flatten().tolist()
+        return [self._parameters[index][0] for index in bad]
+
+    @torch.no_grad()
+    def _note(self) -> None:
+        # The largest magnitude of each; nothing waits for a GPU here.
+        gradients = [parameter.main_grad for _, parameter in self._parameters]
+        self._largest = torch.stack(torch._foreach_norm(gradients, float("inf"))) if gradients else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Notes:
+    """What one rank says of a bad step."""
+
+    rank: int
+    where: str
+    losses: list[str]
+    parameters: list[str]
+    samples: list[int]
+
+
+def locate(run: Run, batch: GlobalBatch, result: StepResult, loss_names: list[str]) -> str:
+    """Says where a step that is not finite came from. A collective; every rank gets the text.
+
+    Returns:
+        Such as `mtp_1 loss on rank 1 (dp 1, host a) in samples 4, 5`.
+    """
+    watch, groups = run.engine.gradients, run.groups
+    bad = (~torch.isfinite(result.local_sums)).tolist()
+    places = {"dp": groups.dp, "tp": groups.tp, "pp": groups.pp, "cp": groups.cp}
+    coordinates = [f"{name} {group.rank()}" for name, group in places.items() if group.size() > 1]
+    notes = _Notes(
+        rank=dist.get_rank(),
+        where=", ".join([*coordinates, f"host {socket.gethostname()}"]),
+        losses=[name for name, is_bad in zip(loss_names, bad, strict=True) if is_bad],
+        parameters=watch.bad_parameters() if watch else [],
+        samples=np.asarray(batch.sample_ids)[np.asarray(batch.places)].flatten().tolist(),
+    )
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, notes)
+    return "; ".join(_in_words(everyone, watch is not None and watch.is_overlapped))
+
+
+def _in_words(everyone: list[_Notes], is_overlapped: bool) -> list[str]:
+    """A loss that is not finite makes every gradient so; gradients are the news where the losses are sound."""
+    with_losses = [notes for notes in everyone if notes.losses]
+    if with_losses:
+        return [
+            f"{', '.join(n.losses)} on rank {n.rank} ({n.where}) in samples {_some(n.samples)}" for n in with_losses
+        ]
+    with_gradients = [notes for notes in everyone if notes.parameters]
+    if with_gradients:
+        return [
+            f"all losses are finite; the gradient of {_some(n.parameters)} on rank {n.rank} ({n.where}) is not"
+            for n in with_gradients
+        ]
+    if is_overlapped:
+        return ["all losses are finite; ddp.overlap_grad_reduce = True hides whose gradient is not, turn it off to see"]
+    return ["every rank's own losses and gradients are finite; it came up in a sum over ranks"]
+
+
+def _some(items: list[Any]) -> str:
+    shown = ", ".join(str(item) for item in items[:SHOWN])
+    return f"{shown} and {len(items) - SHOWN} more" if len(items) > SHOWN else shown

@@ -1,0 +1,121 @@
+"""Bad numbers: losses and gradients that are not finite, and spikes. What they are, and what becomes of the step.
+
+Losses and gradient norm are global figures, the same on every rank, so every rank comes to the same decision without asking.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_mtp.config.sections import TrainConfig
+from megatron_mtp.errors import NumericsError
+from megatron_mtp.observe.health import REMEDIES
+from megatron_mtp.training.state import TrainState
+
+GRADIENT = "grad norm"
+Action = Literal["go on", "roll back"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with a step.
+
+    Args:
+        kind: nan for anything that is not finite.
+        signs: one phrase for each figure, such as `mtp_1 loss is nan`.
+    """
+
+    kind: Literal["nan", "spike"]
+    signs: list[str]
+
+
+class FaultWatch:
+    """Looks at the figures of each step before its update is applied.
+
+    A spike lies `spike_sigmas` standard deviations above the mean of the last `spike_window` good steps, as in OLMo-core's
+    SkipStepOptimizer. The history is kept in the train state, so that a resumed run decides as the run itself would have.
+    """
+
+    def __init__(self, options: TrainConfig, state: TrainState):
+        self._options, self._state = options, state
+
+    def of_losses(self, losses: dict[str, float]) -> Fault | None:
+        """Args: losses: nats per token by name, those with valid targets only."""
+        bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+        return Fault("nan", bad) if bad else self._spike(losses)
+
+    def of_gradient(self, norm: float | None) -> Fault | None:
+        """Args: norm: of the whole gradient before clipping; None: not known."""
+        if norm is None:
+            return None
+        if not math.isfinite(norm):
+            return Fault("nan", [f"{GRADIENT} is {norm}"])
+        return self._spike({GRADIENT: norm})
+
+    def lets_pass(self, fault: Fault | None) -> bool:
+        """Whether the update is applied all the same."""
+        return fault is None or (fault.kind == "spike" and self._options.on_spike == "report")
+
+    def remember(self, losses: dict[str, float], norm: float | None) -> None:
+        """Takes in a step whose update was applied."""
+        figures = losses if norm is None else {**losses, GRADIENT: norm}
+        history = self._state.health.setdefault("spikes", {})
+        for name, value in figures.items():
+            if math.isfinite(value):
+                history[name] = [*history.get(name, []), value][-self._options.spike_window :]
+
+    def _spike(self, figures: dict[str, float]) -> Fault | None:
+        history, signs = self._state.health.get("spikes", {}), []
+        for name, value in figures.items():
+            past = history.get(name, [])
+            if len(past) < self._options.spike_window // 2:
+                continue
+            mean = math.fsum(past) / len(past)
+            spread = math.sqrt(math.fsum((v - mean) ** 2 for v in past) / (len(past) - 1))
+            if value > mean + self._options.spike_sigmas * spread:
+                signs.append(
+                    f"{name} is {value:.4g}, {(value - mean) / (spread or math.ulp(mean)):.3g} sigmas above {mean:.4g}"
+                )
+        return Fault("spike", signs) if signs else None
+
+
+def policy_of(fault: Fault, options: TrainConfig) -> str:
+    """report, skip, stop or rollback."""
+    return options.on_nan if fault.kind == "nan" else options.on_spike
+
+
+def decide(fault: Fault, options: TrainConfig, state: TrainState, place: str) -> tuple[Action, str]:
+    """What to do about a fault, and the report. Counts skips; a rollback is counted by who does it.
+
+    Args:
+        place: where the fault came from, for the report.
+
+    Raises:
+        NumericsError: the policy is to stop, or its limit is reached.
+    """
+    policy = policy_of(fault, options)
+    found = f"iteration {state.iteration + 1}: {', '.join(fault.signs)} ({place})."
+    field = f"train.on_{fault.kind} = {policy}"
+    if policy == "report":
+        return "go on", f"{found} {field}: the update is applied."
+    if policy == "stop":
+        raise NumericsError(f"{found} {field}: the run stops before the update. {REMEDIES}")
+    if policy == "skip":
+        state.skips_in_row += 1
+        if state.skips_in_row > options.skip_limit:
+            raise NumericsError(
+                f"{found} {field}: {options.skip_limit} steps in a row were left out (train.skip_limit), so the run stops. {REMEDIES}"
+            )
+        return "go on", (
+            f"{found} {field}: the update is left out, {state.skips_in_row} in a row of at most {options.skip_limit}. {REMEDIES}"
+        )
+    if state.rollbacks >= options.rollback_limit:
+        raise NumericsError(
+            f"{found} {field}: {state.rollbacks} rollbacks were done (train.rollback_limit), so the run stops. {REMEDIES}"
+        )
+    return (
+        "roll back",
+        f"{found} {field}: rollback {state.rollbacks + 1} of at most {options.rollback_limit}. {REMEDIES}",
+    )

@@ -1,0 +1,106 @@
+"""Signals from outside, and clocks, turned into one decision of all ranks at a step's end.
+
+SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and go on. A signal may reach one rank only, and clocks differ: what
+any rank has noticed is agreed on by one small all-reduce, so that no rank saves alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mtp.config import ConfigContainer
+
+logger = logging.getLogger(__name__)
+
+
+class SignalWatch:
+    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals, and it notes nothing."""
+
+    def __init__(self) -> None:
+        self.wants_leave = self.wants_save = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGTERM:
+            self.wants_leave = True
+        else:
+            self.wants_save = True
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What all ranks do after a step; the same on each. None: nothing, else the reason."""
+
+    save: str | None = None
+    leave: str | None = None
+    is_preempted: bool = False
+
+
+class StepBoundary:
+    """Decides after each step whether to save or leave.
+
+    Args:
+        device: where collectives keep their tensors.
+    """
+
+    def __init__(self, cfg: ConfigContainer, signals: SignalWatch, device: torch.device):
+        self._train, self._checkpoint, self._signals, self._device = cfg.train, cfg.checkpoint, signals, device
+        self._started_s = self._saved_s = time.monotonic()
+
+    def saved(self) -> None:
+        """A checkpoint was taken; the minutes count from here."""
+        self._saved_s = time.monotonic()
+
+    def orders(self, iteration: int) -> Orders:
+        """A collective. An order to leave is an order to save as well."""
+        now, signals = time.monotonic(), self._signals
+        noticed = [
+            signals.wants_leave,
+            signals.wants_save,
+            _is_over(now - self._started_s, self._train.exit_duration_in_mins),
+            _is_over(now - self._saved_s, self._checkpoint.save_interval_mins),
+        ]
+        flags = torch.tensor([int(flag) for flag in noticed], dtype=torch.int, device=self._device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        is_preempted, save_asked, is_late, is_due = (bool(flag) for flag in flags.tolist())
+        if save_asked:
+            signals.wants_save = False
+        if is_preempted:
+            return Orders(save="SIGTERM", leave="SIGTERM", is_preempted=True)
+        if is_late:
+            return Orders(save="exit_duration_in_mins", leave="train.exit_duration_in_mins is over")
+        if _divides(self._train.exit_interval, iteration):
+            return Orders(save="exit_interval", leave="train.exit_interval")
+        if save_asked:
+            return Orders(save="SIGUSR1")
+        if _divides(self._checkpoint.save_interval, iteration):
+            return Orders(save="interval")
+        return Orders(save="save_interval_mins" if is_due else None)
+
+
+def _is_over(elapsed_s: float, limit_mins: float | None) -> bool:
+    return limit_mins is not None and elapsed_s > 60 * limit_mins
+
+
+def _divides(interval: int | None, iteration: int) -> bool:
+    return bool(interval) and iteration % interval == 0

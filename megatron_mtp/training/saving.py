@@ -1,0 +1,94 @@
+"""When checkpoints are taken, and what a failed one means to the run: training goes on without it."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from megatron_mtp.checkpoint import Checkpointer
+from megatron_mtp.errors import CheckpointError
+from megatron_mtp.training.setup import Run
+from megatron_mtp.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves, completes and goes back. Every method is a collective.
+
+    Args:
+        checkpointer: of this run.
+        state: of this run; what is saved, and what a rollback changes in place.
+    """
+
+    def __init__(self, run: Run, state: TrainState, checkpointer: Checkpointer):
+        self._run, self._state, self._checkpointer = run, state, checkpointer
+        self._validation: tuple[int, float] | None = None
+
+    def evaluated(self, main_loss: float) -> bool:
+        """Takes in the main set's loss at this iteration.
+
+        Returns:
+            Whether it is the lowest so far.
+        """
+        state = self._state
+        self._validation = (state.iteration, main_loss)
+        is_best = state.best_validation_loss is None or main_loss < state.best_validation_loss
+        if is_best and math.isfinite(main_loss):
+            state.best_validation_loss = main_loss
+        return is_best
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this iteration can be saved and is not yet."""
+        has_place = self._run.cfg.checkpoint.save is not None
+        return has_place and self._checkpointer.last_saved != self._state.iteration
+
+    def save(self, reason: str) -> bool:
+        """Saves. A save that fails is reported and training goes on: the next may find room.
+
+        Returns:
+            Whether the checkpoint is whole or under way.
+        """
+        state, engine = self._state, self._run.engine
+        is_of_now = self._validation is not None and self._validation[0] == state.iteration
+        loss = self._validation[1] if is_of_now else None
+        try:
+            self._checkpointer.save(engine.chunks, engine.optimizer, state, reason, loss)
+        except CheckpointError as error:
+            logger.error("%s", error)
+            return False
+        return True
+
+    def finalize(self, *, blocking: bool = False) -> None:
+        """Completes an asynchronous save if its files are written, or waits for them."""
+        try:
+            self._checkpointer.maybe_finalize(blocking)
+        except CheckpointError as error:
+            logger.error("%s", error)
+
+    def roll_back(self, samples: int) -> None:
+        """Goes back to the newest whole checkpoint of this run and passes over the data up to and including the present step.
+
+        Args:
+            samples: in the present step, which is not counted in the state yet.
+
+        Raises:
+            CheckpointError: on every rank: no checkpoint is whole.
+        """
+        state, engine = self._state, self._run.engine
+        end = state.data_position + samples
+        kept = {
+            "rollbacks": state.rollbacks + 1,
+            "nan_iterations": state.nan_iterations,
+            "skipped_iterations": state.skipped_iterations,
+            "elapsed_s": state.elapsed_s,
+            "floating_point_operations": state.floating_point_operations,
+            "wandb_run_id": state.wandb_run_id,
+        }
+        self.finalize(blocking=True)
+        self._checkpointer.roll_back(engine.chunks, engine.optimizer, state)
+        for name, value in kept.items():
+            setattr(state, name, value)
+        state.skips_in_row = 0
+        state.passed_over_samples = end - state.consumed_samples
