@@ -1,0 +1,149 @@
+"""How many parameters one rank holds, exactly, as Megatron-Core builds it with the torch backend. Pure arithmetic.
+
+Whole models are counted in `params.py`; here a rank's share, copies of the embedding and replicated norms included.
+Transformer Engine's modules hold the same, but for the down projections of multi-latent attention, which they do not shard over TP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankParameters:
+    """Parameters of one rank: those that data parallelism over dp x cp replicates, and those that only expert data parallelism does."""
+
+    dense: int
+    expert: int = 0
+    """Routed experts."""
+
+    @property
+    def total(self) -> int:
+        """Everything that the rank holds."""
+        return self.dense + self.expert
+
+    def __add__(self, other: RankParameters) -> RankParameters:
+        return RankParameters(dense=self.dense + other.dense, expert=self.expert + other.expert)
+
+
+def rank_parameters(model: ModelConfig, layout: PipelineLayout, stage: int) -> RankParameters:
+    """What every rank of a pipeline stage holds; tensor-, expert- and data-parallel ranks of a stage hold equally much.
+
+    Args:
+        model: finalized, with a known vocabulary size.
+        layout: of this model.
+        stage: pipeline rank.
+
+    Source: megatron-core 0.19.2, models/gpt and transformer; compared in tests with ranks that are built.
+    """
+    return sum(
+        (chunk_parameters(model, layout, stage, vp_rank) for vp_rank in range(layout.vp)), RankParameters(dense=0)
+    )
+
+
+def chunk_parameters(model: ModelConfig, layout: PipelineLayout, stage: int, vp_rank: int) -> RankParameters:
+    """What every rank of a pipeline stage holds of one of its chunks."""
+    symbols, layers = layout.chunks[stage][vp_rank], layout.decoder_layers(stage, vp_rank)
+    is_moe, is_linear = moe_pattern(model), linear_pattern(model)
+    found = RankParameters(dense=_ends(model, symbols))
+    for layer in layers:
+        found += layer_rank_parameters(model, is_moe[layer], is_linear=is_linear[layer])
+    if _has_final_norm(model, symbols, layers):
+        found += RankParameters(dense=_norm(model, model.hidden_size))
+    copies = min(1, symbols.count("m")) if model.mtp_use_repeated_layer else symbols.count("m")
+    for _ in range(copies):
+        found += mtp_rank_parameters(model)
+    return found
+
+
+def layer_rank_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool = False) -> RankParameters:
+    """One decoder layer with its two norms."""
+    if is_linear:
+        attention = _gated_delta_net(model)
+    else:
+        attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
+    shell = RankParameters(dense=attention + 2 * _norm(model, model.hidden_size))
+    if is_moe:
+        return shell + _experts(model)
+    tp = model.tensor_model_parallel_size
+    return shell + RankParameters(dense=_mlp(model, model.ffn_hidden_size, tp, model.add_bias_linear))
+
+
+def mtp_rank_parameters(model: ModelConfig) -> RankParameters:
+    """One MTP layer: enorm, hnorm, eh_proj [h/tp, 2h], a transformer layer, final norm; see `params.mtp_layer_parameters`."""
+    h, tp = model.hidden_size, model.tensor_model_parallel_size
+    joint = 0 if model.mtp_variant == "parallel" else 2 * _norm(model, h) + 2 * h * h // tp
+    return layer_rank_parameters(model, moe_pattern(model)[-1]) + RankParameters(dense=joint + _norm(model, h))
+
+
+def _ends(model: ModelConfig, symbols: tuple[str, ...]) -> int:
+    """Embedding and head of a chunk. MTP layers away from the first chunk bring a copy of the embedding, which a tied head beside
+    them uses too; a tied head elsewhere holds a copy of its own."""
+    matrix = padded_vocab_size(model) // model.tensor_model_parallel_size * model.hidden_size
+    has_embedding = "E" in symbols or "m" in symbols
+    count = matrix * has_embedding
+    if has_embedding and model.position_embedding_type == "learned_absolute":
+        count += model.seq_length * model.hidden_size
+    is_shared = model.share_embeddings_and_output_weights and has_embedding
+    return count + matrix * ("L" in symbols and not is_shared)
+
+
+def _has_final_norm(model: ModelConfig, symbols: tuple[str, ...], layers: range) -> bool:
+    """Without MTP it sits with the loss, with MTP behind the last decoder layer."""
+    return model.num_layers - 1 in layers if model.mtp_num_layers else "L" in symbols
+
+
+def _norm(model: ModelConfig, width: int) -> int:
+    return width * (2 if model.normalization == "LayerNorm" else 1)
+
+
+def _attention(model: ModelConfig) -> int:
+    h, d, tp = model.hidden_size, model.kv_channels, model.tensor_model_parallel_size
+    queries = model.num_attention_heads * d
+    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * model.num_query_groups * d
+    sharded = h * (qkv + queries) + qkv * (model.add_bias_linear or model.add_qkv_bias)
+    return sharded // tp + h * model.add_bias_linear + 2 * _norm(model, d) * model.qk_layernorm
+
+
+def _latent_attention(model: ModelConfig) -> int:
+    h, n, rope = model.hidden_size, model.num_attention_heads, model.qk_pos_emb_head_dim
+    width, norms = n * (model.qk_head_dim + rope), _norm(model, model.kv_lora_rank) * model.qk_layernorm
+    queries = h * width
+    if model.q_lora_rank is not None:
+        queries = model.q_lora_rank * (h + width)
+        norms += _norm(model, model.q_lora_rank) * model.qk_layernorm
+    keys_values = h * (model.kv_lora_rank + rope) + model.kv_lora_rank * n * (model.qk_head_dim + model.v_head_dim)
+    sharded = queries + keys_values + n * model.v_head_dim * h
+    return sharded // model.tensor_model_parallel_size + norms + h * model.add_bias_linear
+
+
+def _gated_delta_net(model: ModelConfig) -> int:
+    """Heads are sharded, the norm of one head's values is not; see `params._gated_delta_net`."""
+    heads = model.linear_num_value_heads
+    keys = model.linear_num_key_heads * model.linear_key_head_dim
+    values = heads * model.linear_value_head_dim
+    projected = 2 * keys + 2 * values + 2 * heads
+    convolution = (2 * keys + values) * model.linear_conv_kernel_dim
+    sharded = model.hidden_size * (projected + values) + convolution + 2 * heads
+    return sharded // model.tensor_model_parallel_size + _norm(model, model.linear_value_head_dim)
+
+
+def _mlp(model: ModelConfig, width: int, shards: int, has_bias: bool) -> int:
+    inner = width * (2 if model.gated_linear_unit else 1)
+    return (model.hidden_size * (inner + width) + inner * has_bias) // shards + model.hidden_size * has_bias
+
+
+def _experts(model: ModelConfig) -> RankParameters:
+    tp, etp, h = model.tensor_model_parallel_size, model.expert_tensor_parallel_size, model.hidden_size
+    local = model.num_moe_experts // model.expert_model_parallel_size
+    dense = model.num_moe_experts * (h + model.add_bias_linear)  # router
+    if model.moe_shared_expert_intermediate_size is not None:
+        dense += _mlp(model, model.moe_shared_expert_intermediate_size, tp, has_bias=False)
+        dense += h * model.moe_shared_expert_gate
+    return RankParameters(
+        dense=dense, expert=local * _mlp(model, model.moe_ffn_hidden_size, etp, model.add_bias_linear)
+    )
