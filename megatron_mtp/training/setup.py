@@ -54,9 +54,22 @@ class Run:
 def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
     """Joins the job, makes the process groups of the layout and seeds every random number generator."""
     device = init_distributed(cfg.dist)
+    groups = make_groups(cfg)
+    seed = cfg.rng.seed
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    mcore_compat.seed_dropout(seed, pp_rank=groups.pp.rank())
+    if cfg.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return device, groups
+
+
+def make_groups(cfg: ConfigContainer) -> ProcessGroupCollection:
+    """Every process group of the layout, inside the job that this process has joined."""
     model = cfg.model
     layout = PipelineLayout.from_config(model)
-    groups = mcore_compat.init_model_parallel(
+    return mcore_compat.init_model_parallel(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
         vp=model.virtual_pipeline_model_parallel_size,
@@ -67,14 +80,6 @@ def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
         pp_before_dp=cfg.dist.use_tp_pp_dp_mapping,
         timeout=timedelta(minutes=cfg.dist.distributed_timeout_minutes),
     )
-    seed = cfg.rng.seed
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    mcore_compat.seed_dropout(seed, pp_rank=groups.pp.rank())
-    if cfg.train.deterministic:
-        torch.use_deterministic_algorithms(True)
-    return device, groups
 
 
 def leave_groups() -> None:
