@@ -18,9 +18,32 @@ def pretrain(
     overrides: Overrides = None,
     config: Files = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Start this many processes on this machine.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: build every distinct rank without memory or messages, print what it holds and what would fail.",
+        ),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --dry-run: processes of the job. Default: as few as the parallel sizes take."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="With --dry-run: print everything as JSON.")] = False,
 ) -> None:
     """Train a model. Under torchrun it joins the job; otherwise it runs as one process, or as --nproc of them."""
     cfg = choose_config(recipe, config, overrides)
+    if dry_run:
+        from megatron_mtp.cli.dry_run import run_dry
+        from megatron_mtp.config.check_parallel import minimum_world_size
+
+        processes = world_size or nproc or minimum_world_size(cfg.model)
+        cfg.copy().finalize(processes)  # before torch is imported
+        return run_dry(cfg, processes, json=json)
+    if json or world_size is not None:
+        raise ConfigError(
+            f"{'--json' if json else '--world-size'}: belongs to --dry-run. Leave it out, or add --dry-run."
+        )
     is_rank = "RANK" in os.environ
     if nproc is not None and is_rank:
         raise ConfigError(f"--nproc {nproc}: torchrun has started the processes already. Leave --nproc out.")

@@ -152,6 +152,18 @@ def torch_backend_problems(model: ModelConfig) -> list[str]:
     return problems
 
 
+def without_transformer_engine(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """A copy that the plain PyTorch backend can build, and the fields that it leaves out; no parameter depends on them."""
+    plain = model.copy()
+    left_out = [f"model.mcore.{name}" for name in model.mcore if _lookup(TRANSFORMER_ENGINE_ONLY, name)]
+    plain.mcore = {name: value for name, value in model.mcore.items() if f"model.mcore.{name}" not in left_out}
+    if model.moe_grouped_gemm:
+        plain.moe_grouped_gemm = None
+        left_out.append("model.moe_grouped_gemm")
+    plain.backend = "torch"
+    return plain, left_out
+
+
 def _mistake(name: str, value: Any) -> str | None:
     if name in field_types(ModelConfig):
         return f"model.mcore.{name}: this field is ours. Set model.{name} instead."

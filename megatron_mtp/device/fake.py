@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[torch.device]:
     if before is not None:
         cpu_facade.uninstall()
     cpu_facade.install("meta")
+    hook = sys.excepthook  # torch wraps it for each group to name the rank before every line
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         # Routers and rotary embeddings name no device at all: the default device must be meta as well.
@@ -39,6 +41,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[torch.device]:
             yield device
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
         cpu_facade.uninstall()
         if before is not None:
             cpu_facade.install(before)
