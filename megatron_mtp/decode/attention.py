@@ -18,6 +18,9 @@ from megatron_mtp.decode.rope import rotate
 from megatron_mtp.decode.span import Span
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 
+# Passes of more tokens than this have their heads side by side, as in training; shorter ones as rows of a group.
+LONG = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Cache:
@@ -38,18 +41,37 @@ class Cache:
 
 def attend(query: Tensor, cache: Cache, span: Span, heads: int, scale: float) -> Tensor:
     """query: [b * q, heads, width] -> [b * q, heads, value width], over the slots of `cache` that `span` lets it see."""
-    groups = cache.keys.shape[1]
+    keys, values = cache.keys[:, :, : span.stop], cache.values[:, :, : span.stop]
+    if span.q > LONG:
+        return _attend_long(query, keys, values, span, scale)
+    groups = keys.shape[1]
     each = heads // groups
     b, q = span.b, span.q
     if q == 1:
-        rows = query.view(b, groups, each, -1)
+        rows = query.reshape(b, groups, each, -1)
     else:
         rows = query.view(b, q, groups, each, -1).transpose(1, 2).reshape(b, groups, q * each, -1)
-    keys, values = cache.keys[:, :, : span.stop], cache.values[:, :, : span.stop]
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=span.mask(each), scale=scale)
     if q == 1:
         return out.reshape(b, heads, -1)
     return out.view(b, groups, q, each, -1).transpose(1, 2).reshape(b * q, heads, -1)
+
+
+def _attend_long(query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
+    """For prompts: a mask for each head of a group would be big, and a causal kernel needs none."""
+    heads = query.shape[1]
+    query = query.view(span.b, span.q, heads, -1).transpose(1, 2)
+    is_causal = span.start == 0
+    out = F.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=None if is_causal else span.mask(1),
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=keys.shape[1] < heads,
+    )
+    return out.transpose(1, 2).reshape(span.b * span.q, heads, -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class MaskTable:
             width = self.capacity + q
             visible = torch.ones(q, width, dtype=torch.bool, device=self.device).tril(width - q)
             buffer = additive(visible, self.dtype).repeat_interleave(heads, dim=0)
-            if q <= 64:  # a prompt's mask is used once and big
+            if q <= 32:  # a longer one is used once, and big
                 self._buffers[q, heads] = buffer
         return buffer[:, buffer.shape[1] - stop :]
 
@@ -85,7 +85,8 @@ class Span:
         return additive(slots <= self.positions[..., None], self._masks.dtype)[:, None]  # [b, 1, q, stop]
 
     @cached_property
-    def _rows(self) -> Tensor:
+    def rows(self) -> Tensor:
+        """[b, 1] row numbers, for indexing."""
         return torch.arange(self.b, device=self._masks.device)[:, None]
 
     def write(self, cache: Tensor, new: Tensor) -> None:
@@ -94,7 +95,7 @@ class Span:
         if self.start is not None:
             cache[:, :, self.start : self.stop] = new.transpose(1, 2)
         else:
-            cache[self._rows, :, self.positions] = new
+            cache[self.rows, :, self.positions] = new
 
 
 class TreeSpan(Span):

@@ -1,0 +1,245 @@
+"""The decoding loop: prefill -> while not done -> draft, verify, accept, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_mtp.decode.checks import check_request
+from megatron_mtp.decode.choice import DraftLength
+from megatron_mtp.decode.model import Decoder
+from megatron_mtp.decode.sampling import Sampling, accept_greedy, accept_sampled, draw
+from megatron_mtp.decode.session import Session
+from megatron_mtp.decode.tree import TreeRound, round_tokens
+
+OnTokens = Callable[[int, list[int]], None]
+"""Called with a row and its new tokens, as they come."""
+MAX_AUTO_DRAFTS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to decode.
+
+    Args:
+        max_new_tokens: tokens after each prompt.
+        num_draft: K, drafts of a round; 0: plain decoding; "auto": chosen from acceptance and costs as they are measured.
+        widths: a draft tree: candidates at depth 1, children of each at depth 2, and so on; greedy decoding of one row.
+            None: one chain.
+        sampling: greedy by default.
+        stop_ids: a row ends with the first of these, which is kept.
+        context: most tokens of prompt and answer together; None: model.seq_length.
+        with_margins: measure how far the second most probable token was away (costs a little).
+    """
+
+    max_new_tokens: int = 64
+    num_draft: int | str = 0
+    widths: tuple[int, ...] | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: frozenset[int] = frozenset()
+    context: int | None = None
+    with_margins: bool = False
+
+
+@dataclass(slots=True)
+class Counts:
+    """What drafting came to. Index k-1 is depth k.
+
+    `proposed` and `accepted` count drafted tokens that were offered and used, row by row; a round that the end of a row cuts counts
+    the tokens that were used. `reached` and `agreed` leave cut rounds out: depth k was reached if the depths before were accepted,
+    and agreed if it was too, so that agreed / reached is the conditional acceptance.
+    """
+
+    rounds: int = 0
+    """Passes of the main model after the prefill, counted for each row that was not at its end."""
+    new_tokens: int = 0
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    reached: list[int] = field(default_factory=list)
+    agreed: list[int] = field(default_factory=list)
+
+    def add(self, count: int, accepted: int, used: int, is_cut: bool) -> None:
+        """One row of one round with `count` drafts, of which `accepted` agreed and `used` became part of the text."""
+        self.rounds += 1
+        for column in (self.proposed, self.accepted, self.reached, self.agreed):
+            column.extend([0] * (count - len(column)))
+        for k in range(1, count + 1):
+            self.proposed[k - 1] += 1
+            self.accepted[k - 1] += k <= used
+            if not is_cut:
+                self.reached[k - 1] += k - 1 <= accepted
+                self.agreed[k - 1] += k <= accepted
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Conditional acceptance of each depth; NaN where a depth was never reached."""
+        return [a / r if r else float("nan") for a, r in zip(self.agreed, self.reached, strict=True)]
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Mean tokens that one pass of the main model yields, the prefill's not counted."""
+        return self.new_tokens / self.rounds if self.rounds else 1.0
+
+
+@dataclass(slots=True)
+class Generation:
+    """What came out.
+
+    Args:
+        tokens: new tokens of each row.
+        counts: of all rounds.
+        prefill_s, decode_s: seconds up to the first token, and after it.
+        margin: smallest difference in logits between the best token and the next, over all tokens of greedy decoding.
+    """
+
+    tokens: list[list[int]]
+    counts: Counts
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    margin: float = float("inf")
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens per second of all rows together, the prefill and its token not counted."""
+        return self.counts.new_tokens / self.decode_s if self.decode_s else float("nan")
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], options: Options, on_tokens: OnTokens | None = None
+) -> Generation:
+    """Continues the prompts, all of them in one batch.
+
+    Drafts never change what is decoded: greedy decoding gives the tokens of greedy decoding without drafts, and sampling the same
+    distribution. In floating point a token is the same unless two logits are closer than rounding; see docs/decoding.md.
+
+    Args:
+        prompts: ids, of any lengths.
+        on_tokens: gets new tokens as they come.
+
+    Raises:
+        ConfigError, DataError, UnsupportedError: the request does not fit the model; before anything is computed.
+    """
+    num_drafts = check_request(decoder, prompts, options, MAX_AUTO_DRAFTS)
+    rows = Rows(len(prompts), options, on_tokens)
+    session = Session(decoder, prompts, options.max_new_tokens, num_drafts, round_tokens(num_drafts, options.widths))
+    chooser = DraftLength(num_drafts, is_fixed=options.num_draft != "auto", tp=decoder.tp)
+    generator = options.sampling.generator(decoder.device)
+    started = time.perf_counter()
+    first = _first_tokens(session.prefill(), rows, generator)
+    session.append(first)
+    rows.start(first)
+    prefilled = time.perf_counter()
+    tree = TreeRound(session, options.widths) if options.widths else None
+    while not rows.are_done:
+        if tree is not None:
+            rows.take_tree(tree.run(), tree.depth)
+        else:
+            _round(session, rows, chooser, generator)
+    rows.result.prefill_s, rows.result.decode_s = prefilled - started, time.perf_counter() - prefilled
+    return rows.result
+
+
+def _first_tokens(logits: Tensor, rows: Rows, generator: torch.Generator) -> list[int]:
+    sampling = rows.options.sampling
+    if sampling.is_greedy:
+        rows.note_margin(logits)
+        return logits.argmax(dim=-1).tolist()
+    return draw(sampling.probabilities(logits), generator).tolist()
+
+
+def _round(session: Session, rows: Rows, chooser: DraftLength, generator: torch.Generator) -> None:
+    sampling, count = rows.options.sampling, chooser.next()
+    proposed: list[Tensor] = []
+    with chooser.timed("draft", count):
+        if count:
+            pick = _pick_best if sampling.is_greedy else partial(_pick_drawn, sampling, generator, proposed)
+            session.draft(count, pick)
+    with chooser.timed("verify", count):
+        logits = session.verify(count)
+        drafts = session.drafts(count)
+        if sampling.is_greedy:
+            accepted, following = accept_greedy(drafts, logits.argmax(dim=-1))
+        else:
+            target = sampling.probabilities(logits)
+            q = torch.stack(proposed, dim=1) if count else target[:, :0]
+            accepted, following = accept_sampled(drafts, q, target, generator)
+        kept, following, drafted = accepted.tolist(), following.tolist(), drafts.tolist()
+    if sampling.is_greedy:
+        rows.note_margin(logits, kept)
+    active = rows.active
+    session.commit(count, kept, following, active)
+    for row in range(session.b):
+        if active[row]:
+            rows.take(row, [*drafted[row][: kept[row]], following[row]], count)
+            chooser.add(count, kept[row])
+
+
+def _pick_best(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _pick_drawn(sampling: Sampling, generator: torch.Generator, proposed: list[Tensor], logits: Tensor) -> Tensor:
+    proposed.append(sampling.probabilities(logits))
+    return draw(proposed[-1], generator)
+
+
+class Rows:
+    """New tokens of each row, and which rows go on."""
+
+    def __init__(self, b: int, options: Options, on_tokens: OnTokens | None):
+        self.options, self.on_tokens = options, on_tokens
+        self.active = [True] * b
+        self.result = Generation([[] for _ in range(b)], Counts())
+
+    @property
+    def are_done(self) -> bool:
+        return not any(self.active)
+
+    def start(self, tokens: list[int]) -> None:
+        """Takes the token that the prefill gave each row."""
+        for row, token in enumerate(tokens):
+            self._extend(row, [token])
+
+    def take(self, row: int, tokens: list[int], count: int) -> None:
+        """Takes a round's tokens of one row: accepted drafts and the one behind them, of `count` drafts."""
+        accepted = len(tokens) - 1
+        used = self._extend(row, tokens)
+        self.result.counts.add(count, accepted, used - 1, is_cut=not self.active[row])
+        self.result.counts.new_tokens += used
+
+    def take_tree(self, tokens: list[int], depth: int) -> None:
+        """As `take`, of a draft tree's only row."""
+        self.take(0, tokens, depth)
+
+    def note_margin(self, logits: Tensor, kept: list[int] | None = None) -> None:
+        """logits [b, v], or [b, K+1, v] of which each row uses the first kept + 1."""
+        if not self.options.with_margins:
+            return
+        best = logits.float().topk(2, dim=-1).values
+        gaps = best[..., 0] - best[..., 1]
+        for row, is_active in enumerate(self.active):
+            if is_active:
+                part = gaps[row] if kept is None else gaps[row, : kept[row] + 1]
+                self.result.margin = min(self.result.margin, float(part.min()))
+
+    def _extend(self, row: int, tokens: list[int]) -> int:
+        """Adds tokens up to the row's end; returns how many."""
+        done = self.result.tokens[row]
+        tokens = tokens[: self.options.max_new_tokens - len(done)]
+        for index, token in enumerate(tokens):
+            if token in self.options.stop_ids:
+                tokens = tokens[: index + 1]
+                self.active[row] = False
+                break
+        done.extend(tokens)
+        if len(done) >= self.options.max_new_tokens:
+            self.active[row] = False
+        if self.on_tokens is not None and tokens:
+            self.on_tokens(row, tokens)
+        return len(tokens)

@@ -1,0 +1,101 @@
+"""Greedy decoding with drafts gives, token for token, what it gives without; and that is what the plain model gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_mtp.decode.generate import Options, generate
+from tests.decode.models import DENSE, MLA, MOE, VARIANTS, decoder_of, plain_model, random_tokens
+
+pytestmark = pytest.mark.unit
+
+# Four ids: drafts of random weights are right now and then, so that every number of accepted drafts occurs.
+KINDS = {name: replace(plain, vocab_size=4) for name, plain in (("dense", DENSE), ("moe", MOE), ("mla", MLA))}
+NEW_TOKENS = 16
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    """Prompts of 1 to 9 tokens."""
+    lengths = [1 + (7 * row + seed) % 9 for row in range(count)]
+    return [random_tokens(n, seed=100 * seed + row, vocab_size=4).tolist() for row, n in enumerate(lengths)]
+
+
+def tokens(decoder, rows, num_draft, **others):
+    return generate(decoder, rows, Options(max_new_tokens=NEW_TOKENS, num_draft=num_draft, context=64, **others)).tokens
+
+
+@torch.no_grad()
+def plain_greedy(model, prompt):
+    """By whole forward passes of the reference, without any cache."""
+    text = list(prompt)
+    for _ in range(NEW_TOKENS):
+        hidden = model.hidden_states([torch.tensor([text])] * (1 + model.cfg.num_depths))[0]
+        text.append(int(model.logits(hidden[:, -1:], 0).argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_architecture(name):
+    model = plain_model(VARIANTS[name])
+    decoder, rows = decoder_of(model), prompts(3, seed=2)
+    expected = tokens(decoder, rows, 0)
+    assert expected == [plain_greedy(model.double(), row) for row in rows]
+    assert tokens(decoder, rows, 3) == expected
+
+
+@pytest.mark.parametrize("depths", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_of_depths_and_drafts(kind, depths):
+    """Three prompts of different lengths as a batch, for each K up to 6; 54 cells, 162 prompts. See test_greedy_ranks for TP."""
+    decoder = decoder_of(plain_model(replace(KINDS[kind], num_depths=depths), seed=depths))
+    rows = prompts(3, seed=depths)
+    expected = tokens(decoder, rows, 0)
+    for num_draft in range(1, 7):
+        assert tokens(decoder, rows, num_draft) == expected
+    assert [tokens(decoder, [row], 4)[0] for row in rows] == expected
+
+
+def test_some_drafts_are_accepted_and_some_are_not():
+    """Or the tests above would say little. Every draft that is accepted saves a pass."""
+    total, proposed = [0, 0, 0], 0
+    for kind, seed in (("dense", 4), ("moe", 4), ("mla", 5)):
+        decoder = decoder_of(plain_model(KINDS[kind], seed=seed))
+        for row in prompts(4, 8):
+            counts = generate(decoder, [row], Options(max_new_tokens=48, num_draft=3, context=64)).counts
+            assert counts.new_tokens == 47 == counts.rounds + sum(counts.accepted)
+            total, proposed = (
+                [a + b for a, b in zip(total, counts.accepted, strict=True)],
+                proposed + counts.proposed[0],
+            )
+    assert 0 < total[2] < total[1] < total[0] < proposed
+
+
+@pytest.mark.parametrize("widths", [(2,), (3, 1), (2, 2, 1), (1, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_draft_tree(kind, widths):
+    decoder = decoder_of(plain_model(KINDS[kind]))
+    for row in prompts(2, seed=5):
+        assert tokens(decoder, [row], 0) == tokens(decoder, [row], 0, widths=widths)
+
+
+def test_automatic_number_of_drafts():
+    decoder = decoder_of(plain_model(DENSE))
+    rows, options = prompts(2, seed=6), Options(max_new_tokens=200, num_draft="auto", context=256)
+    assert generate(decoder, rows, options).tokens == generate(decoder, rows, replace(options, num_draft=0)).tokens
+
+
+def test_stops_and_streams():
+    decoder = decoder_of(plain_model(DENSE))
+    rows = prompts(2, seed=7)
+    free = tokens(decoder, rows, 3)
+    stop = free[0][5]
+    seen: list[list[int]] = [[], []]
+    options = Options(max_new_tokens=NEW_TOKENS, num_draft=3, context=64, stop_ids=frozenset({stop}))
+    result = generate(decoder, rows, options, on_tokens=lambda row, new: seen[row].extend(new))
+    for got, whole in zip(result.tokens, free, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert got == whole[:end]
+    assert seen == result.tokens
