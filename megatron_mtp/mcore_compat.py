@@ -208,7 +208,6 @@ def initialize_optimizer_state(single: MegatronOptimizer) -> None:
         single.init_state_fn(inner, single.config)
 
 
-def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[torch.nn.Module]) -> None:
 def guarded_step(
     optimizer: ChainedOptimizer, permits: Callable[[float], bool]
 ) -> tuple[bool, float | None, int | None]:
@@ -239,6 +238,7 @@ def guarded_step(
     return bool(updated), None if norm is None else float(norm), num_zeros
 
 
+def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[torch.nn.Module]) -> None:
     """Makes the model's weights what the fp32 master weights say, on every data-parallel rank."""
     for single in singles:
         if isinstance(single, DistributedOptimizer):
