@@ -121,13 +121,13 @@ def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
     )
     chunks = wrap_model(cfg, build_model(cfg, groups, device.torch_device), groups, device.torch_device)
     optimizer = build_optimizer(cfg, chunks, groups)
+    gradients = GradientWatch(chunks, cfg.ddp.overlap_grad_reduce)
+    chunks[0].config.finalize_model_grads_func = gradients.before(chunks[0].config.finalize_model_grads_func)
     if num_depths and not any(unwrap(chunk).mtp_process for chunk in chunks):
         logger.debug("this rank holds no MTP layer", extra={"all_ranks": True})
     engine = Engine(
         chunks=chunks,
         optimizer=optimizer,
-    gradients = GradientWatch(chunks, cfg.ddp.overlap_grad_reduce)
-    chunks[0].config.finalize_model_grads_func = gradients.before(chunks[0].config.finalize_model_grads_func)
         groups=groups,
         heads=DepthHeads(
             vocab_size=model.vocab_size,
@@ -145,12 +145,12 @@ def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
         router_loss_names=router_loss_names(cfg),
         depth_weights=model.mtp_depth_weights,
         z_loss_coeff=model.logits_z_loss_coeff,
+        gradients=gradients,
     )
     return Run(cfg=cfg, device=device, groups=groups, engine=engine, data=data)
 
 
 def num_moe_layers(cfg: ConfigContainer) -> int:
-        gradients=gradients,
     """Mixture-of-experts layers of the whole model, a repeated MTP layer counted once."""
     model = cfg.model
     if not model.num_moe_experts:
