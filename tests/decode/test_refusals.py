@@ -1,0 +1,69 @@
+"""Requests that cannot be followed are refused before anything is computed, with what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_mtp.decode.generate import Options, generate
+from megatron_mtp.decode.model import Decoder, refuse_unsupported
+from megatron_mtp.decode.sampling import Sampling
+from megatron_mtp.errors import ConfigError, DataError, UnsupportedError
+from tests.decode.models import DENSE, VARIANTS, decoder_of, plain_model
+from tests.model.plain_to_config import run_config
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return decoder_of(plain_model(DENSE))
+
+
+def test_no_mtp_layers():
+    plain = decoder_of(plain_model(replace(DENSE, num_depths=0)))
+    with pytest.raises(UnsupportedError, match=r"num_draft = 2.*this model has none.*num_draft = 0.*mtp_finetune"):
+        generate(plain, [[1]], Options(max_new_tokens=4, num_draft=2))
+    assert len(generate(plain, [[1]], Options(max_new_tokens=4, num_draft=0)).tokens[0]) == 4
+    assert len(generate(plain, [[1]], Options(max_new_tokens=4, num_draft="auto")).tokens[0]) == 4
+
+
+def test_more_drafts_than_parallel_heads():
+    heads = decoder_of(plain_model(VARIANTS["parallel"]))
+    with pytest.raises(UnsupportedError, match=r"num_draft = 4.*mtp_num_layers = 3"):
+        generate(heads, [[1]], Options(max_new_tokens=4, num_draft=4))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "text"),
+    [
+        ([[1] * 14], Options(max_new_tokens=4), r"14 tokens and 4 are to follow.*context of 16"),
+        ([[1], []], Options(max_new_tokens=4), r"Prompt 1 is empty"),
+        ([[1, 50]], Options(max_new_tokens=4), r"id 50: the model knows ids 0 to 49"),
+        ([], Options(max_new_tokens=4), r"no prompt"),
+        ([[1]] * 64, Options(max_new_tokens=10**9, context=2 * 10**9), r"GiB are free"),
+    ],
+)
+def test_prompts(decoder, prompts, options, text):
+    with pytest.raises(DataError, match=text):
+        generate(decoder, prompts, options)
+
+
+def test_options(decoder):
+    with pytest.raises(ConfigError) as error:
+        generate(decoder, [[1]], Options(max_new_tokens=0, num_draft="some", widths=()))
+    assert len(error.value.problems) == 3
+    with pytest.raises(UnsupportedError, match="draft tree"):
+        generate(decoder, [[1]], Options(max_new_tokens=4, widths=(2,), sampling=Sampling(1.0)))
+
+
+def test_models():
+    model = run_config(DENSE, 1, 1).copy().model
+    model.mcore = {"window_size": [4, 0]}
+    model.attention_output_gate = True
+    with pytest.raises(UnsupportedError) as error:
+        refuse_unsupported(model)
+    assert len(error.value.problems) == 2
+    with pytest.raises(UnsupportedError):
+        Decoder.build(model, {})
