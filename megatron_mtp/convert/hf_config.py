@@ -69,6 +69,8 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     model_type = config.get("model_type")
     form = _family(str(model_type))
+    if "num_experts" in form.keys and "num_local_experts" in config:  # so transformers 5 saves it, and reads both
+        config = {"num_experts": config["num_local_experts"], **config}
     _refuse_unsupported(config, form)
     model = ModelConfig(**form.ours)
     missing = [key for key in form.keys if key not in config and key not in DEFAULTS and key not in _DERIVED]
