@@ -15,7 +15,6 @@ Source: megatron-core 0.19.2, pipeline_parallel/schedules.py, `forward_backward_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 Message = tuple[bool, int, int]
@@ -71,7 +70,6 @@ class ScheduleKind:
         return min(wanted, self.num_microbatches * self.vp)
 
 
-@lru_cache(maxsize=256)
 def rank_program(kind: ScheduleKind, rank: int) -> list[Instruction]:
     """The program of one rank."""
     return _plain(kind, rank) if kind.vp == 1 else _Interleaved(kind, rank).program

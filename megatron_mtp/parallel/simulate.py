@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
@@ -17,8 +17,6 @@ from megatron_mtp.parallel.profile import PartTime
 from megatron_mtp.parallel.schedule import Compute, Exchange, Message, ScheduleKind, Wait, rank_program
 
 NO_COST = 0
-SHORT_STEPS = (5, 10, 20)
-"""Lengths, in rounds of pp micro-batches, at which `step_time` looks whether a schedule has settled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,26 +106,6 @@ def simulate(kind: ScheduleKind, work: Work) -> Timeline:
     return Timeline(max(times[node] for node in compiled.last), busy, events)
 
 
-def step_time(kind: ScheduleKind, work: Work) -> float:
-    """`simulate(...).total_ms`, with the steady part of a long step computed instead of run.
-
-    Once every call of a whole round comes the same time after its counterpart one round before, so does all that
-    follows, because each event is the later of earlier ones plus a constant. A shorter step that gets there is then longer by that time for
-    each further round. A schedule that takes long to settle is run in full.
-    """
-    costs, shapes = work.costs(), work.shapes_ms is not None
-    for rounds in SHORT_STEPS:
-        shorter = replace(kind, num_microbatches=rounds * kind.pp + kind.num_microbatches % kind.pp)
-        if shorter.num_microbatches >= kind.num_microbatches:
-            break
-        compiled = compile_schedule(shorter, shapes)
-        times = compiled.times(costs)
-        if (round_ms := compiled.steady_round(shorter, times)) is not None:
-            more = (kind.num_microbatches - shorter.num_microbatches) // kind.pp
-            return max(times[node] for node in compiled.last) + more * round_ms
-    return compile_schedule(kind, shapes).total(costs)
-
-
 @dataclass(frozen=True, slots=True)
 class CompiledSchedule:
     """Nodes in an order in which each comes after what it waits for; node 0 is the start of the step."""
@@ -154,31 +132,6 @@ class CompiledSchedule:
         """When the last rank is done."""
         times = self.times(costs)
         return max(times[node] for node in self.last)
-
-    def steady_round(self, kind: ScheduleKind, times: list[float]) -> float | None:
-        """Time that pp micro-batches take on every rank when nothing changes any more; None if it is not that far.
-
-        Compares, on all ranks, the last iterations in which the first rank still starts micro-batches with those one round before, over more
-        of them than a message or a waiting rank reaches back (twice the pipeline size).
-        """
-        ends: list[list[float]] = [[] for _ in range(kind.pp)]
-        for rank, _, node in self.calls:
-            ends[rank].append(times[node])
-        length = 2 * kind.pp * kind.vp  # calls of one round: forward and backward of pp micro-batches in vp chunks
-        num_steady = 2 * (kind.num_microbatches * kind.vp - kind.num_warmup(0))
-        window = length + 4 * kind.pp
-        if num_steady < window + length:
-            return None
-        round_ms = None
-        for rank, times_of_rank in enumerate(ends):
-            stop = kind.num_warmup(rank) + num_steady
-            for idx in range(stop - window, stop):
-                increase = times_of_rank[idx] - times_of_rank[idx - length]
-                if round_ms is None:
-                    round_ms = increase
-                elif abs(increase - round_ms) > 1e-9 * round_ms:
-                    return None
-        return round_ms
 
 
 @lru_cache(maxsize=64)
@@ -215,28 +168,30 @@ class _Compiler:
                 continue
             runners.append((rank, runner))
             stuck = 0 if has_moved else stuck + 1
-            if stuck > len(runners):
+            if stuck > 2 * len(runners):
                 raise RuntimeError(f"the schedule deadlocks: ranks {[rank for rank, _ in runners]} wait for each other")
         return CompiledSchedule(self.first, self.second, self.costs, self.calls, self.clock)
 
     def _run_rank(self, rank: int) -> Iterator[bool]:
-        """Yields whenever this rank must wait for another: whether it has moved since the last time."""
+        """Yields whether this rank has moved, after each call and whenever it must wait for another.
+
+        The ranks take turns call by call, so that the order of nodes repeats from round to round (parallel/steady.py).
+        """
         done, clock = self.done, self.clock
         for step in rank_program(self.kind, rank):
             if isinstance(step, Compute):
                 chunk = step.vp_rank * self.kind.pp + rank
-                clock[rank] = self._node(clock[rank], 0, 2 + 2 * chunk + (not step.is_forward))
+                clock[rank] = self._node(clock[rank], clock[rank], 2 + 2 * chunk + (not step.is_forward))
                 self.calls.append((rank, step, clock[rank]))
+                yield True
                 continue
             for messages, is_posted, is_awaited in self._phases(step):
                 if is_posted:
                     for message in messages:
                         self._post(message, clock[rank])
                 if is_awaited:
-                    has_moved = True
                     while any(message not in done for message in messages):
-                        yield has_moved
-                        has_moved = False
+                        yield False
                     for message in messages:
                         clock[rank] = self._later(clock[rank], done[message])
 

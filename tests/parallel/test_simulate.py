@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from megatron_mtp.parallel.profile import PartTime
 from megatron_mtp.parallel.schedule import ScheduleKind
-from megatron_mtp.parallel.simulate import Work, compile_schedule, simulate, step_time
+from megatron_mtp.parallel.simulate import Work, compile_schedule, simulate
+from megatron_mtp.parallel.steady import step_time
 
 pytestmark = pytest.mark.unit
 

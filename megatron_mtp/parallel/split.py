@@ -1,0 +1,315 @@
+"""The legal ways to cut a model into pipeline chunks, what each costs, and what none of them can undercut.
+
+A split is the number of decoder layers of each chunk in execution order, and whether the MTP layers have a chunk before
+the loss's. The embedding is on the first chunk, the loss on the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from megatron_mtp.parallel.profile import ZERO, PartTime
+from megatron_mtp.parallel.schedule import Compute, Exchange, ScheduleKind, rank_program
+from megatron_mtp.parallel.simulate import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Decoder layers of each chunk in execution order; `is_standalone`: the MTP layers are in the last chunk but one."""
+
+    counts: tuple[int, ...]
+    is_standalone: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitProblem:
+    """What is to be cut, into what, at which cost.
+
+    Args:
+        layers: time of every decoder layer of one micro-batch.
+        mtp: time of all depths together, without their passes through the head.
+        loss: output head and loss of all depths.
+        overhead: time of each call of a chunk beside its parts.
+        final_norm: sits with the last decoder layer; without MTP with the loss.
+        message_ms: time of one hidden state between neighbouring chunks.
+        wide_message_ms: time of the 1+D hidden states from an MTP chunk of its own to the loss.
+        shapes_ms: time of a message about shapes, which goes before each message if the MTP layers are apart.
+        mtp_needs_layer: the MTP layers must share a chunk with the last decoder layer (mtp_hidden_source=pre_final_norm).
+    """
+
+    kind: ScheduleKind
+    layers: tuple[PartTime, ...]
+    embedding: PartTime = ZERO
+    final_norm: PartTime = ZERO
+    mtp: PartTime = ZERO
+    loss: PartTime = ZERO
+    overhead: PartTime = ZERO
+    num_depths: int = 0
+    message_ms: float = 0.0
+    wide_message_ms: float = 0.0
+    shapes_ms: float = 0.0
+    mtp_needs_layer: bool = False
+
+    @property
+    def num_chunks(self) -> int:
+        """Of all ranks."""
+        return self.kind.pp * self.kind.vp
+
+    @property
+    def may_stand_alone(self) -> bool:
+        """Whether the MTP layers may have a chunk before the loss's: neither rank 0's nor, with two ranks, any."""
+        return self.num_depths > 0 and self.kind.pp > 2 and len(self.layers) >= self.minimum(True)
+
+    def least(self, chunk: int, is_standalone: bool) -> int:
+        """Fewest decoder layers of a chunk: no chunk is empty."""
+        last = self.num_chunks - 1
+        if is_standalone:
+            return 0 if chunk in (0, last) else int(chunk < last - 1 or self.mtp_needs_layer)
+        if chunk == last and self.num_depths and self.mtp_needs_layer:
+            return 1
+        return 0 if chunk in (0, last) else 1
+
+    def most(self, chunk: int, is_standalone: bool) -> int:
+        """Most decoder layers of a chunk: none beside the loss if the MTP layers come before it."""
+        return 0 if is_standalone and chunk == self.num_chunks - 1 else len(self.layers)
+
+    def minimum(self, is_standalone: bool) -> int:
+        """Fewest layers that fill all chunks."""
+        return sum(self.least(chunk, is_standalone) for chunk in range(self.num_chunks))
+
+    def variants(self) -> list[bool]:
+        """Values of Split.is_standalone to look at."""
+        beside = [False] if len(self.layers) >= self.minimum(False) else []
+        return beside + [True] * self.may_stand_alone
+
+    def legal_splits(self) -> Iterator[Split]:
+        """Every split that breaks no rule."""
+        for is_standalone in self.variants():
+            for counts in self._fill(0, len(self.layers), is_standalone):
+                yield Split(counts, is_standalone)
+
+    def _fill(self, chunk: int, left: int, is_standalone: bool) -> Iterator[tuple[int, ...]]:
+        if chunk == self.num_chunks - 1:
+            if self.least(chunk, is_standalone) <= left <= self.most(chunk, is_standalone):
+                yield (left,)
+            return
+        later = sum(self.least(idx, is_standalone) for idx in range(chunk + 1, self.num_chunks))
+        for count in range(self.least(chunk, is_standalone), left - later + 1):
+            for rest in self._fill(chunk + 1, left - count, is_standalone):
+                yield (count, *rest)
+
+    def num_legal(self, limit: int) -> int:
+        """How many legal splits there are, not counted beyond `limit`."""
+        total = 0
+        for is_standalone in self.variants():
+            ways = [1] + [0] * len(self.layers)  # ways[n]: of filling the chunks so far with n layers
+            for chunk in range(self.num_chunks):
+                least, most = self.least(chunk, is_standalone), self.most(chunk, is_standalone)
+                sums = [0, *accumulate(ways)]
+                ways = [
+                    min(limit, sums[max(0, n - least + 1)] - sums[max(0, n - most)])
+                    for n in range(len(self.layers) + 1)
+                ]
+            total += ways[-1]
+        return min(limit, total)
+
+    @cached_property
+    def _sums(self) -> tuple[list[float], list[float]]:
+        """Forward and backward time of the first n layers."""
+        forward = [0.0, *accumulate(layer.forward_ms for layer in self.layers)]
+        return forward, [0.0, *accumulate(layer.backward_ms for layer in self.layers)]
+
+    def extras(self, chunk: int, is_standalone: bool) -> PartTime:
+        """What a chunk holds beside decoder layers and the final norm of a model with MTP."""
+        last = self.num_chunks - 1
+        time = self.overhead
+        if chunk == 0:
+            time = time + self.embedding
+        if chunk == last - is_standalone:
+            time = time + self.mtp
+        if chunk == last:
+            time = time + self.loss
+            if not self.num_depths:
+                time = time + self.final_norm
+        return time
+
+    def chunk_time(self, chunk: int, start: int, stop: int, is_standalone: bool) -> tuple[float, float]:
+        """Forward and backward time of a chunk that holds the layers start..stop-1."""
+        forward, backward = self._sums
+        extra = self.extras(chunk, is_standalone)
+        if self.num_depths and start < stop == len(self.layers):
+            extra = extra + self.final_norm
+        return forward[stop] - forward[start] + extra.forward_ms, backward[stop] - backward[start] + extra.backward_ms
+
+    def work(self, split: Split) -> Work:
+        """The costs of one step."""
+        pp, vp, times, start = self.kind.pp, self.kind.vp, [], 0
+        for chunk, count in enumerate(split.counts):
+            times.append(PartTime(*self.chunk_time(chunk, start, start + count, split.is_standalone)))
+            start += count
+        messages = [self.message_ms] * (self.num_chunks - 1)
+        if split.is_standalone:
+            messages[-1] = self.wide_message_ms
+        return Work(
+            chunks=tuple(tuple(times[v * pp + p] for v in range(vp)) for p in range(pp)),
+            message_ms=tuple(messages),
+            shapes_ms=self.shapes_ms if split.is_standalone else None,
+        )
+
+    def symbols(self, split: Split) -> list[str]:
+        """The layout: a string of E, t, m and L for each chunk."""
+        chunks = ["t" * count for count in split.counts]
+        chunks[0] = "E" + chunks[0]
+        chunks[-1 - split.is_standalone] += "m" * self.num_depths
+        chunks[-1] += "L"
+        return chunks
+
+
+MANY_KINDS = 6
+"""Of layers that are cheaper than the dearest; more are not told apart in the bound of the interleaved schedule."""
+
+
+class Floor:
+    """Lower bounds on the step time: paths through the schedule that every split must walk.
+
+    For each rank p, with w calls in its warm-up and M micro-batches:
+    - its own work, after the first micro-batch has come down to it and before the last gradient has gone back up;
+    - without interleaving also: the first micro-batch's whole way forth and back to p, then all that p has left to do; and all that p
+      does up to its last forward call, then that micro-batch's whole way forth and back.
+    A message that is waited for where it is posted adds its time.
+    """
+
+    def __init__(self, problem: SplitProblem, is_standalone: bool):
+        self.problem, self.is_standalone = problem, is_standalone
+        kind = problem.kind
+        self.message_ms = problem.message_ms + (problem.shapes_ms if is_standalone else 0.0)
+        self.exchanges = [self._blocking_exchanges(rank) for rank in range(kind.pp)]
+        extras = [problem.extras(chunk, is_standalone) for chunk in range(problem.num_chunks)]
+        norm = problem.final_norm if problem.num_depths else ZERO
+        layers = problem.layers
+        self.total_forward = sum(t.forward_ms for t in (*layers, *extras, norm))
+        self.total_backward = sum(t.backward_ms for t in (*layers, *extras, norm))
+
+    def _blocking_exchanges(self, rank: int) -> tuple[int, int, int]:
+        """Exchanges waited for at once: between the first and the last call, after the first backward and before the last forward call."""
+        program = rank_program(self.problem.kind, rank)
+        calls = [idx for idx, step in enumerate(program) if isinstance(step, Compute)]
+        first_backward = next(idx for idx in calls if not program[idx].is_forward)
+        last_forward = next(idx for idx in reversed(calls) if program[idx].is_forward)
+        blocking = [idx for idx, step in enumerate(program) if isinstance(step, Exchange) and step.is_blocking]
+        return (
+            sum(calls[0] < idx < calls[-1] for idx in blocking),
+            sum(first_backward < idx < calls[-1] for idx in blocking),
+            sum(calls[0] < idx < last_forward for idx in blocking),
+        )
+
+    def own_work(self, rank: int, load_ms: float, upstream_ms: float) -> float:
+        """The first path.
+
+        Args:
+            load_ms: forward and backward time of one micro-batch in all chunks of the rank.
+            upstream_ms: forward and backward time of the first chunks of the ranks before it.
+        """
+        count = self.problem.kind.num_microbatches
+        return upstream_ms + 2 * rank * self.message_ms + count * load_ms + self.exchanges[rank][0] * self.message_ms
+
+    def stage(self, rank: int, start: int, stop: int) -> float:
+        """The highest of the paths of a rank that holds the layers start..stop-1; without interleaving."""
+        problem, kind = self.problem, self.problem.kind
+        forward, backward = problem.chunk_time(rank, start, stop, self.is_standalone)
+        sums = problem._sums
+        upstream = problem.embedding if rank else ZERO
+        upstream_ms = upstream.forward_ms + upstream.backward_ms + sums[0][start] + sums[1][start]
+        upstream_ms += rank * (problem.overhead.forward_ms + problem.overhead.backward_ms)
+        count, ahead = kind.num_microbatches, kind.num_warmup(rank)
+        _, after, before = self.exchanges[rank]
+        path = self.total_forward + self.total_backward + 2 * (kind.pp - 1) * self.message_ms
+        rest = max(0, count - ahead - 1)
+        return max(
+            self.own_work(rank, forward + backward, upstream_ms),
+            path + (count - 1) * backward + rest * forward + after * self.message_ms,
+            path + (count - 1) * forward + rest * backward + before * self.message_ms,
+        )
+
+    def of(self, counts: tuple[int, ...]) -> float:
+        """For one split."""
+        kind = self.problem.kind
+        stops = list(accumulate(counts))
+        spans = list(zip([0, *stops], stops, strict=False))
+        if kind.vp == 1:
+            return max(self.stage(rank, *span) for rank, span in enumerate(spans))
+        times = [sum(self.problem.chunk_time(chunk, *span, self.is_standalone)) for chunk, span in enumerate(spans)]
+        upstream = [0.0, *accumulate(times[: kind.pp])]
+        return max(self.own_work(p, sum(times[p :: kind.pp]), upstream[p]) for p in range(kind.pp))
+
+    def of_all(self) -> float:
+        """For every split: the least over all ways to deal out the layers, by the best of which no split is faster."""
+        return self.suffixes()[0][0] if self.problem.kind.vp == 1 else self._by_loads()
+
+    def suffixes(self) -> list[list[float]]:
+        """Without interleaving: `[p][n]` is the least that ranks p.. can come to if n layers are before them."""
+        problem, num_layers = self.problem, len(self.problem.layers)
+        pp, infinite = problem.kind.pp, float("inf")
+        table = [[infinite] * (num_layers + 1) for _ in range(pp)] + [[infinite] * num_layers + [0.0]]
+        for rank in reversed(range(pp)):
+            least, most = problem.least(rank, self.is_standalone), problem.most(rank, self.is_standalone)
+            for start in range(num_layers + 1):
+                best = infinite
+                for stop in range(start + least, min(start + most, num_layers) + 1):
+                    if table[rank + 1][stop] >= best:
+                        continue
+                    here = self.stage(rank, start, stop)
+                    best = min(best, max(here, table[rank + 1][stop]))
+                    if here >= best and rank < pp - 1 and stop > start + least:
+                        break  # more layers only make this rank slower
+                table[rank][start] = best
+        return table
+
+    def _by_loads(self) -> float:
+        """With interleaving: no rank's chunks need be neighbours, so only how many layers a rank holds is looked at."""
+        problem, kind = self.problem, self.problem.kind
+        costs = sorted(layer.forward_ms + layer.backward_ms for layer in problem.layers)
+        cheap = [cost for cost in costs if cost < costs[-1] * (1 - 1e-9)]
+        dear_ms = costs[-1]
+        if len(cheap) > MANY_KINDS:  # too many kinds to tell apart: all as cheap as the cheapest
+            cheap, dear_ms = [], costs[0]
+        low = sum(self._extra(p) for p in range(kind.pp)) + sum(costs)
+        low = kind.num_microbatches * low / kind.pp
+        high = 4 * low + self.own_work(kind.pp - 1, sum(costs) + self._extra(0) + self._extra(kind.pp - 1), 0.0)
+        if self._holds(low, cheap, dear_ms):
+            return low
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._holds(middle, cheap, dear_ms) else (middle, high)
+        return low
+
+    def _extra(self, rank: int) -> float:
+        """What a rank's chunks hold beside layers."""
+        kind = self.problem.kind
+        times = [self.problem.extras(v * kind.pp + rank, self.is_standalone) for v in range(kind.vp)]
+        return sum(time.forward_ms + time.backward_ms for time in times)
+
+    def _holds(self, limit_ms: float, cheap: list[float], dear_ms: float) -> bool:
+        """Whether ranks that each stay below the limit can hold all layers: the more cheap ones a rank takes, the fewer dear ones."""
+        problem, kind = self.problem, self.problem.kind
+        cheapest = cheap[0] if cheap else dear_ms
+        num_dear = len(problem.layers) - len(cheap)
+        most_dear = [0] + [-1] * len(cheap)  # most dear layers so far, by the number of cheap ones; -1: impossible
+        upstream = 0.0
+        for rank in range(kind.pp):
+            fixed = self.own_work(rank, self._extra(rank), upstream)
+            room = (limit_ms - fixed) / kind.num_microbatches
+            least = sum(problem.least(v * kind.pp + rank, self.is_standalone) for v in range(kind.vp))
+            after = [-1] * len(most_dear)
+            for before, dear in enumerate(most_dear):
+                for taken in range(len(most_dear) - before) if dear >= 0 else ():
+                    fits = int((room - taken * cheapest) / dear_ms + 1e-9)
+                    if room - taken * cheapest >= -1e-9 and taken + fits >= least:
+                        after[before + taken] = max(after[before + taken], dear + fits)
+            most_dear = after
+            first = problem.extras(rank, self.is_standalone)
+            upstream += first.forward_ms + first.backward_ms + problem.least(rank, self.is_standalone) * cheapest
+        return max(most_dear[-1:]) >= num_dear
