@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.gated_delta_net import common as gated_delta_net
 from megatron.core.tensor_parallel.random import HAVE_TE
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
@@ -253,3 +254,19 @@ def to_torch_items(sharded_state_dict: ShardedStateDict) -> dict[str, Any]:
         sharded_state_dict, keep_only_main_replica=True
     )
     return torch_dist.mcore_to_pyt_state_dict(by_key, is_loading=False)
+
+
+def has_flash_linear_attention() -> bool:
+    """Whether the kernels of linear attention can be imported."""
+    return gated_delta_net.HAVE_FLA
+
+
+@contextmanager
+def pretend_flash_linear_attention() -> Iterator[None]:
+    """Inside, Megatron-Core builds a gated delta net without those kernels, which its path in plain PyTorch never calls."""
+    before = gated_delta_net.HAVE_FLA
+    gated_delta_net.HAVE_FLA = True
+    try:
+        yield
+    finally:
+        gated_delta_net.HAVE_FLA = before

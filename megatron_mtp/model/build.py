@@ -17,7 +17,7 @@ from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
 from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
 from megatron_mtp.model.transformer_config import transformer_config
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.params import moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 
 
 def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: torch.device) -> list[MTPModel]:
@@ -79,13 +79,15 @@ def _build_chunk(
     use_te: bool,
 ) -> MTPModel:
     model = cfg.model
-    is_moe = moe_pattern(model)
+    is_moe, is_linear = moe_pattern(model), linear_pattern(model)
     layers = layout.decoder_layers(pp_rank, vp_stage or 0)
     symbols = layout.chunks[pp_rank][vp_stage or 0]
     layer_class = ParallelMTPLayer if model.mtp_variant == "parallel" else MTPLayer
     return MTPModel(
         config=config,
-        transformer_layer_spec=block_spec(config, [is_moe[layer] for layer in layers], use_te=use_te),
+        transformer_layer_spec=block_spec(
+            config, [is_moe[layer] for layer in layers], [is_linear[layer] for layer in layers], use_te=use_te
+        ),
         vocab_size=padded_vocab_size(model),
         max_sequence_length=model.seq_length,
         pre_process="E" in symbols,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_gated_delta_net_module_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -13,9 +14,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.mtp import MTPLayer
-from megatron_mtp.model.torch_backend import ExactMLASelfAttention, TorchSpecProvider, build_layer_spec
+from megatron_mtp.model.torch_backend import (
+    ExactGatedDeltaNet,
+    ExactMLASelfAttention,
+    PlainNorm,
+    TorchSpecProvider,
+    build_layer_spec,
+)
 
 
 def te_is_available() -> bool:
@@ -29,19 +35,18 @@ def _te_imports() -> bool:
     return HAVE_TE
 
 
-def block_spec(config: TransformerConfig, is_moe: list[bool], *, use_te: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, is_moe: list[bool], is_linear: list[bool], *, use_te: bool
+) -> TransformerBlockSubmodules:
     """The decoder layers of one chunk.
 
     Args:
         is_moe: for each of them, whether it is a mixture of experts.
+        is_linear: for each of them, whether its attention is linear.
     """
-    if config.experimental_attention_variant is not None:
-        raise UnsupportedError(
-            f"model.experimental_attention_variant = {config.experimental_attention_variant!r}: has a config and no modules yet. "
-            "Leave it unset."
-        )
+    kinds = zip(is_moe, is_linear, strict=True)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, moe, use_te=use_te) for moe in is_moe],
+        layer_specs=[_layer_spec(config, moe, is_linear=linear, use_te=use_te) for moe, linear in kinds],
         layer_norm=_provider(use_te).layer_norm(),
     )
 
@@ -49,16 +54,19 @@ def block_spec(config: TransformerConfig, is_moe: list[bool], *, use_te: bool) -
 def mtp_spec(
     config: TransformerConfig, is_moe: bool, layer_class: type[MTPLayer], *, use_te: bool
 ) -> MultiTokenPredictionBlockSubmodules:
-    """All depths, made apart from the decoder's spec: a standalone MTP stage has no decoder layer to copy."""
+    """All depths, made apart from the decoder's spec: a standalone MTP stage has no decoder layer to copy.
+
+    Their attention is full, as in the released models with linear attention in the trunk.
+    """
     layer = get_mtp_layer_spec_for_backend(_layer_spec(config, is_moe, use_te=use_te), backend=_provider(use_te))
     layer.module = layer_class
     copies = 1 if config.mtp_use_repeated_layer else config.mtp_num_layers
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * copies)
 
 
-def _layer_spec(config: TransformerConfig, is_moe: bool, *, use_te: bool) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, is_moe: bool, *, is_linear: bool = False, use_te: bool) -> ModuleSpec:
     if not use_te:
-        return build_layer_spec(config, is_moe)
+        return build_layer_spec(config, is_moe, is_linear=is_linear)
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if is_moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
@@ -68,6 +76,10 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, *, use_te: bool) -> Mod
     if config.multi_latent_attention:
         # Under tensor parallelism without sequence parallelism the shared rope key loses gradient here too.
         spec.submodules.self_attention.module = ExactMLASelfAttention
+    if is_linear:
+        attention = get_gated_delta_net_module_spec(config, backend=_provider(use_te))
+        attention.module, attention.submodules.out_norm = ExactGatedDeltaNet, PlainNorm
+        spec.submodules.self_attention = attention
     return spec
 
 

@@ -17,7 +17,7 @@ from megatron_mtp.config.sections import (
     TokenizerConfig,
 )
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.parallel.params import moe_pattern
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 from megatron_mtp.tools.verify_layout import Layout
 
 HIDDEN_SIZE, FFN_SIZE, EXPERT_FFN_SIZE, SHARED_FFN_SIZE = 32, 48, 16, 24
@@ -27,7 +27,8 @@ INIT_STD = 0.1
 # Fields that are reported when they change, in this order.
 REPORTED = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels q_lora_rank kv_lora_rank "
-    "qk_head_dim qk_pos_emb_head_dim v_head_dim num_moe_experts moe_layer_freq moe_ffn_hidden_size "
+    "qk_head_dim qk_pos_emb_head_dim v_head_dim linear_attention_freq linear_num_key_heads linear_num_value_heads "
+    "linear_key_head_dim linear_value_head_dim num_moe_experts moe_layer_freq moe_ffn_hidden_size "
     "moe_shared_expert_intermediate_size moe_router_topk moe_router_num_groups moe_router_group_topk "
     "moe_router_load_balancing_type moe_expert_capacity_factor attention_dropout hidden_dropout init_method_std vocab_size seq_length"
 ).split()
@@ -50,7 +51,7 @@ def shrink(cfg: ConfigContainer, layouts: list[Layout]) -> tuple[ConfigContainer
     small = Layout.parse("").place(whole)
     sizes = _Sizes(layouts)
     _shrink_run(small, whole, sizes)
-    _shrink_model(small.model, moe_pattern(whole.model), sizes)
+    _shrink_model(small.model, moe_pattern(whole.model), linear_pattern(whole.model), sizes)
     return small, _changes(whole, small)
 
 
@@ -108,14 +109,17 @@ def _shrink_run(small: ConfigContainer, whole: ConfigContainer, sizes: _Sizes) -
     small.dist.device, small.dist.num_threads = "cpu", 1
 
 
-def _shrink_model(model: ModelConfig, pattern: list[bool], sizes: _Sizes) -> None:
+def _shrink_model(model: ModelConfig, is_moe: list[bool], is_linear: list[bool], sizes: _Sizes) -> None:
     num_layers = sizes.num_layers(model.num_layers)
     model.hidden_size = _multiple(HIDDEN_SIZE, sizes.tp)
     model.ffn_hidden_size = _multiple(FFN_SIZE, sizes.tp)
     _shrink_attention(model, sizes)
     if model.num_moe_experts:
         _shrink_experts(model, sizes)
-        model.moe_layer_freq = [int(kind) for kind in _fewer(pattern, num_layers)]
+        model.moe_layer_freq = [int(kind) for kind in _fewer(is_moe, num_layers)]
+    if model.experimental_attention_variant is not None:
+        _shrink_linear_attention(model, sizes)
+        model.linear_attention_freq = [int(kind) for kind in _fewer(is_linear, num_layers)]
     model.num_layers = num_layers
     model.seq_length = _multiple(max(SEQ_LENGTH, 2 * (model.mtp_num_layers or 0)), sizes.slots)
     model.vocab_size, model.make_vocab_size_divisible_by = VOCAB_SIZE, 8
@@ -140,6 +144,14 @@ def _shrink_attention(model: ModelConfig, sizes: _Sizes) -> None:
     model.qk_pos_emb_head_dim = 4
     model.kv_lora_rank = _multiple(12, sizes.tp) - model.qk_pos_emb_head_dim
     model.qk_head_dim, model.v_head_dim = 8, 6
+
+
+def _shrink_linear_attention(model: ModelConfig, sizes: _Sizes) -> None:
+    ratio = min(2, model.linear_num_value_heads // model.linear_num_key_heads)
+    shards = math.lcm(*(layout.values.get("tp", 1) * layout.values.get("cp", 1) for layout in sizes.layouts))
+    model.linear_num_key_heads = _multiple(2, shards)
+    model.linear_num_value_heads = ratio * model.linear_num_key_heads
+    model.linear_key_head_dim, model.linear_value_head_dim = HEAD_SIZE, 6
 
 
 def _shrink_experts(model: ModelConfig, sizes: _Sizes) -> None:

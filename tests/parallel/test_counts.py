@@ -15,6 +15,7 @@ from megatron_mtp.recipes import get_recipe
 
 pytestmark = pytest.mark.unit
 
+LINEAR = ["model.experimental_attention_variant=gated_delta_net", "model.linear_num_key_heads=2"]
 VARIANTS = [
     ("tiny_dense", []),
     ("tiny_dense", ["model.mtp_num_layers=0"]),
@@ -24,6 +25,8 @@ VARIANTS = [
     ("tiny_dense", ["model.mtp_use_repeated_layer=true", "model.kv_channels=24"]),
     ("tiny_dense", ["model.mtp_variant=parallel", "model.mtp_num_layers=3"]),
     ("tiny_dense", ["model.attention_output_gate=true", "model.add_qkv_bias=true"]),
+    ("tiny_dense", [*LINEAR, "model.linear_attention_freq=4"]),
+    ("tiny_moe", [*LINEAR, "model.linear_attention_freq=[1, 0, 1, 1]"]),
     ("tiny_moe", []),
     ("tiny_moe", ["model.moe_layer_freq=2", "model.moe_shared_expert_gate=true"]),
     ("tiny_mla_moe", []),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_mtp.model.torch_backend.attention import TorchCoreAttention
+from megatron_mtp.model.torch_backend.gated_delta_net import ExactGatedDeltaNet, PlainNorm
 from megatron_mtp.model.torch_backend.mla import ExactMLASelfAttention
 from megatron_mtp.model.torch_backend.norm import TorchNorm
 
@@ -30,19 +32,22 @@ class TorchSpecProvider(LocalSpecProvider):
         return TorchCoreAttention
 
 
-def build_layer_spec(config: TransformerConfig, is_moe: bool) -> ModuleSpec:
+def build_layer_spec(config: TransformerConfig, is_moe: bool, *, is_linear: bool = False) -> ModuleSpec:
     """The spec of one transformer layer, of the trunk or of an MTP layer.
 
     Args:
         config: decides between multi-head and multi-latent attention, and about norms of queries and keys.
         is_moe: mixture of experts in place of the dense feed-forward block.
+        is_linear: the gated delta net in place of attention.
 
     Returns:
         ModuleSpec of a TransformerLayer. Parameters are saved under the names that Transformer Engine's layers use, so
         a checkpoint can be read with either backend.
     """
     provider = TorchSpecProvider()
-    if config.multi_latent_attention:
+    if is_linear:
+        attention, renames = _gated_delta_net(provider)
+    elif config.multi_latent_attention:
         attention, renames = _multi_latent_attention(config, provider)
     else:
         attention, renames = _multi_head_attention(config, provider)
@@ -76,6 +81,16 @@ def _multi_head_attention(config: TransformerConfig, provider: TorchSpecProvider
         ),
     )
     return spec, {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+
+
+def _gated_delta_net(provider: TorchSpecProvider) -> tuple[ModuleSpec, dict[str, str]]:
+    spec = ModuleSpec(
+        module=ExactGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=provider.column_parallel_linear(), out_norm=PlainNorm, out_proj=provider.row_parallel_linear()
+        ),
+    )
+    return spec, {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
 
 
 def _multi_latent_attention(

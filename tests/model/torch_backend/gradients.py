@@ -45,8 +45,9 @@ def gradients(kind: str, fields: dict[str, object], upstream_mla: bool = False) 
     try:
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = CONFIGS[kind](mtp_num_layers=1, **fields)
-        layer = build_layer_spec(config, is_moe=kind == "moe", is_linear=kind == "delta_net")
-        model = _model(config, layer, upstream_mla)
+        layer = build_layer_spec(config, is_moe=kind == "moe")
+        linear = build_layer_spec(config, is_moe=False, is_linear=True) if kind == "delta_net" else layer
+        model = _model(config, [linear, layer], upstream_mla)
         fill_initial_weights([model], seed=7, std=0.2, num_layers=2)
         _perturb_vectors(model)
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=False), model)
@@ -61,17 +62,18 @@ def gradients(kind: str, fields: dict[str, object], upstream_mla: bool = False) 
         mcore_compat.destroy_model_parallel()
 
 
-def _model(config: object, layer: ModuleSpec, upstream_mla: bool) -> GPTModel:
+def _model(config: object, layers: list[ModuleSpec], upstream_mla: bool) -> GPTModel:
+    """One layer of each spec; the MTP layer is of the kind of the last."""
     if upstream_mla:
-        layer.submodules.self_attention.module = MLASelfAttention
+        layers[-1].submodules.self_attention.module = MLASelfAttention
     provider = TorchSpecProvider()
     return GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=provider.layer_norm()),
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm()),
         VOCAB,
         SEQ,
         position_embedding_type="rope",
-        mtp_block_spec=get_gpt_mtp_block_spec_for_backend(config, layer, provider),
+        mtp_block_spec=get_gpt_mtp_block_spec_for_backend(config, layers[-1], provider),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
