@@ -44,14 +44,19 @@ class MTPLayer(MultiTokenPredictionLayer):
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """input_ids: [D', b, s/cp], the depths still to come. Returns the ids of the later depths, [D'-1, b, s/cp]."""
-        decoder_input = embedding(input_ids=input_ids[0], position_ids=position_ids)
-        if self.config.mtp_detach_heads:
-            decoder_input = decoder_input.detach()
+        decoder_input = self._embed(input_ids[0], position_ids, embedding)
         hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
         if not hidden_states.requires_grad:
             # A recomputed layer needs one input with a gradient, or its parameters get none.
             hidden_states.requires_grad_(True)
+        if decoder_input is None:
+            decoder_input = hidden_states
         return input_ids[1:], position_ids, padding_mask, decoder_input, hidden_states
+
+    def _embed(self, ids: Tensor, position_ids: Tensor, embedding: Callable[..., Tensor]) -> Tensor | None:
+        """Embeddings [s, b, h] of the tokens k ahead; None where the depth reads the hidden state alone."""
+        embedded = embedding(input_ids=ids, position_ids=position_ids)
+        return embedded.detach() if self.config.mtp_detach_heads else embedded
 
     def _checkpointed_forward(self, hidden_states: Tensor, decoder_input: Tensor, **kwargs: Any) -> Tensor:
         """Recomputes the whole layer in the backward pass, for `uniform` and for `block`.
@@ -97,19 +102,8 @@ class ParallelMTPLayer(MTPLayer):
             self.config.recompute_granularity = "full"
             self.config.recompute_method, self.config.recompute_num_layers = "uniform", 1
 
-    def _get_embeddings(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        embedding: Callable[..., Tensor],
-        hidden_states: Tensor,
-        packed_seq_params: Any = None,
-        padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
-        if not hidden_states.requires_grad:
-            hidden_states.requires_grad_(True)
-        return input_ids[1:], position_ids, padding_mask, hidden_states, hidden_states
+    def _embed(self, ids: Tensor, position_ids: Tensor, embedding: Callable[..., Tensor]) -> None:
+        return None
 
     def _concat_embeddings(self, hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
         return hidden_states

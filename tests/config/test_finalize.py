@@ -207,9 +207,11 @@ def test_all_problems_at_once_each_once():
 
 
 def test_a_run_may_end_by_wall_clock_time_alone():
-    finalized(
+    cfg = finalized(
         "tiny_dense", "train.train_iters=null", "train.exit_duration_in_mins=5", "scheduler.lr_decay_style=constant"
     )
+    assert cfg.train.is_frozen
+    assert cfg.train.train_iters is None
 
 
 def test_only_refusals_are_unsupported_errors():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import ConfigError, UnsupportedError
 from megatron_mtp.recipes import get_recipe
@@ -38,8 +39,6 @@ REFUSED = [
         ],
         "are recomputed by 'uniform' with 1 layer only",
     ),
-    (["model.mcore.experimental_attention_variant=gated_delta_net"], "linear and sparse attention are not built"),
-    (["model.mcore.linear_conv_kernel_dim=3"], "linear attention is not built"),
 ]
 ALLOWED = [
     ["model.mtp_hidden_source=pre_final_norm", PP2],
@@ -69,7 +68,14 @@ def test_refused_by_name(overrides, words):
 def test_neighbours_are_allowed(overrides):
     cfg = get_recipe("tiny_dense")
     apply_overrides(cfg, overrides)
+    given = {override: value_at(cfg, override) for override in overrides}
     cfg.finalize()
+    assert given == {override: value_at(cfg, override) for override in overrides}
+
+
+def value_at(cfg: ConfigContainer, override: str) -> object:
+    section, field = override.partition("=")[0].split(".")[:2]
+    return getattr(getattr(cfg, section), field)
 
 
 def test_auto_takes_torch_where_attention_stops_at_documents(monkeypatch):

@@ -82,7 +82,12 @@ def test_every_recipe_shrinks_for_its_default_layouts(recipe):
 @pytest.mark.unit
 @pytest.mark.parametrize("layouts", ["tp=4,sp=1,ep=8,etp=1", "tp=8,sp=1,cp=2", "pp=4,vp=2", "dp=4,ep=4,mbs=4", "cp=8"])
 def test_sizes_follow_the_layouts(layouts):
-    plan(get_recipe("deepseek_v3"), layouts)  # finalizes each layout, which checks every division
+    planned = plan(get_recipe("deepseek_v3"), layouts)  # finalizes each layout, which checks every division
+    wanted = dict(word.split("=") for word in layouts.split(","))
+    model = planned.layouts[0][1].model
+    assert model.tensor_model_parallel_size == int(wanted.get("tp", 1))
+    assert model.pipeline_model_parallel_size == int(wanted.get("pp", 1))
+    assert model.hidden_size <= 256
 
 
 @pytest.mark.unit
