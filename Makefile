@@ -7,7 +7,7 @@ ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-layouts test-all lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -20,6 +20,9 @@ demo: setup ## train a small model with MTP on real text, from nothing (ARGS="..
 
 test: setup ## the fast tests (ARGS="tests/data -k shift" narrows them)
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-layouts: setup ## the slow part of the matrix over models, layouts and masks
+	@$(PYTEST) -m slow tests/layouts $(ARGS)
 
 test-all: setup ## every test that this machine can run
 	@$(PYTEST) $(ARGS)
