@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +20,10 @@ from torch import nn
 
 from megatron_mtp.checkpoint.agreement import describe_error, first_known, from_first
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
-from megatron_mtp.checkpoint.directory import RunDirectory, write_durably
+from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, write_durably
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest, describe_file
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
+from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import find_checkpoint, load_checkpoint
 from megatron_mtp.checkpoint.writer import (
     BackgroundWrite,
@@ -134,6 +136,20 @@ class Checkpointer:
         self.last_saved = found.manifest.iteration
         if self.rank == 0:
             log.info("went back to %s", found.path)
+
+    def start_from_pretrained(self, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
+        """Takes the weights of checkpoint.pretrained_checkpoint, if it is set, whatever layout saved them.
+
+        Raises:
+            CheckpointError: on every rank: it is damaged, or not of this model.
+        """
+        if self.cfg.checkpoint.pretrained_checkpoint is None:
+            return
+        folder = from_first(lambda: checkpoint_folder(Path(self.cfg.checkpoint.pretrained_checkpoint)))
+        load_model_weights(folder, chunks, self.groups.dp_cp)
+        optimizer.reload_model_params()
+        if self.rank == 0:
+            log.info("started from the weights of %s", folder)
 
     # ---- saving ----
 

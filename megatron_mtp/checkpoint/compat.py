@@ -151,6 +151,26 @@ def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, 
     return Comparison(refusals, changes)
 
 
+# Beside free and curve fields: what a model may be trained with otherwise, its weights staying what they are.
+_OF_TRAINING = frozenset({"seq_length"})
+
+
+def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Why weights that were saved with one config are not those of another's model, one sentence each. Arguments as `compare`."""
+    ours, theirs, default = present["model"], saved.get("model") or {}, defaults["model"]
+    refusals = []
+    for name in sorted(set(ours) | set(theirs)):
+        old, new = theirs.get(name, default.get(name, _ABSENT)), ours.get(name, default.get(name, _ABSENT))
+        may_change = name in FREE["model"] or name in CURVE["model"] or name in _OF_TRAINING
+        if not may_change and not same("model", name, old, new):
+            advice = _MTP_ADVICE if name == "mtp_num_layers" else ""
+            refusals.append(f"model.{name} = {_show(new)}: the weights are of a model with {_show(old)}.{advice}")
+    return refusals
+
+
+_MTP_ADVICE = " New MTP layers are made when a model is imported: megatron-mtp convert import --mtp-depths N --mtp-init last_layer."
+
+
 def same(section: str, name: str, old: Any, new: Any) -> bool:
     """Whether two values of a field mean the same run. Data may lie in another folder; only its names count."""
     if section == "model" and name == "vocab_size" and new is None:

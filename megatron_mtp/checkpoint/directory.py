@@ -181,6 +181,21 @@ class RunDirectory:
             temporary.unlink(missing_ok=True)
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """The folder of one checkpoint: `path` itself, or the newest one in the run directory `path`.
+
+    Raises:
+        CheckpointError: there is none that is whole.
+    """
+    if (path / MANIFEST_NAME).exists():
+        return path
+    directory = RunDirectory(path)
+    manifest, problems = directory.newest_listed()
+    if manifest is None:
+        raise CheckpointError("\n".join([f"{path}: holds no whole checkpoint.", *problems]))
+    return directory.whole_path(manifest.iteration)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Writes a file and waits until the disk has it."""
     with path.open("wb") as stream:

@@ -10,9 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mtp.checkpoint.compat import Comparison, compare
-from megatron_mtp.checkpoint.directory import RunDirectory
-from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
+from megatron_mtp.checkpoint.compat import Comparison, compare, compare_weights
+from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
+from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest, read_manifest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.config.yaml_text import load_yaml
@@ -48,11 +48,13 @@ def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
         if not is_same_directory(save, load):
             _check_unused(save, load)
     if load is None:
+        check_pretrained(cfg)
         return None
     directory = RunDirectory(load)
     manifest, damaged = directory.newest_listed()
     if manifest is None:
         check_missing(cfg, damaged)
+        check_pretrained(cfg)
         return None
     comparison = compare_with_run(cfg, directory, manifest)
     if comparison.refusals:
@@ -111,6 +113,29 @@ def tokenizer_fingerprint(cfg: ConfigContainer) -> str | None:
     """A hash of what the run's tokenizer maps to what; None where the run has none."""
     tokenizer = configured_tokenizer(cfg)
     return None if tokenizer is None else tokenizer.fingerprint()
+
+
+def check_pretrained(cfg: ConfigContainer) -> None:
+    """Returns if the weights of checkpoint.pretrained_checkpoint, if it is set, are those of this model.
+
+    Raises:
+        CheckpointError: there are none, or the model or the tokenizer is another.
+    """
+    if cfg.checkpoint.pretrained_checkpoint is None:
+        return
+    named = f"checkpoint.pretrained_checkpoint = {cfg.checkpoint.pretrained_checkpoint}"
+    folder = checkpoint_folder(Path(cfg.checkpoint.pretrained_checkpoint))
+    path = folder / CONFIG_NAME
+    try:
+        saved = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    refusals = compare_weights(saved, to_dict(cfg), to_dict(ConfigContainer()))
+    known, present = read_manifest(folder).tokenizer, tokenizer_fingerprint(cfg)
+    if known is not None and present is not None and known != present:
+        refusals.append(f"tokenizer.tokenizer_model = {cfg.tokenizer.tokenizer_model!r}: is another tokenizer.")
+    if refusals:
+        raise CheckpointError("\n".join([f"{named}: holds the weights of another model.", *refusals]))
 
 
 def refusal_text(load: str, iteration: int, comparison: Comparison) -> str:

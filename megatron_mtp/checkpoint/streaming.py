@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_mtp.checkpoint.agreement import describe_error
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX
-from megatron_mtp.checkpoint.directory import RunDirectory, write_durably
+from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, write_durably
 from megatron_mtp.checkpoint.manifest import (
     CONFIG_NAME,
     TRAIN_STATE_NAME,
@@ -249,21 +249,6 @@ class StoredWeights:
         with (self.folder / info.relative_path).open("rb") as stream:
             view = _create_file_view(stream, info.offset, info.length)
             return torch.load(view, map_location="cpu", weights_only=True).detach()
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the newest one in the run directory `path`.
-
-    Raises:
-        CheckpointError: there is none that is whole.
-    """
-    if not (path / CONFIG_NAME).exists():
-        directory = RunDirectory(path)
-        manifest, problems = directory.newest_listed()
-        if manifest is None:
-            raise CheckpointError("\n".join([f"{path}: holds no whole checkpoint.", *problems]))
-        return directory.whole_path(manifest.iteration)
-    return path
 
 
 def _other_kind(key: str) -> str | None:

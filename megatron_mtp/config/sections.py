@@ -284,6 +284,8 @@ class CheckpointConfig(Section):
     """Folder of this run's checkpoints; None: nothing is saved."""
     load: str | None = None
     """Folder to resume from; the newest whole checkpoint in it. An empty or absent folder is a fresh start when it equals `save`."""
+    pretrained_checkpoint: str | None = None
+    """Weights to start from where there is nothing to resume: run directory or checkpoint folder, such as `convert import` makes. Optimizer and counters start anew."""
     save_interval: int | None = None
     """Steps between checkpoints; None: only at the end."""
     save_optim: bool = True

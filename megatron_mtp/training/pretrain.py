@@ -99,7 +99,8 @@ def _train(
     run = setup(cfg, forward_step)
     state = TrainState()
     checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
-    checkpointer.resume(run.engine.chunks, run.engine.optimizer, state)
+    if not checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
+        checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
     info = RunInfo(
         recipe=recipe,
         iteration=state.iteration,
