@@ -1,0 +1,133 @@
+"""What each pipeline stage will hold in memory, before anything is built. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.parallel.activations import Activations
+from megatron_mtp.parallel.cost import DTYPE_BYTES, layer_kinds
+from megatron_mtp.parallel.grid import RankGrid
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.rank_params import RankParameters, mtp_rank_parameters, rank_parameters
+from megatron_mtp.parallel.schedule import ScheduleKind, compute_order
+
+MOMENT_BYTES = {"adam": 8, "sgd": 4, "muon": 4}
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank at the worst moment of a step.
+
+    Attributes:
+        weights: parameters as the forward pass reads them.
+        gradients: the buffers they are reduced in.
+        optimizer: fp32 copies and moments that this rank owns.
+        activations: what autograd keeps of all micro-batches under way, at its peak.
+        workspace: what a backward call needs for a while beyond that.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
+
+
+def num_microbatches(cfg: ConfigContainer, world_size: int) -> int:
+    """Micro-batches of one rank in one step at the final global batch size."""
+    replicas = RankGrid.from_config(cfg, world_size).dp_size
+    return max(1, cfg.train.global_batch_size // (cfg.train.micro_batch_size * replicas))
+
+
+def predict_memory(
+    cfg: ConfigContainer,
+    layout: PipelineLayout,
+    stage: int,
+    world_size: int,
+    num_microbatches: int | None = None,
+    *,
+    is_cpu: bool | None = None,
+) -> RankMemory:
+    """Memory of every rank of a pipeline stage.
+
+    Args:
+        cfg: finalized, with a known vocabulary size.
+        layout: of this model.
+        stage: pipeline rank.
+        world_size: of the job.
+        num_microbatches: of one step; None: from the global batch size.
+        is_cpu: count as torch's CPU kernels do; None: as dist.device says, a GPU unless it is "cpu".
+    """
+    return MemoryModel(cfg, world_size, num_microbatches, is_cpu).rank(layout, stage)
+
+
+class MemoryModel:
+    """`predict_memory` for many layouts of one config."""
+
+    def __init__(self, cfg: ConfigContainer, world_size: int, count: int | None = None, is_cpu: bool | None = None):
+        self.cfg, self.grid = cfg, RankGrid.from_config(cfg, world_size)
+        self.count = num_microbatches(cfg, world_size) if count is None else count
+        on_cpu = cfg.dist.device == "cpu" if is_cpu is None else is_cpu
+        self.parts = Activations(cfg, on_cpu, uses_te=not on_cpu and cfg.model.backend != "torch")
+        self.kinds = layer_kinds(cfg.model)
+
+    def rank(self, layout: PipelineLayout, stage: int) -> RankMemory:
+        """Memory of every rank of a stage."""
+        cfg, item = self.cfg, DTYPE_BYTES[self.cfg.precision.dtype]
+        held = rank_parameters(cfg.model, layout, stage)
+        trained = self._trained(held, layout, stage)
+        owned: float = trained.total
+        if cfg.ddp.use_distributed_optimizer:
+            replicas = self.grid.dp_size * cfg.model.context_parallel_size
+            owned = trained.dense / replicas + trained.expert / self.grid.expert_dp_size
+        state = MOMENT_BYTES[cfg.optimizer.optimizer] + (0 if item == 4 else 4)
+        chunks = [("".join(layout.chunks[stage][v]), layout.decoder_layers(stage, v)) for v in range(layout.vp)]
+        kinds = [[self.kinds[idx] for idx in layers] for _, layers in chunks]
+        kept = [self.parts.chunk(symbols, names) for (symbols, _), names in zip(chunks, kinds, strict=True)]
+        return RankMemory(
+            weights=held.total * item,
+            gradients=trained.total * (4 if cfg.precision.grad_reduce_in_fp32 else item),
+            optimizer=round(owned * state),
+            activations=round(self.peak(layout.pp, layout.vp, stage, kept)),
+            workspace=round(
+                max(self.parts.transient(symbols, names) for (symbols, _), names in zip(chunks, kinds, strict=True))
+            ),
+        )
+
+    def _trained(self, held: RankParameters, layout: PipelineLayout, stage: int) -> RankParameters:
+        model = self.cfg.model
+        if not model.mtp_freeze_trunk:
+            return held
+        trained = RankParameters(dense=0)
+        for _ in range(1 if model.mtp_use_repeated_layer else model.mtp_num_layers or 0):
+            trained += mtp_rank_parameters(model)
+        return trained if layout.mtp_stage == stage else RankParameters(dense=0)
+
+    def peak(self, pp: int, vp: int, stage: int, kept: list[float]) -> float:
+        """Most bytes of activations at once, when a micro-batch under way holds kept[v] in chunk v."""
+        return max(
+            sum(n * size for n, size in zip(counts, kept, strict=True)) for counts in self._in_flight(pp, vp, stage)
+        )
+
+    @cached_property
+    def _counts(self) -> dict[tuple[int, int, int], set[tuple[int, ...]]]:
+        return {}
+
+    def _in_flight(self, pp: int, vp: int, stage: int) -> set[tuple[int, ...]]:
+        """How many micro-batches are held in each chunk, at every moment of a step."""
+        if (pp, vp, stage) not in self._counts:
+            rounds = min(self.count, 3 * pp + self.count % pp)  # later rounds repeat
+            counts, seen = [0] * vp, set()
+            for call in compute_order(ScheduleKind(pp=pp, vp=vp, num_microbatches=rounds), stage):
+                counts[call.vp_rank] += 1 if call.is_forward else -1
+                seen.add(tuple(counts))
+            self._counts[pp, vp, stage] = seen
+        return self._counts[pp, vp, stage]
