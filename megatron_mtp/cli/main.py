@@ -16,6 +16,10 @@ COMMANDS = {
     "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints. Opens no data."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
     "verify": ("megatron_mtp.cli.verify:verify", "Compare parallel layouts with one rank, at a small size."),
+    "convert": (
+        "megatron_mtp.cli.convert:convert",
+        "Exchange weights with Hugging Face folders: import, export, check.",
+    ),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
     "doctor": ("megatron_mtp.cli.doctor:doctor", "Say what this machine can run."),
 }
@@ -41,11 +45,15 @@ def build_app(chosen: str | None) -> typer.Typer:
     )
     app.callback()(_version)
     for name, (target, line) in COMMANDS.items():
-        app.command(name, short_help=line)(_load(target) if name == chosen else _unused)
+        command = _load(target) if name == chosen else _unused
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, short_help=line)
+        else:
+            app.command(name, short_help=line)(command)
     return app
 
 
-def _load(target: str) -> Callable:
+def _load(target: str) -> Callable | typer.Typer:
     module, function = target.split(":")
     return getattr(importlib.import_module(module), function)
 

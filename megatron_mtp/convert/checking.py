@@ -1,0 +1,64 @@
+"""Whether a checkpoint and a Hugging Face folder hold the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_mtp.convert.accounts import hold
+from megatron_mtp.convert.exporting import HF_DTYPES, plan_checkpoint
+from megatron_mtp.convert.links import duplicates
+from megatron_mtp.convert.names import EMBEDDING, HEAD
+from megatron_mtp.convert.side_files import read_config
+from megatron_mtp.convert.tensor_files import TensorFiles
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Result of `check_hf`. `different`: name -> largest absolute difference; 0 where only dtypes differ."""
+
+    num_equal: int = 0
+    different: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every tensor has the same bits."""
+        return not self.different
+
+
+def check_hf(
+    checkpoint: str | Path, hf_dir: str | Path, *, family: str | None = None, mtp_depths: int | None = None
+) -> Comparison:
+    """Compares every tensor, one at a time.
+
+    Args:
+        checkpoint: run directory, or the folder of one checkpoint.
+        hf_dir: a folder that it was imported from or exported to.
+        family, mtp_depths: as `export_hf`.
+
+    Raises:
+        ConversionError, CheckpointError: the two are not the same model; what is missing or left over is named.
+    """
+    model = plan_checkpoint(Path(checkpoint), family, mtp_depths, None)
+    files = TensorFiles(Path(hf_dir))
+    shared = model.cfg.model.share_embeddings_and_output_weights
+    config = read_config(Path(hf_dir))
+    hold(
+        files,
+        model.links,
+        declared_dtype=config.get("dtype") or config.get("torch_dtype") or HF_DTYPES[model.dtype],
+        duplicates=duplicates(model.family, model.cfg.model, model.num_depths),
+        tied={HEAD: EMBEDDING} if shared else {},
+    )
+    result = Comparison()
+    for link in model.links:
+        for source, ours in zip(link.sources, model.read(link) if link.sources else (), strict=True):
+            theirs = files.read(source.name)
+            if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
+                result.num_equal += 1
+            else:
+                difference = (ours.double() - theirs.double()).abs().max()
+                result.different[source.name] = float(difference)
+    return result
