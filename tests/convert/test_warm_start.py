@@ -1,0 +1,145 @@
+"""MTP layers for a trunk without: what they are made of, and that training starts from the weights and goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.convert.importing import import_hf
+from megatron_mtp.errors import CheckpointError, ConversionError
+from tests.convert.hf_models import make
+from tests.convert.ours import built
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trunk") / "hf"
+    make("qwen3", folder)
+    return folder
+
+
+def tensors(path):
+    weights = StoredWeights(path)
+    return {
+        key: weights.read(key, (0,) * len(weights.shape(key)), weights.shape(key)) for key in sorted(weights.tensors)
+    }
+
+
+def test_the_last_layer_becomes_every_depth(trunk, tmp_path):
+    report = import_hf(trunk, tmp_path / "grown", mtp_depths=2, mtp_init="last_layer")
+    found = tensors(tmp_path / "grown")
+    of_block = {
+        key.removeprefix("decoder.layers."): value[-1] for key, value in found.items() if "decoder.layers" in key
+    }
+    for depth in range(2):
+        prefix = f"mtp.layers.{depth}."
+        for name, value in of_block.items():
+            assert torch.equal(found[f"{prefix}transformer_layer.{name}"], value), name
+        assert torch.equal(found[f"{prefix}final_layernorm.weight"], found["decoder.final_layernorm.weight"])
+        assert bool((found[f"{prefix}enorm.weight"] == 1).all())
+        assert found[f"{prefix}eh_proj.weight"].std() > 0
+    assert len(report.made) == 2 * (4 + len(of_block))
+    assert not torch.equal(found["mtp.layers.0.eh_proj.weight"], found["mtp.layers.1.eh_proj.weight"])
+
+
+def model_tensors(source, changes):
+    """On a rank: the model's whole tensors as built, before anything is loaded."""
+    import torch
+
+    from megatron_mtp.model.build import build_model
+    from megatron_mtp.model.sharded import parameter_parts, whole_tensors
+
+    with built(source, changes) as (cfg, _, groups):
+        return whole_tensors(parameter_parts(build_model(cfg, groups, torch.device("cpu"))))[0]
+
+
+def test_fresh_layers_are_those_of_a_new_model(trunk, one, tmp_path):
+    import_hf(trunk, tmp_path / "grown", mtp_depths=1, mtp_init="fresh")
+    found = tensors(tmp_path / "grown")
+    (new,) = one.run(model_tensors, str(tmp_path / "grown"), {})
+    for key in (key for key in found if key.startswith("mtp.")):
+        assert torch.equal(found[key], new[key]), key
+
+
+def test_missing_layers_are_named_and_nothing_is_written(trunk, tmp_path):
+    with pytest.raises(ConversionError, match=r"mtp_num_layers = 1: .* holds no MTP layers.*--mtp-init"):
+        import_hf(trunk, tmp_path / "grown", mtp_depths=1)
+    assert not (tmp_path / "grown").exists()
+
+
+def train(source: str, frozen: bool) -> tuple[list[float], list[float], bool]:
+    """On two ranks: five steps from the weights; main and MTP losses, and whether the trunk stayed equal bit for bit."""
+    from unittest import mock
+
+    from megatron_mtp.checkpoint.preflight import check_run_directory
+    from megatron_mtp.device.select import pick_device
+    from megatron_mtp.model.sharded import gather_parts, parameter_parts, whole_tensors
+    from megatron_mtp.training import setup as setting_up
+    from megatron_mtp.training.pretrain import Checkpointer
+
+    cfg = run_config(source, frozen)
+    cfg.finalize(2)
+    check_run_directory(cfg)
+    with mock.patch.object(setting_up, "init_distributed", lambda config: pick_device(config.device)):
+        run = setting_up.setup(cfg)
+    try:
+        engine = run.engine
+        Checkpointer(cfg, run.groups).start_from_pretrained(engine.chunks, engine.optimizer)
+        before = gather_parts(parameter_parts(engine.chunks))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-2
+        batches = run.data.train(0)
+        batch = next(batches)
+        results = [engine.train(batch, 0.5) for _ in range(5)]
+        after = gather_parts(parameter_parts(engine.chunks))
+        same = before is not None and _same_trunk(whole_tensors(before)[0], whole_tensors(after)[0])
+        return [r.losses[0] for r in results], [r.losses[1] for r in results], same
+    finally:
+        run.release()
+
+
+def _same_trunk(before, after):
+    return all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mtp."))
+
+
+def run_config(source: str, frozen: bool) -> ConfigContainer:
+    from megatron_mtp.convert.load import config_of
+
+    cfg = config_of(source)
+    cfg.model.mtp_freeze_trunk = frozen
+    cfg.model.pipeline_model_parallel_size = 2
+    cfg.model.seq_length = 32
+    cfg.dataset.mock, cfg.dataset.seq_length = True, None
+    cfg.train.train_iters, cfg.train.global_batch_size, cfg.train.micro_batch_size = 5, 4, 2
+    cfg.scheduler.lr_warmup_iters = 0
+    cfg.ddp.overlap_grad_reduce = cfg.ddp.overlap_param_gather = False
+    cfg.dist.device = "cpu"
+    cfg.checkpoint.pretrained_checkpoint = source
+    return cfg
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_training_starts_from_the_weights(frozen, trunk, two, tmp_path):
+    """The main loss of the first step is that of the imported model; MTP layers learn, and a frozen trunk stays."""
+    import_hf(trunk, tmp_path / "grown", mtp_depths=1, mtp_init="last_layer")
+    main, mtp, same_trunk = two.run(train, str(tmp_path / "grown"), frozen)[0]
+    assert mtp[-1] < mtp[0] - 0.1
+    assert same_trunk == frozen
+    assert (main[-1] == main[0]) == frozen
+
+
+def test_weights_of_another_model_are_refused(trunk, tmp_path):
+    from megatron_mtp.checkpoint.preflight import check_pretrained
+
+    import_hf(trunk, tmp_path / "plain")
+    cfg = run_config(str(tmp_path / "plain"), frozen=False)
+    cfg.model.mtp_num_layers = 1
+    cfg.model.hidden_size = 64
+    cfg.finalize(2)
+    with pytest.raises(CheckpointError, match=r"hidden_size = 64: the weights are of a model with 32") as refusal:
+        check_pretrained(cfg)
+    assert "convert import --mtp-depths" in str(refusal.value)
