@@ -129,6 +129,7 @@ def _experts_to_hf(model: ModelConfig, form: Family) -> dict[str, Any]:
         config["shared_expert_intermediate_size"] = model.moe_shared_expert_intermediate_size
     if form.has_routing_groups:
         config |= {"n_group": model.moe_router_num_groups or 1, "topk_group": model.moe_router_group_topk or 1}
+        _require_two_best_of_group(config["n_group"], config["topk_group"], model.moe_router_topk)
     if form.dense_layers != "first":
         config["router_aux_loss_coef"] = model.moe_aux_loss_coeff
     return config
@@ -149,7 +150,17 @@ def _experts_from_hf(config: dict[str, Any], model: ModelConfig, form: Family) -
     scaling = config.get("routed_scaling_factor") or 1.0
     model.moe_router_topk_scaling_factor = None if scaling == 1.0 else scaling
     if form.has_routing_groups and (config.get("n_group") or 1) > 1:
+        _require_two_best_of_group(config["n_group"], config.get("topk_group") or 1, model.moe_router_topk)
         model.moe_router_num_groups, model.moe_router_group_topk = config["n_group"], config.get("topk_group")
+
+
+def _require_two_best_of_group(num_groups: int, group_topk: int, topk: int) -> None:
+    """transformers scores a group of experts by its two best, Megatron-Core by its best topk / group_topk."""
+    if num_groups > 1 and topk // group_topk != 2:
+        raise ConversionError(
+            f"num_experts_per_tok = {topk} with topk_group = {group_topk}: Megatron-Core scores each of the {num_groups} groups "
+            f"by its best {topk // group_topk}, the Hugging Face class by its best 2. Only twice as many experts as groups agree."
+        )
 
 
 def _linear_layers(config: dict[str, Any]) -> int | list[int]:

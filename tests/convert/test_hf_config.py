@@ -30,7 +30,7 @@ NEXT = [
 ]
 YARN = ["rope_type=yarn", "rotary_scaling_factor=4", "mscale=0.707", "mscale_all_dim=0.707"]
 CASES = {
-    "deepseek_v3": ("tiny_mla_moe", []),
+    "deepseek_v3": ("tiny_mla_moe", ["moe_router_topk=4"]),
     "deepseek_v3, no groups, no query latent": (
         "tiny_mla_moe",
         [
@@ -106,6 +106,7 @@ def test_every_family_is_covered():
         ("deepseek_v3", "moe_layer_freq=[1, 0, 1, 1]", "moe_layer_freq"),
         ("deepseek_v3", "layernorm_epsilon=1e-5", "latent_norm_epsilon = 1e-05"),
         ("deepseek_v3", "moe_shared_expert_intermediate_size=96", "moe_shared_expert_intermediate_size = 96"),
+        ("deepseek_v3", "moe_router_topk=2", "num_experts_per_tok = 2 with topk_group = 2"),
         ("deepseek_v2", "mscale=2.0", "mscale = 2.0"),
         ("mixtral", "moe_ffn_hidden_size=64", "moe_ffn_hidden_size = 64"),
         ("glm4_moe", "moe_router_enable_expert_bias=false", "moe_router_enable_expert_bias = False"),
@@ -132,6 +133,7 @@ def test_what_a_family_cannot_carry_is_named(case, override, named):
         ("qwen3", {"hidden_size": None, "rope_parameters": {}}, "rope_theta"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn' is not built"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic"}, "rope_parameters": None, "rope_theta": 1e4}, "dynamic"),
+        ("deepseek_v3", {"num_experts_per_tok": 6}, "scores each of the 4 groups by its best 3"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = False"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "group_limited_greedy"),
     ],
