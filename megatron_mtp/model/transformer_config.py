@@ -76,7 +76,9 @@ def transformer_config(cfg: ConfigContainer, *, use_te: bool, device_type: str) 
         fields["moe_grouped_gemm"] = use_te if model.moe_grouped_gemm is None else model.moe_grouped_gemm
     fields |= {name: _engine_value(name, value) for name, value in model.mcore.items()}
     config_class = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
-    return config_class(**fields)
+    config = config_class(**fields)
+    config.latent_norm_epsilon = model.latent_norm_epsilon  # no field of the engine; ExactMLASelfAttention reads it
+    return config
 
 
 def _engine_value(name: str, value: Any) -> Any:

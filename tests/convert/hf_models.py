@@ -90,6 +90,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "topk_method": "greedy"},
     ),
     "deepseek_v3": ("deepseek_v3", LATENT | DEEPSEEK_MOE | NO_MTP),
+    # Moonlight: no query latent, no groups, and norms of latents with another epsilon than the others.
+    "moonlight": (
+        "deepseek_v3",
+        LATENT
+        | DEEPSEEK_MOE
+        | NO_MTP
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "initializer_range": 0.02},
+    ),
     "deepseek_v3_yarn": ("deepseek_v3", LATENT | DEEPSEEK_MOE | NO_MTP | YARN),
     # MiMo has no class in transformers; its trunk is Qwen2's, with the same names.
     "mimo": ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": False}),

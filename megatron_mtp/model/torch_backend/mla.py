@@ -35,6 +35,14 @@ class ExactMLASelfAttention(MLASelfAttention):
         if self.config.q_lora_rank is not None:
             mark_whole_weight(self.linear_q_down_proj, self.config.q_lora_rank)
         mark_whole_weight(self.linear_kv_down_proj, self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim)
+        if (epsilon := getattr(self.config, "latent_norm_epsilon", None)) is not None:
+            self._set_latent_norm_epsilon(epsilon)
+
+    def _set_latent_norm_epsilon(self, epsilon: float) -> None:
+        # Transformer Engine holds a latent's norm inside the projection that follows it.
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            if hasattr(module := getattr(self, name, None), "eps"):
+                module.eps = epsilon
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of queries and of keys and values.
