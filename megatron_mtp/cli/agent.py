@@ -3,6 +3,8 @@
 - Its exit code is that of the ranks: dist.preempted_exit_code after SIGTERM and a checkpoint, 2 for a mistake, 4 for bad numbers. torchrun
   itself ends with 1 whatever happened.
 - SIGUSR1 is passed on to the ranks, which save and go on. torchrun would die of it.
+- Each start of the ranks has a store of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). In torchrun's shared one keys are told apart by
+  how often an agent has restarted its ranks; after one host was cut off the agents count differently, and ranks meet dead addresses.
 - Where the network fails, the rendezvous of an agent fails with it; the agent then joins again, until REJOIN_S have passed without success.
   torchrun gives up at once.
 
@@ -37,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs torchrun and returns the exit code."""
     with tempfile.TemporaryDirectory(prefix="megatron-mtp-agent-") as folder:
         os.environ[EXIT_DIR] = folder
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         signal.signal(signal.SIGUSR1, lambda *_: _signal_ranks(signal.SIGUSR1))
         return _keep_joining(lambda: _run(arguments, Path(folder)))
 
@@ -78,7 +81,8 @@ def _keep_joining(run: Callable[[], int]) -> int:
                 lost_s = now_s
             if now_s - lost_s > REJOIN_S:
                 raise
-            print(f"megatron-mtp agent: {type(error).__name__}: {error}. Joining again.", file=sys.stderr, flush=True)
+            cause = str(error).partition("\n")[0]
+            print(f"megatron-mtp agent: {type(error).__name__}: {cause}. Joining again.", file=sys.stderr, flush=True)
             time.sleep(PAUSE_S)
 
 

@@ -7,24 +7,28 @@ failure to a file for the parent to choose from; ranks of torchrun leave it in t
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 
 from megatron_mtp.errors import ConfigError, MegatronMTPError, NumericsError
+from megatron_mtp.observe.failures import ENDED_BY_ANOTHER, write_failure
 
-FAILURE_DIR = "MEGATRON_MTP_FAILURE_DIR"
-"""Set by `--nproc` for its ranks: the folder for their failure files."""
 STORE_KEY = "megatron_mtp/failure"
 SILENCE_S = 20.0
 """A rank beside rank 0 waits this long to be ended before it speaks itself."""
 ECHO_WAIT_S = 3.0
 """Rank 0, hit by another rank's end, waits this long for that rank's reason."""
-ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistNetworkError", "ncclRemoteError")
+ECHOES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "DistNetworkError",
+    "ncclRemoteError",
+    ENDED_BY_ANOTHER,
+)
 """Texts of failures that another rank's end explains."""
 USER_MISTAKE = 2
 
@@ -37,9 +41,8 @@ def exit_code_of(error: Exception) -> int:
     """
     rank, is_mistake = int(os.environ.get("RANK", "0")), isinstance(error, MegatronMTPError)
     code = error.exit_code if isinstance(error, MegatronMTPError) else 1
-    if folder := os.environ.get(FAILURE_DIR):
-        text = message(error) if is_mistake else "".join(traceback.format_exception(error))
-        _write_failure(Path(folder), rank, text, is_mistake)
+    text = message(error) if is_mistake else "".join(traceback.format_exception(error))
+    if write_failure(rank, text, is_mistake):
         return code
     if not is_mistake:
         if rank == 0 and (cause := _cause_in_store(error)):
@@ -59,14 +62,6 @@ def message(error: Exception) -> str:
     if len(problems) == 1:
         return f"megatron-mtp: {problems[0]}"
     return "\n".join([f"megatron-mtp: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
-
-
-def _write_failure(folder: Path, rank: int, text: str, is_mistake: bool) -> None:
-    record = {"rank": rank, "time": time.time(), "is_mistake": is_mistake, "text": text}
-    partial = folder / f"rank{rank}.partial"
-    with suppress(OSError):  # the parent falls back to the exit code
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.rename(folder / f"rank{rank}.json")
 
 
 def _let_rank_0_speak(text: str, is_shared: bool) -> None:

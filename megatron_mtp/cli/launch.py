@@ -15,7 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_mtp.cli.failure import ECHOES, FAILURE_DIR
+from megatron_mtp.cli.failure import ECHOES
+from megatron_mtp.observe.failures import FAILURE_DIR
 
 POLL_S = 0.05
 SETTLE_S = 3.0

@@ -44,19 +44,34 @@ class GradientWatch:
         ]
         self.is_overlapped = is_overlapped
         self._largest: Tensor | None = None
-        self._started = time.perf_counter()
-        self.own_s = 0.0
-        """Seconds from the start of the last step until this rank had its gradients, other stages' time included."""
+        self._started = self._done = 0.0
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if next(chunks[0].parameters()).device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    @property
+    def own_s(self) -> float:
+        """Seconds from the start of the last step until this rank had its gradients, its waits for other stages included.
+
+        On a GPU it is the device's time, to be read when the step's losses have been read.
+        """
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._done - self._started
 
     def begin(self) -> None:
         """A step begins."""
         self._largest, self._started = None, time.perf_counter()
+        if self._events is not None:
+            self._events[0].record()
 
     def before(self, finalize: Callable[..., None]) -> Callable[..., None]:
         """Wraps Megatron-Core's hook that reduces gradients."""
 
         def noted(*arguments: Any, **options: Any) -> None:
-            self.own_s = time.perf_counter() - self._started
+            self._done = time.perf_counter()
+            if self._events is not None:
+                self._events[1].record()
             if not self.is_overlapped:
                 self._note()
             finalize(*arguments, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +24,12 @@ from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
+from megatron_mtp.training.stragglers import StragglerWatch
 from megatron_mtp.training.surroundings import manual_gc, profiler
 from megatron_mtp.training.throughput import Throughput
+from megatron_mtp.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -38,6 +43,8 @@ class Trainer:
         saver: takes checkpoints, where the run has any.
         boundary: decides after each step whether to save or leave.
         watch: judges losses and gradient of each step.
+        watchdog: is told what this rank does next.
+        stragglers: compares the ranks' own times.
         callbacks: called in order at each event.
     """
 
@@ -47,6 +54,8 @@ class Trainer:
     saver: Saver
     boundary: StepBoundary
     watch: FaultWatch
+    watchdog: Watchdog
+    stragglers: StragglerWatch
     callbacks: list[Callback]
     throughput: Throughput
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
@@ -70,6 +79,7 @@ class Trainer:
         orders = Orders()
         with manual_gc(cfg.train.manual_gc), profiler(cfg) as running:
             while orders.leave is None and (end is None or state.consumed_samples < end):
+                self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
                 batch = next(batches)
                 if self._step(batch) == "roll back":
                     batches.close()
@@ -79,6 +89,7 @@ class Trainer:
                 self._collect_garbage()
                 if self._every(cfg.validation.eval_interval):
                     self._evaluate()
+                self.watchdog.beat(f"iteration {state.iteration}: asking all ranks whether to save or leave")
                 orders = self.boundary.orders(state.iteration)
                 if orders.save:
                     self._save(orders.save)
@@ -94,6 +105,7 @@ class Trainer:
     def _step(self, batch: GlobalBatch) -> Action:
         """One step, counted and recorded unless the run goes back because of it."""
         cfg, state, engine = self.run.cfg, self.state, self.run.engine
+        self.watchdog.beat(f"iteration {state.iteration + 1}: the step")
         started = time.perf_counter()
         lr, wd = schedules.learning_rate(cfg), schedules.weight_decay(cfg)
         rate = schedules.apply(engine.optimizer, lr, wd, state.consumed_samples)
@@ -110,6 +122,8 @@ class Trainer:
         state.advance(len(batch.sample_ids), cfg.model.seq_length)
         state.add_acceptance(acceptance_by_depth(result.acceptance))
         self._call("on_step_end", result)
+        for straggler in self.stragglers.step(engine.gradients.own_s):
+            logger.warning("iteration %d: %s", state.iteration, straggler)
         self.recorder.step(self._record(result, len(batch.sample_ids), rate, loss_factor, elapsed_s))
         return "go on"
 
@@ -166,6 +180,7 @@ class Trainer:
         cfg, state = self.run.cfg, self.state
         if not cfg.validation.eval_iters or not self.run.data.valid_names:
             return
+        self.watchdog.beat(f"iteration {state.iteration}: evaluation")
         loss_factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(state.consumed_tokens)
         self.evaluations = evaluate(self.run.engine, self.run.data, loss_factor)
         extra: dict[str, float] = {}
@@ -182,6 +197,7 @@ class Trainer:
     def _save(self, reason: str) -> None:
         if not self.saver.is_due:
             return
+        self.watchdog.beat(f"iteration {self.state.iteration}: saving ({reason})")
         self._call("on_save")
         if self.saver.save(reason):
             self.boundary.saved()

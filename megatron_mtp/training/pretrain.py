@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.check_faults import watchdog_timeout_s
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
@@ -20,13 +21,17 @@ from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.faults import FaultWatch
+from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.loop import Trainer
+from megatron_mtp.training.out_of_memory import explained_out_of_memory
 from megatron_mtp.training.preemption import SignalWatch, StepBoundary
 from megatron_mtp.training.saving import Saver
-from megatron_mtp.training.setup import leave_groups, setup
+from megatron_mtp.training.setup import Run, leave_groups, setup
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import ForwardStep
+from megatron_mtp.training.stragglers import StragglerWatch
 from megatron_mtp.training.throughput import Throughput
+from megatron_mtp.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +71,7 @@ def pretrain(
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
         NumericsError: the numbers are bad and the policy is to stop.
+        OutOfMemoryError: with what was planned and what would help.
 
     SIGTERM and SIGUSR1 are caught meanwhile, if this is the main thread: see `preemption`.
     """
@@ -74,7 +80,7 @@ def pretrain(
     check_run_directory(cfg)
     setup_logging(env_rank())
     try:
-        with SignalWatch() as signals:
+        with SignalWatch() as signals, explained_out_of_memory(cfg, env_rank(), env_world_size()):
             return _train(cfg, forward_step, recipe, callbacks, signals)
     finally:
         leave_groups()
@@ -96,7 +102,20 @@ def _train(
     callbacks: Sequence[Callback],
     signals: SignalWatch,
 ) -> Summary:
-    run = setup(cfg, forward_step)
+    watchdog = Watchdog(watchdog_timeout_s(cfg), env_rank(), env_world_size())
+    run = setup(cfg, watchdog.around(forward_step or default_forward_step))
+    with watchdog:  # from here on there is a store for all ranks
+        return _train_watched(cfg, run, recipe, callbacks, signals, watchdog)
+
+
+def _train_watched(
+    cfg: ConfigContainer,
+    run: Run,
+    recipe: str,
+    callbacks: Sequence[Callback],
+    signals: SignalWatch,
+    watchdog: Watchdog,
+) -> Summary:
     state = TrainState()
     checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
     if not checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
@@ -119,6 +138,8 @@ def _train(
         saver=Saver(run, state, checkpointer),
         boundary=StepBoundary(cfg, signals, run.device.torch_device),
         watch=FaultWatch(cfg.train, state),
+        watchdog=watchdog,
+        stragglers=StragglerWatch(cfg.dist.straggler_factor, cfg.logger.log_interval),
         callbacks=list(callbacks),
         throughput=throughput,
     )

@@ -15,6 +15,7 @@ from megatron_mtp.cli.main import COMMANDS, main
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_yaml
 from megatron_mtp.errors import DataError
+from megatron_mtp.observe.failures import FAILURE_DIR
 from megatron_mtp.recipes import RECIPES, get_recipe
 
 pytestmark = pytest.mark.unit
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Runs a command in this process: (exit code, stdout, stderr)."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", failure.FAILURE_DIR):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", FAILURE_DIR):
         monkeypatch.delenv(name, raising=False)
 
     def call(*arguments: str) -> tuple[int, str, str]:

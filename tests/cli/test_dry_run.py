@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megatron_mtp.cli import failure
 from megatron_mtp.cli.main import main
+from megatron_mtp.observe.failures import FAILURE_DIR
 
 pytestmark = pytest.mark.unit
 PP2 = "model.pipeline_model_parallel_size=2"
@@ -15,7 +15,7 @@ PP2 = "model.pipeline_model_parallel_size=2"
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", failure.FAILURE_DIR):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", FAILURE_DIR):
         monkeypatch.delenv(name, raising=False)
 
     def call(*arguments: str) -> tuple[int, str, str]:
