@@ -48,3 +48,7 @@ class NumericsError(MegatronMTPError):
     """Losses or gradients are bad, and the run's policy is to stop. Starting again without a change leads here again."""
 
     exit_code = 4
+
+
+class OutOfMemoryError(MegatronMTPError):
+    """The memory of a device did not suffice; the text says what was planned and what would help."""
