@@ -15,6 +15,7 @@ COMMANDS = {
     "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
     "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints. Opens no data."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
+    "launch": ("megatron_mtp.cli.submit:launch", "Start a job that comes back by itself: here, on Slurm or Kubernetes."),
     "verify": ("megatron_mtp.cli.verify:verify", "Compare parallel layouts with one rank, at a small size."),
     "convert": (
         "megatron_mtp.cli.convert:convert",

@@ -1,0 +1,82 @@
+"""`megatron-mtp launch`: a job of many processes, here or under a scheduler."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.errors import ConfigError
+
+
+def launch(
+    where: Annotated[Literal["local", "slurm", "k8s"], typer.Argument(help="local, slurm or k8s.")],
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config: Files = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each, one for each GPU.")] = 8,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Starts in place after a failure.")] = 3,
+    name: Annotated[str | None, typer.Option(help="Of the job. Default: the recipe's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted.")] = False,
+    partition: Annotated[str | None, typer.Option(help="Slurm.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm.")] = None,
+    time: Annotated[str | None, typer.Option(help="Slurm: time limit, such as 24:00:00.")] = None,
+    image: Annotated[str | None, typer.Option(help="Kubernetes: container image with megatron-mtp.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Kubernetes.")] = None,
+    claim: Annotated[str | None, typer.Option(help="Kubernetes: PersistentVolumeClaim of the shared disk.")] = None,
+    mount: Annotated[str, typer.Option(help="Kubernetes: where the claim is mounted.")] = "/shared",
+) -> None:
+    """Start a job that comes back by itself: after a lost rank in place, after a preemption by the scheduler.
+
+    The config is validated for the job's size before anything is submitted.
+    """
+    from megatron_mtp.tools.job import Job, check_job
+
+    cfg = choose_config(recipe, config, overrides)
+    cfg.finalize(nodes * gpus_per_node)
+    chosen = name or recipe.replace("_", "-")
+    job = Job(cfg, recipe, config or [], overrides or [], chosen, nodes, gpus_per_node, max_restarts)
+    check_job(job, where)
+    if where == "local":
+        _start_here(job.agent(["--standalone"]), job.environment, dry_run)
+    elif where == "slurm":
+        from megatron_mtp.tools import job_slurm
+
+        text = job_slurm.render(job, partition=partition, account=account, time=time)
+        _submit(text, ["sbatch"], dry_run)
+    else:
+        from megatron_mtp.tools import job_k8s
+
+        if image is None:
+            raise ConfigError("--image: Kubernetes needs one. Name a container image that holds megatron-mtp.")
+        text = job_k8s.render(job, image=image, namespace=namespace, claim=claim, mount=mount)
+        _submit(text, ["kubectl", "apply", "-f", "-"], dry_run)
+
+
+def _start_here(command: str, environment: dict[str, str], dry_run: bool) -> None:
+    if dry_run:
+        typer.echo(" ".join([*(f"{name}={value}" for name, value in environment.items()), command]))
+        return
+    words = shlex.split(command)
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *words[1:]], os.environ | environment)
+
+
+def _submit(text: str, command: list[str], dry_run: bool) -> None:
+    if dry_run:
+        typer.echo(text, nl=False)
+        return
+    if shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"{command[0]}: there is no such command on this machine. Submit from a machine that has it, or print the job with "
+            "--dry-run and take it there."
+        )
+    done = subprocess.run(command, input=text, text=True, check=False)
+    raise typer.Exit(done.returncode)

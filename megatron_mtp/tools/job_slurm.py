@@ -1,0 +1,61 @@
+"""A job for Slurm: one task on each node, which is torchrun's agent there; requeued after a preemption."""
+
+from __future__ import annotations
+
+import shlex
+from string import Template
+
+from megatron_mtp.tools.job import Job
+
+SCRIPT = Template("""\
+#!/bin/bash
+# Made by `megatron-mtp launch slurm`.
+#SBATCH --job-name=$name
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=$name-%j.log
+# SIGTERM so long before the time limit: a checkpoint, then exit code $code. The same happens at a preemption.
+#SBATCH --signal=TERM@$grace
+$options
+set -u
+$exports
+first_node=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1)
+export first_node
+# This shell must outlive the SIGTERM that its steps get, to ask for the requeue.
+trap : TERM
+
+srun --kill-on-bad-exit=0 bash -c $agent
+code=$$?
+if [ "$$code" -eq $code ]; then
+    echo "preempted with a checkpoint: requeued"
+    scontrol requeue "$$SLURM_JOB_ID"
+fi
+exit "$$code"
+""")
+
+
+def render(job: Job, *, partition: str | None, account: str | None, time: str | None) -> str:
+    """The batch script.
+
+    Args:
+        time: limit as Slurm writes it; None: the partition's.
+    """
+    options = {"partition": partition, "account": account, "time": time}
+    if job.has_gpus:
+        options["gpus-per-node"] = str(job.gpus_per_node)
+    rendezvous = job.rendezvous(
+        job_id='"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
+        first_node='"$first_node"',
+        is_first="$((SLURM_NODEID == 0))",
+    )
+    return SCRIPT.substitute(
+        name=job.name,
+        nodes=job.nodes,
+        grace=job.grace_s,
+        code=job.cfg.dist.preempted_exit_code,
+        options="".join(f"#SBATCH --{name}={value}\n" for name, value in options.items() if value),
+        exports="".join(f"export {name}={value}\n" for name, value in job.environment.items()),
+        agent=shlex.quote(f"exec {job.agent(rendezvous)}"),
+    )
