@@ -14,6 +14,7 @@ from megatron_mtp.cli.failure import exit_code_of
 COMMANDS = {
     "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
     "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints. Opens no data."),
+    "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline: split, step time, memory. Needs no device."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
     "launch": ("megatron_mtp.cli.submit:launch", "Start a job that comes back by itself: here, on Slurm or Kubernetes."),
     "verify": ("megatron_mtp.cli.verify:verify", "Compare parallel layouts with one rank, at a small size."),
@@ -22,6 +23,8 @@ COMMANDS = {
         "Exchange weights with Hugging Face folders: import, export, check.",
     ),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
+    "generate": ("megatron_mtp.cli.generate:generate", "Continue text, with the MTP layers as drafters."),
+    "spec-eval": ("megatron_mtp.cli.spec_eval:spec_eval", "Measure what drafting gains on held-out text."),
     "doctor": ("megatron_mtp.cli.doctor:doctor", "Say what this machine can run."),
 }
 

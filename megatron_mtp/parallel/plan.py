@@ -120,6 +120,10 @@ class Planner:
             self.cfg.model, self.costs, self.count, hidden_bytes(self.cfg), frees_outputs=self.frees_outputs
         )
 
+    def work(self, layout: PipelineLayout) -> Work:
+        """What the simulation of a layout needs."""
+        return _work(self.cfg, layout, self.costs, chunk_times(self.costs, self.cfg.model, layout))
+
     def memory_model(self) -> MemoryModel:
         """Of this config."""
         return MemoryModel(self.cfg, self.world_size, self.count, self.is_cpu)
@@ -136,22 +140,16 @@ class Planner:
         problem, memory = self.problem(), self.memory_model()
         if not problem.variants():
             raise PlanError(too_few_layers(self.cfg.model))
-        least = float("inf")
-
-        def fits(split: Split) -> bool:
-            nonlocal least
-            layout = layout_of(problem, split)
-            peak = max(memory.rank(layout, stage).total for stage in range(layout.pp))
-            least = min(least, peak)
-            return limit_bytes is None or peak <= limit_bytes
-
-        choice = best_split(problem, fits=None if limit_bytes is None else fits, effort=effort)
+        fitting = _Fitting(problem, memory, limit_bytes)
+        if limit_bytes is None:
+            choice = best_split(problem, effort=effort)
+        else:
+            choice = best_split(problem, fits=fitting.split, stage_fits=fitting.stage, effort=effort)
         if choice is None:
             raise PlanError(
                 f"no split of model.num_layers = {self.cfg.model.num_layers} over {problem.num_chunks} chunks fits the memory of "
-                f"{(limit_bytes or 0) / 2**30:.1f} GiB: the best one that was tried needs {least / 2**30:.1f} GiB on its fullest stage. "
-                "Use more pipeline stages or tensor ranks, a smaller train.micro_batch_size, model.recompute_granularity=full (with "
-                "recompute_method=uniform, recompute_num_layers=1), or --search to look for sizes that fit."
+                f"{(limit_bytes or 0) / 2**30:.1f} GiB; {fitting.nearest} "
+                "Use more pipeline stages or tensor ranks, a smaller train.micro_batch_size, or recomputation."
             )
         return choice
 
@@ -183,6 +181,44 @@ class Planner:
             tokens_per_s=rate,
             mfu=flops / (self.peak_tflops * 1e12) if self.peak_tflops else None,
         )
+
+
+class _Fitting:
+    """Whether stages and splits fit a memory limit; stages that hold the same kinds of layers at the same place are weighed once."""
+
+    def __init__(self, problem: SplitProblem, memory: MemoryModel, limit_bytes: float | None):
+        self.problem, self.memory = problem, memory
+        self.limit = float("inf") if limit_bytes is None else limit_bytes
+        self.sizes: dict[tuple, int] = {}
+        self.least = float("inf")
+
+    @property
+    def nearest(self) -> str:
+        """How near the splits that were weighed came."""
+        if self.least < float("inf"):
+            return f"the best one that was weighed needs {self.least / 2**30:.1f} GiB on its fullest stage."
+        return "some stage is too full in each of them."
+
+    def split(self, split: Split) -> bool:
+        """Whether all stages fit."""
+        layout = layout_of(self.problem, split)
+        peak = max(self.memory.rank(layout, stage).total for stage in range(layout.pp))
+        self.least = min(self.least, peak)
+        return peak <= self.limit
+
+    def stage(self, rank: int, start: int, stop: int, is_standalone: bool) -> bool:
+        """Whether a stage fits that holds the layers start..stop-1, without interleaving."""
+        kinds = self.memory.kinds
+        key = (rank, is_standalone, tuple(sorted(kinds[start:stop])), stop == len(kinds), start < stop)
+        if key not in self.sizes:
+            # What the other stages hold does not matter; only where this one's layers begin.
+            counts = [0] * self.problem.num_chunks
+            counts[0] = start
+            counts[rank] = start + stop if rank == 0 else stop - start
+            if rank < len(counts) - 1:
+                counts[-1] += len(kinds) - stop
+            self.sizes[key] = self.memory.rank(layout_of(self.problem, Split(tuple(counts), is_standalone)), rank).total
+        return self.sizes[key] <= self.limit
 
 
 def predict_step(

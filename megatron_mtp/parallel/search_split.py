@@ -16,6 +16,8 @@ GOOD_ENOUGH = 1 + 1e-4
 NUM_SEEDS = 40
 """Ready-made splits that are simulated before single layers are moved."""
 
+StageFits = Callable[[int, int, int, bool], bool]
+
 
 @dataclass(frozen=True, slots=True)
 class SplitChoice:
@@ -39,19 +41,24 @@ class SplitChoice:
 
 
 def best_split(
-    problem: SplitProblem, *, fits: Callable[[Split], bool] | None = None, effort: int = 150
+    problem: SplitProblem,
+    *,
+    fits: Callable[[Split], bool] | None = None,
+    stage_fits: StageFits | None = None,
+    effort: int = 150,
 ) -> SplitChoice | None:
     """The fastest legal split.
 
     Args:
         fits: whether a split may be taken at all, by its memory; None: all may.
+        stage_fits: the same of a stage (rank, first layer, last layer + 1, is_standalone), without interleaving.
         effort: splits to simulate before the best so far is returned with its bound. A count and not a time, because every rank
             of a run works its layout out for itself. Instances with few legal splits ignore it.
 
     Returns:
         None if no legal split fits.
     """
-    search = _Search(problem, fits, effort)
+    search = _Search(problem, fits, stage_fits if problem.kind.vp == 1 else None, effort)
     if not search.floors:
         return None
     if problem.num_legal(FEW) < FEW:
@@ -68,8 +75,10 @@ def best_split(
 class _Search:
     """The best split so far, and what was simulated on the way."""
 
-    def __init__(self, problem: SplitProblem, fits: Callable[[Split], bool] | None, effort: int):
-        self.problem, self.fits, self.effort = problem, fits, effort
+    def __init__(
+        self, problem: SplitProblem, fits: Callable[[Split], bool] | None, stage_fits: StageFits | None, effort: int
+    ):
+        self.problem, self.fits, self.stage_fits, self.effort = problem, fits, stage_fits, effort
         self.floors = {is_standalone: Floor(problem, is_standalone) for is_standalone in problem.variants()}
         self.best: Split | None = None
         self.best_ms = float("inf")
@@ -90,7 +99,8 @@ class _Search:
     @property
     def is_late(self) -> bool:
         """Whether the effort is spent, or nothing is left to gain."""
-        return self.best is not None and (len(self.seen) >= self.effort or self.best_ms <= self.bound_ms * GOOD_ENOUGH)
+        most = self.effort if self.best is not None else self.effort * 4
+        return len(self.seen) >= most or self.best_ms <= self.bound_ms * GOOD_ENOUGH
 
     def all(self) -> SplitChoice | None:
         """Exact."""
@@ -111,7 +121,8 @@ class _Search:
         """Branch and bound over the stages in order. Exact if it ends before the effort is spent."""
         ended = True
         for is_standalone, floor in sorted(self.floors.items(), key=lambda item: item[1].of_all()):
-            ended &= self._branch(floor, floor.suffixes(), is_standalone, (), 0, 0.0)
+            suffixes = floor.suffixes(self.stage_fits)
+            ended &= self._branch(floor, suffixes, is_standalone, (), 0, 0.0)
         self.is_exhausted = ended
 
     def _branch(
@@ -131,7 +142,7 @@ class _Search:
         most = min(start + self.problem.most(rank, is_standalone), num_layers)
         for stop in range(start + self.problem.least(rank, is_standalone), most + 1):
             rest = suffixes[rank + 1][stop]
-            if max(rest, so_far) < self.best_ms:
+            if max(rest, so_far) < self.best_ms and self._stage_fits(rank, start, stop, is_standalone):
                 bound = max(rest, so_far, floor.stage(rank, start, stop))
                 options.append((bound, stop))
         for bound, stop in sorted(options):
@@ -142,6 +153,9 @@ class _Search:
             if not self._branch(floor, suffixes, is_standalone, (*counts, stop - start), stop, bound):
                 return False
         return True
+
+    def _stage_fits(self, rank: int, start: int, stop: int, is_standalone: bool) -> bool:
+        return self.stage_fits is None or self.stage_fits(rank, start, stop, is_standalone)
 
     def by_seeds(self, seeds: Iterable[Split]) -> None:
         """Tries ready-made splits."""

@@ -6,7 +6,7 @@ the loss's. The embedding is on the first chunk, the loss on the last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -249,8 +249,12 @@ class Floor:
         """For every split: the least over all ways to deal out the layers, by the best of which no split is faster."""
         return self.suffixes()[0][0] if self.problem.kind.vp == 1 else self._by_loads()
 
-    def suffixes(self) -> list[list[float]]:
-        """Without interleaving: `[p][n]` is the least that ranks p.. can come to if n layers are before them."""
+    def suffixes(self, fits: Callable[[int, int, int, bool], bool] | None = None) -> list[list[float]]:
+        """Without interleaving: `[p][n]` is the least that ranks p.. can come to if n layers are before them.
+
+        Args:
+            fits: whether a rank may hold a range of layers; infinite where none may.
+        """
         problem, num_layers = self.problem, len(self.problem.layers)
         pp, infinite = problem.kind.pp, float("inf")
         table = [[infinite] * (num_layers + 1) for _ in range(pp)] + [[infinite] * num_layers + [0.0]]
@@ -260,6 +264,8 @@ class Floor:
                 best = infinite
                 for stop in range(start + least, min(start + most, num_layers) + 1):
                     if table[rank + 1][stop] >= best:
+                        continue
+                    if fits is not None and not fits(rank, start, stop, self.is_standalone):
                         continue
                     here = self.stage(rank, start, stop)
                     best = min(best, max(here, table[rank + 1][stop]))

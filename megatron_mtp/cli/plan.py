@@ -1,0 +1,78 @@
+"""`megatron-mtp plan`: the pipeline split, its time and its memory, known before launch. Imports neither torch nor Megatron-Core."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    config: Files = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices of the job; default: the fewest that hold it.")
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="Device to estimate for: h100, h200, a100, b200, mi300x, cpu ...")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measured part times, from `megatron-mtp profile`.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB of one device; 0: no limit. Default: the hardware's.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help='Another split, "5,6,6,4" or "Et*5|t*6|t*6|t*4mL"; may be repeated.')
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Rank parallel sizes, micro-batch and recomputation too.")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the search's table.")] = 10,
+    write: Annotated[Path | None, typer.Option(help="Write the choice as YAML for `pretrain --config`.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the schedule as an SVG picture.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Plan the pipeline: the fastest split, stage by stage, with step time and memory, on no device at all.
+
+    A layout that the config names is planned as it is; "auto" is searched for. Other splits are shown beside it.
+    """
+    from megatron_mtp.cli.plan_report import as_data, as_text, overlay
+    from megatron_mtp.tools.plan import Request, make_plans
+
+    cfg = choose_config(recipe, config, overrides)
+    request = Request(
+        devices=devices,
+        hardware=hardware,
+        profile=profile,
+        memory_gib=memory,
+        compare=tuple(compare or ()),
+        search=search,
+        top=top,
+    )
+    plans = make_plans(cfg, request)
+    typer.echo(json_format.dumps(as_data(recipe, plans), indent=2) if json else as_text(recipe, plans))
+    if write is not None:
+        write_file(write, overlay(recipe, plans), "--write")
+    if picture is not None:
+        from megatron_mtp.parallel.picture import draw
+
+        write_file(picture, draw(plans.chosen_planner(), plans.chosen, title=recipe), "--picture")
+
+
+def write_file(path: Path, text: str, option: str) -> None:
+    """Writes a file that the user asked for.
+
+    Raises:
+        PlanError: it cannot be written.
+    """
+    from megatron_mtp.errors import PlanError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"{option} {str(path)!r}: cannot be written: {error.strerror}. Name another file.") from None
+    typer.echo(f"wrote {path}", err=True)
