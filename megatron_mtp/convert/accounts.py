@@ -13,7 +13,7 @@ from megatron_mtp.convert.tensor_files import CODES, DTYPES, TensorFiles
 from megatron_mtp.errors import ConversionError
 
 _MOST_SHOWN = 20
-FP32_ENDINGS = ("e_score_correction_bias",)
+FP32_ENDINGS = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weight")
 """Tensors that stay in fp32 beside weights of another dtype."""
 _CODE_OF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 

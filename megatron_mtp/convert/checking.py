@@ -53,12 +53,10 @@ def check_hf(
         tied={HEAD: EMBEDDING} if shared else {},
     )
     result = Comparison()
-    for link in model.links:
-        for source, ours in zip(link.sources, model.read(link) if link.sources else (), strict=True):
-            theirs = files.read(source.name)
-            if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
-                result.num_equal += 1
-            else:
-                difference = (ours.double() - theirs.double()).abs().max()
-                result.different[source.name] = float(difference)
+    for name, ours in model.tensors():
+        theirs = files.read(name)
+        if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
+            result.num_equal += 1
+        else:
+            result.different[name] = float((ours.double() - theirs.double()).abs().max())
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.accounts import FP32_ENDINGS
 from megatron_mtp.convert.hf_config import family_of, hf_config_dict
-from megatron_mtp.convert.layouts import to_theirs
+from megatron_mtp.convert.layouts import rows_of, to_theirs
 from megatron_mtp.convert.links import Link, check_form, duplicates, links, own_depths
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
@@ -35,6 +36,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+@dataclass(slots=True)
+class _Joined:
+    """A tensor of theirs that several of ours make."""
+
+    tensor: torch.Tensor
+    num_filled: int = 0
+
+    def add(self, link: Link, box: torch.Tensor) -> bool:
+        """Puts one of them in; whether that was the last."""
+        place = rows_of(self.tensor, link)
+        place.copy_(box.reshape(place.shape))
+        self.num_filled += box.numel()
+        return self.num_filled == self.tensor.numel()
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointModel:
     """A checkpoint as far as it was planned: the links of every tensor that is exported."""
@@ -48,10 +64,22 @@ class CheckpointModel:
     dropped: list[str]
     """Keys of MTP layers that the caller leaves out."""
 
-    def read(self, link: Link) -> list[torch.Tensor]:
-        """The tensors of `link.sources`, in the dtype in which they are stored."""
-        box = self.weights.read(link.key, link.offset, link.size)
-        return to_theirs(link, box, self.cfg.model.num_query_groups or 1)
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of theirs with its name, in the dtype in which it is stored."""
+        joined: dict[str, _Joined] = {}
+        for link in self.links:
+            if not link.sources:
+                continue
+            box = self.weights.read(link.key, link.offset, link.size)
+            if link.layout != "part":
+                for source, tensor in zip(link.sources, to_theirs(link, box, self.cfg.model), strict=True):
+                    yield source.name, tensor
+                continue
+            (source,) = link.sources
+            target = joined.setdefault(source.name, _Joined(torch.empty(source.shape, dtype=box.dtype)))
+            if target.add(link, box):
+                yield source.name, joined.pop(source.name).tensor
+        assert not joined, f"never whole: {sorted(joined)[:5]}"
 
     def dtype_of(self, name: str, stored: torch.dtype) -> torch.dtype:
         """What a tensor is exported as."""
@@ -169,23 +197,20 @@ def _stored_dtype(weights: StoredWeights, found: list[Link]) -> torch.dtype:
 
 
 def _write_weights(model: CheckpointModel, folder: Path, copies: dict[str, str], shard_bytes: int) -> None:
-    carried = [link for link in model.links if link.sources]
-    planned = [
-        Planned(source.name, model.dtype_of(source.name, model.weights.dtype(link.key)), source.shape)
-        for link in carried
+    planned = {
+        source.name: Planned(source.name, model.dtype_of(source.name, model.weights.dtype(link.key)), source.shape)
+        for link in model.links
         for source in link.sources
-    ]
-    shapes = {plan.name: plan.shape for plan in planned}
-    planned += [Planned(name, model.dtype, shapes[of]) for name, of in copies.items()]
+    }
+    planned |= {name: Planned(name, model.dtype, planned[of].shape) for name, of in copies.items()}
     repeats: dict[str, list[str]] = {}
     for name, of in copies.items():
         repeats.setdefault(of, []).append(name)
-    writer = TensorWriter(folder, planned, shard_bytes)
-    for link in carried:
-        for source, tensor in zip(link.sources, model.read(link), strict=True):
-            value = tensor.to(model.dtype_of(source.name, tensor.dtype))
-            for name in (source.name, *repeats.get(source.name, ())):
-                writer.write(name, value)
+    writer = TensorWriter(folder, list(planned.values()), shard_bytes)
+    for name, tensor in model.tensors():
+        value = tensor.to(model.dtype_of(name, tensor.dtype))
+        for place in (name, *repeats.get(name, ())):
+            writer.write(place, value)
     writer.close()
 
 

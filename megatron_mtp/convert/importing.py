@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class HFModel:
         if not link.sources:
             return torch.zeros(link.size, dtype=DTYPES[self.accounts.dtype])
         tensors = [self.files.read(source.name) for source in link.sources]
-        return to_ours(link, tensors, self.cfg.model.num_query_groups or 1)
+        return to_ours(link, tensors, self.cfg.model)
 
     def grow(self, link: Link, copies: bool, init: MTPInit | None) -> torch.Tensor:
         """The box of a link of a new MTP layer."""
@@ -202,10 +203,17 @@ def _check_recipe(cfg: ConfigContainer, model: ModelConfig, family: str, values:
     wrong = [
         f"{key}: the recipe has {ours.get(key)!r}, config.json means {theirs.get(key)!r}."
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
+        if not _same(ours.get(key), theirs.get(key))
     ]
     if wrong:
         raise ConversionError("\n".join(["The recipe is another model than config.json describes.", *wrong]))
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equal, or numbers that some format has rounded to fp32."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    return ours == theirs
 
 
 def _declared(model: ModelConfig, family: str) -> dict[str, Any]:
@@ -225,6 +233,7 @@ def _with_tokenizer(cfg: ConfigContainer, kept: Path) -> ConfigContainer:
     if (kept / "tokenizer.json").is_file():
         final.tokenizer.tokenizer_type = "huggingface"
         final.tokenizer.tokenizer_model = str(kept.absolute())
+        final.tokenizer.vocab_size = None
     return final.finalize(None)
 
 

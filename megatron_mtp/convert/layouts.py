@@ -5,40 +5,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.convert.links import Link
 
 
-def to_ours(link: Link, tensors: list[Tensor], num_groups: int) -> Tensor:
+def to_ours(link: Link, tensors: list[Tensor], model: ModelConfig) -> Tensor:
     """Their tensors -> the box of `link`, with its leading axes.
 
     Args:
         tensors: of `link.sources`, in order.
-        num_groups: key/value heads.
+        model: finalized.
 
     Example: by_group with two groups: q = [q0 q1 q2 q3], k = [k0 k1], v = [v0 v1] (heads of rows) ->
         [q0 q1 k0 v0 q2 q3 k1 v1].
     """
-    if link.layout == "by_group":
-        box = torch.cat([tensor.unflatten(0, (num_groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+    groups = model.num_query_groups or 1
+    if link.layout == "by_group_gated":
+        query, *rest = tensors
+        tensors = [_heads(query, model, (-1, 2)).transpose(1, 2).flatten(0, 3), *rest]
+    if link.layout in ("by_group", "by_group_gated"):
+        box = torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
     elif link.layout == "swap_halves":
         box = swap_halves(tensors[0])
+    elif link.layout == "part":
+        box = rows_of(tensors[0], link).flatten(0, 1)
     else:
         (box,) = tensors
     return box.reshape(link.size)
 
 
-def to_theirs(link: Link, box: Tensor, num_groups: int) -> list[Tensor]:
-    """The inverse of `to_ours`."""
+def to_theirs(link: Link, box: Tensor, model: ModelConfig) -> list[Tensor]:
+    """The inverse of `to_ours`, for every layout but `part`, whose box does not fill its source."""
     whole = box.reshape(link.size[len(link.size) - len(link.sources[0].shape) :])
-    if link.layout == "by_group":
-        rows = [source.shape[0] // num_groups for source in link.sources]
-        return [part.flatten(0, 1) for part in whole.unflatten(0, (num_groups, -1)).split(rows, dim=1)]
+    if link.layout in ("by_group", "by_group_gated"):
+        groups = model.num_query_groups or 1
+        rows = [source.shape[0] // groups for source in link.sources]
+        parts = [part.flatten(0, 1) for part in whole.unflatten(0, (groups, -1)).split(rows, dim=1)]
+        if link.layout == "by_group_gated":
+            parts[0] = _heads(parts[0], model, (2, -1)).transpose(1, 2).flatten(0, 3)
+        return parts
     if link.layout == "swap_halves":
         return [swap_halves(whole)]
     return [whole]
+
+
+def rows_of(source: Tensor, link: Link) -> Tensor:
+    """What a link of layout `part` takes of its source, as a view: [groups, rows, ...]."""
+    assert link.rows is not None
+    return source.unflatten(0, (link.rows.groups, -1))[:, link.rows.start : link.rows.stop]
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
     """[rows, left | right] -> [rows, right | left]."""
     left, right = tensor.chunk(2, dim=1)
     return torch.cat([right, left], dim=1)
+
+
+def _heads(query: Tensor, model: ModelConfig, inner: tuple[int, int]) -> Tensor:
+    """Rows of queries and gates -> [groups, *inner, head, ...]."""
+    return query.unflatten(0, (model.num_query_groups or 1, *inner, model.kv_channels))

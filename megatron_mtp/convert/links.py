@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.convert.names import (
+    DELTA_NET,
     DENSE,
     EMBEDDING,
     EXPERTS,
@@ -20,12 +20,13 @@ from megatron_mtp.convert.names import (
     LATENT_ATTENTION,
     Layout,
     MTPForm,
+    Part,
     Row,
     mtp_form,
     their_name,
 )
 from megatron_mtp.errors import ConversionError
-from megatron_mtp.parallel.params import moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 
 MTP_BLOCK = "transformer_layer."
 """Megatron-Core saves an MTP layer's transformer layer under this name, whatever its module is called."""
@@ -40,6 +41,15 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows start:stop of each of `groups` equal blocks of a source."""
+
+    groups: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """A box of a tensor of ours, and what it is made of.
 
@@ -50,6 +60,7 @@ class Link:
         size: of the box, as many axes.
         sources: none for padding, which is zero.
         layout: how the sources make the box, the leading axes of length 1 left out.
+        rows: of layout `part`.
     """
 
     key: str
@@ -58,11 +69,7 @@ class Link:
     size: tuple[int, ...]
     sources: tuple[Source, ...]
     layout: Layout = "copy"
-
-    @property
-    def place(self) -> str:
-        """The box for messages: key and offset."""
-        return f"{self.key}[{', '.join(map(str, self.offset))}]"
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +96,9 @@ def links(model: ModelConfig, family: str, num_depths: int | None = None) -> lis
     if depths:
         check_form(model, family, depths)
     found = list(_embedding("embedding.word_embeddings.weight", EMBEDDING, model))
-    for layer_idx, is_moe in enumerate(moe_pattern(model)):
-        found += _layer(model, family, layer_axes(model, layer_idx), f"model.layers.{layer_idx}.", is_moe)
+    for layer_idx, (is_moe, is_linear) in enumerate(zip(moe_pattern(model), linear_pattern(model), strict=True)):
+        prefix = f"model.layers.{layer_idx}."
+        found += _layer(model, family, layer_axes(model, layer_idx), prefix, is_moe, is_linear=is_linear)
     found.append(_vector("decoder.final_layernorm.weight", FINAL_NORM, model.hidden_size))
     for depth_idx in range(depths):
         found += _depth(model, family, form, depth_idx)
@@ -105,6 +113,11 @@ def grown_links(model: ModelConfig, family: str, depth_idx: int) -> list[tuple[L
     Returns:
         Each link, and whether its sources have its meaning: the norms of both inputs and the projection have no like.
     """
+    if linear_pattern(model)[-1]:
+        raise ConversionError(
+            "model.linear_attention_freq: the trunk ends in a layer of linear attention, and an MTP layer has full attention. "
+            "Take --mtp-init fresh."
+        )
     ours, h = f"mtp.layers.{depth_idx}.", model.hidden_size
     none = Source("", (h,))
     last = f"model.layers.{model.num_layers - 1}."
@@ -159,7 +172,7 @@ def layer_axes(model: ModelConfig, layer_idx: int) -> Axes:
     Source: megatron-core 0.19.2, TransformerBlock.sharded_state_dict; compared in tests with models that are built.
     """
     freq = model.moe_layer_freq if model.num_moe_experts is not None else 1
-    if not isinstance(freq, int) or freq > 1 or _has_delta_net(model):
+    if not isinstance(freq, int) or freq > 1 or model.experimental_attention_variant is not None:
         return Axes(f"decoder.layers.{layer_idx}.")
     return Axes("decoder.layers.", (model.num_layers,), (layer_idx,))
 
@@ -178,7 +191,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "h": model.hidden_size,
         "head": head,
         "heads": queries,
-        "queries": queries * (2 if _has_output_gate(model) else 1),
+        "queries": queries * (2 if model.attention_output_gate else 1),
         "keys": (model.num_query_groups or 0) * head,
         "ffn": model.ffn_hidden_size or 0,
         "experts": model.num_moe_experts or 0,
@@ -190,6 +203,27 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "qk_heads": heads * (model.qk_head_dim + model.qk_pos_emb_head_dim),
         "kv_heads": heads * (model.qk_head_dim + model.v_head_dim),
         "v_heads": heads * model.v_head_dim,
+        **(_delta_net_sizes(model) if model.experimental_attention_variant is not None else {}),
+    }
+
+
+def _delta_net_sizes(model: ModelConfig) -> dict[str, int]:
+    keys, values = model.linear_num_key_heads, model.linear_num_value_heads
+    ratio = values // keys
+    key_rows, value_rows = keys * model.linear_key_head_dim, values * model.linear_value_head_dim
+    return {
+        "key_heads": keys,
+        "value_heads": values,
+        "heads_of_key": ratio,
+        "key_width": model.linear_key_head_dim,
+        "value_width": model.linear_value_head_dim,
+        "values_of_key": ratio * model.linear_value_head_dim,
+        "key_rows": key_rows,
+        "value_rows": value_rows,
+        "qkvz_rows": 2 * (key_rows + value_rows),
+        "ba_rows": 2 * values,
+        "convolved_rows": 2 * key_rows + value_rows,
+        "taps": model.linear_conv_kernel_dim,
     }
 
 
@@ -207,14 +241,6 @@ def features(model: ModelConfig) -> set[str]:
         "shared_gate": shared and model.moe_shared_expert_gate,
     }
     return {name for name, is_present in present.items() if is_present}
-
-
-def _has_output_gate(model: ModelConfig) -> bool:
-    return bool(getattr(model, "attention_output_gate", False))
-
-
-def _has_delta_net(model: ModelConfig) -> bool:
-    return getattr(model, "experimental_attention_variant", None) is not None
 
 
 def _embedding(key: str, name: str, model: ModelConfig) -> Iterator[Link]:
@@ -241,8 +267,12 @@ def _depth(model: ModelConfig, family: str, form: MTPForm, depth_idx: int) -> It
     yield _vector(f"{ours}final_layernorm.weight", prefix + form.norm, h)
 
 
-def _layer(model: ModelConfig, family: str, axes: Axes, prefix: str, is_moe: bool) -> Iterator[Link]:
+def _layer(
+    model: ModelConfig, family: str, axes: Axes, prefix: str, is_moe: bool, *, is_linear: bool = False
+) -> Iterator[Link]:
     attention = LATENT_ATTENTION if model.multi_latent_attention else GROUPED_ATTENTION
+    if is_linear:
+        attention = DELTA_NET
     present, symbols = features(model), sizes(model)
     for row in (*attention, *(EXPERTS if is_moe else DENSE)):
         if row.needs is None or row.needs in present:
@@ -257,7 +287,20 @@ def _row(model: ModelConfig, family: str, axes: Axes, prefix: str, row: Row, sym
         index = axes.index + ((expert,) if of_expert else ())
         names = (prefix + their_name(family, name).replace("{e}", str(expert)) for name in row.theirs)
         sources = tuple(Source(name, shape) for name, shape in zip(names, shapes, strict=True))
-        yield from _boxes(axes.prefix + row.ours, lead, index, sources, row.layout)
+        if row.part is not None:
+            yield _part(axes.prefix + row.ours, sources, row.part, symbols)
+            continue
+        layout = "by_group_gated" if row.layout == "by_group" and model.attention_output_gate else row.layout
+        yield from _boxes(axes.prefix + row.ours, lead, index, sources, layout)
+
+
+def _part(key: str, sources: tuple[Source, ...], part: Part, symbols: dict[str, int]) -> Link:
+    """Such layers never share a tensor, so there is no leading axis."""
+    widths = [symbols[width] for width in part.widths]
+    start = sum(widths[: part.index])
+    rows = Rows(symbols[part.groups], start, start + widths[part.index])
+    shape = (rows.groups * widths[part.index], *sources[0].shape[1:])
+    return Link(key, shape, (0,) * len(shape), shape, sources, "part", rows)
 
 
 def _boxes(
@@ -275,8 +318,3 @@ def _boxes(
         offset = (*index, first, *(0 for _ in inner))
         yield Link(key, whole, offset, (*ones, *source.shape), (source,))
         first += source.shape[0]
-
-
-def num_elements(shape: tuple[int, ...]) -> int:
-    """Product of the sizes."""
-    return prod(shape)

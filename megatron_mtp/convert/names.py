@@ -12,12 +12,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["copy", "stacked", "by_group", "swap_halves", "delta_net"]
+Layout = Literal["copy", "stacked", "by_group", "by_group_gated", "swap_halves", "part"]
 """How a tensor of ours is made of theirs.
 
 copy: it is theirs. stacked: their rows, one tensor after the other. by_group: query, key and value rows, in turn for each
-key/value head. swap_halves: the two halves of the columns change places. delta_net: see `layouts`.
+key/value head. by_group_gated: the same, where their query rows are query and gate in turn for each head, and ours first all
+queries of a group, then all its gates. swap_halves: the two halves of the columns change places. part: some rows of theirs.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a tensor of theirs that lies as `groups` equal blocks, each cut into `widths` rows: the cut number `index`."""
+
+    groups: str
+    widths: tuple[str, ...]
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,7 @@ class Row:
         shapes: of theirs.
         layout: see `Layout`.
         needs: the tensor exists if the model has this feature; see `links.features`.
+        part: of layout `part`.
     """
 
     ours: str
@@ -37,6 +48,7 @@ class Row:
     shapes: tuple[str, ...]
     layout: Layout = "copy"
     needs: str | None = None
+    part: Part | None = None
 
 
 QKV = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
@@ -85,6 +97,35 @@ LATENT_ATTENTION = (
     ),
     Row("self_attention.linear_kv_up_proj.weight", ("self_attn.kv_b_proj.weight",), ("kv_heads kv_rank",)),
     Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), ("h v_heads",)),
+)
+_QKVZ = ("key_width", "key_width", "values_of_key", "values_of_key")
+_BA = ("heads_of_key", "heads_of_key")
+_CONVOLUTION = ("key_rows", "key_rows", "value_rows")
+
+
+def _delta_net_part(ours: str, theirs: str, shape: str, part: Part) -> Row:
+    return Row(f"self_attention.{ours}", (f"linear_attn.{theirs}.weight",), (shape,), "part", part=part)
+
+
+# Both projections of the files lie key head by key head; the convolution as query, key, value.
+DELTA_NET = (
+    Row("self_attention.in_proj.layer_norm_weight", ("input_layernorm.weight",), ("h",)),
+    *(
+        _delta_net_part(f"in_proj.weight.{name}", "in_proj_qkvz", "qkvz_rows h", Part("key_heads", _QKVZ, index))
+        for index, name in enumerate(("query", "key", "value", "z"))
+    ),
+    *(
+        _delta_net_part(f"in_proj.weight.{name}", "in_proj_ba", "ba_rows h", Part("key_heads", _BA, index))
+        for index, name in enumerate(("beta", "alpha"))
+    ),
+    *(
+        _delta_net_part(f"conv1d.weight.{name}", "conv1d", "convolved_rows 1 taps", Part("1", _CONVOLUTION, index))
+        for index, name in enumerate(("query", "key", "value"))
+    ),
+    Row("self_attention.dt_bias", ("linear_attn.dt_bias",), ("value_heads",)),
+    Row("self_attention.A_log", ("linear_attn.A_log",), ("value_heads",)),
+    Row("self_attention.out_norm.weight", ("linear_attn.norm.weight",), ("value_width",)),
+    Row("self_attention.out_proj.weight", ("linear_attn.out_proj.weight",), ("h value_rows",)),
 )
 DENSE = (
     Row("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), ("h",)),

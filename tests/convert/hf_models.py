@@ -52,6 +52,16 @@ YARN = {
         "mscale_all_dim": 1.0,
     },
 }
+DELTA_NET = {
+    "num_hidden_layers": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "shared_expert_intermediate_size": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 NO_MTP = {"num_nextn_predict_layers": 0}
 
 # name -> model_type and what it changes in COMMON
@@ -99,6 +109,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "initializer_range": 0.02},
     ),
     "deepseek_v3_yarn": ("deepseek_v3", LATENT | DEEPSEEK_MOE | NO_MTP | YARN),
+    "qwen3_next": ("qwen3_next", GROUPED | QWEN_MOE | DELTA_NET),
     # MiMo has no class in transformers; its trunk is Qwen2's, with the same names.
     "mimo": ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": False}),
 }

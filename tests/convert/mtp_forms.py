@@ -101,19 +101,19 @@ def file_tensors(block: Any, model_type: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def reference_logits(model: Any, depths: list[Depth], ids: Tensor, hidden_first: bool) -> Tensor:
     """[1 + D, b, s, v] by the equations above, on a trunk of transformers."""
-    body = model.model
+    body, offset = model.model, int(model.config.model_type == "qwen3_next")  # its norms multiply by 1 + weight
     out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     hidden, logits = out.hidden_states[-1], [out.logits]
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)[None, None]
     for k, depth in enumerate(depths, start=1):
-        embedded = rms_norm(body.embed_tokens(torch.roll(ids, -k, dims=1)), depth.embedding_norm)
-        normed = rms_norm(hidden, depth.hidden_norm)
+        embedded = rms_norm(body.embed_tokens(torch.roll(ids, -k, dims=1)), depth.embedding_norm + offset)
+        normed = rms_norm(hidden, depth.hidden_norm + offset)
         pair = (normed, embedded) if hidden_first else (embedded, normed)
         projected = torch.cat(pair, dim=-1) @ depth.projection.T
         rotary = body.rotary_emb(projected, position_ids=positions)
         output = depth.block(projected, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-        hidden = rms_norm(output[0] if isinstance(output, tuple) else output, depth.final_norm)
+        hidden = rms_norm(output[0] if isinstance(output, tuple) else output, depth.final_norm + offset)
         logits.append(model.lm_head(hidden))
     return torch.stack(logits)
 

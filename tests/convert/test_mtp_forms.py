@@ -26,6 +26,7 @@ CASES = {
     "glm4_moe": ("glm4_moe", "deepseek", 1, COUNT),
     "qwen3": ("qwen3", "qwen", 1, QWEN_COUNT),
     "qwen3_moe": ("qwen3_moe", "qwen", 1, QWEN_COUNT),
+    "qwen3_next": ("qwen3_next", "qwen", 1, COUNT),
     "llama_tied": ("llama", "qwen", 1, QWEN_COUNT),
     "mimo": ("mimo", "mimo", 1, COUNT),
     "mimo_two_depths": ("mimo", "mimo", 2, COUNT),
@@ -39,7 +40,7 @@ def same_up_to_the_tail(got, expected):
         assert (got[k, :, :until] - expected[k, :, :until]).abs().max() < LOGITS, f"depth {k}"
 
 
-SLOW = {"glm4_moe", "qwen3_moe", "llama_tied", "mimo"}
+SLOW = {"glm4_moe", "qwen3_moe", "qwen3_next", "llama_tied", "mimo"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
