@@ -54,6 +54,9 @@ class DraftLength:
         self.reached = [0.0] * most
         self.agreed = [0.0] * most
         self.seconds: dict[int, float] = {}
+        """K -> seconds of one round."""
+        self.totals: dict[str, float] = {}
+        """Seconds of all rounds, by part."""
         self._spent = 0.0
 
     def next(self) -> int:
@@ -88,12 +91,11 @@ class DraftLength:
     @contextmanager
     def timed(self, what: str, count: int) -> Iterator[None]:
         """Times a part of a round; "verify" is the last part. The smallest time of each K counts: others were disturbed."""
-        if self.is_fixed:
-            yield
-            return
         started = time.perf_counter()
         yield
-        self._spent += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        self.totals[what] = self.totals.get(what, 0.0) + elapsed
+        self._spent += elapsed
         if what == "verify":
             known = self.seconds.get(count, math.inf)
             self.seconds[count] = min(known, self._spent)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -75,6 +76,14 @@ class Counts:
                 self.reached[k - 1] += k - 1 <= accepted
                 self.agreed[k - 1] += k <= accepted
 
+    def merge(self, other: Counts) -> None:
+        """Adds another run's."""
+        self.rounds += other.rounds
+        self.new_tokens += other.new_tokens
+        for name in ("proposed", "accepted", "reached", "agreed"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, [a + b for a, b in zip_longest(ours, theirs, fillvalue=0)])
+
     @property
     def acceptance(self) -> list[float]:
         """Conditional acceptance of each depth; NaN where a depth was never reached."""
@@ -94,6 +103,7 @@ class Generation:
         tokens: new tokens of each row.
         counts: of all rounds.
         prefill_s, decode_s: seconds up to the first token, and after it.
+        draft_s, verify_s: of decode_s, what drafting and the main model took; not measured for a draft tree.
         margin: smallest difference in logits between the best token and the next, over all tokens of greedy decoding.
     """
 
@@ -101,6 +111,8 @@ class Generation:
     counts: Counts
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
     margin: float = float("inf")
 
     @property
@@ -142,6 +154,7 @@ def generate(
         else:
             _round(session, rows, chooser, generator)
     rows.result.prefill_s, rows.result.decode_s = prefilled - started, time.perf_counter() - prefilled
+    rows.result.draft_s, rows.result.verify_s = (chooser.totals.get(part, 0.0) for part in ("draft", "verify"))
     return rows.result
 
 

@@ -45,7 +45,6 @@ class Session:
     ):
         self.decoder, self.num_drafts, self.b = decoder, num_drafts, len(prompts)
         self.lengths = [len(prompt) for prompt in prompts]
-        # One round may run past the last token by all of its drafts.
         self.capacity = slots_needed(max(self.lengths), max_new_tokens, round_tokens or num_drafts)
         device = decoder.device
         self.tokens = torch.zeros(self.b, self.capacity + num_drafts, dtype=torch.int64, device=device)
@@ -161,5 +160,5 @@ class Session:
 
 
 def slots_needed(prompt: int, max_new_tokens: int, round_tokens: int) -> int:
-    """Slots of a row's caches."""
-    return prompt + max_new_tokens + round_tokens + 1
+    """Slots of a row's caches. A row's last round may run past its end by all drafts, and those of others, which it goes along with, once more."""
+    return prompt + max_new_tokens + 2 * round_tokens

@@ -8,7 +8,7 @@ oneDNN), and the trained model may be dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,12 +89,15 @@ def block(source: Source, prefix: str, is_moe: bool) -> Block:
     first, first_weight = source.norm(f"{prefix}input_layernorm", width)
     second, second_weight = source.norm(f"{prefix}pre_mlp_layernorm", width)
     attend = _latent if source.model.multi_latent_attention else _grouped
-    feed = _experts if is_moe else _dense
+    if is_moe:
+        feed_forward = _experts(source, f"{prefix}mlp.", second_weight)
+    else:
+        feed_forward = _dense(source, f"{prefix}mlp.", second_weight, source.model.ffn_hidden_size)
     return Block(
         first,
         attend(source, f"{prefix}self_attention.", first_weight),
         second,
-        feed(source, f"{prefix}mlp.", second_weight),
+        feed_forward,
     )
 
 
@@ -199,32 +202,42 @@ def _latent_scale(model: ModelConfig) -> float:
     return correction**2 / math.sqrt(model.qk_head_dim + model.qk_pos_emb_head_dim)
 
 
-def _dense(source: Source, prefix: str, columns: Tensor | None) -> Dense:
+def _dense(source: Source, prefix: str, columns: Tensor | None, width: int) -> Dense:
+    """A feed-forward block of `width` columns in all, of which this rank computes its share."""
+    up, down = source.get(f"{prefix}linear_fc1.weight"), source.get(f"{prefix}linear_fc2.weight")
+    bias = source.find(f"{prefix}linear_fc1.bias")
+    if down.shape[1] == width and source.tp.size > 1:  # experts that expert_tensor_parallel_size = 1 left whole
+        up, down = _share(source, up, width), down.chunk(source.tp.size, dim=1)[source.tp.rank]
+        bias = None if bias is None else _share(source, bias, width)
     return Dense(
-        up=source.linear(
-            scaled(source.get(f"{prefix}linear_fc1.weight"), columns), source.find(f"{prefix}linear_fc1.bias")
-        ),
-        down=source.linear(
-            source.get(f"{prefix}linear_fc2.weight"), source.after_sum(source.find(f"{prefix}linear_fc2.bias"))
-        ),
+        up=source.linear(scaled(up, columns), bias),
+        down=source.linear(down, source.after_sum(source.find(f"{prefix}linear_fc2.bias"))),
         act=activation(source.model),
         tp=source.tp,
     )
+
+
+def _share(source: Source, rows: Tensor, width: int) -> Tensor:
+    """This rank's rows of [gate; up] or of up."""
+    parts = rows.unflatten(0, (-1, width))
+    return parts.chunk(source.tp.size, dim=1)[source.tp.rank].flatten(0, 1)
 
 
 def _experts(source: Source, prefix: str, columns: Tensor | None) -> Experts:
     model = source.model
     dtype = {"fp32": torch.float32, "fp64": torch.float64, None: source.dtype}[model.moe_router_dtype]
     bias = source.find(f"{prefix}router.expert_bias")
-    gate = source.find(f"{prefix}shared_experts.gate_weight")
-    make: Callable[[str], Dense] = lambda name: _dense(source, f"{prefix}{name}.", columns)  # noqa: E731
+    gate, shared = source.find(f"{prefix}shared_experts.gate_weight"), model.moe_shared_expert_intermediate_size
     return Experts(
         router=router(
             scaled(source.get(f"{prefix}router.weight"), columns), source.find(f"{prefix}router.bias"), dtype
         ),
         choose=chooser(model, bias),
-        experts=[make(f"experts.local_experts.{index}") for index in range(model.num_moe_experts)],
-        shared=make("shared_experts") if model.moe_shared_expert_intermediate_size else None,
+        experts=[
+            _dense(source, f"{prefix}experts.local_experts.{index}.", columns, model.moe_ffn_hidden_size)
+            for index in range(model.num_moe_experts)
+        ],
+        shared=_dense(source, f"{prefix}shared_experts.", columns, shared) if shared else None,
         gate=None if gate is None else scaled(gate, columns).t().to(source.dtype).contiguous(),
         tp=source.tp,
     )

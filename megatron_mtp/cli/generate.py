@@ -1,0 +1,135 @@
+"""`megatron-mtp generate`."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mtp.errors import ConfigError, DataError
+
+Source = Annotated[
+    Path, typer.Argument(help="Run directory, folder of one checkpoint, or Hugging Face folder.", show_default=False)
+]
+NumDraft = Annotated[
+    str, typer.Option(help="Tokens drafted by the MTP layers in each round: a number, 0 (none), or auto (as measured).")
+]
+
+
+def generate(
+    source: Source,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be given several times.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with one prompt.")] = None,
+    prompt_ids: Annotated[
+        list[str] | None, typer.Option(help="Token ids to continue, such as 12,7,305; may be given several times.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens that follow each prompt.")] = 128,
+    num_draft: NumDraft = "auto",
+    tree: Annotated[
+        str | None, typer.Option(help="Draft tree: candidates at each depth, such as 3,1. One prompt, greedy.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this together.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the k most probable tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come (one prompt).")] = False,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end of a document.")] = False,
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and answer. Default: model.seq_length.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: what is there.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer in place of the model's.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel processes on this machine.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print tokens, text and counts as JSON.")] = False,
+) -> None:
+    """Continue text with a trained model. MTP layers draft, the main model verifies: the text is the same, and comes sooner."""
+    texts = [*(prompt or []), *([_read(prompt_file)] if prompt_file else [])]
+    ids = [_parse_ids(text) for text in prompt_ids or []]
+    if not texts and not ids:
+        raise ConfigError("There is no prompt. Give --prompt, --prompt-file or --prompt-ids.")
+    if stream and (len(texts) + len(ids) > 1 or json):
+        raise ConfigError("--stream: prints one prompt's text as it comes. Give one prompt, and leave --json out.")
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16.")
+    options = _options(locals())
+    if nproc is not None and nproc > 1 and "RANK" not in os.environ:
+        from megatron_mtp.cli.launch import launch
+
+        raise typer.Exit(launch([sys.executable, "-m", "megatron_mtp", *sys.argv[1:]], nproc))
+    from megatron_mtp.observe.logs import silence_noise
+
+    silence_noise()
+    from megatron_mtp.tools.generating import run
+
+    run(
+        source,
+        texts,
+        ids,
+        options,
+        stream=stream,
+        json=json,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokenizer,
+        ignore_end=ignore_end,
+    )
+
+
+def parse_num_draft(text: str) -> int | str:
+    """ "auto" or a number.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise ConfigError(f"--num-draft {text}: must be a number of drafts (0: none), or auto.")
+    return int(text)
+
+
+def parse_widths(text: str | None) -> tuple[int, ...] | None:
+    """ "3,1" -> (3, 1)."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"--tree {text}: must be numbers of candidates, one for each depth, such as 3,1.")
+    return tuple(map(int, parts))
+
+
+def _options(given: dict) -> dict:
+    return {
+        "max_new_tokens": given["max_new_tokens"],
+        "num_draft": parse_num_draft(given["num_draft"]),
+        "widths": parse_widths(given["tree"]),
+        "context": given["context"],
+        "sampling": {name: given[name] for name in ("temperature", "top_p", "top_k", "seed")},
+    }
+
+
+def _parse_ids(text: str) -> list[int]:
+    parts = text.replace(" ", ",").split(",")
+    try:
+        return [int(part) for part in parts if part]
+    except ValueError:
+        raise ConfigError(f"--prompt-ids {text}: must be token ids, such as 12,7,305.") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompt-file {path}: cannot be read as text ({error}).") from None
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json_format.dumps(value, indent=2))

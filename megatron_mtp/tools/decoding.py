@@ -1,0 +1,116 @@
+"""From a folder to a decoder and its tokenizer: what `generate` and `spec-eval` start with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.convert.load import config_of, is_hf_folder, load_weights
+from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, open_tokenizer, tokenizer_from_spec
+from megatron_mtp.decode.model import Decoder, refuse_unsupported
+from megatron_mtp.decode.tensor_parallel import TensorParallel
+from megatron_mtp.errors import DataError, MegatronMTPError
+from megatron_mtp.model.build import build_model
+from megatron_mtp.training.setup import join_groups, leave_groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A decoder with what is known of its text. `tokenizer` is None where the folder names none that can be opened."""
+
+    cfg: ConfigContainer
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    why_no_tokenizer: str = ""
+
+    def encode(self, text: str) -> list[int]:
+        """Raises DataError where there is no tokenizer, or it gives ids that the model does not know."""
+        if self.tokenizer is None:
+            raise DataError(
+                f"The model's tokenizer cannot be opened, so it takes no text. {self.why_no_tokenizer} Name one with --tokenizer, or give ids."
+            )
+        return self.tokenizer.encode_batch([text])[0]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The end of a document."""
+        return frozenset() if self.tokenizer is None else frozenset({self.tokenizer.eod})
+
+
+@contextmanager
+def open_decoder(
+    source: str | Path,
+    *,
+    dtype: str = "fp32",
+    device: str | None = None,
+    tokenizer: str | None = None,
+    threads: int | None = None,
+) -> Iterator[Loaded]:
+    """Loads a model over all processes of this job, as tensor-parallel ranks.
+
+    Args:
+        source: run directory, folder of one checkpoint, or Hugging Face folder.
+        dtype: of weights and caches: "fp32" or "bf16".
+        device: "cpu" or "cuda"; None: what is there.
+        tokenizer: file or folder in place of the one the model names.
+        threads: of each process on a CPU; None: its share of the cores.
+
+    Raises:
+        ConversionError, CheckpointError, UnsupportedError, ConfigError: the folder cannot be decoded from.
+    """
+    cfg = decoding_config(source, int(os.environ.get("WORLD_SIZE", "1")), device, threads)
+    refuse_unsupported(cfg.model)
+    try:
+        chosen, groups = join_groups(cfg)
+        chunks = build_model(cfg, groups, torch.device("cpu"))
+        load_weights(chunks, source, cfg, groups)
+        decoder = Decoder.build(
+            cfg.model,
+            chunks[0].state_dict(),
+            TensorParallel(groups.tp),
+            dtype=DTYPES[dtype],
+            device=chosen.torch_device,
+        )
+        del chunks
+        yield Loaded(cfg, decoder, *_open_tokenizer(cfg, Path(source), tokenizer))
+    finally:
+        leave_groups()
+
+
+def decoding_config(
+    source: str | Path, tp: int, device: str | None = None, threads: int | None = None
+) -> ConfigContainer:
+    """The finalized config of a folder's model on `tp` tensor-parallel ranks."""
+    cfg = config_of(source)
+    model = cfg.model
+    model.tensor_model_parallel_size = tp
+    model.sequence_parallel = tp > 1 and bool(model.num_moe_experts)
+    model.backend = "torch"
+    model.mtp_freeze_trunk = False
+    cfg.train.micro_batch_size = cfg.train.global_batch_size = 1
+    cfg.train.rampup_batch_size = None
+    if device is not None:
+        cfg.dist.device = device
+    if threads is not None:
+        cfg.dist.num_threads = threads
+    return cfg.finalize(world_size=tp)
+
+
+def _open_tokenizer(cfg: ConfigContainer, source: Path, chosen: str | None) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, or None and why: ids can be decoded without it, and whoever needs text is told."""
+    if chosen is not None:
+        return tokenizer_from_spec(chosen), ""
+    try:
+        if is_hf_folder(source):
+            return open_tokenizer("huggingface", str(source)), ""
+        return configured_tokenizer(cfg), "Its config names none (tokenizer.tokenizer_type = null)."
+    except MegatronMTPError as error:
+        return None, str(error)
