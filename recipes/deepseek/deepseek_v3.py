@@ -15,8 +15,7 @@ def deepseek_v3_pretrain_config() -> ConfigContainer:
     Sources: arXiv 2412.19437, section 4.2 (dimensions, learning rate, batch sizes, loss factor, balancing) and 2.2
     (MTP); parallel sizes, Megatron-Bridge 067f987d recipes/deepseek/h100/deepseek_v3.py.
     """
-    cfg = pretrain_common()
-    _set_architecture(cfg)
+    cfg = deepseek_v3_architecture()
     _set_training(cfg)
     model = cfg.model
     model.tensor_model_parallel_size = 2
@@ -27,7 +26,9 @@ def deepseek_v3_pretrain_config() -> ConfigContainer:
     return cfg
 
 
-def _set_architecture(cfg: ConfigContainer) -> None:
+def deepseek_v3_architecture() -> ConfigContainer:
+    """The model with its MTP layer, on one rank, with the common training settings; other families change fields of it."""
+    cfg = pretrain_common()
     model = cfg.model
     model.num_layers = 61
     model.hidden_size = 7168
@@ -62,6 +63,7 @@ def _set_architecture(cfg: ConfigContainer) -> None:
 
     model.mtp_num_layers = 1
     model.mtp_loss_scaling_factor = "0.3@0,0.1@10T"
+    return cfg
 
 
 def _set_training(cfg: ConfigContainer) -> None:

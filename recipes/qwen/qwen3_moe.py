@@ -46,3 +46,22 @@ def qwen3_30b_a3b_pretrain_config() -> ConfigContainer:
     model.recompute_method = "uniform"
     model.recompute_num_layers = 1
     return cfg
+
+
+def qwen3_235b_a22b_pretrain_config() -> ConfigContainer:
+    """Qwen3-235B-A22B with one MTP layer, on 128 GPUs of 80 GB: TP=4 with sequence parallelism, PP=16, CP=2, EP=8.
+
+    Sources: as `qwen3_30b_a3b_pretrain_config`, of the larger model.
+    """
+    cfg = qwen3_30b_a3b_pretrain_config()
+    model = cfg.model
+    model.num_layers = 94
+    model.hidden_size = 4096
+    model.ffn_hidden_size = 12288
+    model.num_attention_heads = 64
+    model.moe_ffn_hidden_size = 1536
+    model.pipeline_model_parallel_size = 16
+    model.context_parallel_size = 2
+    model.expert_model_parallel_size = 8
+    cfg.train.micro_batch_size = 1
+    return cfg

@@ -1,0 +1,62 @@
+"""DeepSeek-V2-Lite, the smallest model with multi-latent attention, with an MTP layer added."""
+
+from __future__ import annotations
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.recipes.common import pretrain_common
+
+
+def deepseek_v2_lite_pretrain_config() -> ConfigContainer:
+    """DeepSeek-V2-Lite (15.7B, 2.4B active) with one MTP layer at 4K, on 8 GPUs of 80 GB: EP=8. Queries have no latent.
+
+    YaRN came with the extension to 32K: model.rope_type=yarn model.mscale=0.707 model.mscale_all_dim=0.707.
+
+    Sources: dimensions, deepseek-ai/DeepSeek-V3 inference/configs/config_16B.json and arXiv 2405.04434, appendix B, which
+    also gives learning rate, tokens and batch; parallel sizes, Megatron-Bridge 067f987d recipes/deepseek/h100/
+    deepseek_v2.py. The loss factor is DeepSeek-V3's first one.
+    """
+    cfg = pretrain_common()
+    _set_architecture(cfg)
+    model = cfg.model
+    model.mtp_num_layers = 1
+    model.mtp_loss_scaling_factor = 0.3
+    model.expert_model_parallel_size = 8
+    model.recompute_granularity = "full"
+    model.recompute_method = "uniform"
+    model.recompute_num_layers = 1
+    cfg.train.train_iters = None
+    cfg.train.train_tokens = "5.7T"
+    cfg.train.global_batch_size = 4608
+    cfg.train.micro_batch_size = 1
+    cfg.optimizer.lr = 4.2e-4
+    cfg.optimizer.min_lr = 4.2e-5
+    cfg.scheduler.lr_warmup_iters = 2000
+    return cfg
+
+
+def _set_architecture(cfg: ConfigContainer) -> None:
+    model = cfg.model
+    model.num_layers = 27
+    model.hidden_size = 2048
+    model.ffn_hidden_size = 10944
+    model.num_attention_heads = 16
+    model.layernorm_epsilon = 1e-6
+    model.init_method_std = 0.006
+    model.vocab_size = 102400
+
+    model.multi_latent_attention = True
+    model.qk_layernorm = True
+    model.q_lora_rank = None
+    model.kv_lora_rank = 512
+    model.qk_head_dim = 128
+    model.qk_pos_emb_head_dim = 64
+    model.v_head_dim = 128
+
+    model.num_moe_experts = 64
+    model.moe_layer_freq = [0] + [1] * 26
+    model.moe_ffn_hidden_size = 1408
+    model.moe_shared_expert_intermediate_size = 2816  # two of the routed width
+    model.moe_router_topk = 6
+    model.moe_router_pre_softmax = True  # the chosen scores are not normalised
+    model.moe_router_load_balancing_type = "seq_aux_loss"
+    model.moe_aux_loss_coeff = 1e-3

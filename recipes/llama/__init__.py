@@ -1,0 +1,1 @@
+"""Recipes of the Llama family and of models with its architecture."""

@@ -1,0 +1,59 @@
+"""Llama 3 dense models with an MTP layer added. Llama 3 was released without any."""
+
+from __future__ import annotations
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.recipes.common import pretrain_common
+
+
+def llama3_8b_pretrain_config() -> ConfigContainer:
+    """Llama 3 8B with one MTP layer at 8K, on 8 GPUs of 80 GB: CP=2.
+
+    Llama 3.1's positions come with its extension to 128K: model.rope_scaling=true.
+
+    Sources: dimensions, THUDM/slime 624b824a scripts/models/llama3.1-8B-Instruct.sh; learning rate, arXiv 2407.21783,
+    table 3; parallel sizes and batch, Megatron-Bridge 067f987d recipes/llama/h100/llama3.py. The loss factor is
+    Megatron-Core's default.
+    """
+    cfg = pretrain_common()
+    model = cfg.model
+    model.num_layers = 32
+    model.hidden_size = 4096
+    model.ffn_hidden_size = 14336
+    model.num_attention_heads = 32
+    model.num_query_groups = 8
+    model.rotary_base = 500_000.0
+    model.layernorm_epsilon = 1e-5
+    model.vocab_size = 128256
+    model.seq_length = 8192
+
+    model.mtp_num_layers = 1
+    model.mtp_loss_scaling_factor = 0.1
+
+    model.context_parallel_size = 2
+    cfg.train.global_batch_size = 512
+    cfg.train.micro_batch_size = 1
+    cfg.optimizer.lr = 3e-4
+    cfg.optimizer.min_lr = 3e-6
+    cfg.scheduler.lr_warmup_iters = 2000
+    return cfg
+
+
+def llama3_70b_pretrain_config() -> ConfigContainer:
+    """Llama 3 70B with one MTP layer at 8K, on 32 GPUs of 80 GB: TP=4 with sequence parallelism, PP=4 with 5 chunks, CP=2.
+
+    Sources: as `llama3_8b_pretrain_config`; dimensions, arXiv 2407.21783, table 3.
+    """
+    cfg = llama3_8b_pretrain_config()
+    model = cfg.model
+    model.num_layers = 80
+    model.hidden_size = 8192
+    model.ffn_hidden_size = 28672
+    model.num_attention_heads = 64
+    model.tensor_model_parallel_size = 4
+    model.sequence_parallel = True
+    model.pipeline_model_parallel_size = 4
+    model.virtual_pipeline_model_parallel_size = 5
+    cfg.optimizer.lr = 1.5e-4
+    cfg.optimizer.min_lr = 1.5e-6
+    return cfg

@@ -1,0 +1,48 @@
+"""MiMo-7B, a dense model released with an MTP layer."""
+
+from __future__ import annotations
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.recipes.common import pretrain_common
+
+
+def mimo_7b_pretrain_config() -> ConfigContainer:
+    """MiMo-7B with its MTP layer and loss factor at 8K, on 4 GPUs of 80 GB: TP=4 with sequence parallelism.
+
+    One schedule stands for the report's first two stages: constant to 10.3T, then a cosine to 3e-5 at 25T. Rotary
+    positions have the base of the released weights; the report's stages at 8K have 10000.
+
+    Sources: MiMo-7B's report, section 2 (dimensions, learning rate, batch, loss factor); THUDM/slime
+    scripts/models/mimo-7b-rl.sh; parallel sizes as Qwen3-8B's.
+    """
+    cfg = pretrain_common()
+    model = cfg.model
+    model.num_layers = 36
+    model.hidden_size = 4096
+    model.ffn_hidden_size = 11008
+    model.num_attention_heads = 32
+    model.num_query_groups = 8
+    model.add_qkv_bias = True
+    model.rotary_base = 640_000.0
+    model.layernorm_epsilon = 1e-5
+    model.vocab_size = 151680
+    model.seq_length = 8192
+
+    model.mtp_num_layers = 1
+    model.mtp_loss_scaling_factor = "0.3@0,0.1@10.3T"
+
+    model.tensor_model_parallel_size = 4
+    model.sequence_parallel = True
+    cfg.train.train_iters = None
+    cfg.train.train_tokens = "25T"
+    cfg.train.global_batch_size = 2560
+    cfg.train.micro_batch_size = 1
+    cfg.optimizer.lr = 1.07e-4
+    cfg.optimizer.min_lr = 3e-5
+    cfg.scheduler.lr_warmup_iters = 0
+    cfg.scheduler.lr_warmup_tokens = 2000 * 2560 * 8192
+    cfg.scheduler.lr_decay_style = "WSD"
+    cfg.scheduler.lr_wsd_decay_style = "cosine"
+    cfg.scheduler.lr_decay_tokens = "25T"
+    cfg.scheduler.lr_wsd_decay_tokens = "14.7T"
+    return cfg

@@ -1,0 +1,43 @@
+"""Mixtral, a mixture of eight large experts, with an MTP layer added."""
+
+from __future__ import annotations
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.recipes.common import pretrain_common
+
+
+def mixtral_8x7b_pretrain_config() -> ConfigContainer:
+    """Mixtral-8x7B with one MTP layer at 4K, on 16 GPUs of 80 GB: PP=2, EP=8, layers recomputed.
+
+    Mistral published no training settings: learning rate and batch are pretrain_common's with a larger batch, the
+    coefficient of the balancing loss is transformers', the loss factor Megatron-Core's default, the parallel sizes this project's.
+
+    Source: dimensions, transformers 5.23.0 models/mixtral; arXiv 2401.04088.
+    """
+    cfg = pretrain_common()
+    model = cfg.model
+    model.num_layers = 32
+    model.hidden_size = 4096
+    model.ffn_hidden_size = 14336
+    model.num_attention_heads = 32
+    model.num_query_groups = 8
+    model.rotary_base = 1_000_000.0
+    model.layernorm_epsilon = 1e-5
+    model.vocab_size = 32000
+
+    model.num_moe_experts = 8
+    model.moe_router_topk = 2
+    model.moe_router_load_balancing_type = "aux_loss"
+    model.moe_aux_loss_coeff = 1e-3
+
+    model.mtp_num_layers = 1
+    model.mtp_loss_scaling_factor = 0.1
+
+    model.pipeline_model_parallel_size = 2
+    model.expert_model_parallel_size = 8
+    model.recompute_granularity = "full"
+    model.recompute_method = "uniform"
+    model.recompute_num_layers = 1
+    cfg.train.global_batch_size = 256
+    cfg.train.micro_batch_size = 1
+    return cfg

@@ -1,0 +1,1 @@
+"""Recipes of Moonshot AI's models."""
