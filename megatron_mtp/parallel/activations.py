@@ -6,7 +6,8 @@ fused activation keeps one tensor less of each kind. Figures are bytes of one mi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.model import ModelConfig
@@ -29,6 +30,13 @@ class Activations:
     cfg: ConfigContainer
     is_cpu: bool
     uses_te: bool
+    _known: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
+
+    def _once(self, name: str, kind: str, compute: Callable[[str], float]) -> float:
+        """A search asks for the same few layers thousands of times."""
+        if (name, kind) not in self._known:
+            self._known[name, kind] = compute(kind)
+        return self._known[name, kind]
 
     @property
     def model(self) -> ModelConfig:
@@ -120,11 +128,13 @@ class Activations:
         """A decoder layer as it is run: recomputed whole, in part, or not. `kind` as in `cost.layer_kinds`."""
         if self.model.recompute_granularity == "full":
             return self.stream
-        return self.whole_layer(kind) - self._dropped(kind)
+        return self._once("layer", kind, lambda kind: self.whole_layer(kind) - self._dropped(kind))
 
     def whole_layer(self, kind: str) -> float:
         """A decoder layer of which nothing is recomputed."""
-        return self.attention("linear" in kind) + self.feed_forward("moe" in kind)
+        return self._once(
+            "whole", kind, lambda kind: self.attention("linear" in kind) + self.feed_forward("moe" in kind)
+        )
 
     def _dropped(self, kind: str) -> float:
         """What selective recomputation does not keep."""
@@ -199,7 +209,7 @@ class Activations:
     def transient(self, symbols: str, kinds: list[str]) -> float:
         """Most that a forward or backward call of this chunk needs for a while beyond what it keeps."""
         model, tp = self.model, self.model.tensor_model_parallel_size
-        widest = max((self._gradients(kind) for kind in kinds), default=0.0)
+        widest = max((self._once("gradients", kind, self._gradients) for kind in set(kinds)), default=0.0)
         if "m" in symbols:
             kind = "moe" if moe_pattern(model)[-1] else "dense"
             widest = max(widest, self._gradients(kind))

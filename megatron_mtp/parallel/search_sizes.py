@@ -1,7 +1,7 @@
 """Ranks parallel sizes, micro-batch sizes and recomputation for a number of devices, each with its best split that fits.
 
-Every combination that divides evenly has a floor for its step: all work of a step, spread evenly over its stages. They are planned in
-the order of that floor until no other can be among the best, or the effort is spent.
+Every combination that divides evenly has a floor for its step, and with the time to fill and drain the pipeline a guess. They are planned
+in the order of the guess, those left out whose floor is above the best so far, until the effort is spent.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from megatron_mtp.parallel.plan import Plan, Planner, layout_of
 from megatron_mtp.parallel.profile import PartCosts
 from megatron_mtp.parallel.rank_params import RankParameters, layer_rank_parameters, mtp_rank_parameters
 
-MOST_PLANNED = 120
+MOST_PLANNED = 40
 """Combinations whose splits are looked at; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
-SPLITS_EACH = 12
+SPLITS_EACH = 8
 """Splits simulated for each of them; the best is planned with full effort afterwards."""
 
 
@@ -94,19 +94,19 @@ class _Search:
 
     def run(self, top: int) -> list[Candidate]:
         """Best first."""
-        ranked = sorted(((self.floor(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations())))
+        ranked = sorted((self.guess(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
         found: dict[tuple, Candidate] = {}
         planned = 0
-        for floor_ms, _, sizes in ranked:
+        for _, _, sizes in ranked:
             times = sorted(candidate.plan.step.total_ms for candidate in found.values())
-            if planned >= MOST_PLANNED or (len(times) >= top and floor_ms >= times[top - 1]):
-                break
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.pp, sizes.vp, sizes.micro)
-            if key in found or not self.may_fit(sizes):
+            if key in found or (len(times) >= top and self.floor(sizes) >= times[top - 1]) or not self.may_fit(sizes):
                 continue
             planned += 1
             if (candidate := self.candidate(sizes)) is not None:
                 found[key] = candidate
+            if planned >= MOST_PLANNED:
+                break
         return sorted(found.values(), key=lambda candidate: candidate.plan.step.total_ms)[:top]
 
     def combinations(self) -> Iterator[_Sizes]:
@@ -172,8 +172,14 @@ class _Search:
         return self.parts(sizes.tp, sizes.cp, sizes.ep, sizes.micro, sizes.recompute)
 
     def floor(self, sizes: _Sizes) -> float:
-        """No split is faster: the work of a step over its stages."""
-        return sizes.count * self.of(sizes)[1] / sizes.pp
+        """No split is faster: the work of a step spread over its stages, of which one holds at least its share of whole layers."""
+        costs, work_ms, _, _ = self.of(sizes)
+        layer_ms = min(time.forward_ms + time.backward_ms for time in costs.layer.values())
+        return sizes.count * max(work_ms / sizes.pp, layer_ms * -(-self.base.model.num_layers // sizes.pp))
+
+    def guess(self, sizes: _Sizes) -> float:
+        """About the step: the floor, and the time to fill and drain the pipeline."""
+        return self.floor(sizes) * (1 + (sizes.pp - 1) / (sizes.vp * sizes.count))
 
     def may_fit(self, sizes: _Sizes) -> bool:
         """Whether an average stage's weights, and the layers' activations that the first stage keeps, leave room. About right, cheap."""

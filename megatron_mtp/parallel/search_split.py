@@ -99,7 +99,7 @@ class _Search:
     @property
     def is_late(self) -> bool:
         """Whether the effort is spent, or nothing is left to gain."""
-        most = self.effort if self.best is not None else self.effort * 4
+        most = self.effort if self.best is not None else self.effort * 2
         return len(self.seen) >= most or self.best_ms <= self.bound_ms * GOOD_ENOUGH
 
     def all(self) -> SplitChoice | None:

@@ -7,7 +7,7 @@ the loss's. The embedding is on the first chunk, the loss on the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -194,17 +194,18 @@ class Floor:
         self.total_backward = sum(t.backward_ms for t in (*layers, *extras, norm))
 
     def _blocking_exchanges(self, rank: int) -> tuple[int, int, int]:
-        """Exchanges waited for at once: between the first and the last call, after the first backward and before the last forward call."""
-        program = rank_program(self.problem.kind, rank)
-        calls = [idx for idx, step in enumerate(program) if isinstance(step, Compute)]
-        first_backward = next(idx for idx in calls if not program[idx].is_forward)
-        last_forward = next(idx for idx in reversed(calls) if program[idx].is_forward)
-        blocking = [idx for idx, step in enumerate(program) if isinstance(step, Exchange) and step.is_blocking]
-        return (
-            sum(calls[0] < idx < calls[-1] for idx in blocking),
-            sum(first_backward < idx < calls[-1] for idx in blocking),
-            sum(calls[0] < idx < last_forward for idx in blocking),
-        )
+        """Exchanges waited for at once: between the first and the last call, after the first backward and before the last forward call.
+
+        Each further round adds equally many, so that a long step is counted from two short ones.
+        """
+        kind = self.problem.kind
+        count, short = kind.num_microbatches, 4 * kind.pp + kind.num_microbatches % kind.pp
+        if count <= short + kind.pp:
+            return _count_exchanges(kind, rank)
+        one, two = (_count_exchanges(replace(kind, num_microbatches=n), rank) for n in (short, short + kind.pp))
+        rounds = (count - short) // kind.pp
+        first, second, third = (a + (b - a) * rounds for a, b in zip(one, two, strict=True))
+        return first, second, third
 
     def own_work(self, rank: int, load_ms: float, upstream_ms: float) -> float:
         """The first path.
@@ -260,13 +261,13 @@ class Floor:
         table = [[infinite] * (num_layers + 1) for _ in range(pp)] + [[infinite] * num_layers + [0.0]]
         for rank in reversed(range(pp)):
             least, most = problem.least(rank, self.is_standalone), problem.most(rank, self.is_standalone)
-            for start in range(num_layers + 1):
+            for start in range(num_layers + 1) if rank else (0,):
                 best = infinite
                 for stop in range(start + least, min(start + most, num_layers) + 1):
                     if table[rank + 1][stop] >= best:
                         continue
                     if fits is not None and not fits(rank, start, stop, self.is_standalone):
-                        continue
+                        break  # more layers never need less memory
                     here = self.stage(rank, start, stop)
                     best = min(best, max(here, table[rank + 1][stop]))
                     if here >= best and rank < pp - 1 and stop > start + least:
@@ -319,3 +320,18 @@ class Floor:
             first = problem.extras(rank, self.is_standalone)
             upstream += first.forward_ms + first.backward_ms + problem.least(rank, self.is_standalone) * cheapest
         return max(most_dear[-1:]) >= num_dear
+
+
+def _count_exchanges(kind: ScheduleKind, rank: int) -> tuple[int, int, int]:
+    """See `Floor._blocking_exchanges`."""
+    program = rank_program(kind, rank)
+    calls = [(idx, step) for idx, step in enumerate(program) if isinstance(step, Compute)]
+    start, stop = calls[0][0], calls[-1][0]
+    first_backward = next(idx for idx, step in calls if not step.is_forward)
+    last_forward = next(idx for idx, step in reversed(calls) if step.is_forward)
+    blocking = [idx for idx, step in enumerate(program) if isinstance(step, Exchange) and step.is_blocking]
+    return (
+        sum(start < idx < stop for idx in blocking),
+        sum(first_backward < idx < stop for idx in blocking),
+        sum(start < idx < last_forward for idx in blocking),
+    )
