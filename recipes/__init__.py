@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # name on the command line -> "module under megatron_mtp.recipes:function"
 RECIPES: dict[str, str] = {
     "demo": "demo:demo_pretrain_config",
+    "mtp_finetune": "mtp_finetune:mtp_finetune_config",
     "tiny_dense": "tiny:tiny_dense_pretrain_config",
     "tiny_moe": "tiny:tiny_moe_pretrain_config",
     "tiny_mla_moe": "tiny:tiny_mla_moe_pretrain_config",

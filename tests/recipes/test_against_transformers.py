@@ -48,8 +48,8 @@ def test_parameters(name):
     count, built = count_parameters(model), theirs(model)
     assert count.main == size(built)
     # An MTP layer: two norms of its inputs, the projection of both, a layer of the last kind, a norm.
-    h = model.hidden_size
-    assert count.mtp == model.mtp_num_layers * (size(built.model.layers[-1]) + 2 * h * h + 3 * h)
+    h, layers = model.hidden_size, 1 if model.mtp_use_repeated_layer else model.mtp_num_layers
+    assert count.mtp == layers * (size(built.model.layers[-1]) + 2 * h * h + 3 * h)
     if model.num_moe_experts is None:
         assert count.main_active == count.main
     else:
