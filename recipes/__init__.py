@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from megatron_mtp.config.container import ConfigContainer
@@ -50,6 +50,12 @@ RECIPES: dict[str, str] = {
     "kimi_k2": "moonshot.moonlight:kimi_k2_pretrain_config",
 }
 
+# name -> why there is no such recipe, for models that people look for
+REFUSED: dict[str, str] = {
+    "nemotron3_super": "a HybridModel computes the MTP losses inside its own forward pass, has no MTP stage, and its Mamba layers "
+    "run on GPUs only, so that no layout could be held against one rank (docs/decisions.md, 'Model families')",
+}
+
 
 def get_recipe(name: str) -> ConfigContainer:
     """Returns a fresh, unfinalized config of the recipe `name`.
@@ -62,6 +68,8 @@ def get_recipe(name: str) -> ConfigContainer:
 
 def recipe_function(name: str) -> Callable[[], ConfigContainer]:
     """The function of a recipe; raises as `get_recipe`."""
+    if name in REFUSED:
+        raise UnsupportedError(f"recipe {name}: {REFUSED[name]}. Known recipes: {', '.join(RECIPES)}.")
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
         meant = f" Did you mean {' or '.join(close)}?" if close else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mtp.config.model import ModelConfig
-from megatron_mtp.convert.hf_families import ALIASES, ARCHITECTURE, DEFAULTS, FAMILIES, Family
+from megatron_mtp.convert.hf_families import ALIASES, ARCHITECTURE, DEFAULTS, FAMILIES, REFUSED, Family
 from megatron_mtp.convert.hf_rope import rope_from_hf, rope_to_hf
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
@@ -97,6 +97,8 @@ _DERIVED = ("num_key_value_heads", "head_dim")
 
 def _family(name: str) -> Family:
     name = ALIASES.get(name, name)
+    if name in REFUSED:
+        raise ConversionError(f"family {name!r}: {REFUSED[name]}.")
     if name not in FAMILIES:
         raise ConversionError(f"family {name!r}: is not known. Known are {', '.join([*FAMILIES, *ALIASES])}.")
     return FAMILIES[name]

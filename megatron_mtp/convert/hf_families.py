@@ -164,6 +164,11 @@ FAMILIES: dict[str, Family] = {
 # Other names of the same file.
 ALIASES = {"kimi_k2": "deepseek_v3"}
 
+# model_type -> why it is not read
+REFUSED = {
+    "nemotron_h": "Mamba layers and Megatron-Core's HybridModel are not built here (docs/decisions.md, 'Model families')",
+}
+
 # What a family's file fixes. Sizes of a run, training settings and MTP's objective are not among them.
 ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "

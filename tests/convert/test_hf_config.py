@@ -130,6 +130,7 @@ def test_what_a_family_cannot_carry_is_named(case, override, named):
         ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         ("qwen3", {"model_type": "gpt2"}, "gpt2"),
+        ("qwen3", {"model_type": "nemotron_h"}, "HybridModel"),
         ("qwen3", {"hidden_size": None, "rope_parameters": {}}, "rope_theta"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn' is not built"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic"}, "rope_parameters": None, "rope_theta": 1e4}, "dynamic"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, UnsupportedError
 from megatron_mtp.recipes import RECIPES, get_recipe
 
 pytestmark = pytest.mark.unit
@@ -25,6 +25,11 @@ def test_each_call_gives_a_fresh_config_with_mtp(name):
 def test_unknown_names_are_met_with_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean deepseek_v3"):
         get_recipe("deepseekv3")
+
+
+def test_a_model_that_is_not_built_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"nemotron3_super: a HybridModel .*docs/decisions.md"):
+        get_recipe("nemotron3_super")
 
 
 def test_listing_imports_no_recipe_module():
