@@ -59,6 +59,7 @@ def import_(
     """Write a checkpoint of iteration 0 with the weights of HF_DIR. A run starts from it with checkpoint.pretrained_checkpoint=OUT."""
     from megatron_mtp.recipes import get_recipe
 
+    _quiet()
     cfg = get_recipe(recipe) if recipe else None
     from megatron_mtp.convert.importing import import_hf
 
@@ -90,6 +91,7 @@ def export(
     report: ReportFile = None,
 ) -> None:
     """Write weights, config, tokenizer and generation settings of a checkpoint for transformers, vLLM and SGLang."""
+    _quiet()
     from megatron_mtp.convert.exporting import export_hf
 
     made = export_hf(
@@ -115,6 +117,7 @@ def check(
     mtp_depths: Depths = None,
 ) -> None:
     """Compare every tensor of a checkpoint and a folder. Exit code 1 if any differs."""
+    _quiet()
     from megatron_mtp.convert.checking import check_hf
 
     result = check_hf(checkpoint, hf_dir, family=family, mtp_depths=mtp_depths)
@@ -123,6 +126,13 @@ def check(
         typer.echo(f"{name}: differs by up to {difference:.3g}")
     if not result.is_equal:
         raise typer.Exit(1)
+
+
+def _quiet() -> None:
+    """Before the imports that make the noise."""
+    from megatron_mtp.observe.logs import silence_noise
+
+    silence_noise()
 
 
 def _print(made, report: Path | None) -> None:

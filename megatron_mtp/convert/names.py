@@ -1,7 +1,7 @@
 """Where each tensor of ours lies in each family's files: tables, as data. Imports neither torch nor megatron.
 
 Our names are keys of Megatron-Core's sharded state dict, as checkpoints hold them, behind the prefix of a layer. Theirs are
-names in safetensors files, behind the prefix of their layer. Shapes are theirs, in symbols that `links.sizes` resolves.
+names in safetensors files, behind the prefix of their layer. Shapes are theirs, in symbols that `dimensions.sizes` resolves.
 
 Sources: transformers 5.23 models/*/modeling_*.py and conversion_mapping.py; of MTP names, Megatron-Bridge 067f987d
 models/{deepseek,glm,mimo,qwen}, vllm 0.33 model_executor/models/*_mtp.py.
@@ -39,7 +39,7 @@ class Row:
         theirs: names behind their layer prefix; {e} is the expert.
         shapes: of theirs.
         layout: see `Layout`.
-        needs: the tensor exists if the model has this feature; see `links.features`.
+        needs: the tensor exists if the model has this feature; see `dimensions.features`.
         part: of layout `part`.
     """
 
