@@ -43,6 +43,10 @@ def generate(
     context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and answer. Default: model.seq_length.")
     ] = None,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(min=2, help="Draft the lowest ids only, so many. Default: all. Verification knows all."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: what is there.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer in place of the model's.")] = None,
@@ -79,6 +83,7 @@ def generate(
         device=device,
         tokenizer=tokenizer,
         ignore_end=ignore_end,
+        draft_vocab=draft_vocab,
     )
 
 

@@ -22,6 +22,10 @@ def spec_eval(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded after each prompt.")] = 64,
     json: Annotated[Path | None, typer.Option(help="Write all figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture there (.png or .svg).")] = None,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(min=2, help="Draft the lowest ids only, so many. Default: all. Verification knows all."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: what is there.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: all cores.")] = None,
@@ -42,12 +46,16 @@ def spec_eval(
     options = tool.SpecEvalOptions(
         num_draft=drafts, num_prompts=prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens
     )
-    with open_decoder(source, dtype=dtype, device=device, threads=threads, tokenizer=tokenizer) as loaded:
+    with open_decoder(
+        source, dtype=dtype, device=device, threads=threads, tokenizer=tokenizer, draft_vocab=draft_vocab
+    ) as loaded:
         domains = tool.read_domains(data, loaded.encode, prompts)
         with Console(stderr=True).status("decoding"):
             results = tool.evaluate_domains(loaded.decoder, domains, options)
     tool.print_results(results, Console())
     if json is not None:
-        json.write_text(tool.as_json(results, source=str(source), num_draft=drafts, dtype=dtype) + "\n")
+        json.write_text(
+            tool.as_json(results, source=str(source), num_draft=drafts, draft_vocab=draft_vocab, dtype=dtype) + "\n"
+        )
     if plot is not None:
         tool.plot(results, plot)

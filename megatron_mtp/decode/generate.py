@@ -171,7 +171,8 @@ def _round(session: Session, rows: Rows, chooser: DraftLength, generator: torch.
     proposed: list[Tensor] = []
     with chooser.timed("draft", count):
         if count:
-            pick = _pick_best if sampling.is_greedy else partial(_pick_drawn, sampling, generator, proposed)
+            vocab_size = session.decoder.model.vocab_size
+            pick = _pick_best if sampling.is_greedy else partial(_pick_drawn, sampling, generator, proposed, vocab_size)
             session.draft(count, pick)
     with chooser.timed("verify", count):
         logits = session.verify(count)
@@ -197,9 +198,13 @@ def _pick_best(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def _pick_drawn(sampling: Sampling, generator: torch.Generator, proposed: list[Tensor], logits: Tensor) -> Tensor:
-    proposed.append(sampling.probabilities(logits))
-    return draw(proposed[-1], generator)
+def _pick_drawn(
+    sampling: Sampling, generator: torch.Generator, proposed: list[Tensor], vocab_size: int, logits: Tensor
+) -> Tensor:
+    probabilities = sampling.probabilities(logits)
+    # Ids above those that are drafted have no probability.
+    proposed.append(torch.nn.functional.pad(probabilities, (0, vocab_size - probabilities.shape[-1])))
+    return draw(probabilities, generator)
 
 
 class Rows:

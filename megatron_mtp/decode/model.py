@@ -17,7 +17,7 @@ from megatron_mtp.config.mcore_table import MCORE_FIELDS
 from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.decode.attention import Cache
 from megatron_mtp.decode.block import Block, Depth
-from megatron_mtp.decode.linear import Linear
+from megatron_mtp.decode.linear import Linear, linear
 from megatron_mtp.decode.norm import Norm
 from megatron_mtp.decode.rope import rotations
 from megatron_mtp.decode.span import MaskTable, Span
@@ -51,6 +51,7 @@ class Decoder:
         embedding: [v_padded/tp, h], rows `first_id` and on.
         depths: MTP layers; a repeated layer stands once.
         head: h -> v_padded/tp.
+        draft_head: as `head`, for the ids that are drafted; see `limit_drafts`.
     """
 
     model: ModelConfig
@@ -63,6 +64,7 @@ class Decoder:
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
+    draft_head: Linear
 
     @classmethod
     def build(
@@ -94,7 +96,8 @@ class Decoder:
         with torch.inference_mode():
             embedding = source.get("embedding.word_embeddings.weight").to(dtype).clone()
             tied = model.share_embeddings_and_output_weights
-            head = embedding if tied else source.get("output_layer.weight")
+            weight = embedding if tied else source.get("output_layer.weight")
+            head = source.linear(weight)
             return cls(
                 model=model,
                 embedding=embedding,
@@ -102,7 +105,8 @@ class Decoder:
                 blocks=[block(source, f"decoder.layers.{index}.", is_moe) for index, is_moe in enumerate(kinds)],
                 final_norm=source.full_norm("decoder.final_layernorm"),
                 depths=[depth(source, f"mtp.layers.{index}.", kinds[-1]) for index in range(copies)],
-                head=source.linear(head),
+                head=head,
+                draft_head=head,
                 tp=tp,
                 dtype=dtype,
                 device=device,
@@ -152,6 +156,31 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, h] -> [n, vocab_size], the same bits on every rank."""
         return self.tp.gather(self.head(hidden), dim=-1)[:, : self.model.vocab_size]
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """[n, h] -> [n, number of ids that are drafted]."""
+        return self.tp.gather(self.draft_head(hidden), dim=-1)[:, : self.model.vocab_size]
+
+    def limit_drafts(self, weight: Tensor, num_ids: int | None) -> None:
+        """Drafts the `num_ids` lowest ids only, which tokenizers give to the most frequent tokens; verification knows all.
+
+        The head is most of what a draft costs where the vocabulary is big. Source: FastMTP, arXiv 2509.18362, section 3.3.
+
+        Args:
+            weight: [v_padded, h] of the head.
+            num_ids: None: all.
+
+        Raises:
+            UnsupportedError: the head is sharded.
+        """
+        if num_ids is None or num_ids >= self.model.vocab_size:
+            self.draft_head = self.head
+            return
+        if self.tp.size > 1:
+            raise UnsupportedError(
+                f"draft_vocab = {num_ids}: the head is sharded over {self.tp.size} tensor-parallel ranks. Draft all ids, or use one rank."
+            )
+        self.draft_head = linear(weight[:num_ids].to(self.device, self.dtype).clone())
 
     def new_caches(self, b: int, slots: int, num_depths: int) -> tuple[list[Cache], list[Cache]]:
         """Empty caches for the trunk's layers and for `num_depths` depths, each depth with its own."""

@@ -88,7 +88,7 @@ class Session:
             hidden = self.decoder.depth(
                 k, source if self.decoder.is_parallel else hidden, tokens, span, self.depth_caches[k - 1]
             )
-            self._put_drafts(k, pick(self.decoder.logits(self._last(hidden, span))))
+            self._put_drafts(k, pick(self.decoder.draft_logits(self._last(hidden, span))))
 
     def drafts(self, count: int) -> Tensor:
         """[b, count] ids of the last drafting."""

@@ -53,6 +53,7 @@ def open_decoder(
     device: str | None = None,
     tokenizer: str | None = None,
     threads: int | None = None,
+    draft_vocab: int | None = None,
 ) -> Iterator[Loaded]:
     """Loads a model over all processes of this job, as tensor-parallel ranks.
 
@@ -62,6 +63,7 @@ def open_decoder(
         device: "cpu" or "cuda"; None: what is there.
         tokenizer: file or folder in place of the one the model names.
         threads: of each process on a CPU; None: its share of the cores.
+        draft_vocab: drafts come from the lowest ids only, so many; None: from all.
 
     Raises:
         ConversionError, CheckpointError, UnsupportedError, ConfigError: the folder cannot be decoded from.
@@ -79,6 +81,7 @@ def open_decoder(
             dtype=DTYPES[dtype],
             device=chosen.torch_device,
         )
+        decoder.limit_drafts(chunks[0].head_weight(), draft_vocab)
         del chunks
         yield Loaded(cfg, decoder, *_open_tokenizer(cfg, Path(source), tokenizer))
     finally:

@@ -27,6 +27,7 @@ def run(
     device: str | None = None,
     tokenizer: str | None = None,
     ignore_end: bool = False,
+    draft_vocab: int | None = None,
 ) -> Generation:
     """Continues texts and rows of ids in one batch; rank 0 prints.
 
@@ -34,7 +35,7 @@ def run(
         options: of decode.generate.Options, with the fields of Sampling under "sampling".
     """
     sampling = Sampling(**options.pop("sampling"))
-    with open_decoder(source, dtype=dtype, device=device, tokenizer=tokenizer) as loaded:
+    with open_decoder(source, dtype=dtype, device=device, tokenizer=tokenizer, draft_vocab=draft_vocab) as loaded:
         prompts = [*(loaded.encode(text) for text in texts), *ids]
         stop_ids = frozenset() if ignore_end else loaded.stop_ids
         is_first = dist.get_rank() == 0

@@ -81,6 +81,17 @@ def test_draft_tree(kind, widths):
         assert tokens(decoder, [row], 0) == tokens(decoder, [row], 0, widths=widths)
 
 
+def test_drafts_of_some_ids_only():
+    model = plain_model(KINDS["moe"], seed=4)
+    decoder, row = decoder_of(model), prompts(1, seed=3)
+    everything = tokens(decoder, row, 3)
+    decoder.limit_drafts(model.head.weight.detach(), 2)
+    assert decoder.draft_logits(torch.zeros(1, 32)).shape == (1, 2)
+    assert tokens(decoder, row, 3) == everything
+    decoder.limit_drafts(model.head.weight.detach(), None)
+    assert decoder.draft_head is decoder.head
+
+
 def test_automatic_number_of_drafts():
     decoder = decoder_of(plain_model(DENSE))
     rows, options = prompts(2, seed=6), Options(max_new_tokens=200, num_draft="auto", context=256)
