@@ -6,7 +6,7 @@ Everything else takes process groups as arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.gated_delta_net import common as gated_delta_net
 from megatron.core.tensor_parallel.random import HAVE_TE
@@ -270,3 +271,25 @@ def pretend_flash_linear_attention() -> Iterator[None]:
         yield
     finally:
         gated_delta_net.HAVE_FLA = before
+
+
+@contextmanager
+def watch_calls(around: Callable[[str], AbstractContextManager]) -> Iterator[None]:
+    """Inside, every call of a chunk by a schedule runs within `around("forward")` or `around("backward")`: what a pipeline stage
+    does between two messages, the loss function and the gradient hooks included."""
+    before = {name: getattr(schedules, f"{name}_step") for name in ("forward", "backward")}
+
+    def watched(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with around(name):
+                return before[name](*args, **kwargs)
+
+        return call
+
+    for name in before:
+        setattr(schedules, f"{name}_step", watched(name))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(schedules, f"{name}_step", function)

@@ -1,0 +1,166 @@
+"""Planned against measured step time on this machine: two pipeline stages on the CPU, several splits, with and without MTP.
+
+    python benchmarks/plan_accuracy.py [--rounds 11] [--write FILE.json]
+
+Every round times a step of each split, one after the other (A B C ... A B C ...), and one step of the profile, so that all of them
+see the same machine. Each process has one thread. Prints for each split the median with its 95 % confidence interval
+beside the plan; exit code 1 if a plan is off by more than 10 %, or two splits whose intervals are apart are planned in the other order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import torch.distributed as dist
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.overrides import apply_overrides
+from megatron_mtp.device.worker_pool import WorkerPool
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.plan import predict_step
+from megatron_mtp.parallel.profile import PartCosts
+from megatron_mtp.recipes import get_recipe
+from megatron_mtp.tools.profile import PRELOAD, CpuProfiler
+from megatron_mtp.training import setup as setup_module
+
+TOLERANCE = 0.10
+SIZE = (
+    "model.num_layers=8 model.hidden_size=256 model.ffn_hidden_size=768 model.seq_length=128 model.vocab_size=2048 "
+    "train.micro_batch_size=1 train.global_batch_size=4 model.pipeline_model_parallel_size=2 dist.device=cpu "
+    "dist.num_threads=1 validation.eval_iters=0"
+)
+# (MTP depths, decoder layers of each stage)
+SPLITS = [(0, (4, 4)), (0, (5, 3)), (0, (3, 5)), (0, (6, 2)), (2, (4, 4)), (2, (5, 3)), (2, (6, 2)), (2, (7, 1))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One split: milliseconds of a step."""
+
+    depths: int
+    split: tuple[int, ...]
+    planned: float
+    measured: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """Planned over measured, less one."""
+        return self.planned / self.measured - 1
+
+
+def main() -> int:
+    """Runs everything and returns the exit code."""
+    arguments = _arguments()
+    configs = [config(depths, split) for depths, split in SPLITS]
+    times: list[list[float]] = [[] for _ in SPLITS]
+    began = time.monotonic()
+    with CpuProfiler(configs[-1], processes=2) as profiler, WorkerPool(2, timeout_s=600, preload=PRELOAD) as pair:
+        pair.run(build, configs)
+        pair.run(time_round)
+        for _ in range(arguments.rounds):
+            profiler.advance(1)
+            for found, ranks in zip(times, zip(*pair.run(time_round), strict=True), strict=True):
+                found.append(max(ranks))
+        profile = profiler.profile()
+    outcomes = [
+        outcome(cfg, depths, split, profile.costs, found)
+        for cfg, (depths, split), found in zip(configs, SPLITS, times, strict=True)
+    ]
+    print(f"{arguments.rounds} rounds in {time.monotonic() - began:.0f} s")
+    is_right = report(outcomes)
+    if arguments.write:
+        record = {"profile": asdict(profile), "times_ms": times, "outcomes": [asdict(one) for one in outcomes]}
+        arguments.write.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return int(not is_right)
+
+
+def config(depths: int, split: tuple[int, ...]) -> ConfigContainer:
+    """The finalized config of a split."""
+    cfg = get_recipe("tiny_dense")
+    layout = f"model.pipeline_model_parallel_layout=[{','.join(map(str, split))}]"
+    apply_overrides(cfg, [*SIZE.split(), f"model.mtp_num_layers={depths}", layout])
+    return cfg.finalize(2)
+
+
+def outcome(cfg: ConfigContainer, depths: int, split: tuple[int, ...], costs: PartCosts, times: list[float]) -> Outcome:
+    """Median, its interval, and the plan."""
+    low, high = interval_of_median(times)
+    step = predict_step(cfg, PipelineLayout.from_config(cfg.model), costs, 2, frees_outputs=False)
+    return Outcome(depths=depths, split=split, planned=step.total_ms, measured=median(times), low=low, high=high)
+
+
+def interval_of_median(values: list[float]) -> tuple[float, float]:
+    """A 95 % confidence interval by order statistics, whatever the distribution."""
+    ordered, count = sorted(values), len(values)
+    tail, outside = 0, 0.0
+    while outside + 2 * comb(count, tail) / 2**count <= 0.05:
+        outside += 2 * comb(count, tail) / 2**count
+        tail += 1
+    return ordered[max(0, tail - 1)], ordered[min(count - 1, count - tail)]
+
+
+def report(outcomes: list[Outcome]) -> bool:
+    """Prints the table and what is wrong; whether nothing is."""
+    print(f"{'depths':>6} {'split':>8} {'planned':>8} {'measured':>9} {'95 % interval':>17} {'error':>7}  ms")
+    for one in outcomes:
+        split = ",".join(map(str, one.split))
+        print(
+            f"{one.depths:>6} {split:>8} {one.planned:>8.0f} {one.measured:>9.0f} "
+            f"{one.low:>8.0f} {one.high:>8.0f} {one.error:>+7.1%}"
+        )
+    pairs = [pair for pair in combinations(outcomes, 2) if pair[0].high < pair[1].low or pair[1].high < pair[0].low]
+    wrong = [(a, b) for a, b in pairs if (a.measured < b.measured) != (a.planned < b.planned)]
+    worst = max(abs(one.error) for one in outcomes)
+    print(
+        f"largest error {worst:.1%}; of {len(pairs)} pairs with separate intervals {len(wrong)} are in the wrong order"
+    )
+    for a, b in wrong:
+        print(f"  wrong order: depths {a.depths} {a.split} and depths {b.depths} {b.split}")
+    return worst <= TOLERANCE and not wrong
+
+
+_runs: list = []
+"""Of a worker, between calls: one run for each split, all over the same process groups."""
+
+
+def build(configs: list[ConfigContainer]) -> None:
+    """On a worker: builds every split."""
+    joined = setup_module.join_groups(configs[-1])  # groups of the deepest model serve the others too
+    with mock.patch.object(setup_module, "join_groups", return_value=joined):
+        for cfg in configs:
+            run = setup_module.setup(cfg)
+            _runs.append((run, next(run.data.train())))
+            run.data.close()
+
+
+def time_round() -> list[float]:
+    """On a worker: one step of each split, in milliseconds."""
+    found = []
+    for run, batch in _runs:
+        dist.barrier()
+        start = time.perf_counter()
+        run.engine.train(batch, 0.1)
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11, help="timed steps of each split")
+    parser.add_argument("--write", type=Path, help="keep every figure in this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
