@@ -175,6 +175,7 @@ class Checkpointer:
             return
         self.close()  # one at a time
         started_s = time.monotonic()
+        gather_weights(chunks)
         from_first(lambda: self._begin(train_state.iteration))
         partial = self.directory.partial_path(train_state.iteration)
         content = Content(chunks, optimizer if self.cfg.checkpoint.save_optim else None, self.groups.dp_cp)
@@ -289,6 +290,13 @@ class Checkpointer:
             f"checkpoint.save = {self.directory.path}: the checkpoint of iteration {iteration} was not saved ({cause}). "
             "Earlier checkpoints are unharmed. Make room or mend the directory; the next save tries again."
         )
+
+
+def gather_weights(chunks: list[nn.Module]) -> None:
+    """With overlap_param_gather the last update of the shards of other ranks arrives with the next forward pass; a checkpoint needs it now."""
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)
 
 
 def _versions() -> dict[str, str]:

@@ -240,3 +240,19 @@ def test_the_backend_may_change(pool, tmp_path, at_save, at_load):
     _, saved, resumed_, weights = pool.run(resume_with_extra_state, str(tmp_path), at_save, at_load)[0]
     assert resumed_
     assert differences(saved, weights) == {}
+
+
+OVERLAPPED = {**DENSE, "ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True}
+
+
+def save_only(values: dict, steps: int, path: str) -> None:
+    with rig(make_config(values, dist.get_world_size(), path)) as run:
+        run.steps(steps)
+        run.save()
+
+
+def test_weights_are_of_the_step_even_if_they_are_gathered_later(pool, tmp_path):
+    """The weights themselves, without the optimizer's: what an export or a run with load_optim=false reads."""
+    pool.run(save_only, OVERLAPPED, 3, str(tmp_path))
+    weights = pool.run(resumed, {**DENSE, "checkpoint.load_optim": False}, 3, str(tmp_path))[0][1]
+    assert differences(pool.run(trained, DENSE, 3)[0], weights) == {}
