@@ -16,7 +16,7 @@ from contextlib import suppress
 from megatron_mtp.errors import ConfigError, MegatronMTPError, NumericsError
 from megatron_mtp.observe.failures import ENDED_BY_ANOTHER, write_failure
 
-STORE_KEY = "megatron_mtp/failure"
+STORE_KEY = f"megatron_mtp/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 SILENCE_S = 20.0
 """A rank beside rank 0 waits this long to be ended before it speaks itself."""
 ECHO_WAIT_S = 3.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,11 +41,29 @@ def init_distributed(config: DistConfig) -> Device:
     if dist.is_initialized():
         return device
     if launched_by_torchrun():
-        dist.init_process_group(device.backend, timeout=timeout)
+        dist.init_process_group(device.backend, timeout=timeout, **_own_store(timeout))
     else:
         # A store inside the process: no port that another job could hold.
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
+
+
+def _own_store(timeout: timedelta) -> dict[str, Any]:
+    """Arguments of init_process_group that keep the keys of this start of the ranks apart from those of earlier ones.
+
+    By default all starts under one torchrun share its store, and torch 2.15 gives their keys no prefix: after `--max-restarts` ranks then
+    find the addresses of dead ones and connect to nobody.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, env_world_size(), is_master=False, timeout=timeout)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(f"megatron_mtp/start_{start}", store),
+        "rank": env_rank(),
+        "world_size": env_world_size(),
+    }
 
 
 def destroy_distributed() -> None:
