@@ -52,3 +52,9 @@ class NumericsError(MegatronMTPError):
 
 class OutOfMemoryError(MegatronMTPError):
     """The memory of a device did not suffice; the text says what was planned and what would help."""
+
+
+class ReplicaError(MegatronMTPError):
+    """Data-parallel replicas hold different weights. Starting again from a checkpoint makes them equal."""
+
+    exit_code = 1

@@ -20,6 +20,7 @@ from megatron_mtp.training.evaluation import EvaluationResult, evaluate
 from megatron_mtp.training.faults import Action, FaultWatch, decide
 from megatron_mtp.training.figures import acceptance_by_depth, acceptance_rates, loss_names, named_losses
 from megatron_mtp.training.preemption import Orders, StepBoundary
+from megatron_mtp.training.replicas import check_replicas
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
@@ -67,6 +68,7 @@ class Trainer:
 
         Raises:
             NumericsError: on every rank: the numbers are bad and the policy is to stop.
+            ReplicaError: on every rank: replicas of the weights differ.
         """
         cfg, state = self.run.cfg, self.state
         self._call("on_train_start")
@@ -87,10 +89,13 @@ class Trainer:
                     continue
                 running.step()
                 self._collect_garbage()
+                if self._every(cfg.train.check_replicas_interval):
+                    check_replicas(self.run.engine.chunks, self.run.groups)
                 if self._every(cfg.validation.eval_interval):
                     self._evaluate()
                 self.watchdog.beat(f"iteration {state.iteration}: asking all ranks whether to save or leave")
                 orders = self.boundary.orders(state.iteration)
+                self.watchdog.calm()
                 if orders.save:
                     self._save(orders.save)
                 self.saver.finalize()
@@ -153,7 +158,7 @@ class Trainer:
     ) -> StepRecord:
         cfg, state = self.run.cfg, self.state
         num_depths = self.run.engine.num_depths
-        extra = acceptance_rates(result.acceptance)
+        extra = acceptance_rates(result.acceptance) | self.saver.figures()
         for name, count in zip(loss_names(num_depths), result.depth_counts.tolist(), strict=True):
             extra[f"{name.removesuffix(' loss')}/num_targets"] = count
         if num_depths:

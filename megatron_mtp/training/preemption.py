@@ -10,6 +10,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,10 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals, and it notes nothing."""
+    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals, and it notes nothing.
 
-    def __init__(self) -> None:
+    Args:
+        on_leave: called when SIGTERM comes, in the midst of whatever the main thread does.
+    """
+
+    def __init__(self, on_leave: Callable[[], None] = lambda: None) -> None:
         self.wants_leave = self.wants_save = False
+        self._on_leave = on_leave
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
@@ -43,6 +49,7 @@ class SignalWatch:
     def _note(self, number: int, _: object) -> None:
         if number == signal.SIGTERM:
             self.wants_leave = True
+            self._on_leave()
         else:
             self.wants_save = True
 

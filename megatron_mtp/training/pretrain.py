@@ -23,6 +23,7 @@ from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.faults import FaultWatch
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.loop import Trainer
+from megatron_mtp.training.node_check import check_nodes
 from megatron_mtp.training.out_of_memory import explained_out_of_memory
 from megatron_mtp.training.preemption import SignalWatch, StepBoundary
 from megatron_mtp.training.saving import Saver
@@ -73,15 +74,15 @@ def pretrain(
         NumericsError: the numbers are bad and the policy is to stop.
         OutOfMemoryError: with what was planned and what would help.
 
-    SIGTERM and SIGUSR1 are caught meanwhile, if this is the main thread: see `preemption`.
+    SIGTERM and SIGUSR1 are caught while it trains, if this is the main thread: see `preemption`.
     """
     cfg = prepare_config(cfg, env_world_size())
     check_data(cfg)
     check_run_directory(cfg)
     setup_logging(env_rank())
     try:
-        with SignalWatch() as signals, explained_out_of_memory(cfg, env_rank(), env_world_size()):
-            return _train(cfg, forward_step, recipe, callbacks, signals)
+        with explained_out_of_memory(cfg, env_rank(), env_world_size()):
+            return _train(cfg, forward_step, recipe, callbacks)
     finally:
         leave_groups()
 
@@ -100,12 +101,11 @@ def _train(
     forward_step: ForwardStep | None,
     recipe: str,
     callbacks: Sequence[Callback],
-    signals: SignalWatch,
 ) -> Summary:
     watchdog = Watchdog(watchdog_timeout_s(cfg), env_rank(), env_world_size())
     run = setup(cfg, watchdog.around(forward_step or default_forward_step))
     with watchdog:  # from here on there is a store for all ranks
-        return _train_watched(cfg, run, recipe, callbacks, signals, watchdog)
+        return _train_watched(cfg, run, recipe, callbacks, watchdog)
 
 
 def _train_watched(
@@ -113,9 +113,9 @@ def _train_watched(
     run: Run,
     recipe: str,
     callbacks: Sequence[Callback],
-    signals: SignalWatch,
     watchdog: Watchdog,
 ) -> Summary:
+    check_nodes(cfg, run.device.torch_device)
     state = TrainState()
     checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
     if not checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
@@ -130,6 +130,7 @@ def _train_watched(
     )
     recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id})
     state.wandb_run_id = recorder.state().get("wandb_run_id")
+    signals = SignalWatch(watchdog.hurry)
     throughput = Throughput.of(cfg, dist.get_world_size(), run.device.name)
     trainer = Trainer(
         run=run,
@@ -144,7 +145,8 @@ def _train_watched(
         throughput=throughput,
     )
     try:
-        trainer.train()
+        with signals:  # before it there is nothing to save, and SIGTERM ends the process
+            trainer.train()
     finally:
         recorder.close()
         checkpointer.close()

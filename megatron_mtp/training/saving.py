@@ -24,6 +24,7 @@ class Saver:
     def __init__(self, run: Run, state: TrainState, checkpointer: Checkpointer):
         self._run, self._state, self._checkpointer = run, state, checkpointer
         self._validation: tuple[int, float] | None = None
+        self._figures: dict[str, float] = {}
 
     def evaluated(self, main_loss: float) -> bool:
         """Takes in the main set's loss at this iteration.
@@ -58,12 +59,19 @@ class Saver:
         except CheckpointError as error:
             logger.error("%s", error)
             return False
+        self._figures["checkpoint/stall_ms"] = self._checkpointer.last_stall_s * 1e3
         return True
+
+    def figures(self) -> dict[str, float]:
+        """What saves have cost since the last call: the time for which training stood still, and that until a checkpoint was whole."""
+        figures, self._figures = self._figures, {}
+        return figures
 
     def finalize(self, *, blocking: bool = False) -> None:
         """Completes an asynchronous save if its files are written, or waits for them."""
         try:
-            self._checkpointer.maybe_finalize(blocking)
+            if self._checkpointer.maybe_finalize(blocking) is not None:
+                self._figures["checkpoint/save_ms"] = self._checkpointer.last_save_s * 1e3
         except CheckpointError as error:
             logger.error("%s", error)
 

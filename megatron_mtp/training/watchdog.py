@@ -33,6 +33,8 @@ COLLECT_S = 5.0
 """Ranks have this long to hand in their stacks."""
 REPORT_S = 2.0
 """Other ranks stay for this long, so that none is taken for the first to fail while the report is written."""
+HURRIED_S, HURRIED_FACTOR = 5.0, 3.0
+"""After SIGTERM a rank may be silent for so long, or so many times its longest silence before."""
 FROZEN_S = 30.0
 """If not even this thread can run (a C extension that keeps the interpreter), the process is ended so much later, from C."""
 
@@ -66,12 +68,31 @@ class Watchdog:
         self.timeout_s, self._rank, self._world_size, self._store = timeout_s, rank, world_size, store
         self._prefix = f"megatron_mtp/hung/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._doing, self._beats, self._last = "starting", 0, time.monotonic()
+        self._longest_s = 0.0
+        self._is_hurried = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
         """A sign of life: what this rank does next."""
+        self._longest_s = max(self._longest_s, time.monotonic() - self._last)
         self._doing, self._beats, self._last = doing, self._beats + 1, time.monotonic()
+
+    def hurry(self) -> None:
+        """This rank was asked to end. A launcher does that too when another rank has died: then this one may wait for it in a collective,
+        and should not use up its time, so it gets a few times as long as it ever was silent."""
+        self._is_hurried = True
+
+    def calm(self) -> None:
+        """All ranks are there and agree on what to do; a checkpoint may take its time."""
+        self._is_hurried = False
+
+    @property
+    def limit_s(self) -> float:
+        """Longest silence that is borne at this moment."""
+        if not self._is_hurried:
+            return self.timeout_s
+        return min(self.timeout_s, max(HURRIED_S, HURRIED_FACTOR * self._longest_s))
 
     def around(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """A forward step that is a sign of life."""
@@ -104,7 +125,7 @@ class Watchdog:
             with suppress(AttributeError, ValueError, OSError):  # stderr may be something without a descriptor
                 faulthandler.dump_traceback_later(self.timeout_s + COLLECT_S + FROZEN_S, exit=True, file=sys.__stderr__)
             # While training goes on nobody asks the store anything.
-            if silent_s > self.timeout_s or (silent_s > self.timeout_s / 2 and self._is_asked()):
+            if silent_s > self.limit_s or (silent_s > self.timeout_s / 2 and self._is_asked()):
                 self._end(silent_s)
 
     def _is_asked(self) -> bool:
@@ -117,7 +138,7 @@ class Watchdog:
         own = Testimony(self._rank, socket.gethostname(), self._doing, self._beats, round(silent_s, 1), stacks())
         everyone = self._collect(own)
         if everyone[0].rank == self._rank:
-            text = report(everyone, self._world_size, self.timeout_s)
+            text = report(everyone, self._world_size, self.limit_s)
             if not write_failure(self._rank, text, is_mistake=False):
                 print(text, file=sys.stderr, flush=True)
         else:

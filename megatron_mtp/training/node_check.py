@@ -1,0 +1,178 @@
+"""Looks at the machines of a job before the first step: what would otherwise show hours later, or as a hang.
+
+Versions must be equal on all ranks, and the folder of the checkpoints must be one folder. Bandwidth is measured and told; a slow link is no
+mistake of the user, but often the reason of a slow run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import statistics
+import time
+import uuid
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("megatron-mtp", "megatron-core", "torch", "transformer-engine", "numpy")
+PROBE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+SLOW_SHARE = 0.5
+"""A link below this share of the median of its kind is named."""
+VISIBLE_S = 10.0
+"""A file written on one machine must be seen on the others within this time; NFS caches folders for seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What one rank says of its place."""
+
+    host: str
+    versions: dict[str, str]
+
+
+def check_nodes(cfg: ConfigContainer, device: torch.device) -> None:
+    """A collective; nothing is done in a job of one process.
+
+    Raises:
+        ConfigError: on every rank: versions differ, or checkpoint.save is not one folder for all.
+    """
+    if dist.get_world_size() == 1 or not cfg.dist.node_check:
+        return
+    nodes = _gathered(Node(socket.gethostname(), _versions(device)))
+    problems = version_problems(nodes)
+    if cfg.checkpoint.save:
+        problems += _sharing_problems(Path(cfg.checkpoint.save), nodes)
+    if problems:
+        raise ConfigError(problems)
+    for line in bandwidth_report(_gathered(_bandwidth_to_next(device)), [node.host for node in nodes]):
+        logger.info("%s", line)
+
+
+def version_problems(nodes: list[Node]) -> list[str]:
+    """One sentence for each package whose versions differ."""
+    problems = []
+    for package in sorted({name for node in nodes for name in node.versions}):
+        found: dict[str, list[int]] = defaultdict(list)
+        for rank, node in enumerate(nodes):
+            found[node.versions.get(package, "none")].append(rank)
+        if len(found) > 1:
+            where = "; ".join(f"{v} on {_ranks(ranks, nodes)}" for v, ranks in found.items())
+            problems.append(f"{package}: versions differ between ranks ({where}). Install the same everywhere.")
+    return problems
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if device.type == "cuda":
+        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}
+    return found
+
+
+def _sharing_problems(folder: Path, nodes: list[Node]) -> list[str]:
+    """Rank 0 writes a file; who does not see it has another folder under that name."""
+    name = [f".node-check-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, src=0)
+    path, error = folder / name[0], ""
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as failure:
+            error = f"checkpoint.save = {folder}: rank 0 cannot write there ({failure.strerror})."
+    seen = _gathered((error, True) if error else ("", _appears(path)))
+    if dist.get_rank() == 0:
+        path.unlink(missing_ok=True)
+    if seen[0][0]:
+        return [seen[0][0]]
+    blind = [rank for rank, (_, sees) in enumerate(seen) if not sees]
+    if not blind:
+        return []
+    return [
+        f"checkpoint.save = {folder}: {_ranks(blind, nodes)} do not see what rank 0 on {nodes[0].host} writes there. Checkpoints need a file "
+        "system that all machines share."
+    ]
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        with suppress(OSError):
+            os.listdir(path.parent)  # makes NFS look again
+        time.sleep(0.1)
+    return True
+
+
+def _bandwidth_to_next(device: torch.device) -> float:
+    """Bytes per second from this rank to the next one, while all send at once; the better of two passes."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    data = torch.zeros(PROBE_BYTES[device.type], dtype=torch.uint8, device=device)
+    received, best_s = torch.empty_like(data), float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        operations = [
+            dist.P2POp(dist.isend, data, (rank + 1) % size),
+            dist.P2POp(dist.irecv, received, (rank - 1) % size),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - begin)
+    return data.numel() / best_s
+
+
+def bandwidth_report(bandwidths: list[float], hosts: list[str]) -> list[str]:
+    """Median of each kind of link, and the links that are far below it.
+
+    Args:
+        bandwidths: bytes per second from each rank to the next, the last one's to rank 0.
+        hosts: of each rank.
+    """
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for rank, host in enumerate(hosts):
+        kinds["within a machine" if host == hosts[(rank + 1) % len(hosts)] else "between machines"].append(rank)
+    lines = []
+    for kind, ranks in kinds.items():
+        median = statistics.median(bandwidths[rank] for rank in ranks)
+        lines.append(f"bandwidth {kind}: {median / 1e9:.2f} GB/s from each rank to the next (median of {len(ranks)})")
+        lines += [
+            f"slow link {kind}: rank {rank} on {hosts[rank]} to rank {(rank + 1) % len(hosts)} on {hosts[(rank + 1) % len(hosts)]}, "
+            f"{bandwidths[rank] / 1e9:.2f} GB/s"
+            for rank in ranks
+            if bandwidths[rank] < SLOW_SHARE * median
+        ]
+    return lines
+
+
+def _ranks(ranks: list[int], nodes: list[Node]) -> str:
+    by_host: dict[str, list[int]] = defaultdict(list)
+    for rank in ranks:
+        by_host[nodes[rank].host].append(rank)
+    return ", ".join(f"{host} (ranks {', '.join(map(str, some))})" for host, some in by_host.items())
+
+
+def _gathered(value: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone

@@ -1,0 +1,70 @@
+"""Compares the weights of data-parallel replicas, which must be equal to the last bit: a difference is a defect of memory or of software."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from megatron_mtp.checkpoint.checkpointer import gather_weights
+from megatron_mtp.errors import ReplicaError
+from megatron_mtp.model.sharded import unwrap
+
+SHOWN = 3
+
+
+def check_replicas(chunks: list[nn.Module], groups: ProcessGroupCollection) -> None:
+    """A collective. One pass over the weights; 8 bytes for each parameter are exchanged.
+
+    Args:
+        chunks: wrapped chunks.
+        groups: of the layout. Experts are compared over the ranks that hold the same experts.
+
+    Raises:
+        ReplicaError: on every rank: names the ranks that differ from most others, and parameters.
+    """
+    gather_weights(chunks)
+    named = [(name, weight) for chunk in chunks for name, weight in unwrap(chunk).named_parameters()]
+    is_expert = [not getattr(weight, "allreduce", True) for _, weight in named]
+    problems: list[str] = []
+    for group, wanted in ((groups.dp_cp, False), (groups.expt_dp, True)):
+        chosen = [item for item, expert in zip(named, is_expert, strict=True) if expert is wanted]
+        problems += _compare(chosen, group)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, problems)
+    found = sorted({problem for one in everyone for problem in one})
+    if found:
+        raise ReplicaError(
+            "replicas of the weights differ: "
+            + "; ".join(found)
+            + ". Memory or an interconnect is failing, or an update was lost. The run stops; "
+            "started again it resumes from the last checkpoint. Take that machine out if it happens twice."
+        )
+
+
+def _compare(named: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup) -> list[str]:
+    if not named or group.size() == 1:
+        return []
+    own = torch.stack([fingerprint(weight) for _, weight in named])
+    everyone = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(everyone, own, group=group)
+    table = torch.stack(everyone).tolist()  # [replicas, parameters]
+    ranks = dist.get_process_group_ranks(group)
+    usual = [Counter(column).most_common(1)[0][0] for column in zip(*table, strict=True)]
+    problems = []
+    for rank, row in zip(ranks, table, strict=True):
+        odd = [named[i][0] for i, (value, expected) in enumerate(zip(row, usual, strict=True)) if value != expected]
+        if odd:
+            more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+            problems.append(f"rank {rank}: {', '.join(odd[:SHOWN])}{more}")
+    return problems
+
+
+@torch.no_grad()
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """A hash of a tensor's bits, [] int64, on its device: any single changed bit changes it."""
+    return torch.hash_tensor(tensor.detach()).view(torch.int64)
