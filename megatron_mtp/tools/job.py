@@ -16,6 +16,8 @@ PORT = 29400
 REAP_S = 15
 """Of the grace time, kept for the launcher itself after the ranks have had theirs."""
 MIN_GRACE_S = 30
+ENDED_BY_SIGTERM = 143
+"""128 + 15, as shells write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class Job:
     def grace_s(self) -> int:
         """From SIGTERM to SIGKILL."""
         return self.cfg.dist.preemption_grace_s
+
+    @property
+    def requeued_codes(self) -> list[int]:
+        """Exit codes after which a job is started again: left with a checkpoint, or ended by SIGTERM before there was anything to save."""
+        return [self.cfg.dist.preempted_exit_code, ENDED_BY_SIGTERM]
 
     @property
     def has_gpus(self) -> bool:

@@ -47,11 +47,13 @@ def _service(job: Job, meta: dict[str, Any]) -> dict[str, Any]:
 
 def _job(job: Job, meta: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
     ends = sorted({ConfigError.exit_code, NumericsError.exit_code})
-    preempted = [job.cfg.dist.preempted_exit_code]
     rules = [
         {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": ends}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "Ignore", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": preempted}},
+        {
+            "action": "Ignore",
+            "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": job.requeued_codes},
+        },
     ]
     spec = {
         "completionMode": "Indexed",

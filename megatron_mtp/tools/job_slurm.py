@@ -28,8 +28,8 @@ trap : TERM
 
 srun --kill-on-bad-exit=0 bash -c $agent
 code=$$?
-if [ "$$code" -eq $code ]; then
-    echo "preempted with a checkpoint: requeued"
+if $is_preempted; then
+    echo "preempted: requeued"
     scontrol requeue "$$SLURM_JOB_ID"
 fi
 exit "$$code"
@@ -55,6 +55,7 @@ def render(job: Job, *, partition: str | None, account: str | None, time: str | 
         nodes=job.nodes,
         grace=job.grace_s,
         code=job.cfg.dist.preempted_exit_code,
+        is_preempted=" || ".join(f'[ "$code" -eq {code} ]' for code in job.requeued_codes),
         options="".join(f"#SBATCH --{name}={value}\n" for name, value in options.items() if value),
         exports="".join(f"export {name}={value}\n" for name, value in job.environment.items()),
         agent=shlex.quote(f"exec {job.agent(rendezvous)}"),

@@ -59,7 +59,9 @@ def test_the_slurm_script_is_bash_and_asks_for_what_the_config_says(tmp_path: Pa
     assert "gpus-per-node" not in slurm(make_job(device="cpu"))
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (2, False), (3, True), (4, False)])
+@pytest.mark.parametrize(
+    ("code", "is_requeued"), [(0, False), (1, False), (2, False), (3, True), (4, False), (143, True)]
+)
 def test_only_a_preemption_is_requeued(tmp_path: Path, code: int, is_requeued: bool):
     """The script runs with stand-ins for Slurm's commands; srun runs what it is given, and python notes its arguments."""
     programs = {
@@ -100,7 +102,7 @@ def test_the_kubernetes_job(tmp_path: Path):
         for rule in spec["podFailurePolicy"]["rules"]
         if "onExitCodes" in rule
     }
-    assert rules == {"FailJob": [2, 4], "Ignore": [3]}
+    assert rules == {"FailJob": [2, 4], "Ignore": [3, 143]}
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] == 300
