@@ -110,10 +110,13 @@ def peak_bytes(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> int:
 
 def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
     model, micro = cfg.model, cfg.train.micro_batch_size
+    layout, depths = model.pipeline_model_parallel_layout, model.mtp_num_layers or 0
+    # A split that was written for other depths or stages is planned anew.
+    again = {} if layout == "auto" else {"model.pipeline_model_parallel_layout": "auto"}
     found: list[dict[str, Any]] = [
-        {"model.mtp_num_layers": depths}
-        for depths in sorted({(model.mtp_num_layers or 0) - 1, 0}, reverse=True)
-        if 0 <= depths < (model.mtp_num_layers or 0)
+        {"model.mtp_num_layers": fewer} | again
+        for fewer in sorted({max(0, depths - 1), 0}, reverse=True)
+        if fewer < depths
     ]
     if model.recompute_granularity is None:
         modules = ["layernorm", "moe" if model.num_moe_experts else "mlp"]
@@ -129,7 +132,7 @@ def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
         )
     if not cfg.ddp.use_distributed_optimizer:
         found.append({"ddp.use_distributed_optimizer": True})
-    found.append({"model.pipeline_model_parallel_size": 2 * model.pipeline_model_parallel_size})
+    found.append({"model.pipeline_model_parallel_size": 2 * model.pipeline_model_parallel_size} | again)
     if micro > 1:
         found.append({"train.micro_batch_size": max(size for size in range(1, micro) if micro % size == 0)})
     return found
@@ -138,10 +141,6 @@ def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
 def _follow(trial: ConfigContainer, cfg: ConfigContainer) -> None:
     """Values that stand for another one's must not hold it back."""
     model = trial.model
-    if model.mtp_num_layers != cfg.model.mtp_num_layers or (
-        model.pipeline_model_parallel_size != cfg.model.pipeline_model_parallel_size
-    ):
-        model.pipeline_model_parallel_layout = "auto"
     if model.mtp_depth_weights:
         model.mtp_depth_weights = model.mtp_depth_weights[: model.mtp_num_layers] or None
     if model.recompute_granularity == "full":

@@ -15,7 +15,13 @@ from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training.out_of_memory import explained_out_of_memory, is_out_of_memory, peak_bytes, remedies
 
 pytestmark = pytest.mark.unit
-PP2 = ("model.pipeline_model_parallel_size=2", "dist.device=cpu", "train.micro_batch_size=4")
+PP2 = (
+    "model.pipeline_model_parallel_size=2",
+    "model.pipeline_model_parallel_layout=[3,1]",
+    "dist.device=cpu",
+    "train.micro_batch_size=4",
+)
+WRITTEN = (PP2[0], "model.pipeline_model_parallel_layout=Ettt|tmmL")
 # The limit is set when everything is imported, so that only the model can break it.
 LIMITED = """
 import resource, sys
@@ -67,8 +73,12 @@ def test_other_errors_pass():
 
 @pytest.mark.parametrize(
     "overrides",
-    [PP2, ("model.mtp_depth_weights=[1,0.5]", "train.micro_batch_size=2", "ddp.use_distributed_optimizer=false")],
-    ids=["pp2", "dp2"],
+    [
+        PP2,
+        WRITTEN,
+        ("model.mtp_depth_weights=[1,0.5]", "train.micro_batch_size=2", "ddp.use_distributed_optimizer=false"),
+    ],
+    ids=["pp2", "written layout", "dp2"],
 )
 def test_remedies_are_configs_that_plan_lower(overrides):
     cfg = make(*overrides, world_size=4)
