@@ -10,15 +10,19 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 
 
-def run_dry(cfg: ConfigContainer, world_size: int, *, json: bool) -> None:
+def run_dry(cfg: ConfigContainer, world_size: int, *, hardware: str | None, json: bool) -> None:
     """Prints what the job would hold.
 
     Args:
         cfg: unfinalized, checked for `world_size`.
+        hardware: device whose memory every stage must fit; None: not checked.
 
     Raises:
         ConfigError: what would fail at launch, after the report was printed.
     """
+    from megatron_mtp.parallel.machine import find_machine
+
+    limit_gib = find_machine(hardware).memory_gib if hardware else None
     from rich.console import Console
 
     from megatron_mtp.observe.logs import silence_noise
@@ -30,7 +34,7 @@ def run_dry(cfg: ConfigContainer, world_size: int, *, json: bool) -> None:
 
     cfg = prepare_config(cfg, world_size)
     with Console(stderr=True).status("starting") as status:
-        found = dry_run(cfg, world_size, status.update)
+        found = dry_run(cfg, world_size, limit_gib, status.update)
     if json:
         typer.echo(json_format.dumps(as_dict(found, cfg), indent=2))
     else:

@@ -29,6 +29,9 @@ def pretrain(
         int | None,
         typer.Option(min=1, help="With --dry-run: processes of the job. Default: as few as the parallel sizes take."),
     ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="With --dry-run: device whose memory every stage must fit, such as h100.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="With --dry-run: print everything as JSON.")] = False,
 ) -> None:
     """Train a model. Under torchrun it joins the job; otherwise it runs as one process, or as --nproc of them."""
@@ -39,11 +42,10 @@ def pretrain(
 
         processes = world_size or nproc or minimum_world_size(cfg.model)
         cfg.copy().finalize(processes)  # before torch is imported
-        return run_dry(cfg, processes, json=json)
-    if json or world_size is not None:
-        raise ConfigError(
-            f"{'--json' if json else '--world-size'}: belongs to --dry-run. Leave it out, or add --dry-run."
-        )
+        return run_dry(cfg, processes, hardware=hardware, json=json)
+    for name, given in (("--json", json), ("--world-size", world_size), ("--hardware", hardware)):
+        if given:
+            raise ConfigError(f"{name}: belongs to --dry-run. Leave it out, or add --dry-run.")
     is_rank = "RANK" in os.environ
     if nproc is not None and is_rank:
         raise ConfigError(f"--nproc {nproc}: torchrun has started the processes already. Leave --nproc out.")

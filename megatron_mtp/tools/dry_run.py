@@ -22,10 +22,13 @@ from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import sharded_tensors
 from megatron_mtp.parallel.grid import RankGrid
 from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.memory import RankMemory, predict_memory
 from megatron_mtp.parallel.params import count_parameters
 from megatron_mtp.parallel.rank_params import rank_parameters
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.setup import make_groups
+
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,7 @@ class StageReport:
         holds: symbols of each chunk, such as ("Ettt",).
         built: those that were built: the first and the last, whose shares of the optimizer may differ.
         predicted_parameters: of `parallel/rank_params.py`, for each rank.
+        planned: memory of `parallel/memory.py`, for each rank.
     """
 
     stage: int
@@ -64,6 +68,19 @@ class StageReport:
     holds: tuple[str, ...]
     built: list[BuiltRank]
     predicted_parameters: int
+    planned: RankMemory
+
+    @property
+    def fullest(self) -> BuiltRank:
+        """The rank with the largest share of the optimizer."""
+        return max(self.built, key=lambda built: built.optimizer_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """What was built, and the activations and workspace that are planned for a step."""
+        full = self.fullest
+        held = full.weight_bytes + full.gradient_bytes + full.optimizer_bytes
+        return held + self.planned.activations + self.planned.workspace
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,12 +103,18 @@ class DryRun:
     notes: list[str] = field(default_factory=list)
 
 
-def dry_run(cfg: ConfigContainer, world_size: int, report: Callable[[str], None] = lambda _: None) -> DryRun:
+def dry_run(
+    cfg: ConfigContainer,
+    world_size: int,
+    memory_limit_gib: float | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> DryRun:
     """Visits the pretended job rank by rank, in this process.
 
     Args:
         cfg: finalized for `world_size`, with a known vocabulary size.
         world_size: processes of the pretended job.
+        memory_limit_gib: of one device; None: not checked.
         report: told what comes next.
     """
     layout = PipelineLayout.from_config(cfg.model)
@@ -101,6 +124,7 @@ def dry_run(cfg: ConfigContainer, world_size: int, report: Callable[[str], None]
     found.problems += _found_problems(check_data, cfg) + _found_problems(check_run_directory, cfg)
     if cfg.dist.device == "cpu":
         found.problems += torch_backend_problems(cfg.model)
+    planned = [predict_memory(cfg, layout, stage, world_size) for stage in range(layout.pp)]
     cfg, found.notes = _for_torch_backend(cfg, world_size)
     grid = RankGrid.from_config(cfg, world_size)
     failures: dict[str, list[int]] = {}
@@ -119,13 +143,14 @@ def dry_run(cfg: ConfigContainer, world_size: int, report: Callable[[str], None]
                 holds=tuple("".join(chunk) for chunk in layout.chunks[stage]),
                 built=built,
                 predicted_parameters=rank_parameters(cfg.model, layout, stage).total,
+                planned=planned[stage],
             )
         )
     found.problems += [f"{_stage_names(stages)} cannot be built: {text}" for text, stages in failures.items()]
     if not failures:
         whole = {key: size for stage in found.stages for rank in stage.built for key, size in rank.whole.items()}
         found.parameters = sum(whole.values())
-    found.problems += _miscounts(found)
+    found.problems += _miscounts(found) + _too_full(found, memory_limit_gib)
     return found
 
 
@@ -221,6 +246,17 @@ def _miscounts(found: DryRun) -> list[str]:
             "Please report this with the config."
         )
     return problems
+
+
+def _too_full(found: DryRun, limit_gib: float | None) -> list[str]:
+    if limit_gib is None:
+        return []
+    return [
+        f"stage {stage.stage} ({' and '.join(stage.holds)}) needs {stage.peak_bytes / GIB:.1f} GiB on each rank, and a device has "
+        f"{limit_gib:.1f}. `megatron-mtp plan --search` finds sizes that fit."
+        for stage in found.stages
+        if stage.peak_bytes > limit_gib * GIB
+    ]
 
 
 def _text(error: Exception) -> str:

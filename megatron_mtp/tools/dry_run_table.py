@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.tools.dry_run import DryRun, StageReport
-
-GIB = 2**30
+from megatron_mtp.tools.dry_run import GIB, DryRun, StageReport
 
 
 def print_dry_run(found: DryRun, console: Console) -> None:
     """One row for each stage; equal neighbours share one."""
-    console.print(f"{found.world_size} ranks, layout {found.layout}", highlight=False)
+    console.print(f"{found.world_size} ranks, layout {found.layout}; memory in GiB", highlight=False)
     table = Table()
     table.add_column("stage", no_wrap=True)
     table.add_column("ranks", no_wrap=True)
     table.add_column("holds", overflow="fold")
-    for name in ("parameters", "weights", "grads", "optim", "sum GiB"):
+    for name in ("parameters", "weights", "grads", "optim", "activ", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
     for first, last in _alike(found.stages):
         table.add_row(*_row(first, last))
@@ -55,17 +54,9 @@ def _stage_dict(stage: StageReport) -> dict[str, Any]:
         "num_ranks": len(stage.ranks),
         "holds": list(stage.holds),
         "predicted_parameters": stage.predicted_parameters,
-        "built": [
-            {
-                "rank": built.rank,
-                "parameters": built.parameters,
-                "expert_parameters": built.expert_parameters,
-                "weight_bytes": built.weight_bytes,
-                "gradient_bytes": built.gradient_bytes,
-                "optimizer_bytes": built.optimizer_bytes,
-            }
-            for built in stage.built
-        ],
+        "planned_bytes": asdict(stage.planned),
+        "peak_bytes": stage.peak_bytes,
+        "built": [{name: value for name, value in asdict(built).items() if name != "whole"} for built in stage.built],
     }
 
 
@@ -81,9 +72,16 @@ def _alike(stages: list[StageReport]) -> list[tuple[StageReport, StageReport]]:
 
 
 def _figures(stage: StageReport) -> list[str]:
-    largest = max(stage.built, key=lambda built: built.optimizer_bytes)
-    sizes = [largest.weight_bytes, largest.gradient_bytes, largest.optimizer_bytes]
-    return [" ".join(stage.holds), f"{largest.parameters:,}", *(f"{size / GIB:.3f}" for size in (*sizes, sum(sizes)))]
+    full, planned = stage.fullest, stage.planned
+    sizes = (
+        full.weight_bytes,
+        full.gradient_bytes,
+        full.optimizer_bytes,
+        planned.activations + planned.workspace,
+        stage.peak_bytes,
+    )
+    digits = 3 if stage.peak_bytes < GIB else 2
+    return [" ".join(stage.holds), f"{full.parameters:,}", *(f"{size / GIB:.{digits}f}" for size in sizes)]
 
 
 def _row(first: StageReport, last: StageReport) -> list[str]:

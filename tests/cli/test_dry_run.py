@@ -10,7 +10,7 @@ from megatron_mtp.cli.main import main
 from megatron_mtp.observe.failures import FAILURE_DIR
 
 pytestmark = pytest.mark.unit
-PP2 = "model.pipeline_model_parallel_size=2"
+PP2 = ("model.pipeline_model_parallel_size=2", "model.pipeline_model_parallel_layout=[3,1]")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run(capsys, monkeypatch):
 
 
 def test_the_report_names_config_stages_and_totals(run):
-    code, out, _ = run("--dry-run", PP2)
+    code, out, _ = run("--dry-run", *PP2)
     assert code == 0
     assert "pipeline_model_parallel_size: 2" in out
     assert "2 ranks, layout Ettt|tmmL" in out
@@ -37,7 +37,7 @@ def test_the_report_names_config_stages_and_totals(run):
 
 
 def test_as_json_for_a_larger_job(run):
-    code, out, _ = run("--dry-run", "--json", "--world-size", "4", PP2)
+    code, out, _ = run("--dry-run", "--json", "--world-size", "4", *PP2)
     data = json.loads(out)
     assert code == 0
     assert data["world_size"] == 4
@@ -55,7 +55,7 @@ def test_problems_end_it_with_one_message(run):
 
 
 def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_built(run):
-    code, out, err = run("--dry-run", "--world-size", "3", PP2)
+    code, out, err = run("--dry-run", "--world-size", "3", *PP2)
     assert (code, out) == (2, "")
     assert "world size 3" in err
     assert "a multiple of 2" in err
@@ -64,3 +64,10 @@ def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_built(r
 def test_its_options_belong_to_it(run):
     assert "--dry-run" in run("--json")[2]
     assert "--dry-run" in run("--world-size", "2")[2]
+    assert "--dry-run" in run("--hardware", "h100")[2]
+
+
+def test_an_unknown_device_is_refused_with_the_nearest(run):
+    code, _, err = run("--dry-run", "--hardware", "h10")
+    assert code == 2
+    assert "Did you mean h100?" in err

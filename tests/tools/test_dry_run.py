@@ -124,6 +124,25 @@ def test_data_and_folders_are_opened(tmp_path):
     ]
 
 
+def test_a_stage_that_does_not_fit_is_named():
+    cfg, world_size = make("tiny_dense", f"{PP2} model.pipeline_model_parallel_layout=[1,3]")
+    first, last = dry_run(cfg, world_size).stages
+    assert first.peak_bytes < last.peak_bytes
+    between = (first.peak_bytes + last.peak_bytes) / 2 / 2**30
+    (problem,) = dry_run(cfg, world_size, memory_limit_gib=between).problems
+    assert problem.startswith("stage 1 (tttmmL) needs")
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), [VARIANTS[3], VARIANTS[6], VARIANTS[10]])
+def test_planned_memory_equals_what_was_built(recipe, overrides):
+    """Buffers are padded, and shards of the optimizer too."""
+    for stage in dry_run(*make(recipe, overrides, replicas=2)).stages:
+        full, planned = stage.fullest, stage.planned
+        assert full.weight_bytes == pytest.approx(planned.weights, rel=0.02)
+        assert full.gradient_bytes == pytest.approx(planned.gradients, rel=0.02)
+        assert full.optimizer_bytes == pytest.approx(planned.optimizer, rel=0.02)
+
+
 def test_a_wrong_prediction_is_said(monkeypatch):
     monkeypatch.setattr(dry_run_module, "rank_parameters", lambda *_: RankParameters(dense=7))
     found = dry_run(*make("tiny_dense", PP2))
