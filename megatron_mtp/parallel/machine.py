@@ -153,6 +153,8 @@ MACHINES = {
     )
 }
 DEFAULT_MACHINE = "h100"
+USABLE = 0.94
+"""Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""
 
 
 def find_machine(name: str) -> Machine:

@@ -9,7 +9,7 @@ from megatron_mtp.parallel.profile import PartTime
 from megatron_mtp.parallel.schedule import ScheduleKind
 from megatron_mtp.parallel.simulate import Event, Timeline, simulate
 
-WIDTH, LEFT, TOP, ROW, GAP = 1400, 110, 78, 26, 6
+WIDTH, LEFT, TOP, ROW, GAP = 1400, 128, 78, 26, 6
 COLOURS = {
     "embedding": "#8a8a8a",
     "forward": "#4c86c6",

@@ -139,8 +139,11 @@ class Planner:
         """
         problem, memory = self.problem(), self.memory_model()
         if not problem.variants():
-            raise PlanError(too_few_layers(self.cfg.model))
-        fitting = _Fitting(problem, memory, limit_bytes)
+            raise PlanError(
+                f"model.num_layers = {self.cfg.model.num_layers}: too few for {problem.num_chunks} chunks of which none may be empty. "
+                "Lower model.pipeline_model_parallel_size or model.virtual_pipeline_model_parallel_size."
+            )
+        fitting = Fitting(problem, memory, limit_bytes)
         if limit_bytes is None:
             choice = best_split(problem, effort=effort)
         else:
@@ -183,7 +186,7 @@ class Planner:
         )
 
 
-class _Fitting:
+class Fitting:
     """Whether stages and splits fit a memory limit; stages that hold the same kinds of layers at the same place are weighed once."""
 
     def __init__(self, problem: SplitProblem, memory: MemoryModel, limit_bytes: float | None):
@@ -321,20 +324,3 @@ def layout_of(problem: SplitProblem, split: Split) -> PipelineLayout:
     """A split as a layout."""
     flat, pp, vp = problem.symbols(split), problem.kind.pp, problem.kind.vp
     return PipelineLayout(tuple(tuple(tuple(flat[v * pp + p]) for v in range(vp)) for p in range(pp)))
-
-
-def too_few_layers(model: ModelConfig) -> str:
-    """The rule, and the nearest sizes that keep it."""
-    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
-    # First and last chunk may hold the embedding and the loss alone, and with MTP the chunk before the last the MTP layers.
-    room = model.num_layers + 2 + (1 if model.mtp_num_layers and pp > 2 else 0)
-    best_pp = next((size for size in range(pp, 0, -1) if size * vp <= room), 1)
-    best_vp = max(1, min(vp, room // pp))
-    nearest = [f"model.pipeline_model_parallel_size={best_pp}"]
-    if vp > 1 and pp * best_vp <= room:
-        nearest.append(f"model.virtual_pipeline_model_parallel_size={best_vp}")
-    return (
-        f"model.num_layers = {model.num_layers}: no chunk may be empty, and there are {pp * vp} "
-        f"(model.pipeline_model_parallel_size = {pp} x model.virtual_pipeline_model_parallel_size = {vp}) for "
-        f"{model.num_layers} decoder layers, embedding, loss and MTP layers. Use {' or '.join(nearest)}, or more layers."
-    )

@@ -10,9 +10,7 @@ from megatron_mtp.parallel.split import Floor, Split, SplitProblem
 from megatron_mtp.parallel.steady import step_time
 
 FEW = 30_000
-"""Up to this many legal splits are all bounded, and simulated in the order of their bounds until none can be better."""
-GOOD_ENOUGH = 1 + 1e-4
-"""A search ends within this factor of its bound."""
+"""Legal splits that can be looked at one by one in about a second."""
 NUM_SEEDS = 40
 """Ready-made splits that are simulated before single layers are moved."""
 
@@ -46,6 +44,8 @@ def best_split(
     fits: Callable[[Split], bool] | None = None,
     stage_fits: StageFits | None = None,
     effort: int = 150,
+    tolerance: float = 1e-4,
+    few: int = FEW,
 ) -> SplitChoice | None:
     """The fastest legal split.
 
@@ -54,16 +54,18 @@ def best_split(
         stage_fits: the same of a stage (rank, first layer, last layer + 1, is_standalone), without interleaving.
         effort: splits to simulate before the best so far is returned with its bound. A count and not a time, because every rank
             of a run works its layout out for itself. Instances with few legal splits ignore it.
+        tolerance: the search ends within this share of its bound.
+        few: up to this many legal splits are all bounded, and simulated in the order of their bounds until none can be better.
 
     Returns:
         None if no legal split fits.
     """
-    search = _Search(problem, fits, stage_fits if problem.kind.vp == 1 else None, effort)
+    search = _Search(problem, fits, stage_fits if problem.kind.vp == 1 else None, effort, 1 + tolerance)
     if not search.floors:
         return None
-    if problem.num_legal(FEW) < FEW:
+    if problem.num_legal(few) < few:
         return search.all()
-    search.bound_ms = min(floor.of_all() for floor in search.floors.values())
+    search.bound_ms = min(floor.least for floor in search.floors.values())
     if problem.kind.vp == 1:
         search.by_stages()
     if not search.is_exhausted:
@@ -76,9 +78,14 @@ class _Search:
     """The best split so far, and what was simulated on the way."""
 
     def __init__(
-        self, problem: SplitProblem, fits: Callable[[Split], bool] | None, stage_fits: StageFits | None, effort: int
+        self,
+        problem: SplitProblem,
+        fits: Callable[[Split], bool] | None,
+        stage_fits: StageFits | None,
+        effort: int,
+        near: float,
     ):
-        self.problem, self.fits, self.stage_fits, self.effort = problem, fits, stage_fits, effort
+        self.problem, self.fits, self.stage_fits, self.effort, self.near = problem, fits, stage_fits, effort, near
         self.floors = {is_standalone: Floor(problem, is_standalone) for is_standalone in problem.variants()}
         self.best: Split | None = None
         self.best_ms = float("inf")
@@ -100,7 +107,7 @@ class _Search:
     def is_late(self) -> bool:
         """Whether the effort is spent, or nothing is left to gain."""
         most = self.effort if self.best is not None else self.effort * 2
-        return len(self.seen) >= most or self.best_ms <= self.bound_ms * GOOD_ENOUGH
+        return len(self.seen) >= most or self.best_ms <= self.bound_ms * self.near
 
     def all(self) -> SplitChoice | None:
         """Exact."""
@@ -120,7 +127,7 @@ class _Search:
     def by_stages(self) -> None:
         """Branch and bound over the stages in order. Exact if it ends before the effort is spent."""
         ended = True
-        for is_standalone, floor in sorted(self.floors.items(), key=lambda item: item[1].of_all()):
+        for is_standalone, floor in sorted(self.floors.items(), key=lambda item: item[1].least):
             suffixes = floor.suffixes(self.stage_fits)
             ended &= self._branch(floor, suffixes, is_standalone, (), 0, 0.0)
         self.is_exhausted = ended

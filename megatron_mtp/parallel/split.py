@@ -38,6 +38,7 @@ class SplitProblem:
         wide_message_ms: time of the 1+D hidden states from an MTP chunk of its own to the loss.
         shapes_ms: time of a message about shapes, which goes before each message if the MTP layers are apart.
         mtp_needs_layer: the MTP layers must share a chunk with the last decoder layer (mtp_hidden_source=pre_final_norm).
+        is_beside_loss: the MTP layers are not to have a chunk before the loss's.
     """
 
     kind: ScheduleKind
@@ -52,6 +53,7 @@ class SplitProblem:
     wide_message_ms: float = 0.0
     shapes_ms: float = 0.0
     mtp_needs_layer: bool = False
+    is_beside_loss: bool = False
 
     @property
     def num_chunks(self) -> int:
@@ -61,7 +63,12 @@ class SplitProblem:
     @property
     def may_stand_alone(self) -> bool:
         """Whether the MTP layers may have a chunk before the loss's: neither rank 0's nor, with two ranks, any."""
-        return self.num_depths > 0 and self.kind.pp > 2 and len(self.layers) >= self.minimum(True)
+        return (
+            self.num_depths > 0
+            and not self.is_beside_loss
+            and self.kind.pp > 2
+            and len(self.layers) >= self.minimum(True)
+        )
 
     def least(self, chunk: int, is_standalone: bool) -> int:
         """Fewest decoder layers of a chunk: no chunk is empty."""
@@ -246,7 +253,8 @@ class Floor:
         upstream = [0.0, *accumulate(times[: kind.pp])]
         return max(self.own_work(p, sum(times[p :: kind.pp]), upstream[p]) for p in range(kind.pp))
 
-    def of_all(self) -> float:
+    @cached_property
+    def least(self) -> float:
         """For every split: the least over all ways to deal out the layers, by the best of which no split is faster."""
         return self.suffixes()[0][0] if self.problem.kind.vp == 1 else self._by_loads()
 

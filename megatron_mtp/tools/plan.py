@@ -13,14 +13,12 @@ from megatron_mtp.errors import ConfigError, PlanError
 from megatron_mtp.parallel.cost import estimate_costs
 from megatron_mtp.parallel.hardware import dense_peak_tflops
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.machine import DEFAULT_MACHINE, Machine, find_machine
+from megatron_mtp.parallel.machine import DEFAULT_MACHINE, USABLE, Machine, find_machine
 from megatron_mtp.parallel.plan import Plan, Planner, layout_of
 from megatron_mtp.parallel.profile import Profile
 from megatron_mtp.parallel.search_sizes import Candidate, search_sizes
 from megatron_mtp.parallel.search_split import SplitChoice
 
-USABLE = 0.94
-"""Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""
 GIB = 2**30
 
 
