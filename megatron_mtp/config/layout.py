@@ -83,9 +83,9 @@ def layout_chunks(
     name = f"model.pipeline_model_parallel_layout = {layout!r}"
     num_chunks = pp * vp
     if layout is None or layout == "auto":
-        if num_layers < num_chunks:
-            return [], [_too_few_layers(num_layers, pp, vp)]
         chunks = even_chunks(num_layers, num_depths, num_chunks)
+        if num_layers < num_chunks and (chunks := sparse_chunks(num_layers, num_depths, pp, vp)) == []:
+            return [], [_too_few_layers(num_layers, num_depths, pp, vp)]
     elif isinstance(layout, str):
         try:
             chunks = expand_layout(layout)
@@ -102,16 +102,34 @@ def layout_chunks(
     return chunks, problems
 
 
-def _too_few_layers(num_layers: int, pp: int, vp: int) -> str:
-    if vp == 1:
-        return (
-            f"model.num_layers = {num_layers}: every pipeline stage needs a decoder layer, and "
-            f"model.pipeline_model_parallel_size = {pp}. Lower the pipeline size or add layers."
-        )
+def sparse_chunks(num_layers: int, num_depths: int, pp: int, vp: int) -> list[str]:
+    """Fewer decoder layers than chunks: the loss, then the embedding, then the MTP layers get a chunk without any.
+
+    Example: 3 layers and 1 depth on 4 chunks -> ["Et", "t", "t", "mL"]; on 3 ranks with 2 chunks each -> ["E", "t", "t", "t", "m", "L"].
+    Empty if that is not enough.
+    """
+    missing = pp * vp - num_layers
+    if missing <= 1:
+        return with_ends([1] * num_layers + [0], num_depths)
+    if missing == 2:
+        return with_ends([0] + [1] * num_layers + [0], num_depths)
+    # Not on the first rank, which with two ranks is the only other one.
+    if missing == 3 and num_depths and pp > 2:
+        return ["E", *["t"] * num_layers, "m" * num_depths, "L"]
+    return []
+
+
+def _too_few_layers(num_layers: int, num_depths: int, pp: int, vp: int) -> str:
+    most = num_layers + 2
+    size = next(size for size in range(min(pp, most), 0, -1) if size * vp <= most or size == 1)
+    nearest = f"model.pipeline_model_parallel_size={size}"
+    if vp > 1 and most // pp:
+        nearest += f" or model.virtual_pipeline_model_parallel_size={most // pp}"
+    chunks = "stage" if vp == 1 else "chunk"
     return (
-        f"model.num_layers = {num_layers}: every chunk needs a decoder layer, and there are {pp * vp} "
-        f"(model.pipeline_model_parallel_size = {pp} x model.virtual_pipeline_model_parallel_size = {vp}). "
-        "Lower one of these sizes or add layers."
+        f"model.num_layers = {num_layers}: no {chunks} may be empty, and there are {pp * vp} "
+        f"(model.pipeline_model_parallel_size = {pp} x model.virtual_pipeline_model_parallel_size = {vp}) for {num_layers} decoder "
+        f"layers, embedding, loss{' and MTP layers' if num_depths else ''}. Use {nearest}, or more layers."
     )
 
 

@@ -110,7 +110,7 @@ BAD = [
     (["tiny_dense", "model.pipeline_model_parallel_split_rank=1"], "Use model.pipeline_model_parallel_layout"),
     (["tiny_dense", "model.num_layers=abc"], "model.num_layers = 'abc': must be an integer"),
     (["tiny_dense", "model.tensor_model_parallel_size=3"], "must be divisible by model.tensor_model_parallel_size = 3"),
-    (["tiny_dense", "model.num_layers=1", "model.pipeline_model_parallel_size=2"], "every pipeline stage needs"),
+    (["tiny_dense", "model.num_layers=1", "model.pipeline_model_parallel_size=5"], "no stage may be empty"),
     (["tiny_dense", "model.seq_length=66", "model.context_parallel_size=2"], "2 x model.context_parallel_size"),
     (["tiny_dense", "train.global_batch_size=7"], "train.global_batch_size = 7"),
     (["tiny_moe", "model.expert_model_parallel_size=3"], "model.expert_model_parallel_size = 3"),

@@ -94,7 +94,7 @@ BAD = [
     ("tiny_dense", ["model.num_attention_heads=6"], "model.hidden_size = 64: not divisible by model.num_attention_heads"),
     ("tiny_dense", ["model.tensor_model_parallel_size=3"], "model.num_attention_heads = 4: must be divisible by"),
     ("tiny_dense", ["model.tensor_model_parallel_size=8", "model.num_attention_heads=8", "model.num_query_groups=3"], "multiple or a divisor"),
-    ("tiny_dense", ["model.num_layers=1", "model.pipeline_model_parallel_size=2"], "every pipeline stage needs a decoder"),
+    ("tiny_dense", ["model.num_layers=1", "model.pipeline_model_parallel_size=5"], "no stage may be empty"),
     ("tiny_dense", ["model.seq_length=66", "model.context_parallel_size=2"], "divisible by 2 x model.context_parallel_size = 4"),
     ("tiny_dense", ["model.seq_length=62", "model.tensor_model_parallel_size=4", "model.sequence_parallel=true"], "under model.sequence_parallel"),
     ("tiny_dense", ["train.global_batch_size=7"], "7: must be divisible by train.micro_batch_size = 2"),

@@ -67,6 +67,9 @@ def test_a_list_places_every_layer_once(counts, depths):
         (61, 1, 16, None, "Ettt|" + "tttt|" * 14 + "ttmL"),
         (8, 1, 2, 2, "Ett|tt|ttt|tmL"),
         (4, 6, 2, None, "Etttt|mmmmmmL"),
+        (3, 1, 2, 2, "Et|t|t|mL"),
+        (2, 0, 2, 2, "E|t|t|L"),
+        (3, 1, 3, 2, "E|t|t|t|m|L"),
     ],
 )
 def test_auto_examples(num_layers, depths, pp, vp, expected):
@@ -148,8 +151,8 @@ def test_whatever_we_accept_megatron_accepts(pp, vp, symbols, valid_ends):
         ([2, 3], {}, "places 5 decoder layers"),
         ([5, -1], {}, "negative"),
         ([4, 0, 0], {"pp": 3}, "chunk 2 is empty"),
-        ("auto", {"num_layers": 1}, "every pipeline stage needs a decoder layer"),
-        ("auto", {"num_layers": 3, "vp": 2}, "every chunk needs a decoder layer"),
+        ("auto", {"num_layers": 1, "pp": 5}, "Use model.pipeline_model_parallel_size=3, or more layers"),
+        ("auto", {"num_layers": 1, "vp": 2}, "model.virtual_pipeline_model_parallel_size=1, or more layers"),
     ],
 )
 def test_rules_are_refused_by_name(layout, kwargs, words):
