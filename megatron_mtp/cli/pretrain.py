@@ -10,6 +10,7 @@ import typer
 
 from megatron_mtp.cli.agent import note_exit
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 
 
@@ -62,6 +63,15 @@ def pretrain(
     silence_noise()  # before the imports that make it
     from megatron_mtp.training.pretrain import pretrain as train
 
-    code = train(cfg, recipe=recipe).exit_code
+    code = train(cfg, recipe=recipe, callbacks=_callbacks(cfg)).exit_code
     note_exit(code)
     raise typer.Exit(code)
+
+
+def _callbacks(cfg: ConfigContainer) -> list:
+    """What the config asks for beside training."""
+    if not cfg.validation.draft_prompts:
+        return []
+    from megatron_mtp.tools.drafting_watch import callbacks_of
+
+    return callbacks_of(cfg)

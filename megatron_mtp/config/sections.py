@@ -92,6 +92,8 @@ class ValidationConfig(Section):
     """None: train.micro_batch_size."""
     eval_global_batch_size: int | None = None
     """None: train.global_batch_size."""
+    draft_prompts: int = 0
+    """At each evaluation, beginnings of this many held-out samples are decoded with the MTP layers as drafters (drafting/...); 0: none."""
 
 
 @dataclass(kw_only=True, slots=True)
