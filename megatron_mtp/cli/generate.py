@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import os
 import sys
 from pathlib import Path
@@ -62,7 +61,13 @@ def generate(
         raise ConfigError("--stream: prints one prompt's text as it comes. Give one prompt, and leave --json out.")
     if dtype not in ("fp32", "bf16"):
         raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16.")
-    options = _options(locals())
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "num_draft": parse_num_draft(num_draft),
+        "widths": parse_widths(tree),
+        "context": context,
+        "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+    }
     if nproc is not None and nproc > 1 and "RANK" not in os.environ:
         from megatron_mtp.cli.launch import launch
 
@@ -110,16 +115,6 @@ def parse_widths(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
-def _options(given: dict) -> dict:
-    return {
-        "max_new_tokens": given["max_new_tokens"],
-        "num_draft": parse_num_draft(given["num_draft"]),
-        "widths": parse_widths(given["tree"]),
-        "context": given["context"],
-        "sampling": {name: given[name] for name in ("temperature", "top_p", "top_k", "seed")},
-    }
-
-
 def _parse_ids(text: str) -> list[int]:
     parts = text.replace(" ", ",").split(",")
     try:
@@ -133,8 +128,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompt-file {path}: cannot be read as text ({error}).") from None
-
-
-def print_json(value: object) -> None:
-    """One JSON document on standard output."""
-    typer.echo(json_format.dumps(value, indent=2))

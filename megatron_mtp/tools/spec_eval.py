@@ -22,7 +22,7 @@ from megatron_mtp.decode.choice import expected_speed_up
 from megatron_mtp.decode.generate import Counts, Options, generate
 from megatron_mtp.decode.measure import TextCounts, acceptance_on_text
 from megatron_mtp.decode.model import Decoder
-from megatron_mtp.errors import DataError
+from megatron_mtp.errors import DataError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,13 @@ def evaluate_domains(
 
     Raises:
         DataError: no document of a domain is longer than the prompt.
+        UnsupportedError: the model has no MTP layers.
     """
+    if not decoder.depths:
+        raise UnsupportedError(
+            "model.mtp_num_layers = 0: there is no drafter to evaluate. `megatron-mtp generate` decodes this model plainly; the recipe "
+            "mtp_finetune trains a drafter for it."
+        )
     measured = {name: _measure(decoder, name, documents, options, on_prompt) for name, documents in domains.items()}
     results = [_result(name, parts) for name, parts in measured.items()]
     if len(results) > 1:
