@@ -1,0 +1,167 @@
+"""`megatron-mtp plan`: what it finds for published models, what it says of mistakes, what it writes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from megatron_mtp.cli.main import main
+
+pytestmark = pytest.mark.unit
+
+FULL = ("model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1")
+DEEPSEEK_16 = ",".join(["4"] * 15 + ["1"])
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", *arguments])
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out, err
+
+    return call
+
+
+def plan(run, *arguments: str) -> dict:
+    code, out, err = run(*arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "published"),
+    [
+        (["deepseek_v3"], [DEEPSEEK_16]),
+        (
+            [
+                "deepseek_v3",
+                "--devices",
+                "256",
+                "model.pipeline_model_parallel_size=8",
+                "model.expert_model_parallel_size=32",
+                *FULL,
+            ],
+            ["8,8,8,8,8,8,8,5"],
+        ),
+        (
+            [
+                *("deepseek_v3", "--devices", "1024", "model.pipeline_model_parallel_size=8"),
+                *("model.virtual_pipeline_model_parallel_size=4", *FULL),
+            ],
+            ["Et|(tt|)*30mL", "Et*3|(tt|)*29m|L"],
+        ),
+        (["kimi_k2", "--memory", "0", "model.mtp_num_layers=0"], [DEEPSEEK_16]),
+    ],
+    ids=["deepseek_v3 16x1", "deepseek_v3 8x1", "deepseek_v3 8x4", "kimi_k2 16x1"],
+)
+def test_it_is_no_slower_than_published_layouts(run, arguments, published):
+    data = plan(run, *arguments, *(text for name in published for text in ("--compare", name)))
+    for name in published:
+        assert data["plan"]["step_ms"] <= data["compare"][name]["step_ms"] * (1 + 1e-9)
+    assert data["gap"] <= 0.02
+
+
+def test_it_finds_the_published_layout_under_the_memory_of_its_device(run):
+    data = plan(run, "deepseek_v3")
+    assert data["plan"]["layout"] == "E" + "|".join(["tttt"] * 15 + ["tmL"])
+    assert data["plan"]["peak_bytes"] <= data["memory_limit_bytes"]
+    assert len(data["plan"]["stages"]) == 16
+    assert data["plan"]["step_ms"] < data["compare"]["even"]["step_ms"]
+
+
+def test_the_only_legal_layout(run):
+    data = plan(run, "deepseek_v3", "model.virtual_pipeline_model_parallel_size=4", "--memory", "0")
+    assert data["plan"]["layout"] == "|".join(["E", *["t"] * 61, "m", "L"])
+    assert data["gap"] == 0
+
+
+def test_a_given_layout_is_planned_as_it_is(run):
+    code, out, _ = run("demo", "--hardware", "cpu")
+    assert code == 0
+    assert "layout: Ettttttt|tttmmL" in out
+    assert "The layout is the config's" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["deepseek_v3", "--compare", "5,6,6,4"], ["has 4 entries", "each of the 16 chunks"]),
+        (["deepseek_v3", "model.pipeline_model_parallel_layout=Et*61mL"], ["does not divide", "Write 16 chunks"]),
+        (["tiny_dense", "model.pipeline_model_parallel_size=16"], ["no stage may be empty", "size=6"]),
+        (
+            ["deepseek_v3", "model.mtp_num_layers=0", "model.virtual_pipeline_model_parallel_size=4"],
+            ["there are 64", "model.virtual_pipeline_model_parallel_size=3"],
+        ),
+        (["deepseek_v3", "--devices", "1000"], ["world size 1000", "multiple of 1024"]),
+        (
+            [
+                "deepseek_v3",
+                "--devices",
+                "256",
+                "model.pipeline_model_parallel_size=8",
+                "model.expert_model_parallel_size=32",
+            ],
+            ["fits the memory of 74.8 GiB", "Nearest that fits: model.recompute_granularity=full"],
+        ),
+        (["deepseek_v3", "--search", "--devices", "16"], ["no sizes fit", "Use more devices"]),
+        (["deepseek_v3", "--search"], ["needs --devices"]),
+        (["deepseek_v3", "--hardware", "h1000"], ["Did you mean h100"]),
+        (["deepseek_v3", "--profile", "absent.json"], ["cannot be used", "megatron-mtp profile"]),
+        (
+            ["tiny_dense", "--hardware", "l40s", "precision.dtype=fp16", "--write", "/absent/plan.yaml"],
+            ["cannot be written"],
+        ),
+    ],
+)
+def test_mistakes_name_the_rule_and_what_works(run, arguments, words):
+    code, _, err = run(*arguments)
+    assert code == 2
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+
+
+def test_search_ranks_what_fits(run):
+    data = plan(run, "qwen3_30b_a3b", "--search", "--devices", "16", "--top", "3")
+    times = [found["plan"]["step_ms"] for found in data["search"]]
+    assert times == sorted(times)
+    assert len(times) == 3
+    assert all(found["plan"]["peak_bytes"] <= data["memory_limit_bytes"] for found in data["search"])
+    assert data["plan"]["step_ms"] <= times[0] * (1 + 1e-9)
+
+
+def test_the_overlay_and_the_picture_are_written(run, tmp_path):
+    overlay, picture = tmp_path / "plan.yaml", tmp_path / "plan.svg"
+    arguments = ["tiny_dense", "model.num_layers=8", "model.pipeline_model_parallel_size=2", "--hardware", "cpu"]
+    data = plan(run, *arguments, "--write", str(overlay), "--picture", str(picture))
+    code, out, _ = run("tiny_dense", "model.num_layers=8", "--config", str(overlay), "--hardware", "cpu", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["layout"] == data["plan"]["layout"]
+    text = picture.read_text()
+    assert text.startswith("<svg")
+    for colour in ("#4c86c6", "#9fc46b", "#e8963c", "#c2477f"):
+        assert colour in text
+
+
+def test_it_is_quick_and_imports_no_torch():
+    """Processor time of a given layout, the best of three."""
+    code = (
+        "import sys\nfrom megatron_mtp.cli.main import main\n"
+        "try:\n    main(['plan', 'deepseek_v3', 'model.pipeline_model_parallel_layout=Et*4|(t*4|)*14tmL'])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch', 'megatron', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stdout.splitlines()[-1] == "[]"
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.7
