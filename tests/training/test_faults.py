@@ -21,6 +21,7 @@ from megatron_mtp.training.faults import Fault, FaultWatch, decide
 from megatron_mtp.training.state import TrainState
 from tests.training.test_pretrain import tiny
 
+SLOW = pytest.mark.slow
 BAD_SAMPLE_STEP = 4
 NAMES = ["lm loss", "mtp_1 loss", "mtp_2 loss"]
 
@@ -84,7 +85,7 @@ def faults(folder: Path) -> list[str]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW)])
 def test_a_loss_that_is_not_finite_is_skipped_and_named(tmp_path: Path, depth: int):
     state = run(tmp_path, Injection(depth)).state
     assert (state.iteration, state.nan_iterations, state.skipped_iterations, state.skips_in_row) == (8, 1, 1, 0)
@@ -112,7 +113,7 @@ def test_a_gradient_that_is_not_finite_is_found_though_all_losses_are(tmp_path: 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("depth", [1, None], ids=["loss", "gradient"])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=SLOW), None], ids=["loss", "gradient"])
 def test_stop_leaves_before_the_update(tmp_path: Path, depth: int | None):
     with pytest.raises(
         NumericsError, match=r"iteration 4.*train\.on_nan = stop: the run stops before the update"
@@ -134,7 +135,7 @@ def test_the_rank_is_named(tmp_path: Path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("depth", [2, None], ids=["loss", "gradient"])
+@pytest.mark.parametrize("depth", [2, pytest.param(None, marks=SLOW)], ids=["loss", "gradient"])
 def test_a_rollback_goes_back_and_passes_over_the_batches(tmp_path: Path, depth: int | None):
     """The curve after it is that of a run which trained on the batches 1 2 3 | 5 6 7 8 9: 3 is the checkpoint, 4 is passed over."""
     injection = Injection(depth)
@@ -161,7 +162,10 @@ def test_limits_end_the_run(tmp_path: Path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("policy", "skipped", "rollbacks"), [("report", 0, 0), ("skip", 1, 0), ("rollback", 1, 1)])
+@pytest.mark.parametrize(
+    ("policy", "skipped", "rollbacks"),
+    [pytest.param("report", 0, 0, marks=SLOW), ("skip", 1, 0), pytest.param("rollback", 1, 1, marks=SLOW)],
+)
 def test_a_spike_is_judged_by_its_policy(tmp_path: Path, policy: str, skipped: int, rollbacks: int):
     spike = Injection(1, value=1e5, steps=(7,))
     state = run(tmp_path, spike, on_spike=policy, spike_window=8).state

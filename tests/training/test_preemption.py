@@ -125,7 +125,7 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen) -> None:
     [
         pytest.param([], (), id="one rank", marks=pytest.mark.slow),
         pytest.param([], ("--nproc", "2"), id="nproc"),
-        pytest.param(AGENT, (), id="agent"),
+        pytest.param(AGENT, (), id="agent", marks=pytest.mark.slow),
     ],
 )
 def test_sigterm_to_the_launcher(tmp_path: Path, launcher: list[str], options: tuple[str, ...]):
