@@ -147,7 +147,38 @@ def router_losses(num_layers: int) -> dict[str, torch.Tensor]:
     return {name: values[:num_layers] for name, values in recorded.items()}
 
 
-class TorchAdamDistributedOptimizer(DistributedOptimizer):
+class ReshardableDistributedOptimizer(DistributedOptimizer):
+    """The distributed optimizer, whose state is cut into parameters where they are."""
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        """As upstream, with the padding behind each bucket left in.
+
+        Upstream 0.19.2 joins the buckets without it, and the fully reshardable format then cuts parameters out at offsets that
+        count it: behind a padded bucket every weight and moment is read from the wrong place. A shared embedding has a bucket
+        of its own, so any run whose MTP layers are on another stage than the embedding can be hit.
+        """
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values():
+                for name, value in tensors.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[name] = _with_padding(value, buffer.buckets)
+        return state
+
+
+def _with_padding(joined: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
+    parts = joined.split([bucket.numel_unpadded for bucket in buckets])
+    return torch.cat(
+        [
+            torch.nn.functional.pad(part, (0, bucket.grad_data.numel() - part.numel()))
+            for part, bucket in zip(parts, buckets, strict=True)
+        ]
+    )
+
+
+class TorchAdamDistributedOptimizer(ReshardableDistributedOptimizer):
     """The distributed optimizer over torch's Adam, made fit for checkpoints.
 
     torch keeps a `step` tensor for each parameter, which Megatron-Core's save and load do not expect.
@@ -178,8 +209,8 @@ def single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     singles = [single for single in chain if not getattr(single, "is_stub_optimizer", False)]
     for single in singles:
-        if type(single) is DistributedOptimizer and not HAVE_APEX_OR_TE:
-            single.__class__ = TorchAdamDistributedOptimizer
+        if type(single) is DistributedOptimizer:
+            single.__class__ = ReshardableDistributedOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
     return singles
 
 

@@ -9,6 +9,8 @@ from tests.checkpoint.rig import CP2, DENSE, DP, EP2, MOE, PP2, TIED, TP2, VP2, 
 pytestmark = pytest.mark.dist
 
 SAVED_AT, STEPS = 2, 4
+# Four layers behind the shared embedding, which has a bucket of its own: the buckets' padding lies between parameters.
+PADDED = {**PP2, "model.pipeline_model_parallel_layout": "Etttt|mmL"}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ CASES = {
     "dense tp to dp": (DENSE, TP2, DP),
     "dense vp to tp": (DENSE, VP2, TP2),
     "tied pp to dp": (TIED, PP2, DP),
+    "padded pp to dp": (DENSE, PADDED, DP),
     "moe ep to ep": (MOE, EP2, EP2),
     "moe ep to tp": (MOE, EP2, TP2),
     "moe ep to pp": (MOE, EP2, PP2),
