@@ -14,7 +14,7 @@ from megatron_mtp.cli.failure import exit_code_of
 COMMANDS = {
     "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
     "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints. Opens no data."),
-    "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline: split, step time, memory. Needs no device."),
+    "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline before a launch."),
     "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model on the device at hand, for plan."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
     "launch": ("megatron_mtp.cli.submit:launch", "Start a job that comes back by itself: here, on Slurm or Kubernetes."),
