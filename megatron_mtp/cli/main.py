@@ -17,14 +17,11 @@ COMMANDS = {
     "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline before a launch."),
     "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model on the device at hand, for plan."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
-    "launch": (
-        "megatron_mtp.cli.submit:launch",
-        "Start a job that comes back by itself: here, on Slurm or Kubernetes.",
-    ),
+    "launch": ("megatron_mtp.cli.submit:launch", "Start a job here, on Slurm or on Kubernetes."),
     "verify": ("megatron_mtp.cli.verify:verify", "Compare parallel layouts with one rank, at a small size."),
     "convert": (
         "megatron_mtp.cli.convert:convert",
-        "Exchange weights with Hugging Face folders: import, export, check.",
+        "Exchange weights with Hugging Face folders.",
     ),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
     "generate": ("megatron_mtp.cli.generate:generate", "Continue text, with the MTP layers as drafters."),

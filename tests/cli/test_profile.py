@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mtp.cli import failure
 from megatron_mtp.cli.main import main
+from megatron_mtp.observe.failures import FAILURE_DIR
 from megatron_mtp.parallel.profile import Profile
 
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", failure.FAILURE_DIR):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", FAILURE_DIR):
         monkeypatch.delenv(name, raising=False)
 
     def call(*arguments: str) -> tuple[int, str, str]:
