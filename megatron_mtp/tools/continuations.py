@@ -54,7 +54,7 @@ def write(loaded: Loaded, prompts: list[list[int]], options: argparse.Namespace)
         stop_ids=loaded.stop_ids,
     )
     count = 0
-    for batch in batched(prompts, options.batch, strict=False):
+    for batch in batched(prompts, options.batch):
         for prompt, row in zip(batch, generate(loaded.decoder, batch, decoding).tokens, strict=True):
             ids = np.array([*prompt, *row])
             text.write(ids, np.array([len(ids)]))
