@@ -101,9 +101,10 @@ def test_depths_at_two_ranks(layout, two, tmp_path):
     model, ids = make("deepseek_v3", tmp_path / "hf"), tokens()
     depths = add_depths(model, tmp_path / "hf", "deepseek", 1, COUNT)
     expected = reference_logits(model, depths, ids, hidden_first=False)
-    for got in two.run(logits, str(tmp_path / "hf"), ids, layout):
-        if got is not None:
-            same_up_to_the_tail(got, expected)
+    found = [got for got in two.run(logits, str(tmp_path / "hf"), ids, layout) if got is not None]
+    assert found
+    for got in found:
+        same_up_to_the_tail(got, expected)
 
 
 def test_the_qwen_form_holds_one_depth(tmp_path):
