@@ -39,7 +39,7 @@ def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: Proce
         plan.adopt(dist_checkpointing.load(plan.state, str(folder), validate_access_integrity=False), {})
     except MegatronMTPError as failure:
         error = str(failure)
-    except Exception as failure:
+    except Exception as failure:  # any cause on one rank must reach raise_any, or the others wait for it
         log.debug("loading failed", exc_info=failure)
         error = f"{folder}: cannot be loaded ({describe_error(failure)})."
     raise_any(error)

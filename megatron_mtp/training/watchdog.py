@@ -168,7 +168,7 @@ def job_store() -> Store | None:
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=COLLECT_S))
-    except Exception as error:
+    except Exception as error:  # a watchdog that cannot start must not end a sound run
         logger.warning("the watchdog has no store (%s): each rank will report its own stack only", error)
         return None
 

@@ -25,7 +25,7 @@ from tests.gloo_pool import GlooPool
 from tests.model.torch_backend.tiny import delta_net_config
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
-from transformers.models.qwen3_next import modeling_qwen3_next as hf  # noqa: E402
+from transformers.models.qwen3_next import modeling_qwen3_next as hf  # noqa: E402 - after importorskip
 
 pytestmark = pytest.mark.dist
 KEYS, VALUES, KEY_WIDTH, VALUE_WIDTH, H, S = 2, 4, 8, 6, 32, 70  # S: more than one chunk of 64
