@@ -219,6 +219,10 @@ class StoredWeights:
         """Of a tensor."""
         return self.tensors[key].properties.dtype
 
+    def boxes(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(offset, size) of the pieces in which a tensor is stored."""
+        return [(box.offset, box.size) for boxes in self._boxes[key].values() for box in boxes]
+
     def read(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """One box, put together from what is stored.
 

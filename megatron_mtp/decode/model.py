@@ -136,11 +136,16 @@ class Decoder:
         Returns:
             [b * q, h] for the head, and [b * q, h] for depth 1 (the same but with mtp_hidden_source = pre_final_norm).
         """
-        x = self.embed(tokens.flatten())
-        for layer, cache in zip(self.blocks, caches, strict=True):
-            x = layer(x, span, cache)
+        x = self.blocks[-1](self.below_last(tokens, span, caches), span, caches[-1])
         normed = self.final_norm(x)
         return normed, (x if self.model.mtp_hidden_source == "pre_final_norm" else normed)
+
+    def below_last(self, tokens: Tensor, span: Span, caches: list[Cache]) -> Tensor:
+        """The part of `trunk` below its last layer: [b * q, h] of the residual stream."""
+        x = self.embed(tokens.flatten())
+        for layer, cache in zip(self.blocks[:-1], caches[:-1], strict=True):
+            x = layer(x, span, cache)
+        return x
 
     def depth(self, number: int, hidden: Tensor, tokens: Tensor, span: Span, cache: Cache) -> Tensor:
         """Runs MTP depth `number`, counted from 1; beyond D the last layer goes on.
