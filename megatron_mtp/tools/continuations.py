@@ -29,7 +29,9 @@ MASK_SUFFIX = "_loss_mask"
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     options = _parse(argv)
-    with open_decoder(options.source, tokenizer=options.tokenizer, threads=options.threads) as loaded:
+    with open_decoder(
+        options.source, dtype=options.dtype, tokenizer=options.tokenizer, threads=options.threads
+    ) as loaded:
         documents = read_domains([options.data], loaded.encode, options.documents)
         prompts = list(_prompts([ids for rows in documents.values() for ids in rows], options))
         started = time.monotonic()
@@ -67,7 +69,7 @@ def write(loaded: Loaded, prompts: list[list[int]], options: argparse.Namespace)
 
 def _prompts(documents: list[list[int]], options: argparse.Namespace):
     """Beginnings of documents, then what stands further on in them, until there are enough."""
-    step = options.prompt_tokens + options.new_tokens
+    step = options.prompt_tokens
     longest = max(map(len, documents), default=0)
     found = (
         ids[start : start + options.prompt_tokens]
@@ -90,6 +92,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--tokenizer")
     return parser.parse_args(argv)
