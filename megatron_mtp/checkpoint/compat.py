@@ -159,7 +159,9 @@ def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: di
     """Why weights that were saved with one config are not those of another's model, one sentence each. Arguments as `compare`."""
     ours, theirs, default = present["model"], saved.get("model") or {}, defaults["model"]
     refusals = []
-    for name in sorted(set(ours) | set(theirs)):
+    # One stored layer may be a first depth, or what is applied at every depth.
+    same_layers = _stored_mtp_layers(ours) == _stored_mtp_layers(default | theirs)
+    for name in sorted((set(ours) | set(theirs)) - (_MTP_COUNT if same_layers else set())):
         old, new = theirs.get(name, default.get(name, _ABSENT)), ours.get(name, default.get(name, _ABSENT))
         may_change = name in FREE["model"] or name in CURVE["model"] or name in _OF_TRAINING
         if not may_change and not same("model", name, old, new):
@@ -168,6 +170,12 @@ def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: di
     return refusals
 
 
+def _stored_mtp_layers(model: dict[str, Any]) -> int:
+    depths = model["mtp_num_layers"] or 0
+    return min(depths, 1) if model["mtp_use_repeated_layer"] else depths
+
+
+_MTP_COUNT = frozenset({"mtp_num_layers", "mtp_use_repeated_layer"})
 _MTP_ADVICE = " New MTP layers are made when a model is imported: megatron-mtp convert import --mtp-depths N --mtp-init last_layer."
 
 

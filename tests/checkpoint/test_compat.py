@@ -152,3 +152,33 @@ def test_a_trunk_is_frozen_or_freed_without_optimizer_state_only():
     allowed = compare({"model.mtp_freeze_trunk": True, "checkpoint.load_optim": False})
     assert not allowed.refusals
     assert allowed.changes
+
+
+def weight_refusals(saved: dict[str, object], present: dict[str, object]) -> list[str]:
+    """Of starting a run with `present` model fields from the weights of one with `saved` ones."""
+    sides = []
+    for values in (saved, present):
+        side = asdict(ConfigContainer())
+        side["model"] |= values
+        sides.append(side)
+    return compat.compare_weights(sides[0], sides[1], DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("saved", "present", "fits"),
+    [
+        ((1, False), (3, True), True),  # a drafter of three steps from a first depth
+        ((3, True), (1, False), True),
+        ((3, True), (2, True), True),
+        ((2, False), (2, True), False),  # which of the two?
+        ((1, False), (2, False), False),
+        ((0, False), (1, True), False),
+    ],
+)
+def test_one_mtp_layer_may_become_a_repeated_one(saved, present, fits):
+    names = ("mtp_num_layers", "mtp_use_repeated_layer")
+    refusals = weight_refusals(dict(zip(names, saved, strict=True)), dict(zip(names, present, strict=True)))
+    assert (not refusals) == fits
+    assert (
+        fits or any("New MTP layers are made" in text for text in refusals) or "mtp_use_repeated_layer" in refusals[0]
+    )
