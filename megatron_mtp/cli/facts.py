@@ -1,4 +1,4 @@
-"""What a finalized config comes to: sizes, layout, processes. Numbers for people and for programs."""
+"""What a finalized config comes to: sizes, processes. Numbers for people and for programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.check_parallel import minimum_world_size
-from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import ParameterCount, count_parameters
 
 CPU_LIMIT = 300_000_000
@@ -30,7 +29,6 @@ def facts(cfg: ConfigContainer) -> dict[str, Any]:
             "expert": model.expert_model_parallel_size,
             "expert_tensor": model.expert_tensor_parallel_size,
         },
-        "layout": PipelineLayout.from_config(model).string,
         "processes": minimum_world_size(model),
         "devices": "CPU or GPU" if count is not None and count.total <= CPU_LIMIT else "GPU",
     }

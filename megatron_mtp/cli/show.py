@@ -26,11 +26,13 @@ def show(
     """
     from megatron_mtp.cli.facts import facts
     from megatron_mtp.config.hints import hints
+    from megatron_mtp.parallel.auto_layout import pipeline_layout
     from megatron_mtp.recipes import get_recipe
 
     cfg = choose_config(recipe, config, overrides).finalize(world_size)
     changes = differences(get_recipe(recipe).finalize().to_dict(), cfg.to_dict())
-    found, advice = facts(cfg), hints(cfg)
+    found = {**facts(cfg), "layout": pipeline_layout(cfg, world_size).string}
+    advice = hints(cfg)
     if json:
         data = {"recipe": recipe, **found, "changes": changes, "hints": advice, "config": cfg.to_dict()}
         typer.echo(json_format.dumps(data, indent=2))

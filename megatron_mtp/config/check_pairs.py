@@ -25,6 +25,8 @@ def _hidden_source_problems(model: ModelConfig) -> list[str]:
     pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
     if vp > 1 and pp == 1:
         return []  # reported as a mistake
+    if model.pipeline_model_parallel_layout == "auto" and model.num_layers >= pp * vp - 1:
+        return []  # the planner keeps them together
     chunks, problems = layout_chunks(
         model.pipeline_model_parallel_layout, num_layers=model.num_layers, num_depths=model.mtp_num_layers, pp=pp, vp=vp
     )

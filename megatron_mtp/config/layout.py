@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 
 SYMBOLS = {"E": "embedding", "t": "decoder layer", "m": "MTP layer", "L": "loss"}
+EVEN = ("even", "auto", None)
 MAX_REPEAT = 10_000
 """A larger repeat count is a typing mistake; expanding it would fill the memory."""
 
@@ -71,7 +72,8 @@ def layout_chunks(
     """Resolves a layout in any of its forms and checks it.
 
     Args:
-        layout: "auto" or None (even), a list with the decoder layers of each chunk, or Megatron's string.
+        layout: "even", a list with the decoder layers of each chunk, or Megatron's string. "auto" and None are checked as "even": where that is
+            legal, the planner finds a layout.
         num_layers: decoder layers of the trunk.
         num_depths: MTP layers.
         pp: pipeline size.
@@ -82,7 +84,7 @@ def layout_chunks(
     """
     name = f"model.pipeline_model_parallel_layout = {layout!r}"
     num_chunks = pp * vp
-    if layout is None or layout == "auto":
+    if layout in EVEN:
         chunks = even_chunks(num_layers, num_depths, num_chunks)
         if num_layers < num_chunks and (chunks := sparse_chunks(num_layers, num_depths, pp, vp)) == []:
             return [], [_too_few_layers(num_layers, num_depths, pp, vp)]

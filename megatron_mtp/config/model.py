@@ -186,7 +186,7 @@ class ModelConfig(Section):
     virtual_pipeline_model_parallel_size: int | None = None
     """VP, model chunks for each stage (interleaved schedule); None: 1."""
     pipeline_model_parallel_layout: str | list[int] | None = "auto"
-    """Which layers each chunk holds: "auto", Megatron's string ("Et*3|(tt|)*29m|L"), or decoder layers of each chunk ([5, 6, 6, 4])."""
+    """Which layers each chunk holds: "auto" (the planner's), "even", Megatron's string ("Et*3|(tt|)*29m|L"), or decoder layers of each chunk ([5, 6, 6, 4])."""
     context_parallel_size: int = 1
     """CP, shards the sequence."""
     expert_model_parallel_size: int = 1

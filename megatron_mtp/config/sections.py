@@ -7,6 +7,9 @@ from typing import ClassVar, Literal
 
 from megatron_mtp.config.base import Section
 
+Hardware = Literal["h100", "h200", "h800", "h20", "b200", "gb200", "a100", "l40s", "mi300x", "cpu"]
+"""Devices of parallel/machine.py."""
+
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig(Section):
@@ -316,6 +319,8 @@ class DistConfig(Section):
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is present."""
+    hardware: Hardware | None = None
+    """Device that the planner estimates times and memory for, where model.pipeline_model_parallel_layout is "auto" and in `megatron-mtp plan`; None: cpu with device=cpu, else h100."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer ends the job."""
     watchdog_s: float | None = None

@@ -16,6 +16,7 @@ from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
 from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
 from megatron_mtp.model.transformer_config import transformer_config
+from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 
@@ -34,8 +35,8 @@ def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: to
     use_te = wants_te(cfg, device.type)
     if not use_te and (problems := torch_backend_problems(cfg.model)):
         raise UnsupportedError(problems)
-    config = transformer_config(cfg, use_te=use_te, device_type=device.type)
-    layout = PipelineLayout.from_config(cfg.model)
+    layout = pipeline_layout(cfg, torch.distributed.get_world_size())
+    config = transformer_config(cfg, layout, use_te=use_te, device_type=device.type)
     pp_rank = groups.pp.rank()
     virtual = layout.vp > 1
     chunks = [

@@ -40,11 +40,14 @@ SAME_MOE = (
 ).split()
 
 
-def transformer_config(cfg: ConfigContainer, *, use_te: bool, device_type: str) -> TransformerConfig:
+def transformer_config(
+    cfg: ConfigContainer, layout: PipelineLayout, *, use_te: bool, device_type: str
+) -> TransformerConfig:
     """The engine's config of a finalized run.
 
     Args:
         cfg: finalized.
+        layout: where its layers sit.
         use_te: Transformer Engine modules do the work.
         device_type: "cuda" or "cpu"; gloo needs point-to-point messages one by one.
     """
@@ -55,7 +58,7 @@ def transformer_config(cfg: ConfigContainer, *, use_te: bool, device_type: str) 
     fields |= {
         "activation_func": ACTIVATIONS[model.activation_func],
         "mtp_num_layers": model.mtp_num_layers or None,
-        "pipeline_model_parallel_layout": _layout(cfg),
+        "pipeline_model_parallel_layout": layout.string if layout.pp > 1 else None,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
@@ -86,12 +89,6 @@ def _engine_value(name: str, value: Any) -> Any:
     if name == "attention_backend":
         return AttnBackend[value]
     return tuple(value) if name == "window_size" and value is not None else value
-
-
-def _layout(cfg: ConfigContainer) -> str | None:
-    if cfg.model.pipeline_model_parallel_size == 1:
-        return None
-    return PipelineLayout.from_config(cfg.model).string
 
 
 def _communication(cfg: ConfigContainer, device_type: str) -> dict[str, Any]:

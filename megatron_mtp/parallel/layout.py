@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_mtp.config.layout import layout_chunks
@@ -25,12 +26,13 @@ class PipelineLayout:
 
     @classmethod
     def from_config(cls, model: ModelConfig) -> PipelineLayout:
-        """Resolves `model.pipeline_model_parallel_layout` ("auto" included).
+        """The layout that a config writes; for "auto" see `auto_layout.pipeline_layout`.
 
         Raises:
             PlanError: the layout breaks a rule; all problems are named.
         """
         pp = model.pipeline_model_parallel_size
+        assert pp == 1 or model.pipeline_model_parallel_layout != "auto", "the planner chooses it"
         vp = model.virtual_pipeline_model_parallel_size or 1
         flat, problems = layout_chunks(
             model.pipeline_model_parallel_layout,
@@ -41,6 +43,11 @@ class PipelineLayout:
         )
         if problems:
             raise PlanError("\n".join(problems))
+        return cls.of_chunks(flat, pp, vp)
+
+    @classmethod
+    def of_chunks(cls, flat: Sequence[Iterable[str]], pp: int, vp: int) -> PipelineLayout:
+        """From pp * vp chunks in execution order."""
         return cls(tuple(tuple(tuple(flat[v * pp + p]) for v in range(vp)) for p in range(pp)))
 
     @property

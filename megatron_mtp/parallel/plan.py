@@ -322,5 +322,4 @@ def split_problem(
 
 def layout_of(problem: SplitProblem, split: Split) -> PipelineLayout:
     """A split as a layout."""
-    flat, pp, vp = problem.symbols(split), problem.kind.pp, problem.kind.vp
-    return PipelineLayout(tuple(tuple(tuple(flat[v * pp + p]) for v in range(vp)) for p in range(pp)))
+    return PipelineLayout.of_chunks(problem.symbols(split), problem.kind.pp, problem.kind.vp)

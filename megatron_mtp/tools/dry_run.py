@@ -20,6 +20,7 @@ from megatron_mtp.device.fake import fake_world
 from megatron_mtp.errors import ConfigError, MegatronMTPError
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import sharded_tensors
+from megatron_mtp.parallel.auto_layout import is_planned, pipeline_layout
 from megatron_mtp.parallel.grid import RankGrid
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.memory import RankMemory, predict_memory
@@ -117,7 +118,7 @@ def dry_run(
         memory_limit_gib: of one device; None: not checked.
         report: told what comes next.
     """
-    layout = PipelineLayout.from_config(cfg.model)
+    layout = pipeline_layout(cfg, world_size)
     found = DryRun(world_size=world_size, layout=layout.string)
     found.predicted_parameters = count_parameters(cfg.model).total
     report("opening data and folders")
@@ -125,7 +126,7 @@ def dry_run(
     if cfg.dist.device == "cpu":
         found.problems += torch_backend_problems(cfg.model)
     planned = [predict_memory(cfg, layout, stage, world_size) for stage in range(layout.pp)]
-    cfg, found.notes = _for_torch_backend(cfg, world_size)
+    cfg, found.notes = _for_torch_backend(cfg, layout, world_size)
     grid = RankGrid.from_config(cfg, world_size)
     failures: dict[str, list[int]] = {}
     for stage in range(layout.pp):
@@ -210,13 +211,17 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _for_torch_backend(cfg: ConfigContainer, world_size: int) -> tuple[ConfigContainer, list[str]]:
-    """A config that builds without Transformer Engine, and what it leaves out."""
+def _for_torch_backend(
+    cfg: ConfigContainer, layout: PipelineLayout, world_size: int
+) -> tuple[ConfigContainer, list[str]]:
+    """A config that builds without Transformer Engine, in the same layout, and what it leaves out."""
     if cfg.model.backend == "torch":
         return cfg, []
     plain, left_out = without_transformer_engine(cfg.model)
     trial = cfg.copy()
     trial.model = plain
+    if is_planned(plain):  # the other backend's memory could ask for another split
+        plain.pipeline_model_parallel_layout = layout.string
     notes = [f"built without {name}, which needs Transformer Engine and holds no parameters" for name in left_out]
     return trial.finalize(world_size), notes
 

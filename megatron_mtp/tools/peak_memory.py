@@ -12,7 +12,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.device.memory import memory_meter, peak_resident_bytes
 from megatron_mtp.device.select import pick_device
-from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.parallel.memory import RankMemory, predict_memory
 from megatron_mtp.training.setup import setup
 
@@ -67,7 +67,7 @@ def measure_peak(cfg: ConfigContainer) -> PeakMemory:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    layout = PipelineLayout.from_config(cfg.model)
+    layout = pipeline_layout(cfg, world_size)
     return PeakMemory(
         rank=rank,
         stage=stage,

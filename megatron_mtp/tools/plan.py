@@ -8,12 +8,11 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.check_parallel import minimum_world_size
-from megatron_mtp.config.layout import even_chunks, layout_chunks
+from megatron_mtp.config.layout import layout_chunks
 from megatron_mtp.errors import ConfigError, PlanError
-from megatron_mtp.parallel.cost import estimate_costs
-from megatron_mtp.parallel.hardware import dense_peak_tflops
+from megatron_mtp.parallel.auto_layout import even_layout, is_planned, machine_of, make_planner, memory_limit
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.machine import DEFAULT_MACHINE, USABLE, Machine, find_machine
+from megatron_mtp.parallel.machine import Machine, find_machine
 from megatron_mtp.parallel.plan import Plan, Planner, layout_of
 from megatron_mtp.parallel.profile import Profile
 from megatron_mtp.parallel.search_sizes import Candidate, search_sizes
@@ -74,9 +73,9 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
     Raises:
         ConfigError: the config is wrong. PlanError: no layout is legal or fits, or an option is wrong.
     """
-    machine = find_machine(request.hardware or ("cpu" if cfg.dist.device == "cpu" else DEFAULT_MACHINE))
+    machine = machine_of(cfg) if request.hardware is None else find_machine(request.hardware)
     profile = None if request.profile is None else Profile.read(request.profile)
-    limit = memory_limit(request, machine)
+    limit = limit_of(request, machine)
     candidates: list[Candidate] = []
     world_size = request.devices
     if request.search:
@@ -110,30 +109,13 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
     return plans
 
 
-def make_planner(cfg: ConfigContainer, world_size: int, machine: Machine, profile: Profile | None = None) -> Planner:
-    """A planner on measured part times, or on estimated ones."""
-    if profile is not None:
-        profile.check_fits(cfg)
-    dtype = cfg.precision.dtype
-    peak = cfg.logger.device_peak_tflops or machine.peak_tflops or dense_peak_tflops(machine.device_name, dtype)
-    on_cpu = machine.name == "cpu" or (profile is not None and profile.device.lower() == "cpu")
-    return Planner(
-        cfg=cfg,
-        costs=estimate_costs(cfg, machine, world_size) if profile is None else profile.costs,
-        world_size=world_size,
-        frees_outputs=not on_cpu,
-        peak_tflops=peak,
-        is_cpu=on_cpu,
-    )
-
-
-def memory_limit(request: Request, machine: Machine) -> float | None:
+def limit_of(request: Request, machine: Machine) -> float | None:
     """Bytes that a plan may use; None: no limit. A profile says nothing of memory: then only a named device limits."""
     if request.memory_gib is not None:
         return request.memory_gib * GIB or None
     if request.profile is not None and request.hardware is None:
         return None
-    return machine.memory_gib * GIB * USABLE
+    return memory_limit(machine)
 
 
 def smallest_world(cfg: ConfigContainer) -> int:
@@ -148,7 +130,7 @@ def smallest_world(cfg: ConfigContainer) -> int:
 
 def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | None]:
     model = planner.cfg.model
-    if model.pipeline_model_parallel_size == 1 or model.pipeline_model_parallel_layout != "auto":
+    if not is_planned(model):
         plan = planner.plan(PipelineLayout.from_config(model))
         choice = None
     else:
@@ -206,29 +188,15 @@ def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, 
         cfg.finalize(world_size)
     except (ConfigError, PlanError):
         return None
-    layout = even_layout(cfg)
+    layout = even_layout(cfg.model)
     memory = Planner(cfg, planner.costs, world_size, is_cpu=planner.is_cpu).memory_model()
     return max(memory.rank(layout, stage).total for stage in range(layout.pp))
-
-
-def even_layout(cfg: ConfigContainer) -> PipelineLayout:
-    """The split into equally many layers, MTP layers counted as one each.
-
-    Raises:
-        PlanError: there are too few layers for it.
-    """
-    model = cfg.model
-    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
-    flat = even_chunks(model.num_layers, model.mtp_num_layers or 0, pp * vp)
-    if not all(flat):
-        raise PlanError("there are too few layers for an even split")
-    return PipelineLayout(tuple(tuple(tuple(flat[v * pp + p]) for v in range(vp)) for p in range(pp)))
 
 
 def _compare(plans: Plans, planner: Planner, wanted: tuple[str, ...]) -> None:
     if plans.cfg.model.pipeline_model_parallel_size > 1:
         try:
-            plans.others["even"] = planner.plan(even_layout(plans.cfg))
+            plans.others["even"] = planner.plan(even_layout(plans.cfg.model))
         except PlanError as error:
             plans.refused["even"] = str(error)
     for text in wanted:
@@ -261,4 +229,4 @@ def _layout_of_text(cfg: ConfigContainer, text: str) -> PipelineLayout:
         raise PlanError(
             "\n".join(problem.replace("model.pipeline_model_parallel_layout", "the split") for problem in problems)
         )
-    return PipelineLayout(tuple(tuple(tuple(flat[v * pp + p]) for v in range(vp)) for p in range(pp)))
+    return PipelineLayout.of_chunks(flat, pp, vp)

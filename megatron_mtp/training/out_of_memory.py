@@ -13,8 +13,8 @@ import torch
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.device.memory import peak_resident_bytes
 from megatron_mtp.errors import ConfigError, OutOfMemoryError, PlanError
+from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.parallel.grid import RankGrid
-from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.memory import RankMemory, predict_memory
 
 GIB = 2**30
@@ -65,7 +65,7 @@ def explanation(cfg: ConfigContainer, rank: int, world_size: int, cause: str, us
         cause: first words of the error.
         used: what this process had taken.
     """
-    layout = PipelineLayout.from_config(cfg.model)
+    layout = pipeline_layout(cfg, world_size)
     stage = RankGrid.from_config(cfg, world_size).coords(rank).pp
     planned = predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu)
     now = peak_bytes(cfg, world_size, is_cpu=is_cpu)
@@ -104,7 +104,7 @@ def remedies(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> list[Rem
 
 def peak_bytes(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> int:
     """Planned peak of the fullest stage."""
-    layout = PipelineLayout.from_config(cfg.model)
+    layout = pipeline_layout(cfg, world_size)
     return max(predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu).total for stage in range(layout.pp))
 
 

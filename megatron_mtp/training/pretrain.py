@@ -18,6 +18,7 @@ from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.device.process_group import env_rank, env_world_size
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
+from megatron_mtp.parallel.auto_layout import auto_layout, is_planned
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.faults import FaultWatch
@@ -115,6 +116,7 @@ def _train_watched(
     callbacks: Sequence[Callback],
     watchdog: Watchdog,
 ) -> Summary:
+    _tell_layout(cfg, run)
     check_nodes(cfg, run.device.torch_device)
     state = TrainState()
     checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
@@ -153,3 +155,22 @@ def _train_watched(
         run.data.close()
     exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
     return Summary(state, trainer.evaluations, dict(recorder.places), exit_code)
+
+
+def _tell_layout(cfg: ConfigContainer, run: Run) -> None:
+    """Logs the planner's choice, and what it did not know."""
+    if not is_planned(cfg.model):
+        return
+    found = auto_layout(cfg, dist.get_world_size())
+    machine = found.machine
+    logger.info("pipeline layout %s, planned for %s (dist.hardware)", found.layout.string, machine.name)
+    if not found.fits:
+        logger.warning(
+            "no split fits the memory of %s by estimate; this is the fastest one. `megatron-mtp plan` shows each stage.",
+            machine.name,
+        )
+    if machine.device_name.lower() not in run.device.name.lower():
+        logger.info(
+            "this device is %s: dist.hardware names what to plan for, or `megatron-mtp profile` measures it for `plan --profile`",
+            run.device.name,
+        )

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mtp import mcore_compat
@@ -20,6 +21,7 @@ from megatron_mtp.device.select import Device
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthHeads
+from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.training.attribution import GradientWatch
@@ -68,7 +70,7 @@ def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
 def make_groups(cfg: ConfigContainer) -> ProcessGroupCollection:
     """Every process group of the layout, inside the job that this process has joined."""
     model = cfg.model
-    layout = PipelineLayout.from_config(model)
+    layout = pipeline_layout(cfg, dist.get_world_size())
     return mcore_compat.init_model_parallel(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,

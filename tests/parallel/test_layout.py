@@ -33,10 +33,10 @@ def assert_every_layer_once(layout: PipelineLayout, num_layers: int, depths: int
 
 @settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 6), st.integers(0, 8), st.integers(0, 80))
-def test_auto_places_every_layer_once_and_evenly(pp, vp, depths, extra):
+def test_even_places_every_layer_once_and_evenly(pp, vp, depths, extra):
     vp = vp if pp > 1 else 1
     num_layers = pp * vp + extra
-    layout = make("auto", num_layers, depths, pp, vp)
+    layout = make("even", num_layers, depths, pp, vp)
     assert_every_layer_once(layout, num_layers, depths)
     weights = [chunk.count("t") + chunk.count("m") for chunk in layout.in_order]
     assert all(layout.in_order), "no chunk is empty"
@@ -73,7 +73,7 @@ def test_a_list_places_every_layer_once(counts, depths):
     ],
 )
 def test_auto_examples(num_layers, depths, pp, vp, expected):
-    assert make("auto", num_layers, depths, pp, vp).string == expected
+    assert make("even", num_layers, depths, pp, vp).string == expected
 
 
 def test_standalone_mtp_and_order_of_virtual_chunks():
@@ -151,8 +151,8 @@ def test_whatever_we_accept_megatron_accepts(pp, vp, symbols, valid_ends):
         ([2, 3], {}, "places 5 decoder layers"),
         ([5, -1], {}, "negative"),
         ([4, 0, 0], {"pp": 3}, "chunk 2 is empty"),
-        ("auto", {"num_layers": 1, "pp": 5}, "Use model.pipeline_model_parallel_size=3, or more layers"),
-        ("auto", {"num_layers": 1, "vp": 2}, "model.virtual_pipeline_model_parallel_size=1, or more layers"),
+        ("even", {"num_layers": 1, "pp": 5}, "Use model.pipeline_model_parallel_size=3, or more layers"),
+        ("even", {"num_layers": 1, "vp": 2}, "model.virtual_pipeline_model_parallel_size=1, or more layers"),
     ],
 )
 def test_rules_are_refused_by_name(layout, kwargs, words):
