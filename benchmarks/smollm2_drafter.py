@@ -4,7 +4,8 @@
     python -m benchmarks.smollm2_drafter --folder runs/smollm2 --minutes 60
 
 Steps, each kept in --folder and not repeated: the model as a Hugging Face folder; a checkpoint with an MTP layer copied from the last layer;
-continuations of code (the standard library) and prose (licences, manuals and package descriptions of this installation); training for --minutes; acceptance and
+continuations of code (the standard library) and prose (the language reference that help() shows, and package descriptions of this installation); the
+layer's projection fitted to them; training for --minutes, unrolled over --steps; acceptance and
 wall-clock speed on held-out prompts of both domains, in one process, as `megatron-mtp spec-eval` does it, for several --draft-vocab.
 """
 
@@ -19,8 +20,11 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DECAY = 0.6  # of the steps' weights, as in recipes/mtp_finetune.py
+PROMPT, NEW = 32, 96  # tokens of a continuation
 HELD_OUT = 10  # every tenth document
 
 
@@ -39,9 +43,12 @@ def main() -> None:
     for domain in texts:
         if not (folder / f"self/{domain}.idx").exists():
             _continuations(base, hf, texts[domain][0], folder / f"self/{domain}", options)
+    fitted = folder / "fitted"
+    if not fitted.exists():
+        fit(base, fitted, folder, options)
     trained = folder / f"trained_{options.minutes:g}"
     if not trained.exists():
-        train(base, hf, folder, trained, options)
+        train(fitted, hf, folder, trained, options)
     evaluate(trained, hf, texts, folder, options)
 
 
@@ -78,14 +85,22 @@ def write_texts(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def _code() -> Iterator[str]:
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        if len(text) > 2000:
-            yield text
+    """The standard library, without its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+    for path in sorted(root.rglob("*.py")):
+        if not left_out & set(path.relative_to(root).parts):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            if len(text) > 2000:
+                yield text
 
 
 def _prose() -> Iterator[str]:
-    """Paragraphs of what packages say about themselves, without code and lists."""
+    """Paragraphs of the language reference that `help()` shows, and of what packages say about themselves, without code and lists."""
+    for name in sorted(topics):
+        paragraphs = [part for part in topics[name].split("\n\n") if len(part) > 200 and part[0].isalpha()]
+        if text := "\n\n".join(" ".join(part.split()) for part in paragraphs):
+            yield text
     files = sorted(Path(sysconfig.get_path("purelib")).glob("*.dist-info/METADATA"))
     for path in files:
         body = path.read_text(encoding="utf-8", errors="ignore").split("\n\n", 1)[-1]
@@ -102,16 +117,28 @@ def _continuations(base: Path, hf: Path, data: Path, out: Path, options: argpars
         "--out": out,
         "--tokenizer": hf,
         "--prompts": options.continuations,
-        "--prompt-tokens": 32,
-        "--new-tokens": 96,
-        "--batch": 16,
+        "--prompt-tokens": PROMPT,
+        "--new-tokens": NEW,
+        "--batch": 64,
+        "--dtype": "bf16",
         "--threads": options.threads,
     }
     write([str(base), *(str(part) for pair in arguments.items() for part in pair)])
 
 
+def fit(base: Path, out: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Fits the projection of the new layer: its first guess."""
+    from megatron_mtp.tools.fit_drafter import main as fit_drafter
+
+    data = [argument for domain in ("code", "prose") for argument in ("--data", str(folder / "self" / domain))]
+    if fit_drafter([str(base), *data, "--out", str(out), "--documents", "400", "--threads", str(options.threads)]):
+        raise SystemExit(1)
+
+
 def train(base: Path, hf: Path, folder: Path, out: Path, options: argparse.Namespace) -> None:
     """Trains the MTP layer for options.minutes, by the wall clock."""
+    decay = [DECAY**k for k in range(options.steps)]
+    weights = [options.steps * weight / sum(decay) for weight in decay]
     blend = f"[{folder / 'self/code'},{folder / 'self/prose'}]"
     fields = {
         "checkpoint.pretrained_checkpoint": base,
@@ -122,14 +149,17 @@ def train(base: Path, hf: Path, folder: Path, out: Path, options: argparse.Names
         "dataset.split": "'95,5,0'",
         "tokenizer.tokenizer_type": "huggingface",
         "tokenizer.tokenizer_model": hf,
-        "precision.dtype": "fp32",
-        "model.seq_length": 128,
+        "precision.dtype": options.dtype,
+        "model.seq_length": PROMPT + NEW + 1,  # a sample is one continuation
+        "dataset.reset_attention_mask": "true",
+        "dataset.reset_position_ids": "true",
         "model.mtp_freeze_trunk": "true",
         "model.mtp_use_repeated_layer": "true",
         "model.mtp_num_layers": options.steps,
         "model.mtp_loss_scaling_factor": "1.0",
-        "train.global_batch_size": 8,
-        "train.micro_batch_size": 8,
+        "model.mtp_depth_weights": weights,
+        "train.global_batch_size": options.batch,
+        "train.micro_batch_size": options.batch,
         "train.train_iters": options.iterations,
         "train.exit_duration_in_mins": options.minutes,
         "optimizer.lr": 5e-4,
@@ -172,7 +202,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default="runs/smollm2")
     parser.add_argument("--minutes", type=float, default=60, help="of training")
-    parser.add_argument("--steps", type=int, default=1, help="steps for which the layer is unrolled")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a step")
+    parser.add_argument("--dtype", default="fp32", help="of training")
+    parser.add_argument("--steps", type=int, default=2, help="steps for which the layer is unrolled")
     parser.add_argument("--iterations", type=int, default=1000, help="length of the learning-rate schedule")
     parser.add_argument("--continuations", type=int, default=512, help="of each domain")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts of each domain")

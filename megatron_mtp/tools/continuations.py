@@ -2,8 +2,10 @@
 
     python -m megatron_mtp.tools.continuations runs/demo/run_001/checkpoints --data train.jsonl --out runs/self/train
 
-Prompts are the beginnings of documents; the model goes on. Prompt and continuation become one document of a .bin/.idx data set. Beside it lies a mask,
-for dataset.loss_mask_suffix=_loss_mask, in which prompts are no targets.
+Prompts are pieces of documents; the model goes on. Prompt and continuation become one document of a .bin/.idx data set. Beside it lies a mask,
+for dataset.loss_mask_suffix=_loss_mask, in which prompts are no targets. Each document is filled up with ends of document, no targets either, to
+prompt-tokens + new-tokens + 1: with model.seq_length set to that and dataset.reset_attention_mask=true every sample is one document, and the
+model meets it in training as it wrote it.
 Source: FastMTP, arXiv 2509.18362, section 3.2 (self-distilled data).
 """
 
@@ -55,13 +57,15 @@ def write(loaded: Loaded, prompts: list[list[int]], options: argparse.Namespace)
         sampling=Sampling(options.temperature, seed=options.seed),
         stop_ids=loaded.stop_ids,
     )
-    count = 0
+    count, width = 0, options.prompt_tokens + options.new_tokens + 1
     for batch in batched(prompts, options.batch):
         for prompt, row in zip(batch, generate(loaded.decoder, batch, decoding).tokens, strict=True):
-            ids = np.array([*prompt, *row])
+            fill = [] if loaded.tokenizer is None else [loaded.tokenizer.eod] * (width - len(prompt) - len(row))
+            ids = np.array([*prompt, *row, *fill])
+            places = np.arange(len(ids))
             text.write(ids, np.array([len(ids)]))
-            mask.write(np.arange(len(ids)) >= len(prompt), np.array([len(ids)]))
-            count += len(ids)
+            mask.write((places >= len(prompt)) & (places < len(prompt) + len(row)), np.array([len(ids)]))
+            count += len(prompt) + len(row)
     text.close()
     mask.close()
     return count
