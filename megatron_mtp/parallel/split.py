@@ -168,11 +168,13 @@ class SplitProblem:
 
     def symbols(self, split: Split) -> list[str]:
         """The layout: a string of E, t, m and L for each chunk."""
-        chunks = ["t" * count for count in split.counts]
-        chunks[0] = "E" + chunks[0]
-        chunks[-1 - split.is_standalone] += "m" * self.num_depths
-        chunks[-1] += "L"
-        return chunks
+        return [self.chunk_symbols(chunk, count, split.is_standalone) for chunk, count in enumerate(split.counts)]
+
+    def chunk_symbols(self, chunk: int, count: int, is_standalone: bool) -> str:
+        """Those of one chunk with `count` decoder layers."""
+        last = self.num_chunks - 1
+        depths = self.num_depths if chunk == last - is_standalone else 0
+        return "E" * (chunk == 0) + "t" * count + "m" * depths + "L" * (chunk == last)
 
 
 MANY_KINDS = 6
