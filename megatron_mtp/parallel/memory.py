@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import le
 
 from megatron_mtp.config.container import ConfigContainer
@@ -97,7 +98,6 @@ class MemoryModel:
         self.parts = Activations(cfg, on_cpu, uses_te=not on_cpu and cfg.model.backend != "torch")
         self.kinds = tuple(layer_kinds(cfg.model))
         self._chunks: dict[tuple, ChunkMemory] = {}
-        self._counts: dict[tuple[int, int, int], list[tuple[int, ...]]] = {}
 
     def rank(self, layout: PipelineLayout, stage: int) -> RankMemory:
         """Memory of every rank of a stage."""
@@ -153,19 +153,15 @@ class MemoryModel:
 
     def peak(self, pp: int, vp: int, stage: int, kept: list[float]) -> float:
         """Most bytes of activations at once, when a micro-batch under way holds kept[v] in chunk v."""
-        return max(
-            sum(n * size for n, size in zip(counts, kept, strict=True)) for counts in self._in_flight(pp, vp, stage)
-        )
+        moments = _in_flight(pp, vp, stage, min(self.count, 3 * pp + self.count % pp))  # later rounds repeat
+        return max(sum(n * size for n, size in zip(counts, kept, strict=True)) for counts in moments)
 
-    def _in_flight(self, pp: int, vp: int, stage: int) -> list[tuple[int, ...]]:
-        """How many micro-batches are held in each chunk, at every moment of a step at which not all chunks hold fewer than at another."""
-        if (pp, vp, stage) not in self._counts:
-            rounds = min(self.count, 3 * pp + self.count % pp)  # later rounds repeat
-            counts, seen = [0] * vp, {(0,) * vp}
-            for call in compute_order(ScheduleKind(pp=pp, vp=vp, num_microbatches=rounds), stage):
-                counts[call.vp_rank] += 1 if call.is_forward else -1
-                seen.add(tuple(counts))
-            self._counts[pp, vp, stage] = [
-                one for one in seen if not any(one != other and all(map(le, one, other)) for other in seen)
-            ]
-        return self._counts[pp, vp, stage]
+
+@lru_cache(maxsize=4096)
+def _in_flight(pp: int, vp: int, stage: int, rounds: int) -> list[tuple[int, ...]]:
+    """How many micro-batches are held in each chunk, at every moment of a step at which not all chunks hold fewer than at another."""
+    counts, seen = [0] * vp, {(0,) * vp}
+    for call in compute_order(ScheduleKind(pp=pp, vp=vp, num_microbatches=rounds), stage):
+        counts[call.vp_rank] += 1 if call.is_forward else -1
+        seen.add(tuple(counts))
+    return [one for one in seen if not any(one != other and all(map(le, one, other)) for other in seen)]

@@ -14,7 +14,7 @@ from megatron_mtp.parallel.memory import ChunkMemory, MemoryModel, RankMemory, n
 from megatron_mtp.parallel.profile import ZERO, PartCosts, PartTime
 from megatron_mtp.parallel.rank_params import rank_parameters
 from megatron_mtp.parallel.schedule import ScheduleKind
-from megatron_mtp.parallel.search_split import SplitChoice, best_split
+from megatron_mtp.parallel.search_split import FEW, SplitChoice, best_split
 from megatron_mtp.parallel.simulate import Work
 from megatron_mtp.parallel.split import Split, SplitProblem
 from megatron_mtp.parallel.steady import step_time
@@ -128,11 +128,12 @@ class Planner:
         """Of this config."""
         return MemoryModel(self.cfg, self.world_size, self.count, self.is_cpu)
 
-    def choose(self, limit_bytes: float | None = None, effort: int = 150) -> SplitChoice:
+    def choose(self, limit_bytes: float | None = None, effort: int = 150, few: int = FEW) -> SplitChoice:
         """The fastest layout that fits.
 
         Args:
             limit_bytes: of one device; None: no limit.
+            effort, few: see `best_split`.
 
         Raises:
             PlanError: there is no legal layout, or none fits.
@@ -145,9 +146,9 @@ class Planner:
             )
         fitting = Fitting(problem, memory, limit_bytes)
         if limit_bytes is None:
-            choice = best_split(problem, effort=effort)
+            choice = best_split(problem, effort=effort, few=few)
         else:
-            choice = best_split(problem, fits=fitting.split, stage_fits=fitting.stage, effort=effort)
+            choice = best_split(problem, fits=fitting.split, stage_fits=fitting.stage, effort=effort, few=few)
         if choice is None:
             raise PlanError(
                 f"no split of model.num_layers = {self.cfg.model.num_layers} over {problem.num_chunks} chunks fits the memory of "

@@ -27,8 +27,12 @@ from megatron_mtp.parallel.rank_params import RankParameters, layer_rank_paramet
 
 MOST_PLANNED = 40
 """Combinations whose splits are looked at; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
-SPLITS_EACH = 8
-"""Splits simulated for each of them; the best is planned with full effort afterwards."""
+NEAR = 1.1
+"""Combinations whose guess is above the last row of the table by this factor are not looked at: a guess is seldom off by more than a twentieth."""
+SPLITS_EACH, FEW_EACH = 8, 3000
+"""Effort for each of them, see `best_split`."""
+REFINED, SPLITS_REFINED = 4, 40
+"""So many of the best are planned again with this effort; the caller plans the very best with full effort."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,17 +100,24 @@ class _Search:
         """Best first."""
         ranked = sorted((self.guess(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
         found: dict[tuple, Candidate] = {}
+        sizes_of: dict[tuple, _Sizes] = {}
         planned = 0
-        for _, _, sizes in ranked:
+        for guess_ms, _, sizes in ranked:
             times = sorted(candidate.plan.step.total_ms for candidate in found.values())
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.pp, sizes.vp, sizes.micro)
+            if len(times) >= top and guess_ms >= NEAR * times[top - 1]:
+                break
             if key in found or (len(times) >= top and self.floor(sizes) >= times[top - 1]) or not self.may_fit(sizes):
                 continue
             planned += 1
-            if (candidate := self.candidate(sizes)) is not None:
-                found[key] = candidate
+            if (candidate := self.candidate(sizes, SPLITS_EACH)) is not None:
+                found[key], sizes_of[key] = candidate, sizes
             if planned >= MOST_PLANNED:
                 break
+        for key in sorted(found, key=lambda key: found[key].plan.step.total_ms)[:REFINED]:
+            candidate = self.candidate(sizes_of[key], SPLITS_REFINED)
+            if candidate is not None and candidate.plan.step.total_ms < found[key].plan.step.total_ms:
+                found[key] = candidate
         return sorted(found.values(), key=lambda candidate: candidate.plan.step.total_ms)[:top]
 
     def combinations(self) -> Iterator[_Sizes]:
@@ -199,7 +210,7 @@ class _Search:
         self.least = min(self.least, estimate)
         return 0.9 * estimate <= self.limit
 
-    def candidate(self, sizes: _Sizes) -> Candidate | None:
+    def candidate(self, sizes: _Sizes, effort: int) -> Candidate | None:
         """The combination's plan; None if it is refused or does not fit."""
         cfg = self.trial(sizes)
         try:
@@ -212,7 +223,7 @@ class _Search:
                 peak_tflops=self.peak,
                 is_cpu=self.machine.name == "cpu",
             )
-            choice = planner.choose(self.limit, effort=SPLITS_EACH)
+            choice = planner.choose(self.limit, effort=effort, few=FEW_EACH)
         except (ConfigError, PlanError):
             return None
         plan = planner.plan(layout_of(planner.problem(), choice.split))
