@@ -79,6 +79,8 @@ def search_sizes(
     base = cfg.copy()
     for name, value in _sizes_of(base.model, 1, 1, 1, 1, 1).items():
         setattr(base.model, name, value)
+    base.train.micro_batch_size = 1
+    base.validation.eval_micro_batch_size = base.validation.eval_global_batch_size = None
     base.finalize()
     search = _Search(base, machine, world_size, limit_bytes)
     found = search.run(top)
@@ -236,8 +238,8 @@ class _Search:
         batch, limit = self.base.train.global_batch_size, (self.limit or 0) / 2**30
         if self.least == float("inf"):
             return (
-                f"--devices {self.world_size}: no sizes divide the model, and train.global_batch_size = {batch} over them. "
-                f"Use a number of devices that divides train.global_batch_size times a power of two."
+                f"--devices {self.world_size}: no parallel sizes divide both the model and train.global_batch_size = {batch} evenly over "
+                f"them. {self._nearest_number()}"
             )
         more = self.world_size
         return (
@@ -245,6 +247,17 @@ class _Search:
             f"on a device. Use more devices (at least about {_rounded_up(more * self.least / 2**30 / max(limit, 1e-9))}), "
             "devices with more memory, or a smaller model."
         )
+
+    def _nearest_number(self) -> str:
+        """Numbers of devices next to this one over which something divides evenly, as a sentence."""
+        world = self.world_size
+
+        def divides(number: int) -> bool:
+            return next(_Search(self.base, self.machine, number, self.limit).combinations(), None) is not None
+
+        below = next(filter(divides, range(world - 1, 0, -1)), None)
+        above = next(filter(divides, range(world + 1, 2 * world + 1)), None)
+        return f"Nearest that works: --devices {' or '.join(str(n) for n in (below, above) if n is not None)}."
 
 
 def _powers(most: int) -> list[int]:
