@@ -10,11 +10,11 @@ from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.cost import DTYPE_BYTES, chunk_times, layer_times
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.memory import MemoryModel, RankMemory, num_microbatches
+from megatron_mtp.parallel.memory import ChunkMemory, MemoryModel, RankMemory, num_microbatches
 from megatron_mtp.parallel.profile import ZERO, PartCosts, PartTime
 from megatron_mtp.parallel.rank_params import rank_parameters
 from megatron_mtp.parallel.schedule import ScheduleKind
-from megatron_mtp.parallel.search_split import SplitChoice, best_split
+from megatron_mtp.parallel.search_split import FEW, SplitChoice, best_split
 from megatron_mtp.parallel.simulate import Work
 from megatron_mtp.parallel.split import Split, SplitProblem
 from megatron_mtp.parallel.steady import step_time
@@ -128,11 +128,12 @@ class Planner:
         """Of this config."""
         return MemoryModel(self.cfg, self.world_size, self.count, self.is_cpu)
 
-    def choose(self, limit_bytes: float | None = None, effort: int = 150) -> SplitChoice:
+    def choose(self, limit_bytes: float | None = None, effort: int = 150, few: int = FEW) -> SplitChoice:
         """The fastest layout that fits.
 
         Args:
             limit_bytes: of one device; None: no limit.
+            effort, few: see `best_split`.
 
         Raises:
             PlanError: there is no legal layout, or none fits.
@@ -145,9 +146,9 @@ class Planner:
             )
         fitting = Fitting(problem, memory, limit_bytes)
         if limit_bytes is None:
-            choice = best_split(problem, effort=effort)
+            choice = best_split(problem, effort=effort, few=few)
         else:
-            choice = best_split(problem, fits=fitting.split, stage_fits=fitting.stage, effort=effort)
+            choice = best_split(problem, fits=fitting.split, stage_fits=fitting.stage, effort=effort, few=few)
         if choice is None:
             raise PlanError(
                 f"no split of model.num_layers = {self.cfg.model.num_layers} over {problem.num_chunks} chunks fits the memory of "
@@ -187,12 +188,13 @@ class Planner:
 
 
 class Fitting:
-    """Whether stages and splits fit a memory limit; stages that hold the same kinds of layers at the same place are weighed once."""
+    """Whether stages and splits fit a memory limit; what holds the same kinds of layers at the same place is weighed once."""
 
     def __init__(self, problem: SplitProblem, memory: MemoryModel, limit_bytes: float | None):
         self.problem, self.memory = problem, memory
         self.limit = float("inf") if limit_bytes is None else limit_bytes
-        self.sizes: dict[tuple, int] = {}
+        self.chunks: dict[tuple[int, int, int, bool], ChunkMemory] = {}
+        self.sizes: dict[tuple[int, tuple[ChunkMemory, ...]], int] = {}
         self.least = float("inf")
 
     @property
@@ -204,24 +206,30 @@ class Fitting:
 
     def split(self, split: Split) -> bool:
         """Whether all stages fit."""
-        layout = layout_of(self.problem, split)
-        peak = max(self.memory.rank(layout, stage).total for stage in range(layout.pp))
+        pp, start, chunks = self.problem.kind.pp, 0, []
+        for chunk, count in enumerate(split.counts):
+            chunks.append(self._chunk(chunk, start, start + count, split.is_standalone))
+            start += count
+        peak = max(self._size(rank, tuple(chunks[rank::pp])) for rank in range(pp))
         self.least = min(self.least, peak)
         return peak <= self.limit
 
     def stage(self, rank: int, start: int, stop: int, is_standalone: bool) -> bool:
         """Whether a stage fits that holds the layers start..stop-1, without interleaving."""
-        kinds = self.memory.kinds
-        key = (rank, is_standalone, tuple(sorted(kinds[start:stop])), stop == len(kinds), start < stop)
+        return self._size(rank, (self._chunk(rank, start, stop, is_standalone),)) <= self.limit
+
+    def _chunk(self, chunk: int, start: int, stop: int, is_standalone: bool) -> ChunkMemory:
+        key = (chunk, start, stop, is_standalone)
+        if key not in self.chunks:
+            symbols = self.problem.chunk_symbols(chunk, stop - start, is_standalone)
+            self.chunks[key] = self.memory.chunk(symbols, range(start, stop))
+        return self.chunks[key]
+
+    def _size(self, rank: int, chunks: tuple[ChunkMemory, ...]) -> int:
+        key = (rank, chunks)
         if key not in self.sizes:
-            # What the other stages hold does not matter; only where this one's layers begin.
-            counts = [0] * self.problem.num_chunks
-            counts[0] = start
-            counts[rank] = start + stop if rank == 0 else stop - start
-            if rank < len(counts) - 1:
-                counts[-1] += len(kinds) - stop
-            self.sizes[key] = self.memory.rank(layout_of(self.problem, Split(tuple(counts), is_standalone)), rank).total
-        return self.sizes[key] <= self.limit
+            self.sizes[key] = self.memory.stage(self.problem.kind.pp, rank, chunks).total
+        return self.sizes[key]
 
 
 def predict_step(

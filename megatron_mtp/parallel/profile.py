@@ -130,14 +130,25 @@ class Profile:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data.pop("version") != VERSION:
-                raise ValueError("it was written by another version")
+        except OSError as error:
+            raise _unusable(path, f"it cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise _unusable(path, f"it is no JSON: {error}") from None
+        needed = {"version", "costs", "model", "dtype", "micro_batch_size", "device"}
+        if not isinstance(data, dict) or needed - data.keys():
+            missing = sorted(needed - data.keys()) if isinstance(data, dict) else sorted(needed)
+            raise _unusable(path, f"it is no profile: {', '.join(missing)} missing")
+        if data.pop("version") != VERSION:
+            raise _unusable(path, "it was written by another version")
+        try:
             costs = {name: _part(value) for name, value in data.pop("costs").items()}
             return cls(costs=PartCosts(**costs), **data)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PlanError(
-                f"profile {str(path)!r} cannot be used: {error}. Write one with `megatron-mtp profile`."
-            ) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _unusable(path, f"an entry of it is wrong: {error}") from None
+
+
+def _unusable(path: str | Path, reason: str) -> PlanError:
+    return PlanError(f"profile {str(path)!r} cannot be used: {reason}. Write one with `megatron-mtp profile`.")
 
 
 def measured_fields(model: ModelConfig) -> dict[str, Any]:

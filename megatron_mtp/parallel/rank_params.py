@@ -6,6 +6,7 @@ Transformer Engine's modules hold the same, but for the down projections of mult
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_mtp.config.model import ModelConfig
@@ -29,6 +30,9 @@ class RankParameters:
     def __add__(self, other: RankParameters) -> RankParameters:
         return RankParameters(dense=self.dense + other.dense, expert=self.expert + other.expert)
 
+    def __mul__(self, count: int) -> RankParameters:
+        return RankParameters(dense=self.dense * count, expert=self.expert * count)
+
 
 def rank_parameters(model: ModelConfig, layout: PipelineLayout, stage: int) -> RankParameters:
     """What every rank of a pipeline stage holds; tensor-, expert- and data-parallel ranks of a stage hold equally much.
@@ -40,24 +44,28 @@ def rank_parameters(model: ModelConfig, layout: PipelineLayout, stage: int) -> R
 
     Source: megatron-core 0.19.2, models/gpt and transformer; compared in tests with ranks that are built.
     """
-    return sum(
-        (chunk_parameters(model, layout, stage, vp_rank) for vp_rank in range(layout.vp)), RankParameters(dense=0)
+    chunks = (
+        chunk_parameters(model, "".join(layout.chunks[stage][v]), layout.decoder_layers(stage, v))
+        for v in range(layout.vp)
     )
+    return sum(chunks, RankParameters(dense=0))
 
 
-def chunk_parameters(model: ModelConfig, layout: PipelineLayout, stage: int, vp_rank: int) -> RankParameters:
-    """What every rank of a pipeline stage holds of one of its chunks."""
-    symbols, layers = layout.chunks[stage][vp_rank], layout.decoder_layers(stage, vp_rank)
-    is_moe, is_linear = moe_pattern(model), linear_pattern(model)
+def chunk_parameters(model: ModelConfig, symbols: str, layers: range) -> RankParameters:
+    """What every rank of a pipeline stage holds of one of its chunks.
+
+    Args:
+        symbols: such as "Ettt".
+        layers: indices of its decoder layers.
+    """
+    kinds = Counter(list(zip(moe_pattern(model), linear_pattern(model), strict=True))[layers.start : layers.stop])
     found = RankParameters(dense=_ends(model, symbols))
-    for layer in layers:
-        found += layer_rank_parameters(model, is_moe[layer], is_linear=is_linear[layer])
+    for (is_moe, is_linear), count in kinds.items():
+        found += layer_rank_parameters(model, is_moe, is_linear=is_linear) * count
     if _has_final_norm(model, symbols, layers):
         found += RankParameters(dense=_norm(model, model.hidden_size))
     copies = min(1, symbols.count("m")) if model.mtp_use_repeated_layer else symbols.count("m")
-    for _ in range(copies):
-        found += mtp_rank_parameters(model)
-    return found
+    return found + mtp_rank_parameters(model) * copies if copies else found
 
 
 def layer_rank_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool = False) -> RankParameters:
@@ -80,7 +88,7 @@ def mtp_rank_parameters(model: ModelConfig) -> RankParameters:
     return layer_rank_parameters(model, moe_pattern(model)[-1]) + RankParameters(dense=joint + _norm(model, h))
 
 
-def _ends(model: ModelConfig, symbols: tuple[str, ...]) -> int:
+def _ends(model: ModelConfig, symbols: str) -> int:
     """Embedding and head of a chunk. MTP layers away from the first chunk bring a copy of the embedding, which a tied head beside
     them uses too; a tied head elsewhere holds a copy of its own."""
     matrix = padded_vocab_size(model) // model.tensor_model_parallel_size * model.hidden_size
@@ -92,7 +100,7 @@ def _ends(model: ModelConfig, symbols: tuple[str, ...]) -> int:
     return count + matrix * ("L" in symbols and not is_shared)
 
 
-def _has_final_norm(model: ModelConfig, symbols: tuple[str, ...], layers: range) -> bool:
+def _has_final_norm(model: ModelConfig, symbols: str, layers: range) -> bool:
     """Without MTP it sits with the loss, with MTP behind the last decoder layer."""
     return model.num_layers - 1 in layers if model.mtp_num_layers else "L" in symbols
 

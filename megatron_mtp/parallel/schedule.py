@@ -1,6 +1,6 @@
-"""What each pipeline rank does in one step, in order, as Megatron-Core's schedules do it. Pure lists.
+"""What each pipeline rank does in one step, in order, as Megatron-Core's schedules do it. Pure data.
 
-A rank's program is a list of instructions. `Compute` is one call of a chunk. `Exchange` posts messages to and from the
+A rank's program is a tuple of instructions. `Compute` is one call of a chunk. `Exchange` posts messages to and from the
 neighbours and, if it is blocking, waits for all of them. `Wait` waits for one message that was posted before.
 
 A message is (is_gradient, boundary, micro-batch): the activations that chunk `boundary` hands to the next chunk, or the
@@ -15,6 +15,7 @@ Source: megatron-core 0.19.2, pipeline_parallel/schedules.py, `forward_backward_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 Message = tuple[bool, int, int]
@@ -70,9 +71,10 @@ class ScheduleKind:
         return min(wanted, self.num_microbatches * self.vp)
 
 
-def rank_program(kind: ScheduleKind, rank: int) -> list[Instruction]:
+@lru_cache(maxsize=512)
+def rank_program(kind: ScheduleKind, rank: int) -> tuple[Instruction, ...]:
     """The program of one rank."""
-    return _plain(kind, rank) if kind.vp == 1 else _Interleaved(kind, rank).program
+    return tuple(_plain(kind, rank) if kind.vp == 1 else _Interleaved(kind, rank).program)
 
 
 def compute_order(kind: ScheduleKind, rank: int) -> list[Compute]:

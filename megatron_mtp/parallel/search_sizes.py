@@ -27,8 +27,12 @@ from megatron_mtp.parallel.rank_params import RankParameters, layer_rank_paramet
 
 MOST_PLANNED = 40
 """Combinations whose splits are looked at; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
-SPLITS_EACH = 8
-"""Splits simulated for each of them; the best is planned with full effort afterwards."""
+NEAR = 1.1
+"""Combinations whose guess is above the last row of the table by this factor are not looked at: a guess is seldom off by more than a twentieth."""
+SPLITS_EACH, FEW_EACH = 8, 3000
+"""Effort for each of them, see `best_split`."""
+REFINED, SPLITS_REFINED = 4, 40
+"""So many of the best are planned again with this effort; the caller plans the very best with full effort."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,8 @@ def search_sizes(
     base = cfg.copy()
     for name, value in _sizes_of(base.model, 1, 1, 1, 1, 1).items():
         setattr(base.model, name, value)
+    base.train.micro_batch_size = 1
+    base.validation.eval_micro_batch_size = base.validation.eval_global_batch_size = None
     base.finalize()
     search = _Search(base, machine, world_size, limit_bytes)
     found = search.run(top)
@@ -96,17 +102,24 @@ class _Search:
         """Best first."""
         ranked = sorted((self.guess(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
         found: dict[tuple, Candidate] = {}
+        sizes_of: dict[tuple, _Sizes] = {}
         planned = 0
-        for _, _, sizes in ranked:
+        for guess_ms, _, sizes in ranked:
             times = sorted(candidate.plan.step.total_ms for candidate in found.values())
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.pp, sizes.vp, sizes.micro)
+            if len(times) >= top and guess_ms >= NEAR * times[top - 1]:
+                break
             if key in found or (len(times) >= top and self.floor(sizes) >= times[top - 1]) or not self.may_fit(sizes):
                 continue
             planned += 1
-            if (candidate := self.candidate(sizes)) is not None:
-                found[key] = candidate
+            if (candidate := self.candidate(sizes, SPLITS_EACH)) is not None:
+                found[key], sizes_of[key] = candidate, sizes
             if planned >= MOST_PLANNED:
                 break
+        for key in sorted(found, key=lambda key: found[key].plan.step.total_ms)[:REFINED]:
+            candidate = self.candidate(sizes_of[key], SPLITS_REFINED)
+            if candidate is not None and candidate.plan.step.total_ms < found[key].plan.step.total_ms:
+                found[key] = candidate
         return sorted(found.values(), key=lambda candidate: candidate.plan.step.total_ms)[:top]
 
     def combinations(self) -> Iterator[_Sizes]:
@@ -199,7 +212,7 @@ class _Search:
         self.least = min(self.least, estimate)
         return 0.9 * estimate <= self.limit
 
-    def candidate(self, sizes: _Sizes) -> Candidate | None:
+    def candidate(self, sizes: _Sizes, effort: int) -> Candidate | None:
         """The combination's plan; None if it is refused or does not fit."""
         cfg = self.trial(sizes)
         try:
@@ -212,7 +225,7 @@ class _Search:
                 peak_tflops=self.peak,
                 is_cpu=self.machine.name == "cpu",
             )
-            choice = planner.choose(self.limit, effort=SPLITS_EACH)
+            choice = planner.choose(self.limit, effort=effort, few=FEW_EACH)
         except (ConfigError, PlanError):
             return None
         plan = planner.plan(layout_of(planner.problem(), choice.split))
@@ -225,8 +238,8 @@ class _Search:
         batch, limit = self.base.train.global_batch_size, (self.limit or 0) / 2**30
         if self.least == float("inf"):
             return (
-                f"--devices {self.world_size}: no sizes divide the model, and train.global_batch_size = {batch} over them. "
-                f"Use a number of devices that divides train.global_batch_size times a power of two."
+                f"--devices {self.world_size}: no parallel sizes divide both the model and train.global_batch_size = {batch} evenly over "
+                f"them. {self._nearest_number()}"
             )
         more = self.world_size
         return (
@@ -234,6 +247,17 @@ class _Search:
             f"on a device. Use more devices (at least about {_rounded_up(more * self.least / 2**30 / max(limit, 1e-9))}), "
             "devices with more memory, or a smaller model."
         )
+
+    def _nearest_number(self) -> str:
+        """Numbers of devices next to this one over which something divides evenly, as a sentence."""
+        world = self.world_size
+
+        def divides(number: int) -> bool:
+            return next(_Search(self.base, self.machine, number, self.limit).combinations(), None) is not None
+
+        below = next(filter(divides, range(world - 1, 0, -1)), None)
+        above = next(filter(divides, range(world + 1, 2 * world + 1)), None)
+        return f"Nearest that works: --devices {' or '.join(str(n) for n in (below, above) if n is not None)}."
 
 
 def _powers(most: int) -> list[int]:

@@ -11,6 +11,8 @@ from megatron_mtp.parallel.steady import step_time
 
 FEW = 30_000
 """Legal splits that can be looked at one by one in about a second."""
+FEW_EFFORT = 8
+"""Times the effort, as many of them are simulated at most."""
 NUM_SEEDS = 40
 """Ready-made splits that are simulated before single layers are moved."""
 
@@ -53,9 +55,10 @@ def best_split(
         fits: whether a split may be taken at all, by its memory; None: all may.
         stage_fits: the same of a stage (rank, first layer, last layer + 1, is_standalone), without interleaving.
         effort: splits to simulate before the best so far is returned with its bound. A count and not a time, because every rank
-            of a run works its layout out for itself. Instances with few legal splits ignore it.
+            of a run works its layout out for itself.
         tolerance: the search ends within this share of its bound.
-        few: up to this many legal splits are all bounded, and simulated in the order of their bounds until none can be better.
+        few: up to this many legal splits are all bounded, and simulated in the order of their bounds until none can be better,
+            or `FEW_EFFORT` times the effort is spent.
 
     Returns:
         None if no legal split fits.
@@ -110,18 +113,24 @@ class _Search:
         return len(self.seen) >= most or self.best_ms <= self.bound_ms * self.near
 
     def all(self) -> SplitChoice | None:
-        """Exact."""
+        """Of few legal splits: those that the best ready-made one does not rule out, in the order of their bounds. Exact if it ends before `FEW_EFFORT`
+        times the effort is spent."""
+        most = FEW_EFFORT * self.effort
+        for split in _seeds(self.problem)[: 2 * self.problem.kind.vp]:
+            self.try_split(split)
         ranked = sorted(
-            (
-                (self.floors[split.is_standalone].of(split.counts), idx, split)
-                for idx, split in enumerate(self.problem.legal_splits())
-            )
+            (bound_ms, counts, is_standalone)
+            for is_standalone, floor in self.floors.items()
+            for bound_ms, counts in floor.below(self.best_ms)
         )
-        for bound_ms, _, split in ranked:
+        self.is_exhausted = True
+        for bound_ms, counts, is_standalone in ranked:
             if bound_ms >= self.best_ms:
                 break
-            self.try_split(split)
-        self.is_exhausted = True
+            if len(self.seen) >= most and self.best is not None:
+                self.is_exhausted, self.bound_ms = False, bound_ms
+                break
+            self.try_split(Split(counts, is_standalone))
         return self.result()
 
     def by_stages(self) -> None:
@@ -194,8 +203,8 @@ class _Search:
 
 def _neighbours(problem: SplitProblem, split: Split) -> Iterable[Split]:
     """One layer moved; it leaves the chunks that set the pace first, and goes to those with the most room."""
-    pp, vp, work = problem.kind.pp, problem.kind.vp, problem.work(split)
-    times = [[chunk.forward_ms + chunk.backward_ms for chunk in rank] for rank in work.chunks]
+    pp, vp, totals = problem.kind.pp, problem.kind.vp, problem.chunk_totals(split)
+    times = [totals[p::pp] for p in range(pp)]
     pace = [max(times[p][v] for p in range(pp)) for v in range(vp)]
     room = {
         v * pp + p: pace[v] - times[p][v] + (max(map(sum, times)) - sum(times[p])) for p in range(pp) for v in range(vp)
@@ -212,10 +221,9 @@ def _neighbours(problem: SplitProblem, split: Split) -> Iterable[Split]:
 
 def _pace(problem: SplitProblem, split: Split) -> float:
     """Time of a round if all ranks wait for the slowest chunk of each virtual stage; ties go to the more even split."""
-    work = problem.work(split)
-    times = [[chunk.forward_ms + chunk.backward_ms for chunk in rank] for rank in work.chunks]
-    pace = sum(max(rank[v] for rank in times) for v in range(work.vp))
-    return pace + 1e-3 * max(map(sum, times)) + 1e-4 * max(map(max, times))
+    times, pp = problem.chunk_totals(split), problem.kind.pp
+    pace = sum(max(times[first : first + pp]) for first in range(0, len(times), pp))
+    return pace + 1e-3 * max(sum(times[p::pp]) for p in range(pp)) + 1e-4 * max(times)
 
 
 def _is_legal(problem: SplitProblem, counts: list[int], is_standalone: bool) -> bool:
@@ -225,7 +233,7 @@ def _is_legal(problem: SplitProblem, counts: list[int], is_standalone: bool) -> 
     )
 
 
-def _seeds(problem: SplitProblem) -> Iterable[Split]:
+def _seeds(problem: SplitProblem) -> list[Split]:
     """Splits in which all chunks of one virtual stage hold about equally many layers, those at the ends fewer.
 
     Under interleaving the ranks pass the same virtual stage at the same time, so the largest chunk of each sets the pace.

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import islice
 
 from megatron_mtp.parallel.profile import PartTime
-from megatron_mtp.parallel.schedule import Compute, Exchange, Message, ScheduleKind, Wait, rank_program
+from megatron_mtp.parallel.schedule import Compute, Message, ScheduleKind, Wait, rank_program
 
 NO_COST = 0
 
@@ -152,10 +152,11 @@ class _Compiler:
         self.first, self.second, self.costs = [0], [0], [NO_COST]
         self.calls: list[tuple[int, Compute, int]] = []
         self.clock = [0] * kind.pp  # the node after which each rank goes on
-        self.posted: dict[
-            tuple[Message, bool], int
-        ] = {}  # (message, is about shapes) -> node of the end that came first
-        self.done: dict[tuple[Message, bool], int] = {}
+        # The end of a message that came first, and when it is done; those about shapes apart.
+        self.posted: dict[Message, int] = {}
+        self.done: dict[Message, int] = {}
+        self.posted_shapes: dict[Message, int] = {}
+        self.done_shapes: dict[Message, int] = {}
 
     def run(self) -> CompiledSchedule:
         runners = deque((rank, self._run_rank(rank)) for rank in range(self.kind.pp))
@@ -177,7 +178,7 @@ class _Compiler:
 
         The ranks take turns call by call, so that the order of nodes repeats from round to round (parallel/steady.py).
         """
-        done, clock = self.done, self.clock
+        clock, first_cost = self.clock, 2 + 2 * self.kind.pp * self.kind.vp
         for step in rank_program(self.kind, rank):
             if isinstance(step, Compute):
                 chunk = step.vp_rank * self.kind.pp + rank
@@ -185,34 +186,34 @@ class _Compiler:
                 self.calls.append((rank, step, clock[rank]))
                 yield True
                 continue
-            for messages, is_posted, is_awaited in self._phases(step):
-                if is_posted:
-                    for message in messages:
-                        self._post(message, clock[rank])
-                if is_awaited:
-                    while any(message not in done for message in messages):
-                        yield False
-                    for message in messages:
-                        clock[rank] = self._later(clock[rank], done[message])
+            if isinstance(step, Wait):
+                yield from self._await(rank, (step.message,), self.done)
+                continue
+            messages = step.sends + step.receives
+            if self.exchanges_shapes:
+                for message in messages:
+                    self._post(message, clock[rank], 1, self.posted_shapes, self.done_shapes)
+                yield from self._await(rank, messages, self.done_shapes)
+            for message in messages:
+                self._post(message, clock[rank], first_cost + message[1], self.posted, self.done)
+            if step.is_blocking:
+                yield from self._await(rank, messages, self.done)
 
-    def _phases(self, step: Exchange | Wait) -> Iterator[tuple[list[tuple[Message, bool]], bool, bool]]:
-        """(messages, whether they are posted now, whether they are waited for now)."""
-        if isinstance(step, Wait):
-            yield [(step.message, False)], False, True
-            return
-        messages = step.sends + step.receives
-        if self.exchanges_shapes:
-            yield [(message, True) for message in messages], True, True
-        yield [(message, False) for message in messages], True, step.is_blocking
+    def _await(self, rank: int, messages: tuple[Message, ...], done: dict[Message, int]) -> Iterator[bool]:
+        for message in messages:
+            while message not in done:
+                yield False
+        for message in messages:
+            self.clock[rank] = self._later(self.clock[rank], done[message])
 
-    def _post(self, message: tuple[Message, bool], node: int) -> None:
-        other = self.posted.pop(message, None)
+    def _post(
+        self, message: Message, node: int, cost: int, posted: dict[Message, int], done: dict[Message, int]
+    ) -> None:
+        other = posted.pop(message, None)
         if other is None:
-            self.posted[message] = node
-            return
-        (_, boundary, _), is_shape = message
-        cost = 1 if is_shape else 2 + 2 * self.kind.pp * self.kind.vp + boundary
-        self.done[message] = self._node(other, node, cost)
+            posted[message] = node
+        else:
+            done[message] = self._node(other, node, cost)
 
     def _later(self, node: int, other: int) -> int:
         """The later of two; a message that was posted at this very node is later anyway."""

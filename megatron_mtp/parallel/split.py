@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from megatron_mtp.parallel.profile import ZERO, PartTime
@@ -55,7 +55,7 @@ class SplitProblem:
     mtp_needs_layer: bool = False
     is_beside_loss: bool = False
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         """Of all ranks."""
         return self.kind.pp * self.kind.vp
@@ -83,9 +83,17 @@ class SplitProblem:
         """Most decoder layers of a chunk: none beside the loss if the MTP layers come before it."""
         return 0 if is_standalone and chunk == self.num_chunks - 1 else len(self.layers)
 
+    @cached_property
+    def leasts(self) -> tuple[list[int], list[int]]:
+        """`least` of all chunks, by is_standalone."""
+        beside, apart = (
+            [self.least(c, is_standalone) for c in range(self.num_chunks)] for is_standalone in (False, True)
+        )
+        return beside, apart
+
     def minimum(self, is_standalone: bool) -> int:
         """Fewest layers that fill all chunks."""
-        return sum(self.least(chunk, is_standalone) for chunk in range(self.num_chunks))
+        return sum(self.leasts[is_standalone])
 
     def variants(self) -> list[bool]:
         """Values of Split.is_standalone to look at."""
@@ -95,17 +103,19 @@ class SplitProblem:
     def legal_splits(self) -> Iterator[Split]:
         """Every split that breaks no rule."""
         for is_standalone in self.variants():
-            for counts in self._fill(0, len(self.layers), is_standalone):
+            least = self.leasts[is_standalone]
+            later = [*accumulate(reversed(least), initial=0)][::-1]  # layers that the chunks from here on need
+            for counts in self._fill(0, len(self.layers), is_standalone, later):
                 yield Split(counts, is_standalone)
 
-    def _fill(self, chunk: int, left: int, is_standalone: bool) -> Iterator[tuple[int, ...]]:
+    def _fill(self, chunk: int, left: int, is_standalone: bool, later: list[int]) -> Iterator[tuple[int, ...]]:
+        least = self.leasts[is_standalone][chunk]
         if chunk == self.num_chunks - 1:
-            if self.least(chunk, is_standalone) <= left <= self.most(chunk, is_standalone):
+            if least <= left <= self.most(chunk, is_standalone):
                 yield (left,)
             return
-        later = sum(self.least(idx, is_standalone) for idx in range(chunk + 1, self.num_chunks))
-        for count in range(self.least(chunk, is_standalone), left - later + 1):
-            for rest in self._fill(chunk + 1, left - count, is_standalone):
+        for count in range(least, left - later[chunk + 1] + 1):
+            for rest in self._fill(chunk + 1, left - count, is_standalone, later):
                 yield (count, *rest)
 
     def num_legal(self, limit: int) -> int:
@@ -143,13 +153,32 @@ class SplitProblem:
                 time = time + self.final_norm
         return time
 
+    @cached_property
+    def _extras(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """`extras` of all chunks in milliseconds forward and backward, by is_standalone."""
+        beside, apart = (
+            [(t.forward_ms, t.backward_ms) for t in (self.extras(c, is_standalone) for c in range(self.num_chunks))]
+            for is_standalone in (False, True)
+        )
+        return beside, apart
+
     def chunk_time(self, chunk: int, start: int, stop: int, is_standalone: bool) -> tuple[float, float]:
         """Forward and backward time of a chunk that holds the layers start..stop-1."""
         forward, backward = self._sums
-        extra = self.extras(chunk, is_standalone)
+        more_forward, more_backward = self._extras[is_standalone][chunk]
         if self.num_depths and start < stop == len(self.layers):
-            extra = extra + self.final_norm
-        return forward[stop] - forward[start] + extra.forward_ms, backward[stop] - backward[start] + extra.backward_ms
+            more_forward += self.final_norm.forward_ms
+            more_backward += self.final_norm.backward_ms
+        return forward[stop] - forward[start] + more_forward, backward[stop] - backward[start] + more_backward
+
+    def chunk_totals(self, split: Split) -> list[float]:
+        """Forward and backward time together of every chunk, in execution order."""
+        times, start = [], 0
+        for chunk, count in enumerate(split.counts):
+            forward, backward = self.chunk_time(chunk, start, start + count, split.is_standalone)
+            times.append(forward + backward)
+            start += count
+        return times
 
     def work(self, split: Split) -> Work:
         """The costs of one step."""
@@ -168,11 +197,13 @@ class SplitProblem:
 
     def symbols(self, split: Split) -> list[str]:
         """The layout: a string of E, t, m and L for each chunk."""
-        chunks = ["t" * count for count in split.counts]
-        chunks[0] = "E" + chunks[0]
-        chunks[-1 - split.is_standalone] += "m" * self.num_depths
-        chunks[-1] += "L"
-        return chunks
+        return [self.chunk_symbols(chunk, count, split.is_standalone) for chunk, count in enumerate(split.counts)]
+
+    def chunk_symbols(self, chunk: int, count: int, is_standalone: bool) -> str:
+        """Those of one chunk with `count` decoder layers."""
+        last = self.num_chunks - 1
+        depths = self.num_depths if chunk == last - is_standalone else 0
+        return "E" * (chunk == 0) + "t" * count + "m" * depths + "L" * (chunk == last)
 
 
 MANY_KINDS = 6
@@ -199,6 +230,8 @@ class Floor:
         layers = problem.layers
         self.total_forward = sum(t.forward_ms for t in (*layers, *extras, norm))
         self.total_backward = sum(t.backward_ms for t in (*layers, *extras, norm))
+        self._cheapest_ms = min((t.forward_ms + t.backward_ms for t in layers), default=0.0)
+        self._upstream = [0.0] * kind.pp
 
     def _blocking_exchanges(self, rank: int) -> tuple[int, int, int]:
         """Exchanges waited for at once: between the first and the last call, after the first backward and before the last forward call.
@@ -245,13 +278,65 @@ class Floor:
     def of(self, counts: tuple[int, ...]) -> float:
         """For one split."""
         kind = self.problem.kind
-        stops = list(accumulate(counts))
-        spans = list(zip([0, *stops], stops, strict=False))
         if kind.vp == 1:
-            return max(self.stage(rank, *span) for rank, span in enumerate(spans))
-        times = [sum(self.problem.chunk_time(chunk, *span, self.is_standalone)) for chunk, span in enumerate(spans)]
+            stops = list(accumulate(counts))
+            return max(self.stage(rank, *span) for rank, span in enumerate(zip([0, *stops], stops, strict=False)))
+        times = self.problem.chunk_totals(Split(counts, self.is_standalone))
         upstream = [0.0, *accumulate(times[: kind.pp])]
         return max(self.own_work(p, sum(times[p :: kind.pp]), upstream[p]) for p in range(kind.pp))
+
+    def below(self, limit_ms: float) -> Iterator[tuple[float, tuple[int, ...]]]:
+        """All splits whose bound is under the limit, with it. A branch of splits is left out as soon as the chunks that it has settled, with the fewest
+        layers in the others, come to more."""
+        counts = [0] * self.problem.num_chunks
+        loads = [self._least_load(rank) for rank in range(self.problem.kind.pp)]
+        later = [*accumulate(reversed(self.problem.leasts[self.is_standalone]), initial=0)][::-1]
+        return self._below(0, 0, 0.0, 0.0, counts, loads, later, limit_ms)
+
+    def _least_load(self, rank: int) -> float:
+        """Time of a micro-batch in the chunks of a rank, if each holds as few layers as it may, all of the cheapest."""
+        num_least = sum(self.problem.leasts[self.is_standalone][rank :: self.problem.kind.pp])
+        return self._extra(rank) + num_least * self._cheapest_ms
+
+    def _below(
+        self,
+        chunk: int,
+        start: int,
+        upstream_ms: float,
+        bound_ms: float,
+        counts: list[int],
+        loads: list[float],
+        later: list[int],
+        limit_ms: float,
+    ) -> Iterator[tuple[float, tuple[int, ...]]]:
+        problem, is_standalone = self.problem, self.is_standalone
+        num_layers, pp = len(problem.layers), problem.kind.pp
+        rank, least, last = chunk % pp, problem.leasts[is_standalone][chunk], problem.num_chunks - 1
+        fewest = self._cheapest_ms * least + sum(problem._extras[is_standalone][chunk])
+        most = min(problem.most(chunk, is_standalone), num_layers - start - later[chunk + 1])
+        before = loads[rank]
+        for count in range(num_layers - start if chunk == last else least, most + 1):
+            stop = start + count
+            spent = sum(problem.chunk_time(chunk, start, stop, is_standalone))
+            loads[rank] = before + spent - fewest
+            if problem.kind.vp == 1:
+                bound = max(bound_ms, self.stage(rank, start, stop))
+            else:
+                bound = max(
+                    bound_ms, self.own_work(rank, loads[rank], upstream_ms if chunk < pp else self._upstream[rank])
+                )
+            if bound >= limit_ms * (1 - 1e-12):
+                if problem.kind.vp > 1:
+                    break  # more layers only make this rank slower
+                continue
+            counts[chunk] = count
+            if chunk == last:
+                yield bound, tuple(counts)
+                continue
+            if chunk < pp:
+                self._upstream[rank] = upstream_ms
+            yield from self._below(chunk + 1, stop, upstream_ms + spent, bound, counts, loads, later, limit_ms)
+        loads[rank] = before
 
     @cached_property
     def least(self) -> float:
@@ -330,6 +415,7 @@ class Floor:
         return max(most_dear[-1:]) >= num_dear
 
 
+@lru_cache(maxsize=4096)
 def _count_exchanges(kind: ScheduleKind, rank: int) -> tuple[int, int, int]:
     """See `Floor._blocking_exchanges`."""
     program = rank_program(kind, rank)

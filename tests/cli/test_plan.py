@@ -111,6 +111,16 @@ def test_a_given_layout_is_planned_as_it_is(run):
         ),
         (["deepseek_v3", "--search", "--devices", "16"], ["no sizes fit", "Use more devices"]),
         (["deepseek_v3", "--search"], ["needs --devices"]),
+        (
+            ["tiny_dense", "--search", "--devices", "97"],
+            ["global_batch_size = 8 evenly", "Nearest that works: --devices"],
+        ),
+        (["tiny_dense", "--devices", "0"], ["greater than or equal to 1"]),
+        (["llama3_8b", "--devices", "3"], ["world size 3", "multiple of 2"]),
+        (["demo", "--hardware", "cpu", "--compare", "5,6"], ["places 11 decoder layers", "model.num_layers = 10"]),
+        (["demo", "--hardware", "cpu", "--compare", "5,-1"], ["a negative number"]),
+        (["demo", "--hardware", "cpu", "--compare", "7,x"], ["unknown symbol", "the symbols are E"]),
+        (["demo", "--hardware", "cpu", "--write", "."], ["--write '.': cannot be written", "Name another file"]),
         (["deepseek_v3", "--hardware", "h1000"], ["Did you mean h100"]),
         (["deepseek_v3", "--profile", "absent.json"], ["cannot be used", "megatron-mtp profile"]),
         (
@@ -125,6 +135,31 @@ def test_mistakes_name_the_rule_and_what_works(run, arguments, words):
     for word in words:
         assert word in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("torch", "no JSON"),
+        ("[]", "version missing"),
+        ('{"costs": {}, "version": 1}', "device, dtype, micro_batch_size, model missing"),
+        ('{"version": 0, "costs": 0, "model": 0, "dtype": 0, "micro_batch_size": 0, "device": 0}', "another version"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused(run, tmp_path, text, word):
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    code, _, err = run("demo", "--profile", str(path))
+    assert code == 2
+    assert word in err
+    assert "megatron-mtp profile" in err
+
+
+def test_a_search_needs_no_micro_batch_that_divides(run):
+    data = plan(
+        run, "demo", "--hardware", "cpu", "--search", "--devices", "1", "train.global_batch_size=7", "--top", "1"
+    )
+    assert data["search"][0]["micro_batch_size"] == 1
 
 
 def test_search_ranks_what_fits(run):

@@ -31,7 +31,7 @@ def test_every_instruction_is_the_engines(kind):
     from tests.parallel.engine_program import engine_program
 
     for rank in range(kind.pp):
-        assert rank_program(kind, rank) == engine_program(kind, rank), f"rank {rank}"
+        assert list(rank_program(kind, rank)) == engine_program(kind, rank), f"rank {rank}"
 
 
 def test_one_forward_one_backward_by_hand():
