@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, SMALL_NAMES, Manifest, damage, read_manifest
@@ -175,10 +176,12 @@ class RunDirectory:
         target = self.path / LATEST_NAME
         temporary = self.path / f".{LATEST_NAME}.new"
         try:
+            temporary.unlink(missing_ok=True)
             write_durably(temporary, f"{iteration}\n".encode())
             temporary.rename(target)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -197,8 +200,12 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file and waits until the disk has it."""
-    with path.open("wb") as stream:
+    """Writes a new file and waits until the disk has it. A link of that name is not followed: it could lead anywhere.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+    """
+    with path.open("xb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

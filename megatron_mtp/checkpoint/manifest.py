@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import stat
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from megatron_mtp.errors import CheckpointError
@@ -20,8 +22,13 @@ CONFIG_NAME = "config.yaml"
 TRAIN_STATE_NAME = "train_state.json"
 SMALL_NAMES = (CONFIG_NAME, TRAIN_STATE_NAME)
 
+MAX_BYTES = 64 << 20
+"""Of a manifest. It holds a line or two for each file; whatever is longer was not written here."""
+
 # Loaders of older formats read these if they exist, whether or not we wrote them.
 _FORBIDDEN_NAMES = ("common.pt",)
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +71,12 @@ class Manifest:
         """The inverse of `to_bytes`.
 
         Raises:
-            ValueError: a byte differs from what `to_bytes` wrote, or a field is unknown.
+            ValueError: a byte differs from what `to_bytes` wrote, or a field is unknown or of another kind.
         """
-        outer = json.loads(raw)
+        try:
+            outer = json.loads(raw)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if (
             not isinstance(outer, dict)
             or set(outer) != {"manifest", "sha256"}
@@ -81,11 +91,28 @@ class Manifest:
         unknown = set(body) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)}")
-        files = [FileEntry(**entry) for entry in body["files"]]
-        for entry in files:
-            if PurePosixPath(entry.name).name != entry.name or entry.name in (".", "..", MANIFEST_NAME):
+        found = cls(**{**body, "files": [FileEntry(**entry) for entry in body["files"]]})
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Whoever wrote it wrote the checksum too, so the values are looked at before anything relies on them."""
+        for name in ("iteration", "consumed_samples", "world_size"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)!r} is no count")
+        if not isinstance(self.validation_loss, int | float | None) or isinstance(self.validation_loss, bool):
+            raise ValueError(f"validation_loss = {self.validation_loss!r} is no number")
+        if not isinstance(self.tokenizer, str | None):
+            raise ValueError(f"tokenizer = {self.tokenizer!r} is no text")
+        for entry in self.files:
+            if not _FILE_NAME.fullmatch(entry.name) or entry.name in (".", "..", MANIFEST_NAME):
                 raise ValueError(f"file name {entry.name!r} leads out of the directory")
-        return cls(**{**body, "files": files})
+            if not _is_count(entry.size) or not _DIGEST.fullmatch(entry.sha256):
+                raise ValueError(f"size or checksum of {entry.name} is none")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _canonical(value: dict[str, Any]) -> bytes:
@@ -102,6 +129,8 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
+        if problem := _kind_problem(path, MAX_BYTES):
+            raise ValueError(problem)
         manifest = Manifest.from_bytes(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -134,10 +163,21 @@ def damage(directory: Path, entry: FileEntry) -> str | None:
 def _size_problem(directory: Path, entry: FileEntry) -> str | None:
     path = directory / entry.name
     try:
-        size = path.stat().st_size
+        found = path.stat()
     except OSError as error:
         return f"{path}: is missing ({error.strerror})."
-    return None if size == entry.size else f"{path}: has {size} bytes, the manifest says {entry.size}."
+    if not stat.S_ISREG(found.st_mode):  # a pipe or a device would be read for ever
+        return f"{path}: is not a file."
+    return (
+        None if found.st_size == entry.size else f"{path}: has {found.st_size} bytes, the manifest says {entry.size}."
+    )
+
+
+def _kind_problem(path: Path, max_bytes: int) -> str | None:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        return "it is not a file"
+    return None if found.st_size <= max_bytes else f"it has {found.st_size} bytes"
 
 
 def hash_file(path: Path) -> str:

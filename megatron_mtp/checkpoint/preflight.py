@@ -9,6 +9,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_mtp.checkpoint.compat import Comparison, compare, compare_weights
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
@@ -95,10 +96,7 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
     path = directory.whole_path(manifest.iteration) / CONFIG_NAME
     if CONFIG_NAME not in (entry.name for entry in manifest.files):
         raise CheckpointError(f"{path}: is not part of the checkpoint, so it cannot be told whose run this is.")
-    try:
-        saved = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    saved = read_saved_config(path)
     comparison = compare(saved, to_dict(cfg), to_dict(ConfigContainer()))
     tokenizer = tokenizer_fingerprint(cfg)
     if tokenizer != manifest.tokenizer:
@@ -107,6 +105,25 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
             f"checkpoint's ({manifest.tokenizer}). It cannot change within a run."
         )
     return comparison
+
+
+def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
+    """The config in a checkpoint, section by section, as plain data; the values are not looked at.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another form.
+    """
+    try:
+        saved = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    if not _is_mapping(saved) or not all(map(_is_mapping, saved.values())):
+        raise CheckpointError(f"{path}: is not a config: it must hold sections with fields.")
+    return saved
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def tokenizer_fingerprint(cfg: ConfigContainer) -> str | None:
@@ -126,10 +143,7 @@ def check_pretrained(cfg: ConfigContainer) -> None:
     named = f"checkpoint.pretrained_checkpoint = {cfg.checkpoint.pretrained_checkpoint}"
     folder = checkpoint_folder(Path(cfg.checkpoint.pretrained_checkpoint))
     path = folder / CONFIG_NAME
-    try:
-        saved = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    saved = read_saved_config(path)
     refusals = compare_weights(saved, to_dict(cfg), to_dict(ConfigContainer()))
     known, present = read_manifest(folder).tokenizer, tokenizer_fingerprint(cfg)
     if known is not None and present is not None and known != present:

@@ -18,12 +18,11 @@ from megatron_mtp.checkpoint.agreement import describe_error, from_first, joined
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX, Content
 from megatron_mtp.checkpoint.directory import RunDirectory
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest
-from megatron_mtp.checkpoint.preflight import check_missing, compare_with_run, refusal_text
+from megatron_mtp.checkpoint.preflight import check_missing, compare_with_run, read_saved_config, refusal_text
 from megatron_mtp.checkpoint.random_state import RNG_KEY, restore_random_state
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict
-from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
 from megatron_mtp.mcore_compat import copy_master_weights_to_model
 
@@ -145,7 +144,7 @@ def _load(
     scalars: dict[str, Any],
     load_optim: bool,
 ) -> None:
-    saved = load_yaml((found.path / CONFIG_NAME).read_text(encoding="utf-8"), str(found.path / CONFIG_NAME))
+    saved = read_saved_config(found.path / CONFIG_NAME)
     same_place = found.manifest.world_size == dist.get_world_size() and _place(saved) == _place(to_dict(cfg))
     content = Content(chunks, optimizer if load_optim else None, dp_cp_group)
     plan = content.for_loading(with_random_state=same_place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,43 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+class _Rehearsal(_Unpickler):
+    """Reads with stand-ins that cannot be written to. A pickle may set attributes of whatever it names: a class of torch's
+    would be another one for the rest of this process, and for the checkpoints that it saves."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if isinstance(found, torch.dtype) or found is torch.Size:  # neither can be written to
+            return found
+        if isinstance(found, type) and not issubclass(found, Enum):
+            return _Guarded(name, (found,), {"__setstate__": _ignore} if hasattr(found, "__setstate__") else {})
+        return _StandIn(found)
+
+
+class _Guarded(type):
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name} of {cls.__name__}")
+
+
+class _StandIn:
+    """For a function, an enum, and what they return."""
+
+    __slots__ = ("_real",)
+
+    def __init__(self, real: Any):
+        self._real = real
+
+    def __call__(self, *arguments: Any) -> _StandIn:
+        return _StandIn(self._real(*arguments))
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"it changes {self._real}")
+
+
+def _ignore(_: Any, __: Any) -> None:
+    """In place of a __setstate__ that looks into stand-ins."""
+
+
 def read_metadata(directory: Path) -> Metadata:
     """The metadata of a checkpoint, after a look through it and through every object it points to.
 
@@ -52,14 +90,18 @@ def read_metadata(directory: Path) -> Metadata:
     """
     path = directory / METADATA_NAME
     try:
-        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        _Rehearsal(io.BytesIO(content)).load()
+        metadata = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
         objects = {key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
         places = [(index.fqn, info) for index, info in metadata.storage_data.items()]
         for _, info in places:
-            if Path(info.relative_path).name != info.relative_path or getattr(info, "transform_descriptors", None):
-                raise ValueError(f"it leads to {info.relative_path!r}")
+            name = info.relative_path
+            is_here = Path(name).name == name and (directory / name).is_file()
+            if not is_here or getattr(info, "transform_descriptors", None):
+                raise ValueError(f"it leads to {name!r}")
     except Exception as error:
         raise CheckpointError(f"{path}: is not a checkpoint's metadata ({error}).") from error
     for key, info in places:

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ[EXIT_DIR] = folder
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         signal.signal(signal.SIGUSR1, lambda *_: _signal_ranks(signal.SIGUSR1))
+        signal.signal(signal.SIGTERM, _leave)
         return _keep_joining(lambda: _run(arguments, Path(folder)))
 
 
@@ -54,6 +55,7 @@ def _run(arguments: list[str] | None, folder: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    signal.signal(signal.SIGTERM, _leave)  # until torchrun's own handler takes over with the first ranks
     try:
         run(parse_args(arguments))
     except SignalException as error:
@@ -64,6 +66,11 @@ def _run(arguments: list[str] | None, folder: Path) -> int:
         code = error.get_first_failure()[1].exitcode
         return 128 - code if code < 0 else code
     return 0
+
+
+def _leave(number: int, _: object) -> None:
+    """While there are no ranks. The first process of a container has no default for SIGTERM: it would go on waiting."""
+    sys.exit(128 + number)
 
 
 def _keep_joining(run: Callable[[], int]) -> int:

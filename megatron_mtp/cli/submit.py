@@ -28,6 +28,14 @@ def launch(
     partition: Annotated[str | None, typer.Option(help="Slurm.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm.")] = None,
     time: Annotated[str | None, typer.Option(help="Slurm: time limit, such as 24:00:00.")] = None,
+    cpus_per_node: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slurm: cores on each node. Many clusters give a task one if it is not said."),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="Slurm: another option of sbatch, such as qos=high or exclusive; may be repeated."),
+    ] = None,
     image: Annotated[str | None, typer.Option(help="Kubernetes: container image with megatron-mtp.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Kubernetes.")] = None,
     claim: Annotated[str | None, typer.Option(help="Kubernetes: PersistentVolumeClaim of the shared disk.")] = None,
@@ -49,7 +57,9 @@ def launch(
     elif where == "slurm":
         from megatron_mtp.tools import job_slurm
 
-        text = job_slurm.render(job, partition=partition, account=account, time=time)
+        text = job_slurm.render(
+            job, partition=partition, account=account, time=time, cpus_per_node=cpus_per_node, more=sbatch or []
+        )
         _submit(text, ["sbatch"], dry_run)
     else:
         from megatron_mtp.tools import job_k8s

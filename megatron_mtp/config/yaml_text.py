@@ -7,6 +7,7 @@ and floats are recognised, as in YAML 1.2.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -34,8 +35,8 @@ class Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if repeated := next((key for key in keys if keys.count(key) > 1), None):
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if repeated := next((key for key, count in counts.items() if count > 1), None):
             raise yaml.constructor.ConstructorError(None, None, f"the key {repeated!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -78,6 +79,8 @@ def load_yaml(text: str, origin: str) -> Any:
         data = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # such as a tag !!int before text, or a number of many thousand digits
+        raise ConfigError(f"{origin}: cannot be read as YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{origin}: is nested too deeply.") from None
     if "${" in text and _has_interpolation(data):

@@ -79,10 +79,10 @@ class Job:
             ["python", "-m", "megatron_mtp.cli.agent", *sizes, *rendezvous, shlex.join(self.training(files))]
         )
 
-    def rendezvous(self, job_id: str, first_node: str, is_first: str) -> list[str]:
+    def rendezvous(self, job_id: str, first_node: str, is_first: str, port: str = str(PORT)) -> list[str]:
         """torchrun's arguments for many nodes, as shell text."""
         return [
-            f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-id {job_id} --rdzv-endpoint {first_node}:{PORT}",
+            f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-id {job_id} --rdzv-endpoint {first_node}:{port}",
             f"--rdzv-conf is_host={is_first},timeout=60,read_timeout=60,join_timeout=1800",
         ]
 

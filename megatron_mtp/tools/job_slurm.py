@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from string import Template
 
-from megatron_mtp.tools.job import Job
+from megatron_mtp.tools.job import PORT, Job
+
+NUM_PORTS = 1000
+"""Jobs that share a node must not share a port."""
 
 SCRIPT = Template("""\
 #!/bin/bash
@@ -16,7 +20,7 @@ SCRIPT = Template("""\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=$name-%j.log
-# SIGTERM so long before the time limit: a checkpoint, then exit code $code. The same happens at a preemption.
+# SIGTERM so long before the time limit: a checkpoint, then exit code $code. At a preemption the partition's GraceTime counts.
 #SBATCH --signal=TERM@$grace
 $options
 set -u
@@ -36,19 +40,34 @@ exit "$$code"
 """)
 
 
-def render(job: Job, *, partition: str | None, account: str | None, time: str | None) -> str:
+def render(
+    job: Job,
+    *,
+    partition: str | None,
+    account: str | None,
+    time: str | None,
+    cpus_per_node: int | None = None,
+    more: Sequence[str] = (),
+) -> str:
     """The batch script.
 
     Args:
         time: limit as Slurm writes it; None: the partition's.
+        cpus_per_node: cores for the task of each node. Without it many clusters give a task one, for all ranks of the node.
+        more: options of sbatch without their dashes, such as `qos=high` or `exclusive`.
     """
-    options = {"partition": partition, "account": account, "time": time}
+    options: dict[str, str | None] = {"partition": partition, "account": account, "time": time}
+    exports = dict(job.environment)
+    if cpus_per_node:
+        options["cpus-per-task"] = exports["SRUN_CPUS_PER_TASK"] = str(cpus_per_node)  # srun does not take it over
     if job.has_gpus:
         options["gpus-per-node"] = str(job.gpus_per_node)
+    given = [f"{name}={value}" for name, value in options.items() if value]
     rendezvous = job.rendezvous(
         job_id='"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"',
         first_node='"$first_node"',
         is_first="$((SLURM_NODEID == 0))",
+        port=f"$(({PORT} + SLURM_JOB_ID % {NUM_PORTS}))",
     )
     return SCRIPT.substitute(
         name=job.name,
@@ -56,7 +75,7 @@ def render(job: Job, *, partition: str | None, account: str | None, time: str | 
         grace=job.grace_s,
         code=job.cfg.dist.preempted_exit_code,
         is_preempted=" || ".join(f'[ "$code" -eq {code} ]' for code in job.requeued_codes),
-        options="".join(f"#SBATCH --{name}={value}\n" for name, value in options.items() if value),
-        exports="".join(f"export {name}={value}\n" for name, value in job.environment.items()),
+        options="".join(f"#SBATCH --{option}\n" for option in [*given, *(text.lstrip("-") for text in more)]),
+        exports="".join(f"export {name}={value}\n" for name, value in exports.items()),
         agent=shlex.quote(f"exec {job.agent(rendezvous)}"),
     )

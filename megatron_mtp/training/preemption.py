@@ -32,6 +32,10 @@ class SignalWatch:
 
     def __init__(self, on_leave: Callable[[], None] = lambda: None) -> None:
         self.wants_leave = self.wants_save = False
+        self.steps_done = 0
+        """Kept up to date by StepBoundary."""
+        self.came_after: int | None = None
+        """The step after which SIGTERM came to this rank."""
         self._on_leave = on_leave
         self._handlers: dict[int, Any] = {}
 
@@ -48,6 +52,8 @@ class SignalWatch:
 
     def _note(self, number: int, _: object) -> None:
         if number == signal.SIGTERM:
+            if not self.wants_leave:
+                self.came_after = self.steps_done
             self.wants_leave = True
             self._on_leave()
         else:
@@ -81,6 +87,7 @@ class StepBoundary:
     def orders(self, iteration: int) -> Orders:
         """A collective. An order to leave is an order to save as well."""
         now, signals = time.monotonic(), self._signals
+        signals.steps_done = iteration
         noticed = [
             signals.wants_leave,
             signals.wants_save,

@@ -133,6 +133,7 @@ def _train_watched(
     recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id})
     state.wandb_run_id = recorder.state().get("wandb_run_id")
     signals = SignalWatch(watchdog.hurry)
+    signals.steps_done = state.iteration
     throughput = Throughput.of(cfg, dist.get_world_size(), run.device.name)
     trainer = Trainer(
         run=run,
@@ -154,6 +155,16 @@ def _train_watched(
         checkpointer.close()
         run.data.close()
     exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
+    if trainer.is_preempted:  # torchrun's own exit code does not tell it
+        came = "to another rank" if signals.came_after is None else f"after iteration {signals.came_after}"
+        saved = "a" if checkpointer.last_saved == state.iteration else "no"
+        logger.info(
+            "SIGTERM came %s; left after iteration %d with %s checkpoint, exit code %d (dist.preempted_exit_code)",
+            came,
+            state.iteration,
+            saved,
+            exit_code,
+        )
     return Summary(state, trainer.evaluations, dict(recorder.places), exit_code)
 
 

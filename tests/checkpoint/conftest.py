@@ -1,4 +1,4 @@
-"""One pool of two ranks for all modules of this folder; a new one after a test that broke it."""
+"""Pools of two and of four ranks for all modules of this folder; a new one after a test that broke it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from tests.gloo_pool import GlooPool
 
 
 @pytest.fixture(scope="package")
-def shared() -> Iterator[dict[str, GlooPool]]:
-    """Holds the pool."""
-    pools: dict[str, GlooPool] = {}
+def pools() -> Iterator[dict[int, GlooPool]]:
+    """Holds the pools, by size."""
+    pools: dict[int, GlooPool] = {}
     yield pools
     for pool in pools.values():
         pool.close()
 
 
 @pytest.fixture(scope="module")
-def pool(shared: dict[str, GlooPool]) -> GlooPool:
+def pool(pools: dict[int, GlooPool]) -> GlooPool:
     """Two ranks on gloo."""
-    if "pool" not in shared or not shared["pool"].is_open:
-        shared["pool"] = GlooPool(2)
-    return shared["pool"]
+    return _open(pools, 2)
+
+
+@pytest.fixture(scope="module")
+def four(pools: dict[int, GlooPool]) -> GlooPool:
+    """Four ranks on gloo."""
+    return _open(pools, 4)
+
+
+def _open(pools: dict[int, GlooPool], size: int) -> GlooPool:
+    if size not in pools or not pools[size].is_open:
+        pools[size] = GlooPool(size)
+    return pools[size]

@@ -57,6 +57,15 @@ def test_the_slurm_script_is_bash_and_asks_for_what_the_config_says(tmp_path: Pa
         assert line in text.splitlines()
     assert "account" not in text
     assert "gpus-per-node" not in slurm(make_job(device="cpu"))
+    assert "cpus-per" not in text.lower()
+
+
+def test_the_slurm_script_takes_cores_and_what_a_cluster_asks_for():
+    options = {"partition": None, "account": None, "time": None}
+    text = job_slurm.render(make_job(), **options, cpus_per_node=96, more=["qos=high", "--exclusive"])
+    assert "export SRUN_CPUS_PER_TASK=96" in text.splitlines()
+    for line in ("#SBATCH --cpus-per-task=96", "#SBATCH --qos=high", "#SBATCH --exclusive"):
+        assert line in text.splitlines()[: text.splitlines().index("set -u")], "Slurm reads no option after a command"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +91,7 @@ def test_only_a_preemption_is_requeued(tmp_path: Path, code: int, is_requeued: b
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("requeue 77\n" if is_requeued else "")
     arguments = (tmp_path / "arguments").read_text().splitlines()
-    assert arguments[arguments.index("--rdzv-endpoint") + 1] == "node7:29400"
+    assert arguments[arguments.index("--rdzv-endpoint") + 1] == "node7:29477", "a port of the job's own"
     assert arguments[arguments.index("--rdzv-id") + 1] == "77.0"
     assert arguments[arguments.index("--rdzv-conf") + 1].startswith("is_host=1,")
     assert arguments[-len(OVERRIDES) :] == OVERRIDES, "quoting survives two shells"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,8 +19,12 @@ from megatron_mtp.observe.jsonl import read_metrics
 from tests.training.hosts import TIMEOUT_S, missing, steps_done, two_hosts, wait_for_step
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(580)]
-AGAIN_S = 120.0
-"""It took 17 to 25 s on two free cores, most of it imports; a busy machine takes longer, a job that hangs takes for ever."""
+AGAIN_S = 30.0
+"""From the restart of the ranks to the first step."""
+RESTARTED_S = 60.0
+"""From the kill to the restart: the other rank must notice, or end when it is asked to; see Watchdog.hurry."""
+NETWORK_S = 90.0
+"""From the return of the network to the next step."""
 FIGURES = ("lm loss", "mtp_1 loss", "mtp_2 loss", "grad-norm", "mtp_1/accepted")
 
 
@@ -48,22 +53,50 @@ def shards(folder: Path, iteration: int) -> dict[str, str]:
     return {entry.name: entry.sha256 for entry in manifest.files if entry.name.endswith(".distcp")}
 
 
+def new_rank(agent: subprocess.Popen, old: set[int], limit_s: float) -> float:
+    """Waits for a rank that is not among the old ones. Returns the time at which its process began."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        for child in psutil.Process(agent.pid).children():
+            with suppress(psutil.Error):
+                if child.pid not in old and "RANK" in child.environ():
+                    return child.create_time()
+        time.sleep(0.05)
+    raise TimeoutError(f"no rank was started again in {limit_s} s")
+
+
+def first_step_of_each_start(folder: Path) -> list[float]:
+    """Times at which the first step of each start was done."""
+    times, is_first = [], False
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if line["kind"] == "start":
+            is_first = True
+        elif line["kind"] == "step" and is_first:
+            times.append(line["time"])
+            is_first = False
+    return times
+
+
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "megatron_mtp.cli.agent"])
 def test_a_killed_rank_comes_back(tmp_path: Path, launcher: str):
     steps = 60
-    assert launch(tmp_path / "whole", [launcher], steps).wait(200) == 0
+    assert launch(tmp_path / "whole", [launcher], steps).wait(300) == 0
     folder = tmp_path / "killed"
+    begin = time.time()
     agent = launch(folder, [launcher], steps)
-    wait_for_step(folder, 12, 100)
+    wait_for_step(folder, 12, 200)
+    old = {child.pid for child in psutil.Process(agent.pid).children()}
     rank_of(agent, 1).send_signal(signal.SIGKILL)
     killed_at = time.time()
+    restarted_at = new_rank(agent, old, RESTARTED_S)
     assert agent.wait(300) == 0, (folder / "log").read_text()[-3000:]
 
-    starts = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"kind": "start"' in line]
-    assert len(starts) == 2
-    again = float(re.search(r'"time": ([\d.]+)', starts[1])[1])
-    assert again - killed_at < AGAIN_S
-    print(f"training again {again - killed_at:.1f} s after the kill")
+    first, again = first_step_of_each_start(folder)
+    took_s = again - restarted_at
+    print(f"{launcher}: the first start took {first - begin:.1f} s from the command to the first step")
+    print(f"started again {restarted_at - killed_at:.1f} s after the kill, training again {took_s:.1f} s after that")
+    # A start is nearly all imports: on a machine that is busy with other things the first one took as long.
+    assert took_s < max(AGAIN_S, 1.5 * (first - begin))
     left, right = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert len(left) == len(right) == steps
     assert [[a[n] for n in FIGURES] for a in left] == [[b[n] for n in FIGURES] for b in right]
@@ -82,10 +115,10 @@ def test_a_host_is_cut_off(tmp_path: Path, host: int):
         stood_at = steps_done(tmp_path)
         hosts.join(host)
         try:
-            took_s = wait_for_step(tmp_path, stood_at + 1, 90)
+            took_s = wait_for_step(tmp_path, stood_at + 1, NETWORK_S)
         except TimeoutError as error:
             pytest.fail(f"{error}\n{hosts.logs()}")
-        print(f"training again {took_s:.1f} s after the network was back")
+        print(f"host {host} was cut off at step {stood_at}; training again {took_s:.1f} s after the network was back")
         starts = [line for line in read_metrics(tmp_path / "metrics.jsonl", "start") if line["iteration"]]
         assert starts, "it went on from a checkpoint"
 

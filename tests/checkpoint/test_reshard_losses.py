@@ -1,0 +1,98 @@
+"""On four ranks, with real data and real gradients: saved at each layout and resumed at each other one, the losses of the
+next steps are those of the run that was never stopped.
+
+`test_reshard_four` draws its gradients and compares weights bit for bit; here everything that a step needs must have come
+back: weights, optimizer, counters, learning rate, router biases and the position in the data.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_mtp.checkpoint import Checkpointer
+from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.training import schedules
+from megatron_mtp.training.setup import Run, setup
+from megatron_mtp.training.state import TrainState
+from tests.checkpoint.rig import make_config
+from tests.checkpoint.test_reshard_four import ALL, LAYOUTS, MODELS
+
+SAVED_AT, STEPS = 3, 5
+TOLERANCE = 1e-5
+"""Of each depth's loss, in nats per token, in fp32: layouts add in different orders."""
+REAL = {"optimizer.clip_grad": 1.0, "dist.device": "cpu", "dist.num_threads": 1, "dataset.prefetch_steps": 0}
+FAST = [("dense", "pp4+vp2", "cp2+tp2"), ("moe", "m|L", "ep2+pp2")]
+
+Losses = list[list[float]]
+
+
+def train(run: Run, state: TrainState, count: int) -> Losses:
+    """Steps as the training loop takes them; the losses of every depth."""
+    cfg, found = run.cfg, []
+    lr, wd = schedules.learning_rate(cfg), schedules.weight_decay(cfg)
+    batches = run.data.train(state.data_position)
+    for _ in range(count):
+        batch = next(batches)
+        schedules.apply(run.engine.optimizer, lr, wd, state.consumed_samples)
+        factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(state.consumed_tokens)
+        result = run.engine.train(batch, factor)
+        assert result.updated
+        state.advance(len(batch.sample_ids), cfg.model.seq_length)
+        found.append(result.losses)
+    batches.close()
+    return found
+
+
+def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
+    """Of the steps after SAVED_AT: of a run that saves there and trains on, or of one that resumes there."""
+    run = setup(make_config({**REAL, **values}, dist.get_world_size(), directory))
+    try:
+        engine, state = run.engine, TrainState()
+        checkpointer = Checkpointer(run.cfg, run.groups)
+        if saves:
+            train(run, state, SAVED_AT)
+            checkpointer.save(engine.chunks, engine.optimizer, state)
+        else:
+            assert checkpointer.resume(engine.chunks, engine.optimizer, state)
+            assert state.iteration == SAVED_AT
+        return train(run, state, STEPS)
+    finally:
+        run.release()
+        del run
+        gc.collect()  # modules and hooks refer to each other in circles
+
+
+@pytest.fixture(scope="module")
+def saved(four, tmp_path_factory):
+    """(model, layout) -> (losses of a run that was never stopped, a directory with its checkpoint), made once."""
+    made = {}
+
+    def get(model: str, layout: str) -> tuple[Losses, str]:
+        if (model, layout) not in made:
+            directory = str(tmp_path_factory.mktemp("run"))
+            made[model, layout] = (
+                four.run(losses, {**MODELS[model], **LAYOUTS[layout]}, directory, True)[0],
+                directory,
+            )
+        return made[model, layout]
+
+    return get
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("model", "old", "new"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(case)) for case in ALL],
+)
+def test_the_next_five_losses_are_those_of_a_run_that_was_never_stopped(four, saved, model, old, new):
+    expected, directory = saved(model, old)
+    found = four.run(losses, {**MODELS[model], **LAYOUTS[new]}, directory, False)
+    assert len(found[0]) == STEPS
+    assert all(one == found[0] for one in found), "ranks disagree on the losses"
+    worst = max(abs(a - b) for x, y in zip(expected, found[0], strict=True) for a, b in zip(x, y, strict=True))
+    print(f"{model}, {old} to {new}: largest difference {worst:.1e}")
+    assert worst < TOLERANCE
