@@ -132,6 +132,7 @@ def test_torchrun_lets_rank_0_tell_the_cause_of_another_rank(tmp_path):
     script.write_text(PRELUDE + textwrap.dedent("""
         import torch.distributed as dist
         dist.init_process_group("gloo")
+        dist.barrier()  # a rank that leaves while others still connect is another mistake
         if rank == 1:
             try:
                 raise DataError("token id 9")
