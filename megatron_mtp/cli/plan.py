@@ -41,8 +41,12 @@ def plan(
     A layout that the config names is planned as it is; "auto" is searched for. Other splits are shown beside it.
     """
     from megatron_mtp.cli.plan_report import as_data, as_text, overlay
+    from megatron_mtp.errors import PlanError
     from megatron_mtp.tools.plan import Request, make_plans
 
+    if picture is not None and picture.suffix.lower() != ".svg":
+        better = picture.parent / f"{picture.stem or 'schedule'}.svg"
+        raise PlanError(f"--picture {str(picture)!r}: the picture is SVG. Use --picture {str(better)!r}.")
     cfg = choose_config(recipe, config, overrides)
     request = Request(
         devices=devices,

@@ -145,9 +145,9 @@ def reason(plans: Plans) -> str:
     if plans.choice is None:
         return f"{text}. The layout is the config's; pipeline_model_parallel_layout=auto would look for a better one."
     proof = (
-        "no legal split is faster"
+        "no legal split that fits is faster"
         if plans.choice.gap < 1e-4
-        else f"no legal split is more than {plans.choice.gap:.1%} faster"
+        else f"no legal split that fits is more than {plans.choice.gap:.1%} faster"
     )
     even = plans.others.get("even")
     gain = "" if even is None else f", an even split takes {even.step.total_ms / chosen.step.total_ms - 1:.1%} longer"

@@ -128,15 +128,21 @@ class Planner:
         """Of this config."""
         return MemoryModel(self.cfg, self.world_size, self.count, self.is_cpu)
 
-    def choose(self, limit_bytes: float | None = None, effort: int = 150, few: int = FEW) -> SplitChoice:
+    def choose(
+        self,
+        limit_bytes: float | None = None,
+        effort: int = 150,
+        few: int = FEW,
+        slowest_ms: float = float("inf"),
+    ) -> SplitChoice:
         """The fastest layout that fits.
 
         Args:
             limit_bytes: of one device; None: no limit.
-            effort, few: see `best_split`.
+            effort, few, slowest_ms: see `best_split`.
 
         Raises:
-            PlanError: there is no legal layout, or none fits.
+            PlanError: there is no legal layout, or none fits, or none can be faster than `slowest_ms`.
         """
         problem, memory = self.problem(), self.memory_model()
         if not problem.variants():
@@ -145,10 +151,15 @@ class Planner:
                 "Lower model.pipeline_model_parallel_size or model.virtual_pipeline_model_parallel_size."
             )
         fitting = Fitting(problem, memory, limit_bytes)
-        if limit_bytes is None:
-            choice = best_split(problem, effort=effort, few=few)
-        else:
-            choice = best_split(problem, fits=fitting.split, stage_fits=fitting.stage, effort=effort, few=few)
+        has_limit = limit_bytes is not None
+        choice = best_split(
+            problem,
+            fits=fitting.split if has_limit else None,
+            stage_fits=fitting.stage if has_limit else None,
+            effort=effort,
+            few=few,
+            slowest_ms=slowest_ms,
+        )
         if choice is None:
             raise PlanError(
                 f"no split of model.num_layers = {self.cfg.model.num_layers} over {problem.num_chunks} chunks fits the memory of "

@@ -25,7 +25,7 @@ class SplitChoice:
 
     Args:
         step_ms: its simulated time.
-        bound_ms: no legal split is faster.
+        bound_ms: no legal split that fits is faster.
         num_simulated: splits that were simulated.
     """
 
@@ -48,6 +48,7 @@ def best_split(
     effort: int = 150,
     tolerance: float = 1e-4,
     few: int = FEW,
+    slowest_ms: float = float("inf"),
 ) -> SplitChoice | None:
     """The fastest legal split.
 
@@ -59,18 +60,26 @@ def best_split(
         tolerance: the search ends within this share of its bound.
         few: up to this many legal splits are all bounded, and simulated in the order of their bounds until none can be better,
             or `FEW_EFFORT` times the effort is spent.
+        slowest_ms: the search ends at once if the bound is no lower.
 
     Returns:
-        None if no legal split fits.
+        None if no legal split fits, or none can be faster than `slowest_ms`.
     """
     search = _Search(problem, fits, stage_fits if problem.kind.vp == 1 else None, effort, 1 + tolerance)
     if not search.floors:
         return None
     if problem.num_legal(few) < few:
         return search.all()
-    search.bound_ms = min(floor.least for floor in search.floors.values())
+    tables = {}
     if problem.kind.vp == 1:
-        search.by_stages()
+        tables = {alone: floor.suffixes(search.stage_fits) for alone, floor in search.floors.items()}
+        search.bound_ms = min(table[0][0] for table in tables.values())
+    else:
+        search.bound_ms = min(floor.least for floor in search.floors.values())
+    if search.bound_ms >= slowest_ms:
+        return None
+    if tables:
+        search.by_stages(tables)
     if not search.is_exhausted:
         search.by_seeds(_seeds(problem))
         search.by_moves()
@@ -133,12 +142,15 @@ class _Search:
             self.try_split(Split(counts, is_standalone))
         return self.result()
 
-    def by_stages(self) -> None:
-        """Branch and bound over the stages in order. Exact if it ends before the effort is spent."""
+    def by_stages(self, tables: dict[bool, list[list[float]]]) -> None:
+        """Branch and bound over the stages in order. Exact if it ends before the effort is spent.
+
+        Args:
+            tables: `Floor.suffixes` of each variant.
+        """
         ended = True
-        for is_standalone, floor in sorted(self.floors.items(), key=lambda item: item[1].least):
-            suffixes = floor.suffixes(self.stage_fits)
-            ended &= self._branch(floor, suffixes, is_standalone, (), 0, 0.0)
+        for is_standalone, suffixes in sorted(tables.items(), key=lambda item: item[1][0][0]):
+            ended &= self._branch(self.floors[is_standalone], suffixes, is_standalone, (), 0, 0.0)
         self.is_exhausted = ended
 
     def _branch(
@@ -176,7 +188,7 @@ class _Search:
     def by_seeds(self, seeds: Iterable[Split]) -> None:
         """Tries ready-made splits."""
         for split in seeds:
-            if self.is_exhausted or (self.is_late):
+            if self.is_exhausted or self.is_late:
                 return
             self.try_split(split)
 

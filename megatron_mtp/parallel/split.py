@@ -259,21 +259,30 @@ class Floor:
 
     def stage(self, rank: int, start: int, stop: int) -> float:
         """The highest of the paths of a rank that holds the layers start..stop-1; without interleaving."""
-        problem, kind = self.problem, self.problem.kind
-        forward, backward = problem.chunk_time(rank, start, stop, self.is_standalone)
-        sums = problem._sums
-        upstream = problem.embedding if rank else ZERO
-        upstream_ms = upstream.forward_ms + upstream.backward_ms + sums[0][start] + sums[1][start]
-        upstream_ms += rank * (problem.overhead.forward_ms + problem.overhead.backward_ms)
-        count, ahead = kind.num_microbatches, kind.num_warmup(rank)
-        _, after, before = self.exchanges[rank]
-        path = self.total_forward + self.total_backward + 2 * (kind.pp - 1) * self.message_ms
-        rest = max(0, count - ahead - 1)
+        forward, backward = self.problem.chunk_time(rank, start, stop, self.is_standalone)
+        before_forward, before_backward = self.problem._sums
+        own_ms, after_ms, before_ms, rest, count = self._stage_terms[rank]
         return max(
-            self.own_work(rank, forward + backward, upstream_ms),
-            path + (count - 1) * backward + rest * forward + after * self.message_ms,
-            path + (count - 1) * forward + rest * backward + before * self.message_ms,
+            own_ms + before_forward[start] + before_backward[start] + count * (forward + backward),
+            after_ms + (count - 1) * backward + rest * forward,
+            before_ms + (count - 1) * forward + rest * backward,
         )
+
+    @cached_property
+    def _stage_terms(self) -> list[tuple[float, float, float, int, int]]:
+        """Of each rank: what its three paths hold beside layers and its own calls, calls of one direction after its warm-up, micro-batches."""
+        problem, kind, terms = self.problem, self.problem.kind, []
+        path = self.total_forward + self.total_backward + 2 * (kind.pp - 1) * self.message_ms
+        overhead_ms = problem.overhead.forward_ms + problem.overhead.backward_ms
+        for rank in range(kind.pp):
+            upstream = problem.embedding if rank else ZERO
+            upstream_ms = upstream.forward_ms + upstream.backward_ms + rank * overhead_ms
+            _, after, before = self.exchanges[rank]
+            rest = max(0, kind.num_microbatches - kind.num_warmup(rank) - 1)
+            own_ms = self.own_work(rank, 0.0, upstream_ms)
+            ways = (own_ms, path + after * self.message_ms, path + before * self.message_ms)
+            terms.append((*ways, rest, kind.num_microbatches))
+        return terms
 
     def of(self, counts: tuple[int, ...]) -> float:
         """For one split."""
@@ -352,11 +361,13 @@ class Floor:
         problem, num_layers = self.problem, len(self.problem.layers)
         pp, infinite = problem.kind.pp, float("inf")
         table = [[infinite] * (num_layers + 1) for _ in range(pp)] + [[infinite] * num_layers + [0.0]]
+        leasts = problem.leasts[self.is_standalone]
         for rank in reversed(range(pp)):
-            least, most = problem.least(rank, self.is_standalone), problem.most(rank, self.is_standalone)
-            for start in range(num_layers + 1) if rank else (0,):
+            least, most = leasts[rank], problem.most(rank, self.is_standalone)
+            last_stop = num_layers - sum(leasts[rank + 1 :])  # later ranks need the rest
+            for start in range(sum(leasts[:rank]), last_stop - least + 1) if rank else (0,):
                 best = infinite
-                for stop in range(start + least, min(start + most, num_layers) + 1):
+                for stop in range(start + least, min(start + most, last_stop) + 1):
                     if table[rank + 1][stop] >= best:
                         continue
                     if fits is not None and not fits(rank, start, stop, self.is_standalone):

@@ -120,6 +120,7 @@ def test_a_given_layout_is_planned_as_it_is(run):
         (["demo", "--hardware", "cpu", "--compare", "5,6"], ["places 11 decoder layers", "model.num_layers = 10"]),
         (["demo", "--hardware", "cpu", "--compare", "5,-1"], ["a negative number"]),
         (["demo", "--hardware", "cpu", "--compare", "7,x"], ["unknown symbol", "the symbols are E"]),
+        (["demo", "--picture", "schedule.png"], ["the picture is SVG", "--picture 'schedule.svg'"]),
         (["demo", "--hardware", "cpu", "--write", "."], ["--write '.': cannot be written", "Name another file"]),
         (["deepseek_v3", "--hardware", "h1000"], ["Did you mean h100"]),
         (["deepseek_v3", "--profile", "absent.json"], ["cannot be used", "megatron-mtp profile"]),
