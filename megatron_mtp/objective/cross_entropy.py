@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 # Floats of one chunk's logits: about a core's cache share on a CPU, enough rows for a full matrix product on a GPU.
 CHUNK_FLOATS = {"cpu": 2**21, "cuda": 2**26}
 MIN_CHUNK_TOKENS = 32
+WORTH_LEAVING_OUT = 7 / 8  # of the tokens; with more of them copying costs what is saved
 
 
 class VocabShard(NamedTuple):
@@ -75,6 +76,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         shard: VocabShard = ctx.shard
         want_hidden, want_weight = ctx.needs_input_grad[:2]
+        counted = _counted_rows(grad_loss, grad_lse)
+        if counted is not None:
+            whole = hidden
+            hidden, targets, lse, grad_loss, grad_lse = (
+                x[counted] for x in (hidden, targets, lse, grad_loss, grad_lse)
+            )
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
         # fp32 whatever the weight's dtype: it is a sum over all tokens of all depths.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
@@ -92,7 +99,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _add_outer(grad_weight[: shard.rows], grad, hidden[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
+        if counted is not None and grad_hidden is not None:
+            grad_hidden = torch.zeros_like(whole).index_copy_(0, counted, grad_hidden)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _counted_rows(grad_loss: Tensor, grad_lse: Tensor) -> Tensor | None:
+    """Tokens with a gradient, where masks leave many out: prompts, padding. None: all. On a GPU all are taken, as the host would wait for the count."""
+    if grad_loss.device.type != "cpu":
+        return None
+    has_gradient = (grad_loss != 0) | (grad_lse != 0)
+    return has_gradient.nonzero().squeeze(1) if has_gradient.sum() < WORTH_LEAVING_OUT * len(grad_loss) else None
 
 
 def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

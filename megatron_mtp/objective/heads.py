@@ -34,6 +34,7 @@ class DepthHeads:
         tp_group: tensor-parallel group.
         sequence_parallel: hidden states are sharded along the sequence over tp_group.
         detach_depths: depths 1..D do not train the head (mtp_detach_heads).
+        frozen_trunk: nothing trains by the main prediction (mtp_freeze_trunk), so its logits need no backward pass.
         chunk_tokens: tokens of one chunk of logits; None: by device.
     """
 
@@ -42,6 +43,7 @@ class DepthHeads:
     sequence_parallel: bool
     detach_depths: bool
     chunk_tokens: int | None
+    frozen_trunk: bool = False
 
     def __call__(self, states: Tensor, weight: Tensor, batch: DepthBatch) -> Tensor:
         """Sums over the valid targets of this micro-batch on this rank.
@@ -55,11 +57,17 @@ class DepthHeads:
             [2, 1+D] fp32: sums of cross entropies [nats] and of squared log-sum-exps.
         """
         states = self._join(states)  # [1+D, s/cp, b, h]
-        rows = [slice(0, 1), slice(1, None)] if self.detach_depths and states.shape[0] > 1 else [slice(None)]
-        parts = [
-            self._cross_entropy(states[part], weight.detach() if part.start else weight, batch.labels[part])
-            for part in rows
-        ]
+        is_apart = (self.detach_depths or self.frozen_trunk) and states.shape[0] > 1
+        parts = []
+        for part in [slice(0, 1), slice(1, None)] if is_apart else [slice(None)]:
+            is_main = is_apart and part.start == 0
+            parts.append(
+                self._cross_entropy(
+                    states[part].detach() if is_main and self.frozen_trunk else states[part],
+                    weight.detach() if part.start and self.detach_depths else weight,
+                    batch.labels[part],
+                )
+            )
         loss, lse, top1 = (torch.cat(column) for column in zip(*parts, strict=True))  # [1+D, b, s/cp]
         batch.top1 = top1
         sums = torch.stack((loss, lse.square())) * batch.loss_mask

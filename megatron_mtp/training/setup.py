@@ -137,6 +137,7 @@ def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
             sequence_parallel=model.sequence_parallel,
             detach_depths=model.mtp_detach_heads,
             chunk_tokens=model.logits_chunk_tokens,
+            frozen_trunk=model.mtp_freeze_trunk,
         ),
         device=device.torch_device,
         forward_step=forward_step or default_forward_step,

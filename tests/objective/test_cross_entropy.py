@@ -13,19 +13,21 @@ from tests.gloo_pool import GlooPool
 TOKENS, HIDDEN, ROWS, VOCAB = 37, 12, 64, 59
 
 
-def _inputs() -> tuple[torch.Tensor, ...]:
+def _inputs(masked: int = 0) -> tuple[torch.Tensor, ...]:
+    """Hidden states, weight, targets, and the weight of each token's loss and log-sum-exp: 0 for every token but one in `masked`."""
     torch.manual_seed(3)
+    counts = torch.arange(TOKENS) % masked == 0 if masked else torch.ones(TOKENS)
     return (
         torch.randn(TOKENS, HIDDEN),
         torch.randn(ROWS, HIDDEN),
         torch.randint(0, VOCAB, (TOKENS,)),
-        torch.rand(TOKENS),
-        torch.rand(TOKENS),
+        torch.rand(TOKENS) * counts,
+        torch.rand(TOKENS) * counts,
     )
 
 
-def _reference() -> tuple[torch.Tensor, ...]:
-    hidden, weight, targets, of_loss, of_lse = _inputs()
+def _reference(masked: int = 0) -> tuple[torch.Tensor, ...]:
+    hidden, weight, targets, of_loss, of_lse = _inputs(masked)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = hidden @ weight[:VOCAB].T
     loss, lse = F.cross_entropy(logits, targets, reduction="none"), logits.logsumexp(1)
@@ -33,8 +35,10 @@ def _reference() -> tuple[torch.Tensor, ...]:
     return loss.detach(), lse.detach(), logits.argmax(1), hidden.grad, weight.grad
 
 
-def _ours(weight: torch.Tensor, group: dist.ProcessGroup | None, chunk: int | None) -> tuple[torch.Tensor, ...]:
-    hidden, _, targets, of_loss, of_lse = _inputs()
+def _ours(
+    weight: torch.Tensor, group: dist.ProcessGroup | None, chunk: int | None, masked: int = 0
+) -> tuple[torch.Tensor, ...]:
+    hidden, _, targets, of_loss, of_lse = _inputs(masked)
     hidden, weight = hidden.requires_grad_(), weight.clone().requires_grad_()
     shard = VocabShard.of(weight, VOCAB, group)
     loss, lse, top1 = chunked_cross_entropy(hidden, weight, targets, shard, chunk)
@@ -52,6 +56,15 @@ def _assert_close(ours: tuple[torch.Tensor, ...], reference: tuple[torch.Tensor,
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS, None])
 def test_equals_whole_logits_in_fp64_for_any_chunk(chunk: int | None):
     _assert_close(_ours(_inputs()[1], None, chunk), _reference())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("chunk", [1, 7, None])
+@pytest.mark.parametrize("masked", [2, 5, TOKENS])
+def test_tokens_without_weight_are_left_out_of_the_backward_pass(masked: int, chunk: int | None):
+    ours = _ours(_inputs()[1], None, chunk, masked)
+    _assert_close(ours, _reference(masked))
+    assert ours[3].abs().sum(1).nonzero().squeeze(1).tolist() == list(range(0, TOKENS, masked))
 
 
 @pytest.mark.unit
