@@ -29,7 +29,7 @@ MOST_PLANNED = 40
 """Combinations whose splits are looked at; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
 NEAR = 1.05
 """Combinations whose guess is above the last row of the table by this factor are not looked at. A guess is rarely above what the simulation comes to."""
-SPLITS_EACH, FEW_EACH = 8, 3000
+SPLITS_EACH, FEW_EACH = 12, 3000
 """Effort for each of them, see `best_split`."""
 REFINED, SPLITS_REFINED = 4, 40
 """So many of the best are planned again with this effort; the caller plans the very best with full effort."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, permutations, product
 
 from megatron_mtp.parallel.split import Floor, Split, SplitProblem
 from megatron_mtp.parallel.steady import step_time
@@ -261,7 +261,41 @@ def _seeds(problem: SplitProblem) -> list[Split]:
             surplus = sum(full) - num_layers
             if 0 <= surplus < pp + base:
                 found += [Split(counts, is_standalone) for counts in _trimmed(problem, full, surplus, is_standalone)]
-    return sorted(dict.fromkeys(found), key=lambda split: _pace(problem, split))[:NUM_SEEDS]
+    paced = sorted(dict.fromkeys(found), key=lambda split: _pace(problem, split))[:NUM_SEEDS]
+    staggered = iter(_staggered(problem))
+    seeds = []
+    for idx, split in enumerate(paced):
+        seeds.append(split)
+        if idx % 2:
+            seeds += [*islice(staggered, 1)]
+    return list(dict.fromkeys([*seeds, *islice(staggered, NUM_SEEDS // 2)]))
+
+
+def _staggered(problem: SplitProblem) -> list[Split]:
+    """Splits in which the first ranks hold a layer more in one virtual stage, and the ranks after them in another; the most even ranks first.
+
+    Where a layer more in all chunks of a virtual stage is too much, each rank has to wait for those at another virtual stage at the time.
+    """
+    pp, vp, num_layers = problem.kind.pp, problem.kind.vp, len(problem.layers)
+    base = num_layers // (pp * vp)
+    found: dict[Split, tuple[float, int, int]] = {}
+    for is_standalone, (early, late) in product(problem.variants(), permutations(range(vp), 2)):
+        for end in range(1 if is_standalone else base + 1):
+            whole, part = divmod(num_layers - base * (pp * vp - 1) - end, pp)
+            others = [v for v in range(vp) if v not in (early, late)]
+            for num_early in range(part + 1) if whole <= len(others) else ():
+                counts = [base + (chunk // pp in others[:whole]) for chunk in range(pp * vp)]
+                counts[-1] = end
+                for rank in range(num_early):
+                    counts[early * pp + rank] += 1
+                for rank in range(pp - 1 - (part - num_early), pp - 1):
+                    counts[late * pp + rank] += 1
+                split = Split(tuple(counts), is_standalone)
+                if sum(counts) == num_layers and _is_legal(problem, counts, is_standalone):
+                    times = problem.chunk_totals(split)
+                    load_ms = max(sum(times[rank::pp]) for rank in range(pp))
+                    found[split] = (round(load_ms, 3), abs(2 * num_early - part), early - late)
+    return sorted(found, key=found.__getitem__)
 
 
 def _trimmed(problem: SplitProblem, full: list[int], surplus: int, is_standalone: bool) -> Iterable[tuple[int, ...]]:

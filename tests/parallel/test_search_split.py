@@ -140,6 +140,14 @@ def test_large_models_come_close_to_the_bound(pp, vp):
     assert not problems
 
 
+def test_three_virtual_stages_are_staggered():
+    """Sixteen ranks at four layers each: the layer more is in the first virtual stage of some ranks, in the last of others."""
+    choice = best_split(large(16, 3, 480))
+    assert choice is not None
+    assert choice.step_ms <= 43_714
+    assert choice.gap <= 0.08
+
+
 def test_a_split_that_does_not_fit_is_not_taken():
     problem = large(4, 1, 32)
     free = best_split(problem)
