@@ -242,6 +242,10 @@ class StoredWeights:
             raise CheckpointError(f"{self.folder}: holds only {count} of {target.numel()} values of {key} at {offset}.")
         return target
 
+    def whole(self, key: str) -> Tensor:
+        """A whole tensor."""
+        return self.read(key, (0,) * len(self.shape(key)), self.shape(key))
+
     def _candidates(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> list[_Box]:
         """Boxes that may be hit. A stack of layers and experts has tens of thousands, each one layer thick."""
         by_first = self._boxes[key]

@@ -10,23 +10,20 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from megatron_mtp.checkpoint.streaming import StoredWeights, WeightsWriter
+from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.convert.load import is_hf_folder
-from megatron_mtp.convert.side_files import KEPT_FOLDER
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.decode.projection import FittedProjection, fit_projections
 from megatron_mtp.errors import ConversionError, DataError, MegatronMTPError
 from megatron_mtp.tools.decoding import open_decoder
-from megatron_mtp.training.state import TrainState
+from megatron_mtp.tools.rewriting import rewrite
 
 HELD_OUT = 20
 """Every so many documents one is kept to count agreement on."""
@@ -71,9 +68,9 @@ def run(options: argparse.Namespace) -> list[FittedProjection]:
     weights = {}
     for index, fit in enumerate(fitted):
         prefix = f"mtp.layers.{index}."
-        scales = torch.cat([_whole(stored, f"{prefix}{norm}.weight").float() for norm in ("enorm", "hnorm")])
+        scales = torch.cat([stored.whole(f"{prefix}{norm}.weight").float() for norm in ("enorm", "hnorm")])
         weights[f"{prefix}eh_proj.weight"] = fit.weight / (scales + stored.config().model.layernorm_zero_centered_gamma)
-    write(stored, weights, Path(options.out))
+    rewrite(stored, weights, stored.config(), Path(options.out), reason="fitted")
     return fitted
 
 
@@ -92,29 +89,6 @@ def read_pieces(prefixes: Sequence[str], most: int, context: int) -> list[list[i
             f"--data: holds {len(pieces)} documents of two tokens or more; a fit needs {HELD_OUT} at least."
         )
     return pieces
-
-
-def _whole(stored: StoredWeights, key: str) -> Tensor:
-    return stored.read(key, (0,) * len(stored.shape(key)), stored.shape(key))
-
-
-def write(stored: StoredWeights, new: dict[str, Tensor], out: Path) -> None:
-    """A checkpoint of iteration 0 with the weights of another, but for those in `new`."""
-    if missing := new.keys() - stored.tensors.keys():
-        raise ConversionError(f"{stored.folder}: holds no {', '.join(sorted(missing))}.")
-    kept = stored.folder.parent / KEPT_FOLDER
-    with WeightsWriter(out) as writer:
-        for key in stored.tensors:
-            for offset, size in stored.boxes(key):
-                box = stored.read(key, offset, size)
-                if key in new:
-                    place = tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))
-                    box = new[key][place].to(box.dtype).contiguous()
-                writer.add(key, stored.shape(key), offset, box)
-        state = TrainState().to_dict()
-        writer.complete(stored.config().finalize(), state, reason="fitted", tokenizer=stored.manifest.tokenizer)
-        if kept.is_dir():
-            shutil.copytree(kept, out / KEPT_FOLDER)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

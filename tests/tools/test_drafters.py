@@ -1,4 +1,4 @@
-"""fit_drafter on an imported model: the projection is new, all else is what it was; mistakes are named."""
+"""fit_drafter and graft_drafter on an imported model: what they change, what they leave, and mistakes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.streaming import StoredWeights, WeightsWriter
 from megatron_mtp.convert.importing import import_hf
 from megatron_mtp.data.indexed import IndexedWriter
+from megatron_mtp.tools.graft_drafter import main as graft
+from megatron_mtp.training.state import TrainState
 from tests.convert.hf_models import make
 
 pytestmark = pytest.mark.dist
@@ -36,7 +38,7 @@ def fit(*arguments):
 
 def tensors(path):
     stored = StoredWeights(path)
-    return {key: stored.read(key, (0,) * len(stored.shape(key)), stored.shape(key)) for key in sorted(stored.tensors)}
+    return {key: stored.whole(key) for key in sorted(stored.tensors)}
 
 
 def test_only_the_projections_are_new(base, tmp_path):
@@ -57,3 +59,29 @@ def test_mistakes(base, tmp_path, capsys):
         assert fit(source, "--data", data, "--out", tmp_path / "out") == 2
         assert text in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def trained(base, out, change):
+    """What a run in bf16 from `base` leaves: `change` gives a tensor of each key."""
+    stored = StoredWeights(base / "run")
+    cfg = stored.config()
+    cfg.model.mtp_use_repeated_layer, cfg.model.mtp_num_layers = False, 2
+    with WeightsWriter(out) as writer:
+        for key in stored.tensors:
+            writer.add(key, stored.shape(key), (0,) * len(stored.shape(key)), change(key, stored.whole(key)).bfloat16())
+        writer.complete(cfg.finalize(), TrainState().to_dict(), reason="end")
+
+
+def test_a_graft_has_the_trunk_bit_for_bit_and_the_drafter_as_trained(base, tmp_path):
+    trained(base, tmp_path / "trained", lambda key, value: value + 1 if key.startswith("mtp.") else value)
+    assert graft([str(base / "run"), "--drafter", str(tmp_path / "trained"), "--out", str(tmp_path / "out")]) == 0
+    before, after = tensors(base / "run"), tensors(tmp_path / "out")
+    for key, value in after.items():
+        assert torch.equal(value, (before[key] + 1).bfloat16().float() if key.startswith("mtp.") else before[key])
+
+
+def test_a_graft_on_another_trunk_is_refused(base, tmp_path, capsys):
+    trained(base, tmp_path / "trained", lambda key, value: value + 0.1 if "final_layernorm" in key else value)
+    assert graft([str(base / "run"), "--drafter", str(tmp_path / "trained"), "--out", str(tmp_path / "out")]) == 2
+    assert "decoder.final_layernorm.weight and 0 more differ" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
