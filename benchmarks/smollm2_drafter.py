@@ -5,8 +5,8 @@
 
 Steps, each kept in --folder and not repeated: the model as a Hugging Face folder; a checkpoint with an MTP layer copied from the last layer;
 continuations of code (the standard library) and prose (the language reference that help() shows, and package descriptions of this installation); the
-layer's projection fitted to them; training for --minutes, unrolled over --steps; acceptance and
-wall-clock speed on held-out prompts of both domains, in one process, as `megatron-mtp spec-eval` does it, for several --draft-vocab.
+layer's projection fitted to them; training for --minutes in bf16, unrolled over --steps; the trained layer on the fp32 trunk of before; acceptance and
+wall-clock speed on held-out prompts of both domains, in one process, as `megatron-mtp spec-eval` does it, for several numbers of drafts and drafted ids.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ HELD_OUT = 10  # every tenth document
 
 def main() -> None:
     """Runs all steps that are not done yet."""
+    from megatron_mtp.tools.graft_drafter import main as graft_drafter
+
     options = _parse()
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,10 @@ def main() -> None:
     trained = folder / f"trained_{options.minutes:g}"
     if not trained.exists():
         train(fitted, hf, folder, trained, options)
-    evaluate(trained, hf, texts, folder, options)
+    model = folder / f"model_{options.minutes:g}"
+    if not model.exists() and graft_drafter([str(fitted), "--drafter", str(trained), "--out", str(model)]):
+        raise SystemExit(1)
+    evaluate(model, hf, texts, folder, options)
 
 
 def write_hf(folder: Path) -> None:
@@ -181,14 +186,16 @@ def train(base: Path, hf: Path, folder: Path, out: Path, options: argparse.Names
 def evaluate(
     trained: Path, hf: Path, texts: dict[str, tuple[Path, Path]], folder: Path, options: argparse.Namespace
 ) -> None:
-    """Tables, JSON and pictures for each size of the drafted vocabulary."""
+    """Tables, JSON and pictures for each number of drafts, and of ids they are taken from."""
     data = [part for domain in texts for part in ("--data", texts[domain][1])]
-    for size in options.draft_vocab:
-        limit = [] if size == 0 else ["--draft-vocab", size]
+    for cell in options.cells:
+        num_draft, _, ids = cell.partition("/")
+        limit = ["--draft-vocab", ids] if ids else []
+        name = folder / f"spec_{options.minutes:g}_{cell.replace('/', '_of_')}"
         _run(
-            "spec-eval", trained, *data, "--tokenizer", hf, "--num-draft", options.num_draft, *limit,
-            "--prompts", options.prompts, "--prompt-tokens", 32, "--new-tokens", 64, "--threads", options.threads,
-            "--device", "cpu", "--json", folder / f"spec_{size}.json", "--plot", folder / f"spec_{size}.png",
+            "spec-eval", trained, *data, "--tokenizer", hf, "--num-draft", num_draft, *limit,
+            "--prompts", options.prompts, "--prompt-tokens", PROMPT, "--new-tokens", 64, "--threads", options.threads,
+            "--device", "cpu", "--json", f"{name}.json", "--plot", f"{name}.png",
         )  # fmt: skip
 
 
@@ -203,13 +210,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--folder", default="runs/smollm2")
     parser.add_argument("--minutes", type=float, default=60, help="of training")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step")
-    parser.add_argument("--dtype", default="fp32", help="of training")
+    parser.add_argument("--dtype", default="bf16", help="of training")
     parser.add_argument("--steps", type=int, default=2, help="steps for which the layer is unrolled")
-    parser.add_argument("--iterations", type=int, default=1000, help="length of the learning-rate schedule")
-    parser.add_argument("--continuations", type=int, default=512, help="of each domain")
+    parser.add_argument("--iterations", type=int, default=800, help="length of the learning-rate schedule")
+    parser.add_argument("--continuations", type=int, default=1536, help="of each domain")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts of each domain")
-    parser.add_argument("--num-draft", default="1")
-    parser.add_argument("--draft-vocab", type=int, nargs="*", default=[0, 8192], help="0: all ids")
+    parser.add_argument(
+        "--cells",
+        nargs="*",
+        default=["1", "1/8192", "2/8192", "3/8192"],
+        help="drafts of a round / ids they are taken from",
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
