@@ -226,12 +226,14 @@ class Checkpointer:
         return self._pending is not None
 
     def close(self) -> None:
-        """Waits for a save that is under way; its failure is logged, for nobody is there to handle it."""
+        """Waits for a save that is under way; its failure is logged, for nobody is there to handle it. Nothing half removed is left."""
         try:
             self.maybe_finalize(blocking=True)
         except CheckpointError as error:
             if self.rank == 0:
                 log.error("%s", error)
+        if self.directory:
+            self.directory.finish_removal()
 
     def _begin(self, iteration: int) -> None:
         try:

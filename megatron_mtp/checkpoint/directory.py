@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._removal: threading.Thread | None = None
 
     def whole_path(self, iteration: int) -> Path:
         """Where a whole checkpoint lies."""
@@ -98,6 +100,7 @@ class RunDirectory:
         Raises:
             OSError: no permission, no space, or the run directory is gone.
         """
+        self.finish_removal()  # its room is needed
         partial = self.partial_path(iteration)
         if partial.exists():
             shutil.rmtree(partial)
@@ -140,7 +143,8 @@ class RunDirectory:
         return names
 
     def retain(self, most_recent_k: int, keep_every: int | None = None, keep_best: int = 0) -> list[int]:
-        """Removes whole checkpoints that no rule keeps. Returns their iterations.
+        """Removes whole checkpoints that no rule keeps. Returns their iterations. They are renamed at once; their files, which may be
+        thousands on a slow file system, go in a thread while training goes on.
 
         Damaged folders do not count and stay: they are evidence, and the newest whole one must not go because of them.
 
@@ -164,12 +168,22 @@ class RunDirectory:
         evaluated.sort(key=lambda manifest: (manifest.validation_loss, manifest.iteration))
         kept |= {manifest.iteration for manifest in evaluated[:keep_best]}
         surplus = [manifest.iteration for manifest in whole if manifest.iteration not in kept]
+        retired = []
         for iteration in surplus:
             # Renamed first, so that one that is half removed is not taken for a damaged checkpoint.
-            retired = self.path / f"iter_{iteration:07d}.retired"
-            self.whole_path(iteration).rename(retired)
-            shutil.rmtree(retired, ignore_errors=True)
+            retired.append(self.path / f"iter_{iteration:07d}.retired")
+            self.whole_path(iteration).rename(retired[-1])
+        if retired:
+            self.finish_removal()
+            self._removal = threading.Thread(target=_remove, args=(retired,), name="checkpoint-remover", daemon=True)
+            self._removal.start()
         return surplus
+
+    def finish_removal(self) -> None:
+        """Waits until the files of retired checkpoints are gone. What a process that dies leaves of them is cleared at the next start."""
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
 
     def _write_latest(self, iteration: int) -> None:
         """The file is a courtesy: the checkpoint is whole already, so a failure here does not fail the save."""
@@ -182,6 +196,11 @@ class RunDirectory:
         except OSError:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -12,8 +12,10 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,11 @@ def write_metadata(directory: Path, metadata: Metadata, written: list[Written]) 
     return [describe_file(directory / name) for name in (".metadata", "metadata.json")]
 
 
+NICENESS = 10
+"""Of the writing thread. Hashing and copying take a core for seconds; where no core is free, training goes first. Not 19, since a
+thread that hardly ever runs could keep the interpreter's lock for long."""
+
+
 class BackgroundWrite:
     """`write` in a thread. The thread dies with the process: a file that is not finished is in no manifest."""
 
@@ -187,6 +194,7 @@ class BackgroundWrite:
         self._written: Written | None = None
 
         def work() -> None:
+            _give_way()
             self._written = write(file, directory, rank)
             file.items.clear()  # frees the snapshot as soon as it is on the disk
 
@@ -202,3 +210,10 @@ class BackgroundWrite:
         """Waits for the outcome."""
         self._thread.join()
         return self._written or Written([], None, "the writing thread died")
+
+
+def _give_way() -> None:
+    """Lowers the priority of this thread, where threads have one of their own."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -191,6 +191,7 @@ def retain(path: str) -> list[str]:
         for _ in range(4):
             run.steps(1)
             run.save()
+        run.checkpointer.close()
         return sorted(name for name in os.listdir(path) if name.startswith("iter_"))
 
 
