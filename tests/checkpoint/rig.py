@@ -28,7 +28,7 @@ from megatron_mtp.model.sharded import (
     unwrap,
     whole_tensors,
 )
-from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.training import schedules
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.setup import embedding_stages
@@ -159,7 +159,9 @@ def rig(cfg: ConfigContainer) -> Iterator[Rig]:
         cp=model.context_parallel_size,
         ep=model.expert_model_parallel_size,
         etp=model.expert_tensor_parallel_size,
-        embedding_stages=embedding_stages(PipelineLayout.from_config(model), model.share_embeddings_and_output_weights),
+        embedding_stages=embedding_stages(
+            pipeline_layout(cfg, dist.get_world_size()), model.share_embeddings_and_output_weights
+        ),
     )
     try:
         mcore_compat.seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())

@@ -25,7 +25,7 @@ def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tupl
     from megatron_mtp import mcore_compat
     from megatron_mtp.convert.load import config_of, load_weights
     from megatron_mtp.model.build import build_model
-    from megatron_mtp.parallel.layout import PipelineLayout
+    from megatron_mtp.parallel.auto_layout import pipeline_layout
     from megatron_mtp.training.setup import embedding_stages
 
     cfg = config_of(source)
@@ -41,7 +41,9 @@ def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tupl
         cp=1,
         ep=model.expert_model_parallel_size,
         etp=model.expert_tensor_parallel_size,
-        embedding_stages=embedding_stages(PipelineLayout.from_config(model), model.share_embeddings_and_output_weights),
+        embedding_stages=embedding_stages(
+            pipeline_layout(cfg, dist.get_world_size()), model.share_embeddings_and_output_weights
+        ),
     )
     try:
         mcore_compat.seed_dropout(1, pp_rank=groups.pp.rank())

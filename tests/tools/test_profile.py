@@ -11,7 +11,7 @@ import torch
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import PlanError
-from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.parallel.plan import predict_step
 from megatron_mtp.parallel.profile import Link, PartTime, Profile
 from megatron_mtp.recipes import get_recipe
@@ -76,7 +76,7 @@ def test_the_parts_add_up_to_what_a_step_takes(changes):
     try:
         measurement = measured(cfg, steps=4)
         costs, run = measurement.costs(), measurement.run
-        step = predict_step(run.cfg, PipelineLayout.from_config(run.cfg.model), costs, 1, frees_outputs=False)
+        step = predict_step(run.cfg, pipeline_layout(run.cfg, 1), costs, 1, frees_outputs=False)
         batch, times = next(run.data.train()), []
         for _ in range(7):
             start = time.perf_counter()
