@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -213,14 +212,15 @@ def _texts(file: Path) -> Iterator[str]:
 
 def print_results(results: list[DomainResult], console: Console) -> None:
     """The table of all domains, 80 columns wide for three depths."""
-    table = Table(title="The MTP layers as drafters: greedy decoding, batch 1", box=SIMPLE, padding=(0, 1, 0, 0))
+    title = "The MTP layers as drafters: greedy decoding, batch 1"
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.caption = (
         "text, decoded: drafts accepted at each depth, given those before, teacher-forced on the text and while decoding; "
-        "plain, drafts: tokens/s without and with drafts; same: prompts whose tokens are equal"
+        "per pass: tokens for each pass of the main model; plain, drafts: tokens/s without and with drafts; same: prompts whose tokens are equal"
     )
     for heading in ("domain", "text", "decoded"):
         table.add_column(heading)
-    for heading in ("tokens/pass", "plain", "drafts", "speed-up", "expected", "same"):
+    for heading in ("per pass", "plain", "drafts", "speed-up", "expected", "same"):
         table.add_column(heading, justify="right")
     for r in results:
         table.add_row(
