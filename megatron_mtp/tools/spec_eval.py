@@ -259,6 +259,7 @@ def plot(results: list[DomainResult], picture: Path) -> Path:
         left.plot(depths, [math.nan if a is None else a for a in r.acceptance], "o-", color=f"C{index}", label=r.name)
         right.bar(index - 0.2, r.speed_up, 0.4, color=f"C{index}")
         right.bar(index + 0.2, r.expected_speed_up, 0.4, color=f"C{index}", alpha=0.4)
+    left.set_xticks(range(1, 1 + max(len(r.acceptance) for r in results)))
     left.set(xlabel="depth", ylabel="accepted, given the depths before", ylim=(0, 1))
     left.legend(fontsize="small")
     right.axhline(1.0, color="black", linewidth=0.8)
