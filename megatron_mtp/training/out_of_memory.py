@@ -111,8 +111,8 @@ def peak_bytes(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> int:
 def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
     model, micro = cfg.model, cfg.train.micro_batch_size
     layout, depths = model.pipeline_model_parallel_layout, model.mtp_num_layers or 0
-    # A split that was written for other depths or stages is planned anew.
-    again = {} if layout == "auto" else {"model.pipeline_model_parallel_layout": "auto"}
+    # A split that was written for other depths or stages is dealt out anew.
+    again = {} if layout in ("auto", "even") else {"model.pipeline_model_parallel_layout": "even"}
     found: list[dict[str, Any]] = [
         {"model.mtp_num_layers": fewer} | again
         for fewer in sorted({max(0, depths - 1), 0}, reverse=True)
