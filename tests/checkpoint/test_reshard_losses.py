@@ -18,8 +18,8 @@ from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.training import schedules
 from megatron_mtp.training.setup import Run, setup
 from megatron_mtp.training.state import TrainState
+from tests.checkpoint.four_layouts import LAYOUTS, MODELS, SavedRuns, every_case
 from tests.checkpoint.rig import make_config
-from tests.checkpoint.test_reshard_four import ALL, LAYOUTS, MODELS
 
 SAVED_AT, STEPS = 3, 5
 TOLERANCE = 1e-5
@@ -67,27 +67,13 @@ def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
 
 
 @pytest.fixture(scope="module")
-def saved(four, tmp_path_factory):
-    """(model, layout) -> (losses of a run that was never stopped, a directory with its checkpoint), made once."""
-    made = {}
-
-    def get(model: str, layout: str) -> tuple[Losses, str]:
-        if (model, layout) not in made:
-            directory = str(tmp_path_factory.mktemp("run"))
-            made[model, layout] = (
-                four.run(losses, {**MODELS[model], **LAYOUTS[layout]}, directory, True)[0],
-                directory,
-            )
-        return made[model, layout]
-
-    return get
+def saved(four, tmp_path_factory) -> SavedRuns:
+    """The losses of runs that were never stopped."""
+    return SavedRuns(lambda values, directory: four.run(losses, values, directory, True)[0], tmp_path_factory)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("model", "old", "new"),
-    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(case)) for case in ALL],
-)
+@every_case(FAST)
 def test_the_next_five_losses_are_those_of_a_run_that_was_never_stopped(four, saved, model, old, new):
     expected, directory = saved(model, old)
     found = four.run(losses, {**MODELS[model], **LAYOUTS[new]}, directory, False)
