@@ -36,6 +36,6 @@ def rewrite(stored: StoredWeights, new: dict[str, Tensor], cfg: ConfigContainer,
                 place = tuple(slice(start, start + count) for start, count in zip(offset, size, strict=True))
                 box = new[key][place].to(stored.dtype(key)) if key in new else stored.read(key, offset, size)
                 writer.add(key, stored.shape(key), offset, box.contiguous())
-        if kept.is_dir():
-            shutil.copytree(kept, out / KEPT_FOLDER)
         writer.complete(cfg.finalize(), TrainState().to_dict(), reason=reason, tokenizer=stored.manifest.tokenizer)
+    if kept.is_dir():  # only now: a checkpoint that could not be written leaves nothing behind
+        shutil.copytree(kept, out / KEPT_FOLDER)
