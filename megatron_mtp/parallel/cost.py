@@ -15,7 +15,7 @@ from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logit
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.machine import Machine
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
-from megatron_mtp.parallel.profile import ZERO, Link, PartCosts, PartTime
+from megatron_mtp.parallel.profile import Link, PartCosts, PartTime
 from megatron_mtp.parallel.rank_params import layer_rank_parameters
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -71,15 +71,15 @@ class _Estimate:
         kinds = set(layer_kinds(model)) | {"moe" if moe_pattern(model)[-1] else "dense"}
         layers = {kind: self.layer(kind) for kind in kinds}
         norm = self.both(0.0, 4 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
-        trained = ZERO if model.mtp_freeze_trunk else None
+        is_frozen = model.mtp_freeze_trunk
         memory = self.machine.memory_gb_per_s * self.machine.memory_fraction
         return PartCosts(
             embedding=self.embedding(),
-            layer={kind: _forward_only(time) if trained else time for kind, time in layers.items()},
-            final_norm=_forward_only(norm) if trained else norm,
+            layer={kind: _forward_only(time) if is_frozen else time for kind, time in layers.items()},
+            final_norm=_forward_only(norm) if is_frozen else norm,
             mtp_layer=self.mtp_layer(layers),
-            head=_forward_only(self.head(3)) if trained else self.head(3),
-            mtp_head=self.head(2 if model.mtp_detach_heads or trained else 3),
+            head=_forward_only(self.head(3)) if is_frozen else self.head(3),
+            mtp_head=self.head(2 if model.mtp_detach_heads or is_frozen else 3),
             chunk=PartTime(self.machine.launch_ms, self.machine.launch_ms),
             step_ms=STEP_MS,
             # Zeroing (4), reading for the norm (4), the weight written in its dtype.
