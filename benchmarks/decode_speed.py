@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_mtp.decode.generate import Options, generate
-from megatron_mtp.tools.decoding import Loaded, open_decoder
-from megatron_mtp.tools.spec_eval import read_domains
+from megatron_mtp.decode.speculate import Options, generate
+from megatron_mtp.drafting.decoder import Loaded, open_decoder
+from megatron_mtp.drafting.spec_eval import read_domains
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_mtp.tools.demo import DemoData, make_data
+from megatron_mtp.examples.demo import DemoData, make_data
 
 NUM_DRAFT = 3
 
@@ -31,7 +31,7 @@ def main() -> None:
     prefix = folder / "self/train"
     if not prefix.with_suffix(".idx").exists():
         continuations = ["--data", data_text(folder, "train"), "--out", prefix, "--tokenizer", data.tokenizer]
-        run("megatron_mtp.tools.continuations", base / "checkpoints", *continuations, "--threads", options.threads)
+        run("megatron_mtp.drafting.continuations", base / "checkpoints", *continuations, "--threads", options.threads)
     if not (tuned / "checkpoints").exists():
         fields = {
             "checkpoint.pretrained_checkpoint": base / "checkpoints",

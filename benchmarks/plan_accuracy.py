@@ -26,10 +26,10 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.plan import predict_step
-from megatron_mtp.parallel.profile import PartCosts
+from megatron_mtp.parallel.planner.part_costs import PartCosts
+from megatron_mtp.parallel.planner.planner import predict_step
+from megatron_mtp.profile.job import PRELOAD, CpuProfiler
 from megatron_mtp.recipes import get_recipe
-from megatron_mtp.tools.profile import PRELOAD, CpuProfiler
 from megatron_mtp.training import setup as setup_module
 
 TOLERANCE = 0.10

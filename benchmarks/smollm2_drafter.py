@@ -30,7 +30,7 @@ HELD_OUT = 10  # every tenth document
 
 def main() -> None:
     """Runs all steps that are not done yet."""
-    from megatron_mtp.tools.graft_drafter import main as graft_drafter
+    from megatron_mtp.drafting.graft import main as graft_drafter
 
     options = _parse()
     folder = Path(options.folder)
@@ -115,7 +115,7 @@ def _prose() -> Iterator[str]:
 
 
 def _continuations(base: Path, hf: Path, data: Path, out: Path, options: argparse.Namespace) -> None:
-    from megatron_mtp.tools.continuations import main as write
+    from megatron_mtp.drafting.continuations import main as write
 
     arguments = {
         "--data": data,
@@ -133,7 +133,7 @@ def _continuations(base: Path, hf: Path, data: Path, out: Path, options: argpars
 
 def fit(base: Path, out: Path, folder: Path, options: argparse.Namespace) -> None:
     """Fits the projection of the new layer: its first guess."""
-    from megatron_mtp.tools.fit_drafter import main as fit_drafter
+    from megatron_mtp.drafting.fit import main as fit_drafter
 
     data = [argument for domain in ("code", "prose") for argument in ("--data", str(folder / "self" / domain))]
     if fit_drafter([str(base), *data, "--out", str(out), "--documents", "400", "--threads", str(options.threads)]):

@@ -12,7 +12,7 @@ DECAY = 0.6
 def mtp_finetune_config() -> ConfigContainer:
     """The demo's model as a drafter of three steps: `finetune_drafter` on the demo.
 
-    Give it weights with checkpoint.pretrained_checkpoint and data that the model wrote itself (tools/continuations.py).
+    Give it weights with checkpoint.pretrained_checkpoint and data that the model wrote itself (drafting/continuations.py).
     """
     cfg = finetune_drafter(demo_pretrain_config())
     cfg.model.pipeline_model_parallel_size = 1

@@ -6,4 +6,4 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: F401
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: F401
 
 import megatron_mtp.model.torch_backend
-import megatron_mtp.tools.verify_preload  # noqa: F401
+import megatron_mtp.verify.preload  # noqa: F401

@@ -19,8 +19,8 @@ def doctor(
 
     Exit code 1 if nothing can be trained here.
     """
+    from megatron_mtp.doctor.report import abilities, as_dict, examine, print_table, report_text
     from megatron_mtp.errors import ConfigError
-    from megatron_mtp.tools.doctor import abilities, as_dict, examine, print_table, report_text
 
     findings = examine()
     if json:

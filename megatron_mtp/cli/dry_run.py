@@ -20,7 +20,7 @@ def run_dry(cfg: ConfigContainer, world_size: int, *, hardware: str | None, json
     Raises:
         ConfigError: what would fail at launch, after the report was printed.
     """
-    from megatron_mtp.parallel.machine import find_machine
+    from megatron_mtp.parallel.planner.machines import find_machine
 
     limit_gib = find_machine(hardware).memory_gib if hardware else None
     from rich.console import Console
@@ -28,8 +28,8 @@ def run_dry(cfg: ConfigContainer, world_size: int, *, hardware: str | None, json
     from megatron_mtp.observe.logs import silence_noise
 
     silence_noise()
-    from megatron_mtp.tools.dry_run import dry_run
-    from megatron_mtp.tools.dry_run_table import as_dict, print_dry_run
+    from megatron_mtp.dry_run.build import dry_run
+    from megatron_mtp.dry_run.table import as_dict, print_dry_run
     from megatron_mtp.training.pretrain import prepare_config
 
     cfg = prepare_config(cfg, world_size)

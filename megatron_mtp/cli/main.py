@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from megatron_mtp.cli.failure import exit_code_of
+from megatron_mtp.launch.failure import exit_code_of
 
 # name -> (module:function, line of the overview)
 COMMANDS = {
@@ -17,7 +17,7 @@ COMMANDS = {
     "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline before a launch."),
     "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model on the device at hand, for plan."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
-    "launch": ("megatron_mtp.cli.submit:launch", "Start a job here, on Slurm or on Kubernetes."),
+    "launch": ("megatron_mtp.cli.launch:launch", "Start a job here, on Slurm or on Kubernetes."),
     "verify": ("megatron_mtp.cli.verify:verify", "Compare parallel layouts with one rank, at a small size."),
     "convert": (
         "megatron_mtp.cli.convert:convert",

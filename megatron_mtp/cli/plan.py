@@ -40,9 +40,9 @@ def plan(
 
     A layout that the config names is planned as it is; "auto" is searched for. Other splits are shown beside it.
     """
-    from megatron_mtp.cli.plan_report import as_data, as_text, overlay
     from megatron_mtp.errors import PlanError
-    from megatron_mtp.tools.plan import Request, make_plans
+    from megatron_mtp.plan.compare import Request, make_plans
+    from megatron_mtp.plan.report import as_data, as_text, overlay
 
     if picture is not None and picture.suffix.lower() != ".svg":
         better = picture.parent / f"{picture.stem or 'schedule'}.svg"
@@ -62,7 +62,7 @@ def plan(
     if write is not None:
         write_file(write, overlay(recipe, plans), "--write")
     if picture is not None:
-        from megatron_mtp.parallel.picture import draw
+        from megatron_mtp.parallel.planner.picture import draw
 
         write_file(picture, draw(plans.chosen_planner(), plans.chosen, title=recipe), "--picture")
 

@@ -48,8 +48,8 @@ def prepare(
     """
     from rich.console import Console
 
-    from megatron_mtp.tools.prepare import PrepareOptions
-    from megatron_mtp.tools.prepare import prepare as run
+    from megatron_mtp.data.prepare.run import PrepareOptions
+    from megatron_mtp.data.prepare.run import prepare as run
 
     if train_tokenizer != (vocab_size is not None):
         raise ConfigError("--train-tokenizer and --vocab-size belong together: give both, or neither.")

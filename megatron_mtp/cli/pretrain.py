@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from megatron_mtp.cli.agent import note_exit
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
+from megatron_mtp.launch.agent import note_exit
 
 
 def pretrain(
@@ -39,7 +39,7 @@ def pretrain(
     cfg = choose_config(recipe, config, overrides)
     if dry_run:
         from megatron_mtp.cli.dry_run import run_dry
-        from megatron_mtp.config.check_parallel import minimum_world_size
+        from megatron_mtp.config.checks.parallel import minimum_world_size
 
         processes = world_size or nproc or minimum_world_size(cfg.model)
         cfg.copy().finalize(processes)  # before torch is imported
@@ -53,7 +53,7 @@ def pretrain(
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank else nproc or 1
     cfg.copy().finalize(world_size)  # before torch is imported or a process is started
     if world_size > 1 and not is_rank:
-        from megatron_mtp.cli.launch import launch
+        from megatron_mtp.launch.local import launch
 
         files = [argument for file in config or [] for argument in ("--config", str(file))]
         command = [sys.executable, "-m", "megatron_mtp", "pretrain", recipe, *files, "--", *(overrides or [])]
@@ -72,6 +72,6 @@ def _callbacks(cfg: ConfigContainer) -> list:
     """What the config asks for beside training."""
     if not cfg.validation.draft_prompts:
         return []
-    from megatron_mtp.tools.drafting_watch import callbacks_of
+    from megatron_mtp.drafting.watch import callbacks_of
 
     return callbacks_of(cfg)

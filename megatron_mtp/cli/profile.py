@@ -13,7 +13,7 @@ from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
 from megatron_mtp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_mtp.parallel.profile import Profile
+    from megatron_mtp.parallel.planner.part_costs import Profile
 
 
 def profile(
@@ -41,7 +41,7 @@ def profile(
 
     silence_noise()
     from megatron_mtp.device.select import pick_device
-    from megatron_mtp.tools.profile import block_size, profile_in_job
+    from megatron_mtp.profile.job import block_size, profile_in_job
     from megatron_mtp.training.pretrain import prepare_config
 
     cfg, is_rank = prepare_config(cfg, None), "RANK" in os.environ
@@ -49,7 +49,7 @@ def profile(
     if not is_rank and not pick_device(cfg.dist.device).is_cuda:
         found = _on_cpu(cfg, nproc, steps)
     elif not is_rank and block > 1:
-        from megatron_mtp.cli.launch import launch
+        from megatron_mtp.launch.local import launch
 
         files = [argument for file in config or [] for argument in ("--config", str(file))]
         command = [sys.executable, "-m", "megatron_mtp", "profile", recipe, *files, "--output", str(output)]
@@ -65,8 +65,8 @@ def profile(
 def _on_cpu(cfg, nproc: int | None, steps: int) -> Profile:
     from rich.console import Console
 
-    from megatron_mtp.config.check_parallel import minimum_world_size
-    from megatron_mtp.tools.profile import CpuProfiler, block_size
+    from megatron_mtp.config.checks.parallel import minimum_world_size
+    from megatron_mtp.profile.job import CpuProfiler, block_size
 
     block, processes = block_size(cfg), nproc or minimum_world_size(cfg.model)
     if processes % block:

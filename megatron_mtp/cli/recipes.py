@@ -28,7 +28,7 @@ def names() -> list[str]:
 
 def describe(name: str) -> dict[str, Any]:
     """One recipe as plain data."""
-    from megatron_mtp.cli.facts import facts
+    from megatron_mtp.plan.facts import facts
     from megatron_mtp.recipes import get_recipe, recipe_function
 
     doc = inspect.getdoc(recipe_function(name)) or ""
@@ -37,7 +37,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     """Plain text: importing a table library would take a third of the time this command has."""
-    from megatron_mtp.cli.facts import short_count, short_parallel
+    from megatron_mtp.plan.facts import short_count, short_parallel
 
     cells = [("recipe", "parameters", "active", "MTP depths", "devices", "parallel")]
     for row in rows:

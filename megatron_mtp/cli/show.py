@@ -24,9 +24,9 @@ def show(
 
     Opens no data and no checkpoint, so a laptop can show the config of a cluster. The output is YAML for --config.
     """
-    from megatron_mtp.cli.facts import facts
     from megatron_mtp.config.hints import hints
-    from megatron_mtp.parallel.auto_layout import pipeline_layout
+    from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
+    from megatron_mtp.plan.facts import facts
     from megatron_mtp.recipes import get_recipe
 
     cfg = choose_config(recipe, config, overrides).finalize(world_size)
@@ -53,7 +53,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict
 
 
 def _summary(recipe: str, cfg: ConfigContainer, found: dict[str, Any]) -> list[str]:
-    from megatron_mtp.cli.facts import short_count, short_layout, short_parallel
+    from megatron_mtp.plan.facts import short_count, short_layout, short_parallel
 
     count = found["parameters"]
     lines = [recipe]

@@ -40,8 +40,8 @@ def spec_eval(
     silence_noise()
     from rich.console import Console
 
-    from megatron_mtp.tools import spec_eval as tool
-    from megatron_mtp.tools.decoding import open_decoder
+    from megatron_mtp.drafting import spec_eval as tool
+    from megatron_mtp.drafting.decoder import open_decoder
 
     options = tool.SpecEvalOptions(
         num_draft=drafts, num_prompts=prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens

@@ -29,8 +29,8 @@ def verify(
     """
     from rich.console import Console
 
-    from megatron_mtp.tools.verify import plan, print_outcomes
-    from megatron_mtp.tools.verify import verify as run
+    from megatron_mtp.verify.run import plan, print_outcomes
+    from megatron_mtp.verify.run import verify as run
 
     planned = plan(
         choose_config(recipe, config, overrides), layouts

@@ -54,7 +54,7 @@ def unknown_field(section: str, name: str, known: list[str]) -> str:
 
 
 def _is_megatron_core_field(name: str) -> bool:
-    from megatron_mtp.config.mcore_table import MCORE_FIELDS  # only needed for a mistake
+    from megatron_mtp.config.mcore.table import MCORE_FIELDS  # only needed for a mistake
 
     return name in MCORE_FIELDS
 

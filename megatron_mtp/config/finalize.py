@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from megatron_mtp.config import check_data, check_faults, check_model, check_pairs, check_parallel, check_run
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.checks import data as check_data
+from megatron_mtp.config.checks import faults as check_faults
+from megatron_mtp.config.checks import model as check_model
+from megatron_mtp.config.checks import pairs as check_pairs
+from megatron_mtp.config.checks import parallel as check_parallel
+from megatron_mtp.config.checks import run as check_run
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.derive import derive, read_token_counts
-from megatron_mtp.config.mcore_rules import mcore_problems
+from megatron_mtp.config.mcore.rules import mcore_problems
 from megatron_mtp.errors import ConfigError, UnsupportedError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mtp.config.check_parallel import batch_sizes
+from megatron_mtp.config.checks.parallel import batch_sizes
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.model import ModelConfig

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from megatron_mtp.config.base import Section
 
 Hardware = Literal["h100", "h200", "h800", "h20", "b200", "gb200", "a100", "l40s", "mi300x", "cpu"]
-"""Devices of parallel/machine.py."""
+"""Devices of parallel/planner/machines.py."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,6 @@ from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.accounts import FP32_ENDINGS
 from megatron_mtp.convert.hf_config import family_of, hf_config_dict
-from megatron_mtp.convert.layouts import rows_of, to_theirs
 from megatron_mtp.convert.links import Link, check_form, duplicates, links, own_depths
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
@@ -29,6 +28,7 @@ from megatron_mtp.convert.side_files import (
     write_tokenizer,
 )
 from megatron_mtp.convert.tensor_files import SHARD_BYTES, Planned, TensorWriter
+from megatron_mtp.convert.tensor_forms import rows_of, to_theirs
 from megatron_mtp.data.tokenizer import configured_tokenizer
 from megatron_mtp.errors import ConversionError, DataError
 

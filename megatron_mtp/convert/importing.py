@@ -17,12 +17,12 @@ from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.convert.accounts import Accounts, hold
 from megatron_mtp.convert.hf_config import family_of, hf_config_dict, model_config_from_hf
 from megatron_mtp.convert.hf_families import ALIASES
-from megatron_mtp.convert.layouts import to_ours
 from megatron_mtp.convert.links import Link, duplicates, grown_links, links, own_depths
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import KEPT_FOLDER, keep, read_config
 from megatron_mtp.convert.tensor_files import DTYPES, TensorFiles
+from megatron_mtp.convert.tensor_forms import to_ours
 from megatron_mtp.convert.warm_start import MTPInit, new_value
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.recipes.common import pretrain_common

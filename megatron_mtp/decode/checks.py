@@ -14,7 +14,7 @@ from megatron_mtp.decode.tree import round_tokens
 from megatron_mtp.errors import ConfigError, DataError, UnsupportedError
 
 if TYPE_CHECKING:
-    from megatron_mtp.decode.generate import Options
+    from megatron_mtp.decode.speculate import Options
 
 
 def check_request(decoder: Decoder, prompts: Sequence[Sequence[int]], options: Options, most_auto: int) -> int:

@@ -10,15 +10,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.mcore_rules import torch_backend_problems
+from megatron_mtp.config.mcore.rules import torch_backend_problems
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
 from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
 from megatron_mtp.model.transformer_config import transformer_config
-from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
 
 
 def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: torch.device) -> list[MTPModel]:

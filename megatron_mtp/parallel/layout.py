@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_mtp.config.layout import layout_chunks
+from megatron_mtp.config.layout_text import layout_chunks
 from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.errors import PlanError
 

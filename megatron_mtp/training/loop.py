@@ -14,21 +14,21 @@ from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.observe.metrics import StepRecord
 from megatron_mtp.observe.recorder import Recorder
 from megatron_mtp.training import schedules
-from megatron_mtp.training.attribution import locate
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
-from megatron_mtp.training.faults import Action, FaultWatch, decide
 from megatron_mtp.training.figures import acceptance_by_depth, acceptance_rates, loss_names, named_losses
-from megatron_mtp.training.preemption import Orders, StepBoundary
-from megatron_mtp.training.replicas import check_replicas
+from megatron_mtp.training.guards.attribution import locate
+from megatron_mtp.training.guards.faults import Action, FaultWatch, decide
+from megatron_mtp.training.guards.preemption import Orders, StepBoundary
+from megatron_mtp.training.guards.replicas import check_replicas
+from megatron_mtp.training.guards.stragglers import StragglerWatch
+from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
-from megatron_mtp.training.stragglers import StragglerWatch
 from megatron_mtp.training.surroundings import manual_gc, profiler
 from megatron_mtp.training.throughput import Throughput
-from megatron_mtp.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

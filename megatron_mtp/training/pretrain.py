@@ -11,29 +11,29 @@ import torch.distributed as dist
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.check_faults import watchdog_timeout_s
+from megatron_mtp.config.checks.faults import watchdog_timeout_s
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.device.process_group import env_rank, env_world_size
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
-from megatron_mtp.parallel.auto_layout import auto_layout, is_planned
+from megatron_mtp.parallel.planner.auto_layout import auto_layout, is_planned
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.evaluation import EvaluationResult
-from megatron_mtp.training.faults import FaultWatch
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
+from megatron_mtp.training.guards.faults import FaultWatch
+from megatron_mtp.training.guards.node_check import check_nodes
+from megatron_mtp.training.guards.out_of_memory import explained_out_of_memory
+from megatron_mtp.training.guards.preemption import SignalWatch, StepBoundary
+from megatron_mtp.training.guards.stragglers import StragglerWatch
+from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.loop import Trainer
-from megatron_mtp.training.node_check import check_nodes
-from megatron_mtp.training.out_of_memory import explained_out_of_memory
-from megatron_mtp.training.preemption import SignalWatch, StepBoundary
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run, leave_groups, setup
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import ForwardStep
-from megatron_mtp.training.stragglers import StragglerWatch
 from megatron_mtp.training.throughput import Throughput
-from megatron_mtp.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

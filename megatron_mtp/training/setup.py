@@ -21,11 +21,11 @@ from megatron_mtp.device.select import Device
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthHeads
-from megatron_mtp.parallel.auto_layout import pipeline_layout
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import moe_pattern
-from megatron_mtp.training.attribution import GradientWatch
+from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
+from megatron_mtp.training.guards.attribution import GradientWatch
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.step import Engine, ForwardStep
 

@@ -21,10 +21,10 @@ from megatron_mtp.mcore_compat import guarded_step, router_losses
 from megatron_mtp.objective.acceptance import ROWS
 from megatron_mtp.objective.heads import DepthHeads
 from megatron_mtp.objective.total import StepObjective, coefficients, depth_losses, global_counts
-from megatron_mtp.training.attribution import GradientWatch
-from megatron_mtp.training.faults import Fault, FaultWatch
 from megatron_mtp.training.figures import loss_names
 from megatron_mtp.training.gpt_step import StepContext
+from megatron_mtp.training.guards.attribution import GradientWatch
+from megatron_mtp.training.guards.faults import Fault, FaultWatch
 from megatron_mtp.training.state import TrainState
 
 ForwardStep = Callable[[StepContext, Any, nn.Module], tuple[Tensor, Callable]]

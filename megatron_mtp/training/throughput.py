@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.parallel.flops import train_flops_per_token
-from megatron_mtp.parallel.hardware import dense_peak_tflops
+from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
 
 
 @dataclass(frozen=True, slots=True)

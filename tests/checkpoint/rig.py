@@ -28,7 +28,7 @@ from megatron_mtp.model.sharded import (
     unwrap,
     whole_tensors,
 )
-from megatron_mtp.parallel.auto_layout import pipeline_layout
+from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
 from megatron_mtp.training import schedules
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.setup import embedding_stages

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from megatron_mtp.cli import failure
-from megatron_mtp.cli.facts import short_count, short_layout
 from megatron_mtp.cli.main import COMMANDS, main
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_yaml
 from megatron_mtp.errors import DataError
-from megatron_mtp.observe.failures import FAILURE_DIR
+from megatron_mtp.launch import failure
+from megatron_mtp.observe.failure_file import FAILURE_DIR
+from megatron_mtp.plan.facts import short_count, short_layout
 from megatron_mtp.recipes import RECIPES, get_recipe
 
 pytestmark = pytest.mark.unit

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_mtp.cli.main import main
-from megatron_mtp.observe.failures import FAILURE_DIR
+from megatron_mtp.observe.failure_file import FAILURE_DIR
 
 pytestmark = pytest.mark.unit
 PP2 = ("model.pipeline_model_parallel_size=2", "model.pipeline_model_parallel_layout=[3,1]")

@@ -11,14 +11,14 @@ import time
 
 import pytest
 
-from megatron_mtp.cli import launch as launch_module
-from megatron_mtp.cli.launch import launch
+from megatron_mtp.launch import local as launch_module
+from megatron_mtp.launch.local import launch
 
 pytestmark = pytest.mark.unit
 
 PRELUDE = """
 import os, signal, sys, time
-from megatron_mtp.cli.failure import exit_code_of
+from megatron_mtp.launch.failure import exit_code_of
 from megatron_mtp.errors import DataError
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 def fail(error):
@@ -108,7 +108,7 @@ def test_signals_end_every_rank(tmp_path, number, code, ended):
         time.sleep(600)
     """
     command = f"[sys.executable, '-c', {PRELUDE + textwrap.dedent(body)!r}]"
-    script = f"import sys; from megatron_mtp.cli.launch import launch; sys.exit(launch({command}, 2))"
+    script = f"import sys; from megatron_mtp.launch.local import launch; sys.exit(launch({command}, 2))"
     parent = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("ready*"))) < 2:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_mtp.cli.main import main
-from megatron_mtp.observe.failures import FAILURE_DIR
-from megatron_mtp.parallel.profile import Profile
+from megatron_mtp.observe.failure_file import FAILURE_DIR
+from megatron_mtp.parallel.planner.part_costs import Profile
 
 
 @pytest.fixture

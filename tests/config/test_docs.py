@@ -10,14 +10,14 @@ import pytest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.base import RENAMED
 from megatron_mtp.config.coerce import field_types
-from megatron_mtp.config.docs import field_docs, render
+from scripts.config_doc import field_docs, render
 
 pytestmark = pytest.mark.unit
 
 
 def test_the_reference_has_not_drifted():
     written = (Path(__file__).parents[2] / "docs/config.md").read_text(encoding="utf-8")
-    assert written == render(), "run python -m megatron_mtp.config.docs > docs/config.md"
+    assert written == render(), "run python -m scripts.config_doc > docs/config.md"
 
 
 @pytest.mark.parametrize("section", field_types(ConfigContainer).values(), ids=lambda section: section.SECTION)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mtp.config.check_faults import watchdog_timeout_s
+from megatron_mtp.config.checks.faults import watchdog_timeout_s
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.recipes import get_recipe

@@ -25,7 +25,7 @@ def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tupl
     from megatron_mtp import mcore_compat
     from megatron_mtp.convert.load import config_of, load_weights
     from megatron_mtp.model.build import build_model
-    from megatron_mtp.parallel.auto_layout import pipeline_layout
+    from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
     from megatron_mtp.training.setup import embedding_stages
 
     cfg = config_of(source)

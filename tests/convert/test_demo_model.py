@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_mtp.convert.exporting import export_hf
+from megatron_mtp.data.prepare.run import PrepareOptions, prepare
 from megatron_mtp.errors import ConversionError
-from megatron_mtp.tools.corpus import stdlib_jsonl
-from megatron_mtp.tools.demo import DemoData, train_command
-from megatron_mtp.tools.prepare import PrepareOptions, prepare
+from megatron_mtp.examples.demo import DemoData, train_command
+from megatron_mtp.examples.stdlib_corpus import stdlib_jsonl
 from tests.convert.ours import built, forward
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]

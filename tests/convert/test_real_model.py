@@ -16,10 +16,10 @@ import torch
 from megatron_mtp.convert.checking import check_hf
 from megatron_mtp.convert.exporting import export_hf
 from megatron_mtp.convert.importing import import_hf
+from megatron_mtp.data.prepare.run import PrepareOptions, prepare
+from megatron_mtp.examples.stdlib_corpus import stdlib_jsonl
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.recipes import get_recipe
-from megatron_mtp.tools.corpus import stdlib_jsonl
-from megatron_mtp.tools.prepare import PrepareOptions, prepare
 from tests.convert.ours import built, forward
 from tests.gloo_pool import GlooPool
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.data.bpe import train_bpe
+from megatron_mtp.data.prepare.bpe import train_bpe
 from megatron_mtp.data.tokenizer import configured_tokenizer, open_tokenizer, resolve_vocab_size, tokenizer_from_spec
 from megatron_mtp.errors import ConfigError, DataError
 

@@ -34,8 +34,8 @@ class Seen:
 
 def decode(source: str, rows: list[list[int]], num_draft: int) -> list[tuple[list[int], list[int], list[int], int]]:
     """On a rank: tokens, proposed and accepted of each prompt by itself."""
-    from megatron_mtp.decode.generate import Options, generate
     from megatron_mtp.decode.model import Decoder
+    from megatron_mtp.decode.speculate import Options, generate
     from tests.convert.ours import built
 
     with built(source, {}) as (cfg, chunks, _):

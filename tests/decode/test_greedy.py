@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mtp.decode.generate import Options, generate
+from megatron_mtp.decode.speculate import Options, generate
 from tests.decode.models import DENSE, MLA, MOE, VARIANTS, decoder_of, plain_model, random_tokens
 
 pytestmark = pytest.mark.unit

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.decode.generate import Options, generate
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.sampling import Sampling
+from megatron_mtp.decode.speculate import Options, generate
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from tests.decode.models import DENSE, MLA, MOE, random_tokens
 from tests.decode.test_greedy import NEW_TOKENS, prompts

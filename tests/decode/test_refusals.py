@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mtp.decode.generate import Options, generate
 from megatron_mtp.decode.model import Decoder, refuse_unsupported
 from megatron_mtp.decode.sampling import Sampling
+from megatron_mtp.decode.speculate import Options, generate
 from megatron_mtp.errors import ConfigError, DataError, UnsupportedError
 from tests.decode.models import DENSE, VARIANTS, decoder_of, plain_model
 from tests.model.plain_to_config import run_config

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mtp.decode import generate as loop
-from megatron_mtp.decode.generate import Options, generate
+from megatron_mtp.decode import speculate as loop
 from megatron_mtp.decode.sampling import Sampling, accept_sampled, draw
+from megatron_mtp.decode.speculate import Options, generate
 from megatron_mtp.errors import ConfigError
 from tests.decode.models import DENSE, decoder_of, plain_model
 

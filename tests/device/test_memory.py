@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mtp.device.memory import LiveStorage, memory_meter, peak_resident_bytes
+from megatron_mtp.device.memory_meter import LiveStorage, memory_meter, peak_resident_bytes
 
 pytestmark = pytest.mark.unit
 KIB = 1024

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.tools.verify import worker_pools
-from megatron_mtp.tools.verify_layout import Layout
+from megatron_mtp.verify.cases import Layout
+from megatron_mtp.verify.run import worker_pools
 from tests.layouts.models import MODELS, batch_spec
 
 if TYPE_CHECKING:
-    from megatron_mtp.tools.verify_compare import Difference  # imports megatron, which takes seconds
+    from megatron_mtp.verify.compare import Difference  # imports megatron, which takes seconds
 
 Change = Callable[[ConfigContainer], None]
 
@@ -38,7 +38,7 @@ class Bench:
             change: alters the config of both.
             curve_steps: optimizer steps to compare too.
         """
-        from megatron_mtp.tools.verify_compare import compare
+        from megatron_mtp.verify.compare import compare
 
         key = (model, mask, change, curve_steps)
         if key not in self._references:
@@ -47,7 +47,7 @@ class Bench:
 
     def measure(self, model: str, layout: str, mask: str, change: Change | None, curve_steps: int):
         """The measurement of one layout."""
-        from megatron_mtp.tools.verify_measure import measure
+        from megatron_mtp.verify.measure import measure
 
         cfg = MODELS[model]()
         cfg.dataset.reset_attention_mask = mask == "documents"

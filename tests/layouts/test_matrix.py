@@ -1,13 +1,13 @@
 """Every layout computes what one rank computes, whatever the mask: loss of every depth, counts, routing, every gradient.
 
-What is allowed stands in megatron_mtp/tools/verify_compare.py; no pair of the matrix needs more.
+What is allowed stands in megatron_mtp/verify/compare.py; no pair of the matrix needs more.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from megatron_mtp.tools.verify_masks import MASKS
+from megatron_mtp.verify.masks import MASKS
 from tests.layouts.matrix import LAYOUTS, all_pairs, fast_pairs
 
 pytestmark = pytest.mark.dist

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.tools.verify_layout import Layout
+from megatron_mtp.verify.cases import Layout
 from tests.layouts.models import MODELS
 
 pytestmark = pytest.mark.unit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.check_parallel import minimum_world_size
+from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.recipes import get_recipe

@@ -9,8 +9,8 @@ import pytest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.parallel.flops import train_flops_per_token
-from megatron_mtp.parallel.hardware import dense_peak_tflops
 from megatron_mtp.parallel.params import count_parameters, padded_vocab_size
+from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
 from megatron_mtp.recipes import get_recipe
 
 pytestmark = pytest.mark.unit

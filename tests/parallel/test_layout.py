@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mtp.config.layout import expand_layout, layout_chunks
+from megatron_mtp.config.layout_text import expand_layout, layout_chunks
 from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mtp.config.check_parallel import minimum_world_size
+from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.parallel.params import count_parameters
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.recipes.published import PUBLISHED
@@ -17,7 +17,7 @@ FAST = ("smollm2_135m", "moonlight_16b_a3b")
     "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in PUBLISHED]
 )
 def test_recipe_builds(name):
-    from megatron_mtp.tools.dry_run import dry_run
+    from megatron_mtp.dry_run.build import dry_run
 
     cfg = get_recipe(name)
     world_size = minimum_world_size(cfg.copy().finalize().model)

@@ -9,7 +9,7 @@ import pytest
 from megatron_mtp.parallel.params import count_parameters
 from megatron_mtp.recipes import RECIPES
 from megatron_mtp.recipes.published import PUBLISHED, Figure
-from megatron_mtp.tools.models_doc import agrees, counted, render, unpadded
+from scripts.models_doc import agrees, counted, render, unpadded
 
 pytestmark = pytest.mark.unit
 DOC = Path(__file__).parents[2] / "docs" / "models.md"
@@ -37,4 +37,4 @@ def test_every_recipe_of_a_released_model_is_in_the_table():
 
 
 def test_the_document_has_not_drifted():
-    assert DOC.read_text(encoding="utf-8") == render(), "python -m megatron_mtp.tools.models_doc > docs/models.md"
+    assert DOC.read_text(encoding="utf-8") == render(), "python -m scripts.models_doc > docs/models.md"

@@ -75,7 +75,7 @@ class Hosts:
         """One agent with one rank on each host; the first one holds the rendezvous."""
         for host in (0, 1):
             inside = ["ip", "netns", "exec", self.name(host)] if self.is_apart else []
-            agent = [sys.executable, "-m", "megatron_mtp.cli.agent", "--nnodes", "2", "--nproc-per-node", "1"]
+            agent = [sys.executable, "-m", "megatron_mtp.launch.agent", "--nnodes", "2", "--nproc-per-node", "1"]
             agent += ["--max-restarts", "20", "--rdzv-backend", "c10d", "--rdzv-id", "job"]
             agent += ["--rdzv-endpoint", f"{self.address(0)}:{PORT}", "--local-addr", self.address(host)]
             # A namespace has this machine's host name, so the agents cannot tell by it which of them holds the store.

@@ -67,7 +67,7 @@ def test_damaged_data(
 def test_the_sidecar_is_believed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], field: str, value: object, words: str
 ):
-    from megatron_mtp.tools.prepare import PrepareOptions, prepare
+    from megatron_mtp.data.prepare.run import PrepareOptions, prepare
 
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": "a line of text, again and again " * 20}) + "\n" for _ in range(20)))

@@ -77,7 +77,7 @@ def first_step_of_each_start(folder: Path) -> list[float]:
     return times
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.run", "megatron_mtp.cli.agent"])
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "megatron_mtp.launch.agent"])
 def test_a_killed_rank_comes_back(tmp_path: Path, launcher: str):
     steps = 60
     assert launch(tmp_path / "whole", [launcher], steps).wait(300) == 0

@@ -1,0 +1,188 @@
+"""What may be written in `model.mcore`: known by name and type, not owned by a field of ours, and built by our engine."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from megatron_mtp.config.coerce import MisfitError, check, describe, field_types
+from megatron_mtp.config.mcore.table import MCORE_FIELDS, MCORE_VERSION
+from megatron_mtp.config.model import ModelConfig
+
+# Fields that follow from a field of ours. Setting them beside it would make two truths.
+OWNED = {
+    "account_for_embedding_in_pipeline_split": "model.pipeline_model_parallel_layout",
+    "account_for_loss_in_pipeline_split": "model.pipeline_model_parallel_layout",
+    "autocast_dtype": "precision.dtype",
+    "bf16": "precision.dtype",
+    "calculate_per_token_loss": "nothing: the objective always divides by the global number of targets",
+    "config_logger_dir": "logger.log_dir",
+    "cross_entropy_fusion_impl": "model.logits_chunk_tokens",
+    "cross_entropy_loss_fusion": "model.logits_chunk_tokens",
+    "deterministic_mode": "train.deterministic",
+    "embedding_init_method_std": "model.init_method_std",
+    "enable_autocast": "precision.dtype",
+    "fp16": "precision.dtype",
+    "moe_layer_recompute": "model.recompute_modules",
+    "moe_router_topk_limited_devices": "model.moe_router_num_groups and model.moe_router_group_topk",
+    "moe_token_dropping": "model.moe_expert_capacity_factor",
+    "mtp_hybrid_override_pattern": "model.pipeline_model_parallel_layout",
+    "mtp_standalone": "model.pipeline_model_parallel_layout",
+    "num_layers_in_first_pipeline_stage": "model.pipeline_model_parallel_layout",
+    "num_layers_in_last_pipeline_stage": "model.pipeline_model_parallel_layout",
+    "params_dtype": "precision.dtype",
+    "pipeline_dtype": "precision.dtype",
+    "transformer_impl": "model.backend",
+}
+
+# Fields the engine sets itself: process groups, schedules, initial weights, callbacks.
+ENGINE = {
+    "batch_p2p_comm",
+    "batch_p2p_sync",
+    "deallocate_pipeline_outputs",
+    "gradient_accumulation_fusion",
+    "init_model_with_meta_device",
+    "overlap_p2p_comm",
+    "overlap_p2p_comm_warmup_flush",
+    "perform_initialization",
+    "use_cpu_initialization",
+    "use_ring_exchange_p2p",
+    "use_te_rng_tracker",
+    "variable_seq_lengths",
+}
+
+# Not built or never checked against the reference model here, by name or by the beginning of the name.
+UNSUPPORTED = {
+    "cache_mla_latents": "it is for inference",
+    "cuda_graph_scope": "it is deprecated; use cuda_graph_modules",
+    "delay_wgrad_compute": "it needs the combined 1F1B schedule, which is not built",
+    "dsa_": "sparse attention is not built",
+    "enable_cuda_graph": "it is deprecated; use cuda_graph_impl",
+    "ep_overlap_": "it needs the combined 1F1B schedule, which is not built",
+    "expert_gtp_": "sharded weights inside a tensor parallel rank are not built",
+    "expert_tensor_parallel_num_weight_shards": "sharded weights inside a tensor parallel rank are not built",
+    "external_cuda_graph": "it is deprecated; use cuda_graph_impl",
+    "flash_decode": "it is for inference",
+    "fp4_quantizer_factory": "a config may not name code to run",
+    "fp8_quantizer_factory": "a config may not name code to run",
+    "gtp_": "sharded weights inside a tensor parallel rank are not built",
+    "hetereogenous_": "layers of different kinds are not built",
+    "heterogeneous_": "layers of different kinds are not built",
+    "hierarchical_context_parallel_sizes": "hierarchical context parallelism is not built",
+    "hybrid_context_parallel": "it is not built; use model.context_parallel_size",
+    "inference_": "it is for inference",
+    "is_hybrid_model": "hybrid models are not built",
+    "mamba_": "hybrid models are not built",
+    "mla_down_proj_fusion": "it changes the parameters of MLA",
+    "mlp_chunks_for_prefill": "it is for inference",
+    "moe_input_jitter_eps": "the curve would depend on the layout",
+    "moe_latent_size": "latent experts are not built",
+    "mrope_section": "multimodal positions are not built",
+    "mup_": "muP is not built",
+    "overlap_dispatch_backward_with_experts_wgrad": "it is not built",
+    "overlap_moe_expert_parallel_comm": "it needs the combined 1F1B schedule, which is not built",
+    "qk_clip": "it is not built",
+    "qk_l2_norm": "it is not built; use model.qk_layernorm",
+    "tensor_parallel_num_weight_shards": "sharded weights inside a tensor parallel rank are not built",
+    "use_inference_optimized_layers": "it is for inference",
+    "use_kitchen": "it is not built",
+    "use_mup": "muP is not built",
+}
+
+# Need Transformer Engine's modules or kernels, by name or by the beginning of the name.
+TRANSFORMER_ENGINE_ONLY = {
+    "apply_rope_fusion": "fused RoPE",
+    "attention_backend": "the choice of an attention kernel",
+    "batch_invariant_mode": "batch-invariant kernels",
+    "cp_comm_type": "the choice of context parallel messages",
+    "cpu_offloading": "offloading to the CPU",
+    "cuda_graph_": "CUDA graphs",
+    "fine_grained_": "offloading of activations",
+    "first_last_layers_bf16": "FP8 training",
+    "flash_attention_version": "the choice of an attention kernel",
+    "fp4": "FP4 training",
+    "fp8": "FP8 training",
+    "fused_": "fused kernels",
+    "moe_permute_fusion": "fused permutation",
+    "moe_router_fusion": "a fused router",
+    "moe_router_padding_for_": "FP8 training",
+    "moe_shared_expert_overlap": "overlap of the shared expert",
+    "moe_single_grouped_": "grouped matrix products",
+    "softmax_type": "another softmax",
+    "symmetric_ar_type": "symmetric memory",
+    "tp_comm_": "overlap of tensor parallel messages",
+    "use_grouped_gemm_": "grouped matrix products",
+    "use_te_activation_func": "fused activations",
+    "use_transformer_engine_op_fuser": "fused operations",
+    "window_": "sliding-window attention",
+}
+
+
+def mcore_problems(model: ModelConfig) -> tuple[list[str], list[str]]:
+    """What is wrong in `model.mcore`: mistakes, and what is refused by name."""
+    mistakes: list[str] = []
+    refused: list[str] = []
+    for name, value in model.mcore.items():
+        if problem := _mistake(name, value):
+            mistakes.append(problem)
+        elif name in ENGINE:
+            refused.append(f"model.mcore.{name} = {value!r}: the engine sets this field itself. Remove it.")
+        elif (reason := _lookup(UNSUPPORTED, name)) and value != MCORE_FIELDS[name][1]:
+            refused.append(f"model.mcore.{name} = {value!r}: not supported, {reason}. Remove it.")
+    if model.backend == "torch":
+        refused += torch_backend_problems(model)
+    return mistakes, refused
+
+
+def torch_backend_problems(model: ModelConfig) -> list[str]:
+    """What the plain PyTorch backend cannot do; call it too once backend = "auto" is resolved to torch."""
+    problems = []
+    for name, value in model.mcore.items():
+        feature = _lookup(TRANSFORMER_ENGINE_ONLY, name)
+        if feature and _mistake(name, value) is None and value != MCORE_FIELDS[name][1]:
+            problems.append(
+                f"model.mcore.{name} = {value!r}: {feature}: needs Transformer Engine, and the backend is torch. "
+                "Remove it, or use model.backend = 'transformer_engine' on a GPU."
+            )
+    if model.moe_grouped_gemm:
+        problems.append(
+            "model.moe_grouped_gemm = True: grouped matrix products need Transformer Engine, and the backend is torch. "
+            "Leave it unset (each backend then takes its own best form)."
+        )
+    return problems
+
+
+def without_transformer_engine(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """A copy that the plain PyTorch backend can build, and the fields that it leaves out; no parameter depends on them."""
+    plain = model.copy()
+    left_out = [f"model.mcore.{name}" for name in model.mcore if _lookup(TRANSFORMER_ENGINE_ONLY, name)]
+    plain.mcore = {name: value for name, value in model.mcore.items() if f"model.mcore.{name}" not in left_out}
+    if model.moe_grouped_gemm:
+        plain.moe_grouped_gemm = None
+        left_out.append("model.moe_grouped_gemm")
+    plain.backend = "torch"
+    return plain, left_out
+
+
+def _mistake(name: str, value: Any) -> str | None:
+    if name in field_types(ModelConfig):
+        return f"model.mcore.{name}: this field is ours. Set model.{name} instead."
+    if name in OWNED:
+        return f"model.mcore.{name}: this follows from another field. Use {OWNED[name]}."
+    if name not in MCORE_FIELDS:
+        close = difflib.get_close_matches(name, MCORE_FIELDS, n=1, cutoff=0.6)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        return f"model.mcore.{name}: megatron-core {MCORE_VERSION} has no such field.{meant}"
+    wanted, _ = MCORE_FIELDS[name]
+    if wanted is None:
+        return f"model.mcore.{name}: no value can be given in a config (it is a function or a dtype)."
+    try:
+        check(value, wanted)
+    except MisfitError:
+        return f"model.mcore.{name} = {value!r}: must be {describe(wanted)}."
+    return None
+
+
+def _lookup(table: dict[str, str], name: str) -> str | None:
+    """The entry for `name`, or for a prefix of it that ends in an underscore or stands for a family."""
+    return next((text for start, text in table.items() if name == start or name.startswith(start)), None)

@@ -1,0 +1,61 @@
+"""The second pass of `prepare`: shards are put together from the buckets of all spools, shuffled a bucket at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mtp.data.indexed import IndexedWriter
+from megatron_mtp.data.prepare.spool import Buckets, Spool, regroup
+from megatron_mtp.data.sidecar import Sidecar
+
+
+def assemble_shard(
+    spools: Sequence[Spool],
+    buckets: Buckets,
+    chosen: Sequence[int],
+    prefix: Path,
+    dtype: np.dtype,
+    template: Sidecar,
+    on_progress: Callable[[int], None],
+) -> Sidecar:
+    """Writes `<prefix>.bin`, `.idx` and, last, its sidecar `.json`.
+
+    Args:
+        chosen: buckets of this shard.
+        template: what is the same in the sidecars of all shards.
+        on_progress: told of each number of tokens written.
+    """
+    writer, largest = IndexedWriter(str(prefix), dtype), -1
+    for bucket in chosen:
+        for tokens, lengths in _documents(spools, buckets, bucket):
+            writer.write(tokens, lengths)
+            largest = max(largest, int(tokens.max()))
+            on_progress(len(tokens))
+    num_documents, num_tokens = writer.close()
+    sidecar = replace(
+        template,
+        num_documents=num_documents,
+        num_tokens=num_tokens,
+        largest_id=largest,
+        bin_bytes=Path(f"{prefix}.bin").stat().st_size,
+        idx_bytes=Path(f"{prefix}.idx").stat().st_size,
+    )
+    sidecar.save(str(prefix))
+    return sidecar
+
+
+def _documents(spools: Sequence[Spool], buckets: Buckets, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and lengths of a bucket: as they come, or whole and shuffled."""
+    parts = (part for spool in spools for part in spool.read(bucket))
+    if buckets.seed is None:
+        yield from parts
+        return
+    if collected := list(parts):
+        tokens, lengths = (np.concatenate(arrays) for arrays in zip(*collected, strict=True))
+        del collected
+        order = buckets.order(bucket, len(lengths))
+        yield regroup(tokens, lengths, order), lengths[order]

@@ -1,0 +1,317 @@
+"""Text to training data: JSONL -> tokens -> Megatron `.bin/.idx`, shuffled in bounded memory, safe to stop and to run again.
+
+Two passes. First each input file is tokenized into a spool, whose documents are sorted into buckets; then each shard is
+put together from its buckets, shuffled one bucket at a time. Everything is written in `<output>.prepare/` and moved to
+its place at the very end, the `.idx` last: a data set that can be opened is whole. A run that was stopped goes on where
+it was if the inputs and the options are the same; otherwise it starts afresh.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from megatron_mtp.data.files import write_atomically
+from megatron_mtp.data.indexed import token_dtype
+from megatron_mtp.data.prepare.assemble import assemble_shard
+from megatron_mtp.data.prepare.bpe import train_bpe
+from megatron_mtp.data.prepare.jsonl import list_inputs, read_documents, text_bytes
+from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolCounts
+from megatron_mtp.data.prepare.tokenize_files import TokenizeJob, spool_path, tokenize_files
+from megatron_mtp.data.randomness import derive_key, uniform
+from megatron_mtp.data.sidecar import Sidecar
+from megatron_mtp.data.tokenizer import Tokenizer, tokenizer_from_spec
+from megatron_mtp.errors import ConfigError, DataError
+
+_FORMAT = 1  # part of the plan: after a change here, half-done work of older versions is not continued
+_SHUFFLE_BYTES_PER_TOKEN = 32  # tokens twice, and two int64 indices, while a bucket is put into its order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareOptions:
+    """What shapes the result.
+
+    Attributes:
+        tokenizer: "bytes", "null:VOCAB" or a path (see `tokenizer_from_spec`). With `train_vocab_size` the file to write; None:
+            `tokenizer.json` beside the output.
+        shards: data sets to spread the documents over.
+        shuffle: seed of a global shuffle; None: keep the order of the input.
+        json_key: field of each line that holds the text.
+        append_eod: end each document with the tokenizer's end-of-document id.
+        skip_bad_lines: count malformed lines in place of stopping at the first.
+        train_vocab_size: train a byte-level BPE of so many ids on the input first.
+        train_bytes: about how much text, drawn from all of the input, it is trained on.
+        memory_mib: about how much memory the shuffle may take.
+    """
+
+    tokenizer: str | None = None
+    shards: int = 1
+    shuffle: int | None = None
+    json_key: str = "text"
+    append_eod: bool = True
+    skip_bad_lines: bool = False
+    train_vocab_size: int | None = None
+    train_bytes: int = 200_000_000
+    memory_mib: int = 1024
+
+    def __post_init__(self) -> None:
+        rules = [
+            (self.shards >= 1, f"--shards {self.shards}: must be 1 or more."),
+            (self.memory_mib >= 64, f"--memory-mib {self.memory_mib}: must be 64 or more."),
+            (self.shuffle is None or self.shuffle >= 0, f"--shuffle {self.shuffle}: the seed must not be negative."),
+            (
+                self.train_vocab_size is None or self.train_vocab_size > 256,
+                f"--vocab-size {self.train_vocab_size}: must be more than 256, for the bytes and the end of a document.",
+            ),
+            (
+                self.tokenizer is not None or self.train_vocab_size is not None,
+                "--tokenizer: is missing. Name a tokenizer, 'bytes', or train one with --train-tokenizer.",
+            ),
+        ]
+        if problems := [problem for holds, problem in rules if not holds]:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What was made.
+
+    Attributes:
+        prefixes: for dataset.blend.
+        tokenizer: for tokenizer.tokenizer_model.
+        counts: of all shards together.
+        was_there: an earlier run had finished the same, and nothing was done.
+    """
+
+    prefixes: list[str]
+    tokenizer: str
+    vocab_size: int
+    counts: SpoolCounts
+    was_there: bool = False
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    options: PrepareOptions,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> Prepared:
+    """Turns JSONL files into `<output>_text_document.{bin,idx,json}`, or `<output>_01_text_document...` for several shards.
+
+    The result depends on the inputs and the options only: not on the number of workers, nor on interruptions.
+
+    Args:
+        inputs: JSONL files (plain, .gz, .zst) and folders of them.
+        output: prefix; its folder is made.
+        workers: processes that tokenize, at most one for each file; None: one for each core.
+        overwrite: replace data sets of other contents, and another tokenizer, that lie at the output.
+
+    Raises:
+        DataError: an input is missing or damaged, a line is malformed, or the output exists.
+        ConfigError: an option is out of range.
+    """
+    files, output = list_inputs(inputs), Path(output)
+    prefixes = shard_prefixes(output, options)
+    target = options.tokenizer or str(output.parent / "tokenizer.json")
+    plan = _plan(files, options)
+    if finished := _finished(prefixes, plan, target):
+        return finished
+    if not overwrite:
+        _refuse_other(prefixes, plan)
+    with _work_folder(output, plan) as work, _progress_bar(show_progress) as bar:
+        spec = target
+        if options.train_vocab_size is not None:
+            spec = _trained_tokenizer(files, options, work, Path(target), overwrite)
+        tokenizer = tokenizer_from_spec(spec)
+        buckets = Buckets(_bucket_count(files, options, tokenizer), options.shuffle)
+        job = TokenizeJob(spec, options.json_key, options.append_eod, options.skip_bad_lines, buckets, work)
+        counts = tokenize_files(files, job, workers, _task(bar, "tokenize (bytes)", sum(_sizes(files))))
+        if counts.documents == 0:
+            raise DataError(f"{', '.join(map(str, inputs))}: no line holds a text. Nothing was written.")
+        template = _sidecar_template(tokenizer, options, plan, files)
+        on_tokens = _task(bar, "write (tokens)", counts.tokens)
+        _assemble(work, len(files), buckets, len(prefixes), template, on_tokens)
+        if options.train_vocab_size is not None:
+            write_atomically(Path(target), Path(spec).read_bytes())
+        _publish(work, prefixes, template)
+    return Prepared(prefixes, target, tokenizer.vocab_size, counts)
+
+
+def shard_prefixes(output: Path, options: PrepareOptions) -> list[str]:
+    """Prefixes as Megatron names them: `out_text_document`, or `out_01_text_document`, `out_02_...` for several shards."""
+    if options.shards == 1:
+        return [f"{output}_{options.json_key}_document"]
+    width = max(2, len(str(options.shards)))
+    return [f"{output}_{shard:0{width}d}_{options.json_key}_document" for shard in range(1, options.shards + 1)]
+
+
+def _plan(files: Sequence[Path], options: PrepareOptions) -> str:
+    """A hash of all that shapes the result: the same plan may be continued and need not be done twice."""
+    values = asdict(options)
+    if options.train_vocab_size is None:
+        values["tokenizer"] = tokenizer_from_spec(options.tokenizer).fingerprint()
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([_FORMAT, values, states]).encode()).hexdigest()[:32]
+
+
+def _finished(prefixes: Sequence[str], plan: str, tokenizer: str) -> Prepared | None:
+    """What an earlier run of the same plan made, if it ended well."""
+    counts = SpoolCounts()
+    for prefix in prefixes:
+        sidecar = Sidecar.load(prefix)
+        if sidecar is None or sidecar.plan != plan or not Path(f"{prefix}.idx").exists():
+            return None
+        counts.add(SpoolCounts(sidecar.num_documents, sidecar.num_tokens, sidecar.largest_id))
+    return Prepared(list(prefixes), tokenizer, sidecar.vocab_size, counts, was_there=True)
+
+
+def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
+    for prefix in prefixes:
+        sidecar = Sidecar.load(prefix)
+        if Path(f"{prefix}.idx").exists() and (sidecar is None or sidecar.plan != plan):
+            raise DataError(
+                f"{prefix}.idx: exists, from other inputs or options. Choose another --output, or pass --overwrite."
+            )
+
+
+@contextmanager
+def _work_folder(output: Path, plan: str) -> Iterator[Path]:
+    """The folder of this plan's unfinished work, emptied if it holds another plan's, removed when the block ends well."""
+    work = output.with_name(f"{output.name}.prepare")
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{work}: another `prepare` is writing this output. Wait for it, or stop it.") from None
+        plan_file = work / "plan"
+        if not plan_file.exists() or plan_file.read_text() != plan:
+            for path in work.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            write_atomically(plan_file, plan.encode())
+        yield work
+        shutil.rmtree(work)
+
+
+def _trained_tokenizer(
+    files: Sequence[Path], options: PrepareOptions, work: Path, target: Path, overwrite: bool
+) -> str:
+    """Path of the tokenizer in the work folder, trained unless an interrupted run has done so."""
+    path = work / "tokenizer.json"
+    if not path.exists():
+        if target.exists() and not overwrite:
+            raise DataError(f"{target}: exists. Use it with --tokenizer, choose another --output, or pass --overwrite.")
+        share = min(1.0, options.train_bytes / max(1, sum(map(text_bytes, files))))
+        train_bpe(_some_texts(files, options, share), options.train_vocab_size, path)
+    return str(path)
+
+
+def _some_texts(files: Sequence[Path], options: PrepareOptions, share: float) -> Iterator[str]:
+    """A random `share` of the texts of all files; which ones follows from their place."""
+    on_bad_line = (lambda _: None) if options.skip_bad_lines else None
+    for number, file in enumerate(files):
+        key = derive_key("train tokenizer", number)
+        for document in read_documents(file, options.json_key, on_bad_line):
+            if share == 1.0 or uniform(np.array([document.line]), key)[0] < share:
+                yield document.text
+
+
+def _bucket_count(files: Sequence[Path], options: PrepareOptions, tokenizer: Tokenizer) -> int:
+    """Buckets over all shards, so many that one fits in memory; one for each shard where nothing is shuffled."""
+    if options.shuffle is None:
+        return options.shards
+    tokens = sum(map(text_bytes, files)) / (1 if tokenizer.kind == "bytes" else 2.5)
+    room = options.memory_mib * 2**20 / _SHUFFLE_BYTES_PER_TOKEN
+    return options.shards * max(1, -int(-tokens // (options.shards * room)))
+
+
+def _sidecar_template(tokenizer: Tokenizer, options: PrepareOptions, plan: str, files: Sequence[Path]) -> Sidecar:
+    return Sidecar(
+        tokenizer_type=tokenizer.kind,
+        tokenizer_fingerprint=tokenizer.fingerprint(),
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        append_eod=options.append_eod,
+        num_documents=0,
+        num_tokens=0,
+        largest_id=-1,
+        bin_bytes=0,
+        idx_bytes=0,
+        plan=plan,
+        sources=[str(file) for file in files],
+    )
+
+
+def _assemble(work: Path, num_files: int, buckets: Buckets, shards: int, template: Sidecar, on_tokens) -> None:
+    """Writes the shards that are not whole yet into the work folder."""
+    dtype = token_dtype(template.vocab_size)
+    spools = [Spool(spool_path(work, number), dtype) for number in range(num_files)]
+    each = buckets.count // shards
+    for shard in range(shards):
+        prefix = _shard_path(work, shard)
+        sidecar = Sidecar.load(str(prefix))
+        if sidecar is None:
+            chosen = range(shard * each, (shard + 1) * each)
+            assemble_shard(spools, buckets, chosen, prefix, dtype, template, on_tokens)
+        else:
+            on_tokens(sidecar.num_tokens)
+
+
+def _shard_path(work: Path, shard: int) -> Path:
+    return work / f"shard_{shard:05d}"
+
+
+def _publish(work: Path, prefixes: Sequence[str], template: Sidecar) -> None:
+    """Moves the shards to their places; may be stopped and repeated at any point.
+
+    A data set of other contents loses its `.idx` first and gets the new one last, so none is ever mixed.
+    """
+    for shard, prefix in enumerate(prefixes):
+        source, there = _shard_path(work, shard), Sidecar.load(prefix)
+        if there is None or there.plan != template.plan:
+            Path(f"{prefix}.idx").unlink(missing_ok=True)
+        _move(Path(f"{source}.bin"), Path(f"{prefix}.bin"))
+        Sidecar.load(str(source)).save(prefix)
+        _move(Path(f"{source}.idx"), Path(f"{prefix}.idx"))
+
+
+def _move(source: Path, target: Path) -> None:
+    if source.exists():  # else an interrupted run has moved it
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        source.replace(target)
+
+
+def _progress_bar(shown: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, disable=not shown)
+
+
+def _task(bar: Progress, name: str, total: int):
+    """A callback that advances a new line of the progress bar."""
+    return partial(bar.advance, bar.add_task(name, total=total))
+
+
+def _sizes(files: Sequence[Path]) -> list[int]:
+    return [file.stat().st_size for file in files]

@@ -1,0 +1,306 @@
+"""What `doctor` looks at: each check is a function that returns findings and knows what to advise.
+
+Native extensions are imported in a process of their own: one that was built for another torch can take its process down.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+IMPORT_TIMEOUT_S = 120
+GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        state: ok; absent (optional, and not here); warning (works, but look at it); failed (training needs it).
+        found: what there is.
+        advice: what to do; empty where there is nothing to do.
+    """
+
+    name: str
+    state: Literal["ok", "absent", "warning", "failed"]
+    found: str
+    advice: str = ""
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter that runs this."""
+    found = f"{platform.python_version()} at {sys.executable}"
+    if sys.version_info[:2] == (3, 12):
+        yield Finding("Python", "ok", found)
+    else:
+        yield Finding("Python", "failed", found, "Megatron-Core 0.19 needs Python 3.12: run `make setup`.")
+
+
+def check_machine() -> Iterator[Finding]:
+    """Operating system, cores, memory, disk, the working directory."""
+    import psutil
+
+    yield Finding("system", "ok", f"{platform.platform()}, {platform.machine()}")
+    usable, cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), os.cpu_count()
+    yield Finding("CPU cores", "ok", f"{usable} usable of {cores}")
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f} GiB"
+    low = memory.available < 4 * GIB
+    yield Finding(
+        "memory", "warning" if low else "ok", found, "The demo needs about 4 GiB: close other programs." if low else ""
+    )
+    disk = shutil.disk_usage(".")
+    found = f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB here"
+    low = disk.free < 5 * GIB
+    yield Finding(
+        "disk",
+        "warning" if low else "ok",
+        found,
+        "Checkpoints need room: point checkpoint.save at a larger disk." if low else "",
+    )
+    try:
+        with tempfile.TemporaryFile(dir="."):
+            pass
+        yield Finding("this folder", "ok", "can be written")
+    except OSError as error:
+        advice = "Run from a folder of yours, or set logger.log_dir and checkpoint.save to one."
+        yield Finding("this folder", "warning", f"cannot be written: {error.strerror}", advice)
+
+
+def check_compiler() -> Iterator[Finding]:
+    """torch.compile and Megatron-Core's dataset helpers (where the wheel has none for this platform) need one."""
+    if compiler := shutil.which("g++") or shutil.which("c++"):
+        yield Finding("C++ compiler", "ok", compiler)
+    else:
+        yield Finding(
+            "C++ compiler", "absent", "none on PATH", "Needed by torch.compile only. Debian, Ubuntu: apt install g++."
+        )
+
+
+def check_torch() -> Iterator[Finding]:
+    """torch and what it was built for."""
+    import torch
+
+    built = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU only"
+    )
+    found = f"{torch.__version__}, built for {built}, {torch.get_num_threads()} threads"
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+        yield Finding("torch", "failed", found, "This project needs 2.11 or newer: run `make setup`.")
+    else:
+        yield Finding("torch", "ok", found)
+
+
+def check_gpus() -> Iterator[Finding]:
+    """The GPUs that torch can use, and why there is none where the machine seems to have one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield _no_gpu(torch.version.cuda or torch.version.hip)
+        return
+    from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
+
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        peak = dense_peak_tflops(gpu.name, "bf16")
+        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+        found = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}, {bf16}"
+        if peak is None:
+            advice = "Its peak speed is not known here; set logger.device_peak_tflops to see MFU."
+            yield Finding(f"GPU {index}", "ok", found, advice)
+        else:
+            yield Finding(f"GPU {index}", "ok", f"{found}, {peak:g} dense bf16 TFLOP/s")
+
+
+def _no_gpu(built_for: str | None) -> Finding:
+    tool = shutil.which("nvidia-smi") or shutil.which("rocm-smi")
+    listed = _output([tool, "-L" if "nvidia" in tool else "--showproductname"]) if tool else None
+    if not listed:
+        return Finding(
+            "GPU",
+            "absent",
+            "none; training runs on the CPU",
+            "Use dist.device = cpu, and the recipes for small machines.",
+        )
+    if not built_for:
+        advice = "This torch is a CPU build: install the build for CUDA or ROCm."
+    else:
+        advice = (
+            "Look at CUDA_VISIBLE_DEVICES, and whether the driver is new enough for the CUDA version of this torch."
+        )
+    return Finding(
+        "GPU", "warning", f"torch sees none, but {os.path.basename(tool or '')} lists: {listed.splitlines()[0]}", advice
+    )
+
+
+def check_collectives() -> Iterator[Finding]:
+    """gloo by a real all-reduce of one process; NCCL by its version."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        yield Finding("gloo", "warning", "not tried: this process is part of a job")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30))
+        try:
+            total = torch.ones(2)
+            dist.all_reduce(total)
+        finally:
+            dist.destroy_process_group()
+        yield (
+            Finding("gloo", "ok", "an all-reduce works")
+            if total.tolist() == [1, 1]
+            else Finding("gloo", "failed", f"all-reduce gave {total}")
+        )
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+        yield from _shared_memory()
+    else:
+        yield Finding("NCCL", "absent", "no GPU to use it with" if dist.is_nccl_available() else "not in this torch")
+
+
+def _shared_memory() -> Iterator[Finding]:
+    if not os.path.isdir("/dev/shm"):
+        return
+    size = shutil.disk_usage("/dev/shm").total
+    low = size < GIB
+    advice = (
+        "NCCL's processes on one machine talk through it: start the container with --shm-size=8g or --ipc=host."
+        if low
+        else ""
+    )
+    yield Finding("shared memory", "warning" if low else "ok", f"{size / GIB:.2f} GiB", advice)
+
+
+def check_megatron() -> Iterator[Finding]:
+    """Megatron-Core and its compiled dataset helpers."""
+    version = importlib.metadata.version("megatron-core")
+    supported = version.startswith("0.19.")
+    advice = "" if supported else "This project is made for 0.19: run `make setup`."
+    # Importing the helpers imports megatron.core first; one process tells of both.
+    broken = import_error("megatron.core.datasets.helpers_cpp")
+    has_helpers = not (broken and "helpers_cpp" in broken)
+    if broken and has_helpers:
+        yield Finding("Megatron-Core", "failed", f"{version} does not import: {broken}", advice or "Run `make setup`.")
+        return
+    yield Finding("Megatron-Core", "ok" if supported else "failed", version, advice)
+    if has_helpers:
+        yield Finding("dataset helpers", "ok", "compiled")
+    else:
+        command = "python -c 'from megatron.core.datasets.utils import compile_helpers; compile_helpers()'"
+        advice = f"Needs g++, make and pybind11, then: {command}"
+        yield Finding("dataset helpers", "warning", "not compiled for this platform", advice)
+
+
+def check_transformer_engine() -> Iterator[Finding]:
+    """NVIDIA's fused kernels and FP8."""
+    if not importlib.util.find_spec("transformer_engine"):
+        advice = (
+            "Optional, for NVIDIA GPUs: EXTRAS=dev,hf,te make setup. Without it model.backend = torch does the work."
+        )
+        yield Finding("Transformer Engine", "absent", "not installed", advice)
+    elif broken := import_error("transformer_engine.pytorch"):
+        advice = (
+            "It must match torch and its CUDA version: reinstall it, or uninstall it and use model.backend = torch."
+        )
+        yield Finding("Transformer Engine", "warning", f"installed, but does not import: {broken}", advice)
+    else:
+        yield Finding("Transformer Engine", "ok", _version("transformer-engine"))
+
+
+def check_apex() -> Iterator[Finding]:
+    """NVIDIA's Apex. The package named `apex` on PyPI is another project, and Megatron-Core takes it for NVIDIA's."""
+    if not importlib.util.find_spec("apex"):
+        yield Finding(
+            "Apex", "absent", "not installed", "Not needed: Megatron-Core uses torch's optimizers and norms instead."
+        )
+    elif broken := import_error("apex.multi_tensor_apply", "apex.optimizers"):
+        advice = "Uninstall it (`uv pip uninstall apex`): the PyPI package of this name is another project. NVIDIA's is built from its source."
+        yield Finding(
+            "Apex", "warning", f"something named apex is installed, but is not NVIDIA's, or is broken: {broken}", advice
+        )
+    else:
+        yield Finding("Apex", "ok", "NVIDIA's")
+
+
+# (package, module, what it is for, how to get it)
+OPTIONAL = (
+    ("tensorboard", "tensorboard", "TensorBoard records", "make setup"),
+    ("wandb", "wandb", "Weights & Biases records", "make setup"),
+    ("transformers", "transformers", "checks against Hugging Face models", "make setup"),
+    ("emerging-optimizers", "emerging_optimizers", "optimizer.optimizer = muon", "uv pip install emerging-optimizers"),
+)
+
+
+def check_optional_packages() -> Iterator[Finding]:
+    """Packages that switch a feature on."""
+    for package, module, purpose, command in OPTIONAL:
+        if importlib.util.find_spec(module):
+            yield Finding(package, "ok", f"{_version(package)} ({purpose})")
+        else:
+            yield Finding(package, "absent", f"not installed ({purpose})", f"To use it: {command}")
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    check_python,
+    check_machine,
+    check_compiler,
+    check_torch,
+    check_gpus,
+    check_collectives,
+    check_megatron,
+    check_transformer_engine,
+    check_apex,
+    check_optional_packages,
+)
+
+
+def import_error(*modules: str) -> str | None:
+    """Imports modules in a process of their own.
+
+    Returns:
+        None if all import; else the last line of what went wrong.
+    """
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    command = [sys.executable, "-W", "ignore", "-c", code, *modules]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {IMPORT_TIMEOUT_S} s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"the process ended with {done.returncode}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None

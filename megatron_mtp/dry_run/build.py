@@ -1,0 +1,282 @@
+"""Every distinct rank of a job of any size, built without memory or messages, and what would fail at its launch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from megatron_mtp import mcore_compat
+from megatron_mtp.checkpoint.preflight import check_run_directory
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.mcore.rules import torch_backend_problems, without_transformer_engine
+from megatron_mtp.data.sources import check_data
+from megatron_mtp.device.fake import fake_world
+from megatron_mtp.errors import ConfigError, MegatronMTPError
+from megatron_mtp.model.build import build_model
+from megatron_mtp.model.sharded import sharded_tensors
+from megatron_mtp.parallel.grid import RankGrid
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.params import count_parameters
+from megatron_mtp.parallel.planner.auto_layout import is_planned, pipeline_layout
+from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
+from megatron_mtp.parallel.rank_params import rank_parameters
+from megatron_mtp.training.optimizer import build_optimizer, wrap_model
+from megatron_mtp.training.setup import make_groups
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltRank:
+    """What one rank holds, counted on the modules, gradient buffers and optimizer that it would train with.
+
+    Attributes:
+        parameters: of all its chunks; expert_parameters: those of routed experts among them.
+        weight_bytes, gradient_bytes, optimizer_bytes: parameters as the forward pass reads them, gradient buffers, master weights
+            and moments.
+        whole: key in the sharded state dict -> elements of the whole parameter, of which this rank holds a part.
+    """
+
+    rank: int
+    parameters: int
+    expert_parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    whole: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """The ranks of one pipeline stage.
+
+    Attributes:
+        ranks: all of them; they hold equally many parameters.
+        holds: symbols of each chunk, such as ("Ettt",).
+        built: those that were built: the first and the last, whose shares of the optimizer may differ.
+        predicted_parameters: of `parallel/rank_params.py`, for each rank.
+        planned: memory of `parallel/planner/stage_memory.py`, for each rank.
+    """
+
+    stage: int
+    ranks: list[int]
+    holds: tuple[str, ...]
+    built: list[BuiltRank]
+    predicted_parameters: int
+    planned: RankMemory
+
+    @property
+    def fullest(self) -> BuiltRank:
+        """The rank with the largest share of the optimizer."""
+        return max(self.built, key=lambda built: built.optimizer_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """What was built, and the activations and workspace that are planned for a step."""
+        full = self.fullest
+        held = full.weight_bytes + full.gradient_bytes + full.optimizer_bytes
+        return held + self.planned.activations + self.planned.workspace
+
+
+@dataclass(slots=True, kw_only=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        parameters: of the whole model, each shared tensor once, from the ranks that were built; None if one could not be.
+        predicted_parameters: the same from `parallel/params.py`.
+        problems: what would fail at launch, each a complete sentence or more.
+        notes: what was built otherwise than the job would, and does not change what is counted.
+    """
+
+    world_size: int
+    layout: str
+    stages: list[StageReport] = field(default_factory=list)
+    parameters: int | None = None
+    predicted_parameters: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def dry_run(
+    cfg: ConfigContainer,
+    world_size: int,
+    memory_limit_gib: float | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> DryRun:
+    """Visits the pretended job rank by rank, in this process.
+
+    Args:
+        cfg: finalized for `world_size`, with a known vocabulary size.
+        world_size: processes of the pretended job.
+        memory_limit_gib: of one device; None: not checked.
+        report: told what comes next.
+    """
+    layout = pipeline_layout(cfg, world_size)
+    found = DryRun(world_size=world_size, layout=layout.string)
+    found.predicted_parameters = count_parameters(cfg.model).total
+    report("opening data and folders")
+    found.problems += _found_problems(check_data, cfg) + _found_problems(check_run_directory, cfg)
+    if cfg.dist.device == "cpu":
+        found.problems += torch_backend_problems(cfg.model)
+    planned = [predict_memory(cfg, layout, stage, world_size) for stage in range(layout.pp)]
+    cfg, found.notes = _for_torch_backend(cfg, layout, world_size)
+    grid = RankGrid.from_config(cfg, world_size)
+    failures: dict[str, list[int]] = {}
+    for stage in range(layout.pp):
+        report(f"building stage {stage} of {layout.pp}")
+        ranks = [rank for rank in range(world_size) if grid.coords(rank).pp == stage]
+        try:
+            built = [build_rank(cfg, rank, world_size) for rank in dict.fromkeys((ranks[0], ranks[-1]))]
+        except Exception as error:  # whatever stops a rank here stops it at launch
+            failures.setdefault(_text(error), []).append(stage)
+            continue
+        found.stages.append(
+            StageReport(
+                stage=stage,
+                ranks=ranks,
+                holds=tuple("".join(chunk) for chunk in layout.chunks[stage]),
+                built=built,
+                predicted_parameters=rank_parameters(cfg.model, layout, stage).total,
+                planned=planned[stage],
+            )
+        )
+    found.problems += [f"{_stage_names(stages)} cannot be built: {text}" for text, stages in failures.items()]
+    if not failures:
+        whole = {key: size for stage in found.stages for rank in stage.built for key, size in rank.whole.items()}
+        found.parameters = sum(whole.values())
+    found.problems += _miscounts(found) + _too_full(found, memory_limit_gib)
+    return found
+
+
+def build_rank(cfg: ConfigContainer, rank: int, world_size: int) -> BuiltRank:
+    """Builds model, gradient buffers and optimizer of one rank on the meta device, and counts them.
+
+    Args:
+        cfg: finalized for `world_size`; the torch backend must be able to build it.
+    """
+    with fake_world(rank, world_size) as device, _meta_noise_off():
+        groups = make_groups(cfg)
+        try:
+            mcore_compat.seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
+            chunks = build_model(cfg, groups, device)
+            parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+            whole = whole_sizes(chunks)
+            wrapped = wrap_model(cfg, chunks, groups, device)
+            singles = mcore_compat.single_optimizers(build_optimizer(cfg, wrapped, groups))
+            buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+            return BuiltRank(
+                rank=rank,
+                parameters=sum(parameter.numel() for parameter in parameters),
+                expert_parameters=sum(p.numel() for p in parameters if not getattr(p, "allreduce", True)),
+                weight_bytes=_bytes(parameters),
+                gradient_bytes=_bytes([buffer.grad_data for buffer in buffers]),
+                optimizer_bytes=_optimizer_bytes(singles, parameters),
+                whole=whole,
+            )
+        finally:
+            mcore_compat.destroy_model_parallel()
+
+
+def whole_sizes(chunks: list[nn.Module]) -> dict[str, int]:
+    """Key -> elements of every whole parameter of which these chunks hold a part; the same key is the same parameter on any rank."""
+    storages = {parameter.untyped_storage()._cdata for chunk in chunks for parameter in chunk.parameters()}
+    shards = [shard for chunk in chunks for shard in sharded_tensors(chunk)]
+    return {
+        shard.key: math.prod(shard.global_shape) for shard in shards if shard.data.untyped_storage()._cdata in storages
+    }
+
+
+def _optimizer_bytes(singles: list, parameters: list[nn.Parameter]) -> int:
+    """Master weights and moments. A master weight in fp32 training is the weight itself and counts nothing."""
+    weights = {parameter.untyped_storage()._cdata for parameter in parameters}
+    tensors: list[torch.Tensor] = []
+    for single in singles:
+        mcore_compat.initialize_optimizer_state(single)
+        masters = [parameter for group in single.optimizer.param_groups for parameter in group["params"]]
+        tensors += [master for master in masters if master.untyped_storage()._cdata not in weights]
+        for state in single.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
+    return _bytes(tensors)
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    """Of all their storages, each once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _for_torch_backend(
+    cfg: ConfigContainer, layout: PipelineLayout, world_size: int
+) -> tuple[ConfigContainer, list[str]]:
+    """A config that builds without Transformer Engine, in the same layout, and what it leaves out."""
+    if cfg.model.backend == "torch":
+        return cfg, []
+    plain, left_out = without_transformer_engine(cfg.model)
+    trial = cfg.copy()
+    trial.model = plain
+    if is_planned(plain):  # the other backend's memory could ask for another split
+        plain.pipeline_model_parallel_layout = layout.string
+    notes = [f"built without {name}, which needs Transformer Engine and holds no parameters" for name in left_out]
+    return trial.finalize(world_size), notes
+
+
+def _found_problems(check: Callable[[ConfigContainer], object], cfg: ConfigContainer) -> list[str]:
+    try:
+        check(cfg)
+    except ConfigError as error:
+        return error.problems
+    except MegatronMTPError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _miscounts(found: DryRun) -> list[str]:
+    """Differences between prediction and what was built: a mistake of ours, which a user should not plan with."""
+    problems = [
+        f"stage {stage.stage}, rank {rank.rank}: {rank.parameters:,} parameters were built and "
+        f"{stage.predicted_parameters:,} predicted. Please report this with the config."
+        for stage in found.stages
+        for rank in stage.built
+        if rank.parameters != stage.predicted_parameters
+    ]
+    if found.parameters not in (None, found.predicted_parameters):
+        problems.append(
+            f"the whole model: {found.parameters:,} parameters were built and {found.predicted_parameters:,} predicted. "
+            "Please report this with the config."
+        )
+    return problems
+
+
+def _too_full(found: DryRun, limit_gib: float | None) -> list[str]:
+    if limit_gib is None:
+        return []
+    return [
+        f"stage {stage.stage} ({' and '.join(stage.holds)}) needs {stage.peak_bytes / GIB:.1f} GiB on each rank, and a device has "
+        f"{limit_gib:.1f}. `megatron-mtp plan --search` finds sizes that fit."
+        for stage in found.stages
+        if stage.peak_bytes > limit_gib * GIB
+    ]
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return " ".join(error.problems)
+    return str(error) if isinstance(error, MegatronMTPError) else f"{type(error).__name__}: {error}"
+
+
+def _stage_names(stages: list[int]) -> str:
+    return f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
+
+
+@contextmanager
+def _meta_noise_off() -> Iterator[None]:
+    """Megatron-Core's advice about speed on GPUs, once for each layer of each rank."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="megatron.core")
+        yield

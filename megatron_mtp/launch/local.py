@@ -1,0 +1,181 @@
+"""Local ranks for `--nproc`: start them, end all when one fails, and say why the first one failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_mtp.launch.failure import ECHOES
+from megatron_mtp.observe.failure_file import FAILURE_DIR
+
+POLL_S = 0.05
+SETTLE_S = 3.0
+"""After a failure the others get this long to fail by themselves and say why; the first cause may be theirs."""
+TERM_S = 10.0
+"""From SIGTERM to SIGKILL."""
+TAIL_LINES = 30
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INTERRUPTED = 130
+
+
+@dataclass(slots=True)
+class Rank:
+    """One started process."""
+
+    rank: int
+    process: subprocess.Popen
+    log: Path
+    ended_at: float | None = None
+    was_ended_by_us: bool = False
+    failure: dict = field(default_factory=dict)
+
+
+def launch(command: list[str], num_ranks: int, preempted_code: int = 3) -> int:
+    """Runs `command` as `num_ranks` local ranks, which find their place in torchrun's environment variables.
+
+    Args:
+        preempted_code: exit code of a rank that left on SIGTERM with a checkpoint; no failure.
+
+    Returns:
+        The exit code of the whole: 0, 2 for a mistake of the user, `preempted_code`, or the one of the rank that failed first.
+
+    Rank 0 has the terminal; what the others print is shown only if they die without a reason.
+    """
+    with tempfile.TemporaryDirectory(prefix="megatron-mtp-") as folder:
+        port = _free_port()
+        ranks = [_start(command, rank, num_ranks, Path(folder), port) for rank in range(num_ranks)]
+        interrupts: list[int] = []
+        handlers = {number: signal.signal(number, _forwarder(ranks, interrupts)) for number in FORWARDED}
+        try:
+            _wait(ranks, interrupts, (None, 0, preempted_code))
+        finally:
+            _end(ranks)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return INTERRUPTED if interrupts else _verdict(ranks, Path(folder), preempted_code)
+
+
+def _start(command: list[str], rank: int, num_ranks: int, folder: Path, port: int) -> Rank:
+    env = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        FAILURE_DIR: str(folder),
+    }
+    log = folder / f"rank{rank}.log"
+    if rank == 0:
+        return Rank(rank, subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL), log)
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+    return Rank(rank, process, log)
+
+
+def _wait(ranks: list[Rank], interrupts: list[int], in_order: tuple[int | None, ...]) -> None:
+    """Until all ranks have ended, or one has failed or Ctrl-C was pressed and they had time to settle."""
+    failed_at = None
+    while any(rank.process.poll() is None for rank in ranks):
+        now = time.monotonic()
+        _note_ends(ranks)
+        if failed_at is None and (interrupts or any(rank.process.poll() not in in_order for rank in ranks)):
+            failed_at = now
+        if failed_at is not None and now - failed_at > SETTLE_S:
+            return
+        time.sleep(POLL_S)
+    _note_ends(ranks)
+
+
+def _note_ends(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        if rank.ended_at is None and rank.process.poll() is not None:
+            rank.ended_at = time.time()
+
+
+def _end(ranks: list[Rank]) -> None:
+    running = [rank for rank in ranks if rank.process.poll() is None]
+    for rank in running:
+        rank.was_ended_by_us = True
+        rank.process.terminate()
+    deadline = time.monotonic() + TERM_S
+    for rank in running:
+        try:
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.process.kill()
+            rank.process.wait()
+
+
+def _forwarder(ranks: list[Rank], interrupts: list[int]) -> Callable[[int, object], None]:
+    """SIGTERM and SIGUSR1 are passed on. Ctrl-C is only noted: the terminal sends it to the ranks too."""
+
+    def forward(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            interrupts.append(number)
+            return
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
+    return forward
+
+
+def _verdict(ranks: list[Rank], folder: Path, preempted_code: int) -> int:
+    """Prints the first cause and returns the exit code."""
+    failed = [rank for rank in ranks if rank.process.returncode not in (0, preempted_code) and not rank.was_ended_by_us]
+    if not failed:
+        return max(rank.process.returncode for rank in ranks if not rank.was_ended_by_us)
+    for rank in failed:
+        with suppress(OSError, ValueError):
+            rank.failure = json.loads((folder / f"rank{rank.rank}.json").read_text(encoding="utf-8"))
+    first = min(failed, key=_order)
+    code = first.process.returncode
+    if first.failure.get("is_mistake"):
+        print(first.failure["text"], file=sys.stderr, flush=True)
+        return code
+    print(f"megatron-mtp: rank {first.rank} failed first: {_end_in_words(code)}", file=sys.stderr)
+    print(first.failure.get("text") or _tail(first.log) or "It left no message.", file=sys.stderr, flush=True)
+    return 128 - code if code < 0 else code
+
+
+def _order(rank: Rank) -> tuple[int, float, int]:
+    """Killed from outside, then mistakes, then crashes, then crashes that another rank's end explains; each by time."""
+    text = rank.failure.get("text", "")
+    if not rank.failure:
+        kind = 0
+    elif rank.failure["is_mistake"]:
+        kind = 1
+    else:
+        kind = 3 if any(echo in text for echo in ECHOES) else 2
+    return kind, rank.failure.get("time") or rank.ended_at or 0.0, rank.rank
+
+
+def _end_in_words(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return f"ended by {signal.Signals(-code).name}"
+    return f"ended by signal {-code}"
+
+
+def _tail(log: Path) -> str:
+    with suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+    return ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

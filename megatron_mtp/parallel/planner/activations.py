@@ -1,0 +1,240 @@
+"""How many bytes autograd keeps of each part of a model between its forward and its backward pass. Pure arithmetic.
+
+Counted tensor by tensor on the torch backend (hooks on saved tensors, fp32 and bf16); for Transformer Engine, which was not run, its
+fused activation keeps one tensor less of each kind. Figures are bytes of one micro-batch on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.parallel.params import moe_pattern
+from megatron_mtp.parallel.planner.cost import DTYPE_BYTES
+
+ROUTER_BYTES = 22
+"""For each token and expert: scores, maps, indices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes that the parts of a finalized config keep.
+
+    Args:
+        is_cpu: torch's CPU norms keep two fp32 copies of their input; a GPU's keep the input.
+        uses_te: Transformer Engine's modules do the work.
+    """
+
+    cfg: ConfigContainer
+    is_cpu: bool
+    uses_te: bool
+    _known: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
+
+    def _once(self, name: str, kind: str, compute: Callable[[str], float]) -> float:
+        """A search asks for the same few layers thousands of times."""
+        if (name, kind) not in self._known:
+            self._known[name, kind] = compute(kind)
+        return self._known[name, kind]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model section."""
+        return self.cfg.model
+
+    @property
+    def item(self) -> int:
+        """Bytes of one activation."""
+        return DTYPE_BYTES[self.cfg.precision.dtype]
+
+    @property
+    def tokens(self) -> float:
+        """Of one micro-batch on a tensor-parallel group."""
+        return self.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
+
+    @property
+    def stream(self) -> float:
+        """One hidden state: what goes from layer to layer and from stage to stage."""
+        shards = self.model.tensor_model_parallel_size if self.model.sequence_parallel else 1
+        return self.tokens * self.model.hidden_size * self.item / shards
+
+    def norm(self, stream: float) -> float:
+        """A norm over a tensor of these bytes, and its output, which the next product keeps."""
+        return stream + (8 * stream / self.item if self.is_cpu else stream)
+
+    def attention(self, is_linear: bool) -> float:
+        """With the norm before it."""
+        model, tp = self.model, self.model.tensor_model_parallel_size
+        if is_linear:
+            return self.norm(self.stream) + self._linear_attention()
+        tables = 4 * model.seq_length / model.context_parallel_size * self.item
+        if model.multi_latent_attention:
+            return self.norm(self.stream) + self._latent_attention() + tables * model.qk_pos_emb_head_dim
+        queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+        kept = queries * (2 if model.attention_output_gate else 1) + 2 * keys  # the product's output
+        kept += 2 * queries + keys  # turned queries and keys, and the result
+        per_token = kept * self.item + 4 * model.num_attention_heads
+        if model.qk_layernorm:
+            copies = (4 if self.item == 4 else 8) if self.is_cpu else 0
+            per_token += copies * (queries + keys)
+        rotates = model.position_embedding_type == "rope"
+        return self.norm(self.stream) + self.tokens * per_token / tp + tables * model.kv_channels * rotates
+
+    def _latent_attention(self) -> float:
+        model, tp = self.model, self.model.tensor_model_parallel_size
+        heads = model.num_attention_heads
+        head = model.qk_head_dim + model.qk_pos_emb_head_dim
+        latents = model.kv_lora_rank + (model.q_lora_rank or 0)
+        norm = (8 if self.is_cpu else self.item) * model.qk_layernorm
+        per_token = latents * (self.item + norm) + model.qk_pos_emb_head_dim * self.item
+        values = model.v_head_dim if self.uses_te else head  # the torch backend pads values to the width of keys
+        kept = 2 * head + 2 * values + (0 if self.uses_te else model.v_head_dim)
+        return self.tokens * (per_token + heads * (kept * self.item + 4) / tp)
+
+    def _linear_attention(self) -> float:
+        model = self.model
+        keys = model.linear_num_key_heads * model.linear_key_head_dim
+        values = model.linear_num_value_heads * model.linear_value_head_dim
+        return self.tokens * self.item * (8 * keys + 10 * values) / model.tensor_model_parallel_size
+
+    def feed_forward(self, is_moe: bool) -> float:
+        """With the norm before it."""
+        model = self.model
+        if not is_moe:
+            return self.norm(self.stream) + self._inner(
+                model.ffn_hidden_size, self.tokens, model.tensor_model_parallel_size
+            )
+        return self.norm(self.stream) + self.experts()
+
+    def _inner(self, width: int, tokens: float, shards: int, extra: int = 0) -> float:
+        """What lies between the two products of a feed-forward block, in widths of it."""
+        widths = (3 if self.uses_te else 5) if self.model.gated_linear_unit else 2
+        return tokens * (widths + extra) * width * self.item / shards
+
+    def experts(self) -> float:
+        """Routed tokens, spread evenly over experts, and the shared expert."""
+        model = self.model
+        tp, etp = model.tensor_model_parallel_size, model.expert_tensor_parallel_size or 1
+        routed = self.tokens * model.moe_router_topk * etp / tp
+        kept = routed * (model.hidden_size * self.item + 20)
+        kept += self._inner(model.moe_ffn_hidden_size, routed, etp, extra=1)
+        kept += self.tokens / tp * ROUTER_BYTES * model.num_moe_experts
+        if model.moe_shared_expert_intermediate_size:
+            kept += self._inner(model.moe_shared_expert_intermediate_size, self.tokens, tp)
+        return kept
+
+    def layer(self, kind: str) -> float:
+        """A decoder layer as it is run: recomputed whole, in part, or not. `kind` as in `cost.layer_kinds`."""
+        if self.model.recompute_granularity == "full":
+            return self.stream
+        return self._once("layer", kind, lambda kind: self.whole_layer(kind) - self._dropped(kind))
+
+    def whole_layer(self, kind: str) -> float:
+        """A decoder layer of which nothing is recomputed."""
+        return self._once(
+            "whole", kind, lambda kind: self.attention("linear" in kind) + self.feed_forward("moe" in kind)
+        )
+
+    def _dropped(self, kind: str) -> float:
+        """What selective recomputation does not keep."""
+        model = self.model
+        if model.recompute_granularity != "selective":
+            return 0.0
+        modules, is_moe, tp = set(model.recompute_modules or []), "moe" in kind, model.tensor_model_parallel_size
+        dropped = 2 * self.stream if "layernorm" in modules else 0.0
+        if "mla_up_proj" in modules:
+            head = 2 * (model.qk_head_dim + model.qk_pos_emb_head_dim) + model.v_head_dim
+            dropped += self.tokens * model.num_attention_heads * head * self.item / tp
+        if is_moe and "moe" in modules:
+            return dropped + self.experts() - self.stream
+        if is_moe and "moe_act" in modules:
+            routed = self.tokens * model.moe_router_topk / tp
+            dropped += routed * model.moe_ffn_hidden_size * self.item
+        if is_moe and "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
+            dropped += self._inner(model.moe_shared_expert_intermediate_size, self.tokens, tp)
+        if not is_moe and "mlp" in modules:
+            dropped += self._inner(model.ffn_hidden_size, self.tokens, tp)
+        return dropped
+
+    def mtp_layer(self) -> float:
+        """One depth: two norms, the joined input of the projection, a layer, a norm."""
+        model = self.model
+        kind = "moe" if moe_pattern(model)[-1] else "dense"
+        after = self.norm(self.stream) - self.stream
+        if model.mtp_variant == "parallel":
+            return after + (self.stream if (model.mtp_num_layers or 0) > 1 else self.layer(kind))
+        if model.recompute_granularity == "full":
+            return 3 * self.stream
+        before = 2 * (self.norm(self.stream) - self.stream)
+        return before + 2 * self.stream + self.layer(kind) + after
+
+    def head(self, num_states: int) -> float:
+        """The hidden states of all depths, gathered over TP, and for each token targets and the log-sum-exp."""
+        return num_states * self.tokens * (self.model.hidden_size * self.item + 24)
+
+    def chunk(self, symbols: str, kinds: list[str]) -> float:
+        """One chunk.
+
+        Args:
+            symbols: such as "Ettt".
+            kinds: of its decoder layers.
+        """
+        model = self.model
+        depths, total = symbols.count("m"), 0.0
+        if model.recompute_granularity == "full":
+            total += self._recomputed_layers(kinds)
+        else:
+            total += sum(self.layer(kind) for kind in kinds)
+        if "E" not in symbols and (
+            model.recompute_granularity == "full" or (self.is_cpu and self.item < 4) or not kinds
+        ):
+            total += self.stream  # the received state, where no norm keeps it
+        if depths or ("L" in symbols and not model.mtp_num_layers):
+            total += self.norm(self.stream) - self.stream  # final norm
+        total += depths * self.mtp_layer()
+        if "L" in symbols:
+            total += self.head(1 + (model.mtp_num_layers or 0))
+        elif self.is_cpu:  # on GPUs an output is freed once it is sent
+            total += self.stream * (1 + depths)
+        return total
+
+    def _recomputed_layers(self, kinds: list[str]) -> float:
+        """uniform: the input of each group of layers; block: of each of the first layers, the others keep everything."""
+        model, count = self.model, self.model.recompute_num_layers or 1
+        if model.recompute_method == "block":
+            return min(count, len(kinds)) * self.stream + sum(self.whole_layer(kind) for kind in kinds[count:])
+        return -(-len(kinds) // count) * self.stream
+
+    def transient(self, symbols: str, kinds: list[str]) -> float:
+        """Most that a forward or backward call of this chunk needs for a while beyond what it keeps."""
+        model, tp = self.model, self.model.tensor_model_parallel_size
+        widest = max((self._once("gradients", kind, self._gradients) for kind in set(kinds)), default=0.0)
+        if "m" in symbols:
+            kind = "moe" if moe_pattern(model)[-1] else "dense"
+            widest = max(widest, self._gradients(kind))
+        if model.recompute_granularity == "full" and (kinds or "m" in symbols):
+            group = (model.recompute_num_layers or 1) if model.recompute_method == "uniform" else 1
+            names = kinds or ["moe" if moe_pattern(model)[-1] else "dense"]
+            widest += max(self.whole_layer(kind) for kind in names) * min(group, max(1, len(kinds)))
+        if "L" not in symbols:
+            return widest
+        rows = -(-(model.vocab_size or 0) // tp)
+        states = (1 + (model.mtp_num_layers or 0)) * self.tokens
+        logits = min(model.logits_chunk_tokens, states) * rows * (4 if self.item == 4 else 4 + 2 * self.item)
+        weight = rows * model.hidden_size * (4 if self.item == 4 else 4 + self.item)
+        return max(widest, logits + weight + states * model.hidden_size * self.item)
+
+    def _gradients(self, kind: str) -> float:
+        """Gradients that live at once in the backward pass of a layer: of the stream twice, and of the widest inner product."""
+        model, tp = self.model, self.model.tensor_model_parallel_size
+        inner = self.tokens * model.ffn_hidden_size / tp
+        weight = model.hidden_size * model.ffn_hidden_size / tp
+        if "moe" in kind:
+            etp = model.expert_tensor_parallel_size or 1
+            inner = self.tokens * model.moe_router_topk * (model.moe_ffn_hidden_size + model.hidden_size * etp) / tp
+            weight = model.hidden_size * max(
+                model.moe_ffn_hidden_size / etp, (model.moe_shared_expert_intermediate_size or 0) / tp
+            )
+        factor = 4 if model.gated_linear_unit else 2
+        return 3 * self.stream + (factor * inner + (2 if model.gated_linear_unit else 1) * weight) * self.item

@@ -1,0 +1,303 @@
+"""Estimates how long each part of a model takes on a known device: operations, bytes and messages against its rates.
+
+A part's time is that of its matrix products, plus that of the memory traffic between them, plus that of the messages it waits for.
+A backward pass is two forward passes of products and traffic, and the messages once more; recomputation adds what is run again.
+Absolute times are estimates of some tens of percent. What a split is chosen by is their proportions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.planner.machines import Machine
+from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime
+from megatron_mtp.parallel.rank_params import layer_rank_parameters
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STEP_MS = 5.0
+"""Batch, counts and logs of a step."""
+
+
+def layer_kinds(model: ModelConfig) -> list[str]:
+    """Of each decoder layer: "dense" or "moe", with "linear " before it where its attention is linear."""
+    pairs = zip(moe_pattern(model), linear_pattern(model), strict=True)
+    return [("linear " if linear else "") + ("moe" if is_moe else "dense") for is_moe, linear in pairs]
+
+
+def estimate_costs(cfg: ConfigContainer, machine: Machine, world_size: int) -> PartCosts:
+    """Part times of a finalized config.
+
+    Args:
+        cfg: finalized, with a known vocabulary size.
+        machine: the device.
+        world_size: decides which messages leave a node.
+
+    Raises:
+        PlanError: the device has no units for precision.dtype.
+    """
+    return _Estimate(cfg, machine, world_size).costs()
+
+
+@dataclass(slots=True)
+class _Estimate:
+    cfg: ConfigContainer
+    machine: Machine
+    world_size: int
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.cfg.model
+
+    @property
+    def num_bytes(self) -> int:
+        return DTYPE_BYTES[self.cfg.precision.dtype]
+
+    @property
+    def tokens(self) -> float:
+        """Of one micro-batch on a tensor-parallel group."""
+        return self.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
+
+    @property
+    def tp(self) -> int:
+        return self.model.tensor_model_parallel_size
+
+    def costs(self) -> PartCosts:
+        model = self.model
+        kinds = set(layer_kinds(model)) | {"moe" if moe_pattern(model)[-1] else "dense"}
+        layers = {kind: self.layer(kind) for kind in kinds}
+        norm = self.both(0.0, 4 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
+        is_frozen = model.mtp_freeze_trunk
+        memory = self.machine.memory_gb_per_s * self.machine.memory_fraction
+        return PartCosts(
+            embedding=self.embedding(),
+            layer={kind: _forward_only(time) if is_frozen else time for kind, time in layers.items()},
+            final_norm=_forward_only(norm) if is_frozen else norm,
+            mtp_layer=self.mtp_layer(layers),
+            head=_forward_only(self.head(3)) if is_frozen else self.head(3),
+            mtp_head=self.head(2 if model.mtp_detach_heads or is_frozen else 3),
+            chunk=PartTime(self.machine.launch_ms, self.machine.launch_ms),
+            step_ms=STEP_MS,
+            # Zeroing (4), reading for the norm (4), the weight written in its dtype.
+            update_ns_per_parameter=(8 + self.num_bytes) / memory,
+            # Gradient read, master and two moments read and written.
+            optimizer_ns_per_parameter=28 / memory,
+            pipeline_link=self.link(self.world_size),
+            data_link=self.link(self.world_size // model.pipeline_model_parallel_size),
+        )
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the residual stream."""
+        return self.tp if self.model.sequence_parallel else 1
+
+    def link(self, span: int) -> Link:
+        """Between ranks of a group that spans so many neighbouring ranks."""
+        machine = self.machine
+        if span <= machine.node_size:
+            return Link(latency_ms=machine.node_latency_ms, gb_per_s=machine.node_gb_per_s * machine.memory_fraction)
+        return Link(latency_ms=machine.network_latency_ms, gb_per_s=machine.network_gb_per_s * machine.memory_fraction)
+
+    def compute(self, flops: float, fraction: float) -> float:
+        """Milliseconds of matrix products."""
+        return flops / (self.machine.peak_flops_per_ms(self.cfg.precision.dtype) * fraction)
+
+    def traffic(self, num_bytes: float) -> float:
+        """Milliseconds of memory traffic."""
+        return num_bytes / (self.machine.memory_gb_per_s * self.machine.memory_fraction * 1e6)
+
+    def both(self, compute_ms: float, num_bytes: float, messages_ms: float = 0.0, launch_ms: float = 0.0) -> PartTime:
+        """A part from its forward pass."""
+        forward = compute_ms + self.traffic(num_bytes)
+        return PartTime(forward + messages_ms + launch_ms, 2 * forward + messages_ms + launch_ms)
+
+    def embedding(self) -> PartTime:
+        model = self.model
+        row_bytes = self.tokens * model.hidden_size * self.num_bytes
+        time = self.both(0.0, 3 * row_bytes, self.collective(row_bytes), self.machine.launch_ms)
+        return _forward_only(time) if model.mtp_freeze_trunk else time
+
+    def collective(self, num_bytes: float) -> float:
+        """An all-gather or reduce-scatter over the tensor-parallel group."""
+        if self.tp == 1:
+            return 0.0
+        return self.link(self.tp).ms(num_bytes * (self.tp - 1) / self.tp)
+
+    def layer(self, kind: str) -> PartTime:
+        """A decoder layer, with what is recomputed of it in its backward pass."""
+        attention, block = self.attention("linear" in kind), self.feed_forward("moe" in kind)
+        time = attention + block
+        share = self.recomputed_share(kind)
+        extra = time.forward_ms * share if share else self.selective(kind)
+        return time + PartTime(0.0, extra)
+
+    def recomputed_share(self, kind: str) -> float:
+        """Share of the layers that are recomputed whole. With `block` the first few of each chunk are; all layers share that here."""
+        model = self.model
+        if model.recompute_granularity != "full":
+            return 0.0
+        if model.recompute_method == "block":
+            chunks = model.pipeline_model_parallel_size * (model.virtual_pipeline_model_parallel_size or 1)
+            return min(1.0, (model.recompute_num_layers or 0) * chunks / model.num_layers)
+        return 1.0
+
+    def core_flops(self) -> float:
+        """Scores and weighted values of full attention on one rank."""
+        model, s = self.model, self.model.seq_length
+        if model.multi_latent_attention:
+            widths = model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim
+        else:
+            widths = 2 * model.kv_channels
+        return self.tokens * s * model.num_attention_heads * widths / self.tp
+
+    def attention_flops(self, is_linear: bool) -> float:
+        """Of the attention block of one layer on one rank."""
+        dense = 2 * self.model.hidden_size * self.model.ffn_hidden_size * self.matrices
+        return self.tokens * (forward_flops_layer(self.model, False, is_linear=is_linear) - dense) / self.tp
+
+    @property
+    def matrices(self) -> int:
+        return 3 if self.model.gated_linear_unit else 2
+
+    def attention(self, is_linear: bool) -> PartTime:
+        model, machine = self.model, self.machine
+        total, core = self.attention_flops(is_linear), 0.0 if is_linear else self.core_flops()
+        compute = self.compute(total - core, machine.matmul_fraction) + self.compute(core, machine.attention_fraction)
+        width = model.num_attention_heads * (model.kv_channels or 0) * 4 / self.tp
+        num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 2 * width)
+        messages = 2 * self.collective(self.tokens * model.hidden_size * self.num_bytes)
+        cp = model.context_parallel_size
+        if cp > 1:  # keys and values go round the ring; about half of it is hidden behind the scores
+            keys = 2 * (model.kv_channels or 0) * model.num_query_groups / self.tp
+            messages += 0.5 * self.link(self.tp * cp).ms(self.tokens * keys * self.num_bytes * (cp - 1))
+        return self.both(compute, num_bytes, messages, machine.launch_ms)
+
+    def feed_forward(self, is_moe: bool) -> PartTime:
+        return self.experts() if is_moe else self.mlp(self.model.ffn_hidden_size)
+
+    def mlp(self, width: int) -> PartTime:
+        model = self.model
+        flops = 2 * model.hidden_size * width * self.matrices * self.tokens / self.tp
+        num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 3 * width / self.tp)
+        messages = 2 * self.collective(self.tokens * model.hidden_size * self.num_bytes)
+        return self.both(self.compute(flops, self.machine.matmul_fraction), num_bytes, messages, self.machine.launch_ms)
+
+    def experts(self) -> PartTime:
+        """Routed experts: their products, at least their weights' traffic; permutation; two exchanges over the expert-parallel group."""
+        model, machine = self.model, self.machine
+        routed = self.tokens * model.moe_router_topk / self.tp
+        flops = 2 * model.hidden_size * model.moe_ffn_hidden_size * self.matrices * routed
+        weights = self.traffic(layer_rank_parameters(model, True).expert * self.num_bytes)
+        compute = max(self.compute(flops, machine.expert_fraction), weights)
+        num_bytes = routed * self.num_bytes * (8 * model.hidden_size + 3 * model.moe_ffn_hidden_size)
+        num_bytes += self.tokens / self.shards * self.num_bytes * 6 * model.hidden_size
+        time = self.both(compute, num_bytes, 2 * self.all_to_all(routed), 2 * machine.launch_ms)
+        if model.moe_shared_expert_intermediate_size:
+            time = time + self.mlp(model.moe_shared_expert_intermediate_size)
+        return time
+
+    def all_to_all(self, routed: float) -> float:
+        """One exchange of the chosen tokens; the slower of what stays in the node and what leaves it."""
+        model, machine = self.model, self.machine
+        ep = model.expert_model_parallel_size
+        if ep == 1:
+            return 0.0
+        span = ep * (model.expert_tensor_parallel_size or 1)
+        inside = min(span, machine.node_size)
+        num_bytes = routed * model.hidden_size * self.num_bytes
+        near = self.link(1).ms(num_bytes * (inside - 1) / span)
+        return near if span <= machine.node_size else max(near, self.link(span).ms(num_bytes * (span - inside) / span))
+
+    def selective(self, kind: str) -> float:
+        """Milliseconds that recomputing chosen modules adds to a layer's backward pass."""
+        model, machine = self.model, self.machine
+        if model.recompute_granularity != "selective":
+            return 0.0
+        is_moe, modules = "moe" in kind, set(model.recompute_modules or [])
+        extra = 0.0
+        if "core_attn" in modules and "linear" not in kind:
+            extra += self.compute(self.core_flops(), machine.attention_fraction)
+        if "mla_up_proj" in modules:
+            width = model.num_attention_heads * (2 * model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim)
+            rank = max(model.kv_lora_rank, model.q_lora_rank or 0)
+            extra += self.compute(2 * rank * width * self.tokens / self.tp, machine.matmul_fraction)
+        if "layernorm" in modules:
+            extra += self.traffic(8 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
+        if is_moe and "moe" in modules:
+            extra += self.experts().forward_ms
+        elif is_moe:
+            if "moe_act" in modules:
+                routed = self.tokens * model.moe_router_topk / self.tp
+                extra += self.traffic(3 * routed * model.moe_ffn_hidden_size * self.num_bytes)
+            if "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
+                extra += self.mlp(model.moe_shared_expert_intermediate_size).forward_ms
+        elif "mlp" in modules:
+            extra += self.mlp(model.ffn_hidden_size).forward_ms
+        return extra
+
+    def mtp_layer(self, layers: dict[str, PartTime]) -> PartTime:
+        """Lookup, norms and projection before a layer of the last decoder layer's kind, and a norm after it."""
+        model = self.model
+        layer = layers["moe" if moe_pattern(model)[-1] else "dense"]
+        if model.mtp_variant == "parallel":
+            is_rerun = model.mtp_num_layers > 1 and model.recompute_granularity != "full"
+            return layer + PartTime(0.0, layer.forward_ms * is_rerun)
+        h = model.hidden_size
+        flops = 2 * self.tokens * 2 * h * h / self.tp
+        num_bytes = 12 * self.tokens * h * self.num_bytes / self.shards
+        gathered = 2 * self.collective(self.tokens * h * self.num_bytes)
+        joint = self.both(
+            self.compute(flops, self.machine.matmul_fraction), num_bytes, gathered, self.machine.launch_ms
+        )
+        if model.recompute_granularity == "full":
+            joint = joint + PartTime(0.0, joint.forward_ms)
+        return self.embedding() + joint + layer
+
+    def head(self, backward_products: int) -> PartTime:
+        """Logits and loss in chunks. The backward pass computes the logits again, then the gradients of hidden states and weight."""
+        model = self.model
+        product = self.compute(forward_flops_logits(model) * self.tokens / self.tp, self.machine.matmul_fraction)
+        passes = self.traffic(4 * 4 * self.tokens * padded_vocab_size(model) / self.tp)  # fp32 logits, four passes
+        gather = self.collective(self.tokens * model.hidden_size * self.num_bytes)
+        return PartTime(product + passes + gather, backward_products * product + passes + gather)
+
+
+def _forward_only(time: PartTime) -> PartTime:
+    return PartTime(time.forward_ms, 0.0)
+
+
+def layer_times(costs: PartCosts, model: ModelConfig) -> list[PartTime]:
+    """Of every decoder layer. A profile knows two kinds; a layer with linear attention takes the time of its kind with full attention there."""
+    return [
+        costs.layer[kind] if kind in costs.layer else costs.layer[kind.removeprefix("linear ")]
+        for kind in layer_kinds(model)
+    ]
+
+
+def chunk_times(costs: PartCosts, model: ModelConfig, layout: PipelineLayout) -> list[list[PartTime]]:
+    """Times of one micro-batch, `[pp_rank][vp_rank]`."""
+    layers = layer_times(costs, model)
+    return [
+        [_chunk_time(costs, model, layout.chunks[p][v], layers, layout.decoder_layers(p, v)) for v in range(layout.vp)]
+        for p in range(layout.pp)
+    ]
+
+
+def _chunk_time(
+    costs: PartCosts, model: ModelConfig, symbols: tuple[str, ...], layers: list[PartTime], held: range
+) -> PartTime:
+    time = sum((layers[idx] for idx in held), costs.chunk)
+    depths = symbols.count("m")
+    if "E" in symbols:
+        time = time + costs.embedding
+    if (model.num_layers - 1 in held) if model.mtp_num_layers else "L" in symbols:
+        time = time + costs.final_norm
+    if depths:
+        time = time + costs.mtp_layer * depths
+    if "L" in symbols:
+        time = time + costs.head + costs.mtp_head * (model.mtp_num_layers or 0)
+    return time

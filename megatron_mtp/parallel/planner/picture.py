@@ -1,0 +1,132 @@
+"""Draws the schedule of a plan as SVG: ranks from top to bottom, time from left to right. Text only, no library."""
+
+from __future__ import annotations
+
+from html import escape
+
+from megatron_mtp.parallel.planner.part_costs import PartTime
+from megatron_mtp.parallel.planner.planner import Plan, Planner
+from megatron_mtp.parallel.planner.schedule import ScheduleKind
+from megatron_mtp.parallel.planner.simulate import Event, Timeline, simulate
+
+WIDTH, LEFT, TOP, ROW, GAP = 1400, 128, 78, 26, 6
+COLOURS = {
+    "embedding": "#8a8a8a",
+    "forward": "#4c86c6",
+    "backward": "#9fc46b",
+    "mtp": "#e8963c",
+    "loss": "#c2477f",
+}
+NAMES = {
+    "embedding": "embedding",
+    "forward": "decoder forward",
+    "backward": "decoder backward",
+    "mtp": "MTP layers",
+    "loss": "head and loss",
+}
+MOST_ROUNDS = 2
+"""Rounds of pp micro-batches that are drawn of a longer step: its beginning, a part of its steady run, and its end look the same."""
+
+
+def draw(planner: Planner, plan: Plan, title: str) -> str:
+    """The schedule of a plan as SVG text.
+
+    A step of many micro-batches is drawn as a short one, which begins, runs and ends alike. A backward call is drawn in its parts in the order in which they run:
+    head and loss first, then MTP layers, then decoder layers.
+    """
+    layout = plan.layout
+    count = min(plan.num_microbatches, MOST_ROUNDS * layout.pp)
+    kind = ScheduleKind(pp=layout.pp, vp=layout.vp, num_microbatches=count, sends_block=planner.frees_outputs)
+    line = simulate(kind, planner.work(layout))
+    parts = [[_parts(planner, layout.chunks[p][v]) for v in range(layout.vp)] for p in range(layout.pp)]
+    scale = (WIDTH - LEFT - 24) / line.total_ms
+    height = TOP + layout.pp * (ROW + GAP) + 44
+    note = "" if count == plan.num_microbatches else f", drawn with {count} of {plan.num_microbatches} micro-batches"
+    body = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<text x="12" y="24" font-size="16" font-weight="bold" fill="#222222">{escape(title)}: pipeline schedule{note}</text>',
+        *_legend(),
+    ]
+    for p in range(layout.pp):
+        y = TOP + p * (ROW + GAP)
+        body.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH - LEFT - 24}" height="{ROW}" fill="#f1f1f1"/>')
+        body.append(
+            f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end" fill="#222222">stage {p} ({plan.stages[p].idle:.0%} idle)</text>'
+        )
+    for event in line.events:
+        body += _call(event, parts[event.pp_rank][event.vp_rank], scale)
+    body += [*_axis(line, scale, height), "</svg>"]
+    return "\n".join(body) + "\n"
+
+
+def _parts(planner: Planner, symbols: tuple[str, ...]) -> dict[str, PartTime]:
+    """Times of what a chunk holds beside decoder layers, by colour."""
+    costs, depths = planner.costs, symbols.count("m")
+    parts: dict[str, PartTime] = {}
+    if "E" in symbols:
+        parts["embedding"] = costs.embedding
+    if depths:
+        parts["mtp"] = costs.mtp_layer * depths
+    if "L" in symbols:
+        parts["loss"] = costs.head + costs.mtp_head * (planner.cfg.model.mtp_num_layers or 0)
+    return parts
+
+
+def _call(event: Event, parts: dict[str, PartTime], scale: float) -> list[str]:
+    """One call as a row of boxes with one frame, and its micro-batch where there is room."""
+    y = TOP + event.pp_rank * (ROW + GAP)
+    middle = "forward" if event.is_forward else "backward"
+    times = {name: time.forward_ms if event.is_forward else time.backward_ms for name, time in parts.items()}
+    rest = event.end_ms - event.start_ms - sum(times.values())
+    order = [("embedding", times.get("embedding", 0.0)), (middle, rest)]
+    order += [(name, times.get(name, 0.0)) for name in ("mtp", "loss")]
+    if not event.is_forward:
+        order.reverse()
+    out, x = [], LEFT + event.start_ms * scale
+    left = x
+    for name, elapsed in order:
+        if elapsed > 0:
+            faded = ' fill-opacity="0.62"' if not event.is_forward and name != "backward" else ""
+            out.append(
+                f'<rect x="{x:.2f}" y="{y}" width="{elapsed * scale:.2f}" height="{ROW}" fill="{COLOURS[name]}"{faded}/>'
+            )
+            x += elapsed * scale
+    if event.vp_rank % 2:
+        out.append(
+            f'<rect x="{left:.2f}" y="{y + ROW - 4}" width="{x - left:.2f}" height="4" fill="#222222" fill-opacity="0.35"/>'
+        )
+    out.append(
+        f'<rect x="{left:.2f}" y="{y}" width="{x - left:.2f}" height="{ROW}" fill="none" stroke="#ffffff" stroke-width="1"/>'
+    )
+    if x - left > 15:
+        out.append(
+            f'<text x="{(left + x) / 2:.2f}" y="{y + 17}" text-anchor="middle" fill="#ffffff" font-size="11">{event.micro_batch}</text>'
+        )
+    return out
+
+
+def _legend() -> list[str]:
+    out, x = [], LEFT
+    for name, colour in COLOURS.items():
+        out.append(f'<rect x="{x}" y="40" width="14" height="14" fill="{colour}"/>')
+        out.append(f'<text x="{x + 20}" y="52" fill="#222222">{NAMES[name]}</text>')
+        x += 34 + 7 * len(NAMES[name])
+    text = "lighter: backward; numbers: micro-batches; a dark foot: odd virtual stages; grey: idle"
+    out.append(f'<text x="{x}" y="52" fill="#666666">{text}</text>')
+    return out
+
+
+def _axis(line: Timeline, scale: float, height: int) -> list[str]:
+    """Round numbers of milliseconds below the ranks."""
+    raw = line.total_ms / 8
+    power = 10 ** (len(f"{raw:.0f}") - 1) if raw >= 1 else 0.1
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    out, tick = [], 0
+    while tick * step <= line.total_ms:
+        x = LEFT + tick * step * scale
+        out.append(f'<line x1="{x:.2f}" y1="{height - 40}" x2="{x:.2f}" y2="{height - 34}" stroke="#666666"/>')
+        out.append(f'<text x="{x:.2f}" y="{height - 20}" text-anchor="middle" fill="#444444">{tick * step:g} ms</text>')
+        tick += 1
+    return out

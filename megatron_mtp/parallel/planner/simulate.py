@@ -1,0 +1,228 @@
+"""Runs a pipeline schedule event by event with given times. Pure arithmetic.
+
+A message travels once both ends have posted it (rendezvous, as gloo and NCCL do it), takes its time on a link of its
+own, and is then done for both. Which event waits for which does not depend on the times, so a schedule is compiled once into a list
+of nodes, each the later of two earlier ones plus a cost, and any number of splits are timed by running down the list.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+from megatron_mtp.parallel.planner.part_costs import PartTime
+from megatron_mtp.parallel.planner.schedule import Compute, Message, ScheduleKind, Wait, rank_program
+
+NO_COST = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one step costs.
+
+    Args:
+        chunks: `chunks[pp_rank][vp_rank]`, the times of one micro-batch.
+        message_ms: for each boundary between chunks in execution order, pp * vp - 1 of them, the time of a message.
+        shapes_ms: time of the message about shapes that goes before each message if MTP layers have a stage of their own;
+            None: there is none.
+    """
+
+    chunks: tuple[tuple[PartTime, ...], ...]
+    message_ms: tuple[float, ...]
+    shapes_ms: float | None = None
+
+    @property
+    def pp(self) -> int:
+        """Pipeline size."""
+        return len(self.chunks)
+
+    @property
+    def vp(self) -> int:
+        """Chunks of each rank."""
+        return len(self.chunks[0])
+
+    def costs(self) -> list[float]:
+        """The cost of every class of nodes, in the order in which `_Compiler` numbers them."""
+        pp, vp = self.pp, self.vp
+        costs = [0.0, self.shapes_ms or 0.0]
+        for chunk in range(pp * vp):
+            time = self.chunks[chunk % pp][chunk // pp]
+            costs += [time.forward_ms, time.backward_ms]
+        return [*costs, *self.message_ms]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One call of a chunk."""
+
+    pp_rank: int
+    vp_rank: int
+    micro_batch: int
+    is_forward: bool
+    start_ms: float
+    end_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A whole step of the pipeline, forward and backward passes only."""
+
+    total_ms: float
+    busy_ms: tuple[float, ...]
+    """Of each rank."""
+    events: tuple[Event, ...]
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Share of the step in which each rank computes nothing; waiting for messages is idle time."""
+        return tuple(1 - busy / self.total_ms for busy in self.busy_ms)
+
+    @property
+    def bubble(self) -> float:
+        """Mean of `idle`."""
+        return sum(self.idle) / len(self.busy_ms)
+
+
+def simulate(kind: ScheduleKind, work: Work) -> Timeline:
+    """Every call with its start and end."""
+    compiled = compile_schedule(kind, work.shapes_ms is not None)
+    costs = work.costs()
+    times = compiled.times(costs)
+    events = tuple(
+        Event(
+            rank,
+            step.vp_rank,
+            step.micro_batch,
+            step.is_forward,
+            times[node] - costs[compiled.costs[node]],
+            times[node],
+        )
+        for rank, step, node in compiled.calls
+    )
+    busy = tuple(kind.num_microbatches * sum(t.forward_ms + t.backward_ms for t in rank) for rank in work.chunks)
+    return Timeline(max(times[node] for node in compiled.last), busy, events)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSchedule:
+    """Nodes in an order in which each comes after what it waits for; node 0 is the start of the step."""
+
+    first: list[int]
+    second: list[int]
+    costs: list[int]
+    """Class of each node's cost."""
+    calls: list[tuple[int, Compute, int]]
+    """(rank, call, node), in that order too."""
+    last: list[int]
+    """The last node of each rank."""
+
+    def times(self, costs: list[float]) -> list[float]:
+        """When each node is done."""
+        times = [0.0]
+        append = times.append
+        for first, second, cost in islice(zip(self.first, self.second, self.costs, strict=True), 1, None):
+            one, other = times[first], times[second]
+            append((one if one > other else other) + costs[cost])
+        return times
+
+    def total(self, costs: list[float]) -> float:
+        """When the last rank is done."""
+        times = self.times(costs)
+        return max(times[node] for node in self.last)
+
+
+@lru_cache(maxsize=64)
+def compile_schedule(kind: ScheduleKind, exchanges_shapes: bool) -> CompiledSchedule:
+    """Works out which event waits for which.
+
+    Raises:
+        RuntimeError: the schedule deadlocks.
+    """
+    return _Compiler(kind, exchanges_shapes).run()
+
+
+class _Compiler:
+    """Executes the programs of all ranks as far as each can go, in turn, and notes what waits for what."""
+
+    def __init__(self, kind: ScheduleKind, exchanges_shapes: bool):
+        self.kind, self.exchanges_shapes = kind, exchanges_shapes
+        self.first, self.second, self.costs = [0], [0], [NO_COST]
+        self.calls: list[tuple[int, Compute, int]] = []
+        self.clock = [0] * kind.pp  # the node after which each rank goes on
+        # The end of a message that came first, and when it is done; those about shapes apart.
+        self.posted: dict[Message, int] = {}
+        self.done: dict[Message, int] = {}
+        self.posted_shapes: dict[Message, int] = {}
+        self.done_shapes: dict[Message, int] = {}
+
+    def run(self) -> CompiledSchedule:
+        runners = deque((rank, self._run_rank(rank)) for rank in range(self.kind.pp))
+        stuck = 0
+        while runners:
+            rank, runner = runners.popleft()
+            has_moved = next(runner, None)
+            if has_moved is None:  # this rank is done
+                stuck = 0
+                continue
+            runners.append((rank, runner))
+            stuck = 0 if has_moved else stuck + 1
+            if stuck > 2 * len(runners):
+                raise RuntimeError(f"the schedule deadlocks: ranks {[rank for rank, _ in runners]} wait for each other")
+        return CompiledSchedule(self.first, self.second, self.costs, self.calls, self.clock)
+
+    def _run_rank(self, rank: int) -> Iterator[bool]:
+        """Yields whether this rank has moved, after each call and whenever it must wait for another.
+
+        The ranks take turns call by call, so that the order of nodes repeats from round to round (parallel/planner/steady.py).
+        """
+        clock, first_cost = self.clock, 2 + 2 * self.kind.pp * self.kind.vp
+        for step in rank_program(self.kind, rank):
+            if isinstance(step, Compute):
+                chunk = step.vp_rank * self.kind.pp + rank
+                clock[rank] = self._node(clock[rank], clock[rank], 2 + 2 * chunk + (not step.is_forward))
+                self.calls.append((rank, step, clock[rank]))
+                yield True
+                continue
+            if isinstance(step, Wait):
+                yield from self._await(rank, (step.message,), self.done)
+                continue
+            messages = step.sends + step.receives
+            if self.exchanges_shapes:
+                for message in messages:
+                    self._post(message, clock[rank], 1, self.posted_shapes, self.done_shapes)
+                yield from self._await(rank, messages, self.done_shapes)
+            for message in messages:
+                self._post(message, clock[rank], first_cost + message[1], self.posted, self.done)
+            if step.is_blocking:
+                yield from self._await(rank, messages, self.done)
+
+    def _await(self, rank: int, messages: tuple[Message, ...], done: dict[Message, int]) -> Iterator[bool]:
+        for message in messages:
+            while message not in done:
+                yield False
+        for message in messages:
+            self.clock[rank] = self._later(self.clock[rank], done[message])
+
+    def _post(
+        self, message: Message, node: int, cost: int, posted: dict[Message, int], done: dict[Message, int]
+    ) -> None:
+        other = posted.pop(message, None)
+        if other is None:
+            posted[message] = node
+        else:
+            done[message] = self._node(other, node, cost)
+
+    def _later(self, node: int, other: int) -> int:
+        """The later of two; a message that was posted at this very node is later anyway."""
+        if node in (self.first[other], self.second[other]):
+            return other
+        return self._node(node, other, NO_COST)
+
+    def _node(self, first: int, second: int, cost: int) -> int:
+        self.first.append(first)
+        self.second.append(second)
+        self.costs.append(cost)
+        return len(self.costs) - 1

@@ -1,0 +1,120 @@
+"""The time of a long step, without compiling it: its middle repeats.
+
+Each further round of pp micro-batches adds the same nodes to a compiled schedule, with the same distances to the nodes they wait for.
+Two short schedules that differ by one round show which nodes those are; a step of any length is then the beginning, those nodes as often
+as needed, and the end. And once every node of a round comes the same time after its counterpart one round before, so will all that follow, because
+each is the later of two earlier ones plus a constant: the rest of the rounds is one multiplication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from megatron_mtp.parallel.planner.schedule import ScheduleKind
+from megatron_mtp.parallel.planner.simulate import CompiledSchedule, Work, compile_schedule
+
+FIRST_ROUNDS, LAST_ROUNDS = 3, 8
+"""Lengths at which the repeating part is looked for, in rounds of pp micro-batches."""
+Node = tuple[int, int, int]
+"""Distances to the two nodes that this one waits for, and the class of its cost."""
+
+
+def step_time(kind: ScheduleKind, work: Work) -> float:
+    """`simulate(kind, work).total_ms`."""
+    exchanges_shapes = work.shapes_ms is not None
+    shortest = FIRST_ROUNDS * kind.pp + kind.num_microbatches % kind.pp
+    parts = None
+    if kind.num_microbatches > shortest + kind.pp:
+        parts = _parts(replace(kind, num_microbatches=shortest), exchanges_shapes)
+    if parts is None or parts.num_microbatches > kind.num_microbatches:
+        return compile_schedule(kind, exchanges_shapes).total(work.costs())
+    return parts.total(work.costs(), (kind.num_microbatches - parts.num_microbatches) // kind.pp)
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatingSchedule:
+    """A schedule of `num_microbatches`, cut where whole rounds can be put in."""
+
+    num_microbatches: int
+    start: list[Node]
+    round: list[Node]
+    end: list[Node]
+    last: list[int]
+    """Distances of each rank's last node from the end of the list."""
+    reach: int
+    """The longest distance that a node of a round or of the end looks back."""
+
+    def total(self, costs: list[float], num_rounds: int) -> float:
+        """When the last rank is done, with this many rounds put in."""
+        times = [0.0]
+        _run(self.start, costs, times)
+        gained = 0.0
+        span = self.reach + len(self.round)
+        for idx in range(num_rounds):
+            _run(self.round, costs, times)
+            round_ms = _steady(times, len(self.round), span)
+            if round_ms is not None:
+                gained = (num_rounds - idx - 1) * round_ms
+                break
+        _run(self.end, costs, times)
+        return max(times[-distance] for distance in self.last) + gained
+
+
+def _run(nodes: list[Node], costs: list[float], times: list[float]) -> None:
+    append = times.append
+    for first, second, cost in nodes:
+        one, other = times[-first], times[-second]
+        append((one if one > other else other) + costs[cost])
+
+
+def _steady(times: list[float], length: int, span: int) -> float | None:
+    """The time of a round, if everything that later nodes look back to has moved on by it since the round before."""
+    if len(times) < span + length:
+        return None
+    round_ms = times[-1] - times[-1 - length]
+    tolerance = 1e-12 * times[-1]
+    now, before = times[-span:], times[-span - length : -length]
+    for one, other in zip(now, before, strict=True):
+        if abs(one - other - round_ms) > tolerance:
+            return None
+    return round_ms
+
+
+@lru_cache(maxsize=512)
+def _parts(kind: ScheduleKind, exchanges_shapes: bool) -> RepeatingSchedule | None:
+    """Cuts a schedule into start, round and end; None if none of the lengths tried repeats."""
+    longer = compile_schedule(kind, exchanges_shapes)
+    for _ in range(LAST_ROUNDS - FIRST_ROUNDS):
+        shorter, count = longer, kind.num_microbatches
+        kind = replace(kind, num_microbatches=count + kind.pp)
+        longer = compile_schedule(kind, exchanges_shapes)
+        if (parts := _cut(shorter, longer, count)) is not None:
+            return parts
+    return None
+
+
+def _cut(shorter: CompiledSchedule, longer: CompiledSchedule, num_microbatches: int) -> RepeatingSchedule | None:
+    short, long = _relative(shorter), _relative(longer)
+    length = len(long) - len(short)
+    equal = next((idx for idx, (one, other) in enumerate(zip(short, long, strict=False)) if one != other), len(short))
+    if equal < length or short[:equal] + short[equal - length :] != long:
+        return None
+    last = [len(short) + 1 - node for node in shorter.last]
+    if last != [len(long) + 1 - node for node in longer.last]:
+        return None
+    start, middle, end = short[:equal], short[equal - length : equal], short[equal:]
+    if start[-2 * length : -length] != middle:
+        return None
+    # An end node that looks back into its own part needs nothing of the rounds; those before it may.
+    reach = max(max(first, second) for first, second, _ in middle + end[:length])
+    reach = max([reach, *(max(f, s) - idx for idx, (f, s, _) in enumerate(end))])
+    return RepeatingSchedule(num_microbatches, start, middle, end, last, reach)
+
+
+def _relative(compiled: CompiledSchedule) -> list[Node]:
+    return [
+        (idx - first, idx - second, cost)
+        for idx, (first, second, cost) in enumerate(zip(compiled.first, compiled.second, compiled.costs, strict=True))
+        if idx
+    ]

@@ -1,0 +1,232 @@
+"""From a config and a request to plans: the one to use and those to compare it with. Imports neither torch nor Megatron-Core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.config.layout_text import layout_chunks
+from megatron_mtp.errors import ConfigError, PlanError
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.planner.auto_layout import even_layout, is_planned, machine_of, make_planner, memory_limit
+from megatron_mtp.parallel.planner.machines import Machine, find_machine
+from megatron_mtp.parallel.planner.part_costs import Profile
+from megatron_mtp.parallel.planner.planner import Plan, Planner, layout_of
+from megatron_mtp.parallel.planner.search_sizes import Candidate, search_sizes
+from megatron_mtp.parallel.planner.search_split import SplitChoice
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for; see `megatron-mtp plan --help`."""
+
+    devices: int | None = None
+    hardware: str | None = None
+    profile: Path | None = None
+    memory_gib: float | None = None
+    compare: tuple[str, ...] = ()
+    search: bool = False
+    top: int = 10
+
+
+@dataclass(slots=True, kw_only=True)
+class Plans:
+    """What was found.
+
+    Attributes:
+        cfg: finalized; of the best candidate after a search.
+        machine: what was estimated for, and whose memory limits.
+        chosen: the plan to use.
+        choice: how it was found; None for a layout that the config names.
+        others: name -> plan to compare it with.
+        refused: name -> why a split given for comparison is illegal.
+        candidates: of a search, best first.
+    """
+
+    cfg: ConfigContainer
+    world_size: int
+    machine: Machine
+    profile: Profile | None
+    limit_bytes: float | None
+    chosen: Plan
+    choice: SplitChoice | None
+    others: dict[str, Plan] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def chosen_planner(self) -> Planner:
+        """The planner that made `chosen`."""
+        return make_planner(self.cfg, self.world_size, self.machine, self.profile)
+
+
+def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
+    """Plans a config.
+
+    Args:
+        cfg: not finalized yet.
+
+    Raises:
+        ConfigError: the config is wrong. PlanError: no layout is legal or fits, or an option is wrong.
+    """
+    machine = machine_of(cfg) if request.hardware is None else find_machine(request.hardware)
+    profile = None if request.profile is None else Profile.read(request.profile)
+    limit = limit_of(request, machine)
+    candidates: list[Candidate] = []
+    world_size = request.devices
+    if request.search:
+        if world_size is None:
+            raise PlanError("--search: needs --devices N, the number of devices to spread the model over.")
+        if profile is not None:
+            raise PlanError(
+                "--search: looks at other sizes than those a profile was measured with. Leave out --profile or --search."
+            )
+        candidates = search_sizes(cfg, machine, world_size, limit, request.top)
+        cfg = candidates[0].cfg
+    else:
+        cfg = cfg.copy()
+        world_size = world_size or smallest_world(cfg)
+        cfg.finalize(world_size)
+    if cfg.model.vocab_size is None:
+        raise PlanError("model.vocab_size is not known before the tokenizer is opened. Set model.vocab_size to plan.")
+    planner = make_planner(cfg, world_size, machine, profile)
+    chosen, choice = _choose(planner, limit)
+    plans = Plans(
+        cfg=cfg,
+        world_size=world_size,
+        machine=machine,
+        profile=profile,
+        limit_bytes=limit,
+        chosen=chosen,
+        choice=choice,
+        candidates=candidates,
+    )
+    _compare(plans, planner, request.compare)
+    return plans
+
+
+def limit_of(request: Request, machine: Machine) -> float | None:
+    """Bytes that a plan may use; None: no limit. A profile says nothing of memory: then only a named device limits."""
+    if request.memory_gib is not None:
+        return request.memory_gib * GIB or None
+    if request.profile is not None and request.hardware is None:
+        return None
+    return memory_limit(machine)
+
+
+def smallest_world(cfg: ConfigContainer) -> int:
+    """The fewest processes that hold one replica.
+
+    Raises:
+        ConfigError: the config is wrong for any number of processes.
+    """
+    trial = cfg.copy().finalize()
+    return minimum_world_size(trial.model)
+
+
+def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | None]:
+    model = planner.cfg.model
+    if not is_planned(model):
+        plan = planner.plan(PipelineLayout.from_config(model))
+        choice = None
+    else:
+        try:
+            choice = planner.choose(limit)
+        except PlanError as error:
+            raise PlanError(f"{error}{_nearest_fit(planner, limit)}") from None
+        plan = planner.plan(layout_of(planner.problem(), choice.split))
+    if limit is not None and plan.peak_bytes > limit:
+        raise PlanError(
+            f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, and a device has "
+            f"{limit / GIB:.1f} GiB to use (--memory GIB sets another limit, 0 none).{_nearest_fit(planner, limit)}"
+        )
+    return plan, choice
+
+
+def _nearest_fit(planner: Planner, limit: float | None) -> str:
+    """Single changes after which the even split fits, as a sentence."""
+    if limit is None:
+        return ""
+    model, train = planner.cfg.model, planner.cfg.train
+    full = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "recompute_modules": None,
+    }
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    if train.micro_batch_size > 1:
+        changes.append(({}, {"micro_batch_size": train.micro_batch_size // 2}))
+    changes += [(full, {}), (full, {"micro_batch_size": 1})]
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        bigger: dict[str, Any] = {name: 2 * getattr(model, name), "pipeline_model_parallel_layout": "auto"}
+        if name.startswith("tensor"):
+            bigger["sequence_parallel"] = True
+        changes += [(bigger, {}), (bigger | full, {})]
+    for in_model, in_train in changes:
+        if (peak := _peak_after(planner, in_model, in_train)) is not None and peak <= limit:
+            words = [f"model.{name}={value}" for name, value in in_model.items() if value is not None]
+            words += [f"train.{name}={value}" for name, value in in_train.items()]
+            return f" Nearest that fits: {' '.join(words)}, with {peak / GIB:.1f} GiB in an even split."
+    return (
+        " None of: a smaller micro-batch, recomputation, twice the TP, PP or EP fits; use --search with more --devices."
+    )
+
+
+def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, Any]) -> float | None:
+    source = planner.cfg.to_dict()
+    source["model"] |= in_model
+    source["train"] |= in_train
+    source["validation"] |= {"eval_micro_batch_size": None, "eval_global_batch_size": None}
+    try:
+        cfg = ConfigContainer.from_dict(source)
+        world_size = max(planner.world_size, smallest_world(cfg))
+        cfg.finalize(world_size)
+    except (ConfigError, PlanError):
+        return None
+    layout = even_layout(cfg.model)
+    memory = Planner(cfg, planner.costs, world_size, is_cpu=planner.is_cpu).memory_model()
+    return max(memory.rank(layout, stage).total for stage in range(layout.pp))
+
+
+def _compare(plans: Plans, planner: Planner, wanted: tuple[str, ...]) -> None:
+    if plans.cfg.model.pipeline_model_parallel_size > 1:
+        try:
+            plans.others["even"] = planner.plan(even_layout(plans.cfg.model))
+        except PlanError as error:
+            plans.refused["even"] = str(error)
+    for text in wanted:
+        try:
+            plans.others[text] = planner.plan(_layout_of_text(plans.cfg, text))
+        except PlanError as error:
+            plans.refused[text] = str(error)
+    if wrong := [f"--compare {name!r}: {reason}" for name, reason in plans.refused.items() if name != "even"]:
+        raise PlanError("\n".join(wrong))
+
+
+def _layout_of_text(cfg: ConfigContainer, text: str) -> PipelineLayout:
+    """A split as a user writes it: numbers of decoder layers, or Megatron's string.
+
+    Raises:
+        PlanError: every rule that it breaks.
+    """
+    model = cfg.model
+    parts = [part.strip() for part in text.strip(" []").split(",")]
+    is_list = all(part.lstrip("-").isdigit() for part in parts)
+    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    flat, problems = layout_chunks(
+        [int(part) for part in parts] if is_list else text,
+        num_layers=model.num_layers,
+        num_depths=model.mtp_num_layers or 0,
+        pp=pp,
+        vp=vp,
+    )
+    if problems:
+        raise PlanError(
+            "\n".join(problem.replace("model.pipeline_model_parallel_layout", "the split") for problem in problems)
+        )
+    return PipelineLayout.of_chunks(flat, pp, vp)

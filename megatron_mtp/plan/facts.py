@@ -1,0 +1,88 @@
+"""What a finalized config comes to: sizes, processes. Numbers for people and for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.parallel.params import ParameterCount, count_parameters
+
+CPU_LIMIT = 300_000_000
+"""Models up to about this many parameters train on a CPU in bearable time."""
+
+
+def facts(cfg: ConfigContainer) -> dict[str, Any]:
+    """Sizes as plain data; parameters are None while the vocabulary is not known."""
+    model = cfg.model
+    count = count_parameters(model) if model.vocab_size else None
+    return {
+        "parameters": None if count is None else _parameters(count),
+        "mtp_num_layers": model.mtp_num_layers,
+        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
+        "parallel": {
+            "tensor": model.tensor_model_parallel_size,
+            "sequence": model.sequence_parallel,
+            "pipeline": model.pipeline_model_parallel_size,
+            "virtual_pipeline": model.virtual_pipeline_model_parallel_size or 1,
+            "context": model.context_parallel_size,
+            "expert": model.expert_model_parallel_size,
+            "expert_tensor": model.expert_tensor_parallel_size,
+        },
+        "processes": minimum_world_size(model),
+        "devices": "CPU or GPU" if count is not None and count.total <= CPU_LIMIT else "GPU",
+    }
+
+
+def _parameters(count: ParameterCount) -> dict[str, int]:
+    return {
+        "total": count.total,
+        "active": count.active,
+        "main": count.main,
+        "main_active": count.main_active,
+        "embedding": count.embedding,
+        "output": count.output,
+        "mtp": count.mtp,
+        "mtp_active": count.mtp_active,
+    }
+
+
+def short_count(number: int) -> str:
+    """A count in three digits: 671B, 30.5B, 1.27M."""
+    for factor, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= factor * 0.9995:
+            return f"{number / factor:.3g}{suffix}" if number < factor * 999.5 else f"{number / factor:.0f}{suffix}"
+    return str(number)
+
+
+def short_parallel(parallel: dict[str, Any]) -> str:
+    """Sizes above 1: "tp 2 sp, pp 16, ep 64"."""
+    names = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vp", "context": "cp", "expert": "ep"}
+    parts = [f"{short} {parallel[name]}" for name, short in names.items() if parallel[name] > 1]
+    if parallel["sequence"]:
+        parts[0] += " sp"
+    if parallel["expert"] > 1 and parallel["expert_tensor"] != parallel["tensor"]:
+        parts[-1] += f" etp {parallel['expert_tensor']}"
+    return ", ".join(parts) or "none"
+
+
+def short_layout(text: str) -> str:
+    """A layout with runs of layers shortened: "Ettt|tttt|...|ttmL" -> "Et*3|(t*4|)*14 t*2mL" for reading only."""
+    chunks = [_short_chunk(chunk) for chunk in text.split("|")]
+    shown: list[str] = []
+    idx = 0
+    while idx < len(chunks):
+        run = 1
+        while idx + run < len(chunks) and chunks[idx + run] == chunks[idx]:
+            run += 1
+        shown.append(chunks[idx] if run == 1 else f"({chunks[idx]}) x {run}")
+        idx += run
+    return " | ".join(shown)
+
+
+def _short_chunk(chunk: str) -> str:
+    out = ""
+    for symbol in dict.fromkeys(chunk):
+        count = chunk.count(symbol)
+        out += symbol if count == 1 else f"{symbol}*{count}"
+    return out or "-"

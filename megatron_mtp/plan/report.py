@@ -1,0 +1,221 @@
+"""Plans as text, as plain data, and as a YAML overlay."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron_mtp.parallel.planner.planner import Plan
+from megatron_mtp.plan.compare import GIB, Plans
+from megatron_mtp.plan.facts import short_count, short_layout
+
+OVERLAY_FIELDS = (
+    "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size recompute_granularity recompute_method "
+    "recompute_num_layers recompute_modules"
+).split()
+
+
+def as_text(recipe: str, plans: Plans) -> str:
+    """For a terminal."""
+    chosen, model = plans.chosen, plans.cfg.model
+    source = f"measured on {plans.profile.device}" if plans.profile else f"estimated for {plans.machine.name}"
+    sizes = {"TP": model.tensor_model_parallel_size, "PP": chosen.layout.pp, "VP": chosen.layout.vp}
+    sizes |= {"CP": model.context_parallel_size, "EP": model.expert_model_parallel_size}
+    lines = [
+        f"{recipe}: {plans.world_size} devices, {', '.join(f'{name} {size}' for name, size in sizes.items())}, micro-batch "
+        f"{plans.cfg.train.micro_batch_size}, {chosen.num_microbatches} micro-batches a step; times {source}",
+        "",
+        f"layout: {chosen.layout.string}",
+        f"        {short_layout(chosen.layout.string)}",
+        f"why:    {reason(plans)}",
+        "",
+        *_table(STAGE_HEADER, stage_rows(chosen), "rl" + "r" * (len(STAGE_HEADER) - 2)),
+        "",
+        step_line(chosen),
+    ]
+    if plans.others:
+        rows = [comparison_row("planned" if plans.choice else "as given", chosen, chosen)]
+        rows += [comparison_row(name, plan, chosen) for name, plan in plans.others.items()]
+        lines += ["", *_table(COMPARE_HEADER, rows, "lrrrrrrl")]
+    if plans.refused.get("even"):
+        lines += ["", f"even split: {plans.refused['even']}"]
+    if plans.candidates:
+        lines += ["", *_table(SEARCH_HEADER, search_rows(plans), "r" * (len(SEARCH_HEADER) - 1) + "l")]
+    return "\n".join(lines)
+
+
+STAGE_HEADER = (
+    "stage holds forward_ms backward_ms parameters weights gradients optimizer activations workspace GiB idle".split()
+)
+COMPARE_HEADER = ["split", "step s", "against", "bubble", "tokens/s", "MFU", "GiB", "layout"]
+SEARCH_HEADER = "# TP PP VP CP EP DP mbs recompute step_s tokens/s MFU bubble GiB layout".split()
+
+
+def stage_rows(plan: Plan) -> list[list[str]]:
+    """One row for each chunk; what a stage holds in all is on the row of its first chunk."""
+    rows = []
+    for stage in plan.stages:
+        for v, (holds, time) in enumerate(zip(stage.holds, stage.chunks, strict=True)):
+            name = str(stage.rank) if plan.layout.vp == 1 else f"{stage.rank}.{v}"
+            row = [name, short_layout(holds), f"{time.forward_ms:.2f}", f"{time.backward_ms:.2f}"]
+            if v == 0:
+                memory = stage.memory
+                parts = (
+                    memory.weights,
+                    memory.gradients,
+                    memory.optimizer,
+                    memory.activations,
+                    memory.workspace,
+                    memory.total,
+                )
+                row += [short_count(stage.parameters), *(f"{part / GIB:.2f}" for part in parts), f"{stage.idle:.1%}"]
+            else:
+                row += [""] * 8
+            rows.append(row)
+    return rows
+
+
+def step_line(plan: Plan) -> str:
+    """The time of a step and its rates."""
+    step = plan.step
+    mfu = "" if plan.mfu is None else f", MFU {plan.mfu:.1%}"
+    return (
+        f"step {step.total_ms / 1e3:.3f} s = pipeline {step.pipeline_ms / 1e3:.3f} (bubble {plan.bubble:.1%}) + update "
+        f"{step.update_ms / 1e3:.3f} + data parallel {step.reduce_ms / 1e3:.3f} + other {step.other_ms / 1e3:.3f}; "
+        f"{plan.tokens_per_s:,.0f} tokens/s{mfu}"
+    )
+
+
+def comparison_row(name: str, plan: Plan, chosen: Plan) -> list[str]:
+    """One split beside the chosen one."""
+    ratio = plan.step.total_ms / chosen.step.total_ms - 1
+    return [
+        name if len(name) <= 24 else name[:21] + "...",
+        f"{plan.step.total_ms / 1e3:.3f}",
+        "" if plan is chosen else f"{ratio:+.2%}",
+        f"{plan.bubble:.1%}",
+        f"{plan.tokens_per_s:,.0f}",
+        "-" if plan.mfu is None else f"{plan.mfu:.1%}",
+        f"{plan.peak_bytes / GIB:.1f}",
+        short_layout(plan.layout.string),
+    ]
+
+
+def search_rows(plans: Plans) -> list[list[str]]:
+    """One row for each candidate."""
+    rows = []
+    for number, found in enumerate(plans.candidates, start=1):
+        model, plan = found.cfg.model, found.plan
+        sizes = (
+            model.tensor_model_parallel_size,
+            model.pipeline_model_parallel_size,
+            model.virtual_pipeline_model_parallel_size or 1,
+            model.context_parallel_size,
+            model.expert_model_parallel_size,
+            found.dp,
+            found.cfg.train.micro_batch_size,
+        )
+        figures = [f"{plan.step.total_ms / 1e3:.3f}", f"{plan.tokens_per_s:,.0f}"]
+        figures += [
+            "-" if plan.mfu is None else f"{plan.mfu:.1%}",
+            f"{plan.bubble:.1%}",
+            f"{plan.peak_bytes / GIB:.1f}",
+        ]
+        rows.append([str(number), *map(str, sizes), found.recompute, *figures, short_layout(plan.layout.string)])
+    return rows
+
+
+def reason(plans: Plans) -> str:
+    """Why this layout, in one sentence."""
+    chosen, planner = plans.chosen, plans.chosen_planner()
+    if chosen.layout.pp == 1:
+        return "there is one stage, which holds everything."
+    problem = planner.problem()
+    layer = max(layer.forward_ms + layer.backward_ms for layer in problem.layers)
+    weights = {
+        "the embedding": problem.embedding,
+        f"{problem.num_depths} MTP layer{'s' * (problem.num_depths > 1)}": problem.mtp,
+        f"{1 + problem.num_depths} pass{'es' * (problem.num_depths > 0)} through the head": problem.loss,
+    }
+    parts = [f"{name} {(t.forward_ms + t.backward_ms) / layer:.1f}" for name, t in weights.items() if t.forward_ms]
+    loads = [sum(t.forward_ms + t.backward_ms for t in stage.chunks) for stage in chosen.stages]
+    slowest = max(range(len(loads)), key=loads.__getitem__)
+    text = f"counted in decoder layers, {', '.join(parts)}; so stage {slowest} is the slowest with {loads[slowest] / layer:.1f}"
+    if plans.choice is None:
+        return f"{text}. The layout is the config's; pipeline_model_parallel_layout=auto would look for a better one."
+    proof = (
+        "no legal split that fits is faster"
+        if plans.choice.gap < 1e-4
+        else f"no legal split that fits is more than {plans.choice.gap:.1%} faster"
+    )
+    even = plans.others.get("even")
+    gain = "" if even is None else f", an even split takes {even.step.total_ms / chosen.step.total_ms - 1:.1%} longer"
+    return f"{text}{gain}, and {proof} under these part times."
+
+
+def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
+    """For programs."""
+    data: dict[str, Any] = {
+        "recipe": recipe,
+        "devices": plans.world_size,
+        "hardware": plans.machine.name,
+        "profile": None if plans.profile is None else plans.profile.device,
+        "memory_limit_bytes": plans.limit_bytes,
+        "reason": reason(plans),
+        "plan": plan_data(plans.chosen),
+        "gap": None if plans.choice is None else plans.choice.gap,
+        "compare": {name: plan_data(plan) for name, plan in plans.others.items()},
+        "costs": asdict(plans.chosen_planner().costs),
+    }
+    if plans.candidates:
+        data["search"] = [
+            {
+                "dp": found.dp,
+                "recompute": found.recompute,
+                "micro_batch_size": found.cfg.train.micro_batch_size,
+                **{name: getattr(found.cfg.model, name) for name in OVERLAY_FIELDS},
+                "plan": plan_data(found.plan),
+            }
+            for found in plans.candidates
+        ]
+    return data
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """One plan."""
+    return {
+        "layout": plan.layout.string,
+        "step_ms": plan.step.total_ms,
+        **asdict(plan.step),
+        "bubble": plan.bubble,
+        "num_microbatches": plan.num_microbatches,
+        "tokens_per_s": plan.tokens_per_s,
+        "mfu": plan.mfu,
+        "peak_bytes": plan.peak_bytes,
+        "stages": [asdict(stage) | {"memory_total_bytes": stage.memory.total} for stage in plan.stages],
+    }
+
+
+def overlay(recipe: str, plans: Plans) -> str:
+    """YAML for `pretrain --config`: the sizes that the layout belongs to, and the layout."""
+    from megatron_mtp.config.yaml_text import dump_yaml
+
+    cfg = plans.cfg
+    model = {name: getattr(cfg.model, name) for name in OVERLAY_FIELDS}
+    model["pipeline_model_parallel_layout"] = plans.chosen.layout.string
+    data = {"model": model, "train": {"micro_batch_size": cfg.train.micro_batch_size}}
+    note = f"# megatron-mtp plan {recipe}: {plans.world_size} devices, step {plans.chosen.step.total_ms / 1e3:.3f} s"
+    return f"{note}\n{dump_yaml(data)}"
+
+
+def _table(header: list[str], rows: list[list[str]], align: str) -> list[str]:
+    cells = [[name.replace("_", " ") for name in header], *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, align, strict=True)
+        ).rstrip()
+        for row in cells
+    ]

@@ -1,0 +1,191 @@
+"""Times every part of a model on the device at hand, sharded as a run shards it, while the model trains."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.device.process_group import cores_per_rank
+from megatron_mtp.device.worker_pool import WorkerPool
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern
+from megatron_mtp.parallel.planner.part_costs import PartCosts, PartTime, Profile, measured_fields
+from megatron_mtp.profile.measure import PartMeasurement, measure_links
+
+LAYERS_OF_A_KIND = 4
+"""Enough that a layer's weights are not in the cache when its turn comes again."""
+MICRO_BATCHES = 4
+PRELOAD = ["megatron_mtp.verify.preload", "megatron_mtp.profile.job"]
+
+
+def profile_config(cfg: ConfigContainer) -> ConfigContainer:
+    """A small model of the same parts on one pipeline stage: a few layers of each kind, at least one MTP depth, mock data.
+
+    Args:
+        cfg: finalized.
+
+    Returns:
+        Finalized for one model-parallel block, `block_size` ranks.
+    """
+    trial = cfg.copy()
+    model = trial.model
+    kinds = list(zip(linear_pattern(model), moe_pattern(model), strict=True))
+    distinct = [kind for kind in dict.fromkeys(kinds) if kind != kinds[-1]]
+    # MTP layers have experts if the last decoder layer has.
+    kept = [kind for kind in (*distinct, kinds[-1]) for _ in range(min(LAYERS_OF_A_KIND, kinds.count(kind)))]
+    model.num_layers = len(kept)
+    if model.num_moe_experts:
+        model.moe_layer_freq = [int(is_moe) for _, is_moe in kept]
+    if model.experimental_attention_variant:
+        model.linear_attention_freq = [int(is_linear) for is_linear, _ in kept]
+    if model.position_embedding_type != "learned_absolute":
+        model.mtp_num_layers = max(1, model.mtp_num_layers)
+    if model.mtp_depth_weights and len(model.mtp_depth_weights) != model.mtp_num_layers:
+        model.mtp_depth_weights = None
+    model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size = 1, None
+    model.pipeline_model_parallel_layout = "auto"
+    block = block_size(cfg)
+    replicas = block // (model.tensor_model_parallel_size * model.context_parallel_size)
+    trial.train.global_batch_size = MICRO_BATCHES * replicas * trial.train.micro_batch_size
+    trial.train.rampup_batch_size = None
+    trial.validation.eval_iters = 0
+    trial.validation.eval_interval = None
+    trial.validation.eval_micro_batch_size = trial.validation.eval_global_batch_size = None
+    # Every rank owns all its optimizer state, so that the time for each parameter is seen without messages.
+    trial.ddp.use_distributed_optimizer = trial.ddp.overlap_grad_reduce = trial.ddp.overlap_param_gather = False
+    dataset = trial.dataset
+    dataset.blend = dataset.blend_per_split = dataset.valid_sets = None
+    dataset.mock = True
+    trial.checkpoint.save = trial.checkpoint.load = None
+    trial.profiling.use_pytorch_profiler = False
+    return trial.finalize(block)
+
+
+def block_size(cfg: ConfigContainer) -> int:
+    """Ranks of one pipeline stage that compute together: over TP, CP, EP and ETP."""
+    return minimum_world_size(cfg.model) // cfg.model.pipeline_model_parallel_size
+
+
+class CpuProfiler:
+    """Times parts in several local processes at once, as many as the run has here: they share caches and memory.
+
+    Args:
+        cfg: finalized.
+        processes: a multiple of `block_size`.
+    """
+
+    def __init__(self, cfg: ConfigContainer, processes: int):
+        self._cfg, self._processes, self._steps = cfg, processes, 0
+        trial, block = profile_config(on_cpu(cfg, processes)), block_size(cfg)
+        self._pools = [WorkerPool(block, timeout_s=3600.0, preload=PRELOAD) for _ in range(max(1, processes // block))]
+        self._threads = ThreadPoolExecutor(len(self._pools))
+        self._on_all(_begin, trial)
+
+    def advance(self, steps: int) -> None:
+        """Times further steps in all processes."""
+        self._steps += steps
+        self._on_all(_advance, steps)
+
+    def profile(self) -> Profile:
+        """Medians so far, and the time of messages between two processes."""
+        costs = mean_costs(self._on_all(_costs))
+        with WorkerPool(2, preload=PRELOAD) as pair:
+            links = pair.run(measure_links, "cpu")[0]
+        return _profile(self._cfg, replace(costs, **links), "cpu", self._processes, self._steps)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for pool in self._pools:
+            pool.close()
+        self._threads.shutdown()
+
+    def __enter__(self) -> CpuProfiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _on_all(self, work: Any, *args: Any) -> list[Any]:
+        results = list(self._threads.map(lambda pool: pool.run(work, *args), self._pools))
+        return [result for ranks in results for result in ranks]
+
+
+def profile_in_job(cfg: ConfigContainer, steps: int) -> Profile:
+    """Times in the job that this process belongs to, `block_size` ranks; the same result on every rank.
+
+    With one rank there is no message to time, and the links cost nothing: plan with a profile of two ranks or more.
+    """
+    measurement = PartMeasurement(profile_config(cfg))
+    device = measurement.run.device
+    try:
+        measurement.advance(steps)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, measurement.costs())
+        links = measure_links(device.torch_device.type) if len(everyone) > 1 else {}
+        return _profile(cfg, replace(mean_costs(everyone), **links), device.name, len(everyone), steps)
+    finally:
+        measurement.close()
+
+
+def mean_costs(found: list[PartCosts]) -> PartCosts:
+    """The mean over ranks, part by part."""
+
+    def mean(values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, dict):
+            return {kind: mean([value[kind] for value in values]) for kind in first}
+        if isinstance(first, PartTime):
+            return PartTime(mean([v.forward_ms for v in values]), mean([v.backward_ms for v in values]))
+        return sum(values) / len(values) if isinstance(first, float) else first
+
+    names = PartCosts.__dataclass_fields__
+    return PartCosts(**{name: mean([getattr(costs, name) for costs in found]) for name in names})
+
+
+_current: PartMeasurement | None = None
+"""Of this process, between the calls that a pool sends it."""
+
+
+def _begin(cfg: ConfigContainer) -> None:
+    global _current
+    _current = PartMeasurement(cfg)
+
+
+def _advance(steps: int) -> None:
+    assert _current is not None
+    _current.advance(steps)
+
+
+def _costs() -> PartCosts:
+    assert _current is not None
+    return _current.costs()
+
+
+def on_cpu(cfg: ConfigContainer, processes: int) -> ConfigContainer:
+    """A finalized copy that shares the cores among that many processes."""
+    trial = cfg.copy()
+    trial.dist.device = "cpu"
+    trial.dist.num_threads = cfg.dist.num_threads or max(1, cores_per_rank() // processes)
+    return trial.finalize()
+
+
+def _profile(cfg: ConfigContainer, costs: PartCosts, device: str, processes: int, steps: int) -> Profile:
+    return Profile(
+        costs=costs,
+        model=measured_fields(cfg.model),
+        dtype=cfg.precision.dtype,
+        micro_batch_size=cfg.train.micro_batch_size,
+        device=device,
+        notes={
+            "processes": processes,
+            "steps": steps,
+            "micro_batches": steps * MICRO_BATCHES,
+            "torch": version("torch"),
+            "megatron-core": version("megatron-core"),
+        },
+    )

@@ -1,0 +1,78 @@
+"""How much memory a training step takes on this device, beside what was predicted."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.device.memory_meter import memory_meter, peak_resident_bytes
+from megatron_mtp.device.select import pick_device
+from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
+from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
+from megatron_mtp.training.setup import setup
+
+STEPS = 2
+"""The optimizer's moments are made in the first step; the second shows what every later one takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeakMemory:
+    """One rank's memory in bytes.
+
+    Attributes:
+        peak: most that tensors held at once in a step: live storage on a CPU, the allocator's peak on a GPU.
+        held: between steps.
+        resident: largest resident set of the process, libraries and all; on a GPU the host's.
+        predicted: of this rank.
+    """
+
+    rank: int
+    stage: int
+    peak: int
+    held: int
+    resident: int
+    predicted: RankMemory
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured peak, less one."""
+        return self.predicted.total / self.peak - 1
+
+
+def measure_peak(cfg: ConfigContainer) -> PeakMemory:
+    """Trains two steps in the group that this process is in, or alone, and takes the run down again. Every rank calls it.
+
+    Args:
+        cfg: finalized for the size of the group.
+    """
+    with memory_meter(pick_device(cfg.dist.device).torch_device) as meter:
+        run = setup(cfg)
+        try:
+            batches = run.data.train()
+            factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(0)
+            for _ in range(STEPS):
+                batch = next(batches)
+                meter.reset_peak()
+                run.engine.train(batch, factor)
+            peak, held, stage = meter.peak_bytes, meter.now_bytes, run.groups.pp.rank()
+            rank, world_size, is_cpu = dist.get_rank(), dist.get_world_size(), not run.device.is_cuda
+        finally:
+            run.release()
+            del run
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    layout = pipeline_layout(cfg, world_size)
+    return PeakMemory(
+        rank=rank,
+        stage=stage,
+        peak=peak,
+        held=held,
+        resident=peak_resident_bytes(),
+        predicted=predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu),
+    )

@@ -1,0 +1,178 @@
+"""What to say when memory does not suffice: who ran out, what was planned and used, and what each remedy would save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.device.memory_meter import peak_resident_bytes
+from megatron_mtp.errors import ConfigError, OutOfMemoryError, PlanError
+from megatron_mtp.parallel.grid import RankGrid
+from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
+from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
+
+GIB = 2**30
+# What torch's CPU allocator, the C++ library and the operating system say, in RuntimeErrors.
+TEXTS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Changes to a config, and the planned peak of its fullest stage with them."""
+
+    changes: str
+    peak_bytes: int
+
+
+@contextmanager
+def explained_out_of_memory(cfg: ConfigContainer, rank: int, world_size: int) -> Iterator[None]:
+    """Turns running out of memory inside into an error for the user.
+
+    Args:
+        cfg: finalized for `world_size`.
+        rank: of this process.
+
+    Raises:
+        OutOfMemoryError: in place of torch's and Python's errors about memory; every other error passes.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        is_cpu = cfg.dist.device == "cpu" or not torch.cuda.is_available()
+        used = _used_on_cpu() if is_cpu else _used_on_gpu()
+        raise OutOfMemoryError(explanation(cfg, rank, world_size, str(error), used, is_cpu=is_cpu)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in TEXTS)
+
+
+def explanation(cfg: ConfigContainer, rank: int, world_size: int, cause: str, used: str, *, is_cpu: bool) -> str:
+    """The text for the user.
+
+    Args:
+        cause: first words of the error.
+        used: what this process had taken.
+    """
+    layout = pipeline_layout(cfg, world_size)
+    stage = RankGrid.from_config(cfg, world_size).coords(rank).pp
+    planned = predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu)
+    now = peak_bytes(cfg, world_size, is_cpu=is_cpu)
+    holds = " and ".join("".join(chunk) for chunk in layout.chunks[stage])
+    lines = [
+        f"rank {rank} of {world_size}, pipeline stage {stage} of {layout.pp} ({holds}), ran out of memory: "
+        f"{cause.splitlines()[0].rstrip('.') if cause else 'MemoryError'}.",
+        f"planned for this stage: {_gib(planned.total)} ({_parts(planned)}). {used}",
+        f"What each remedy would make of the fullest stage, planned at {_gib(now)} now:",
+    ]
+    found = remedies(cfg, world_size, is_cpu=is_cpu)
+    lines += [
+        f"  {remedy.changes}: {_gib(remedy.peak_bytes)}, saves {_gib(now - remedy.peak_bytes)}" for remedy in found
+    ]
+    return "\n".join(lines if found else [*lines[:2], "No single change of depths, recomputation or sizes helps."])
+
+
+def remedies(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> list[Remedy]:
+    """Single changes that lower the planned peak of the fullest stage, the best first."""
+    now = peak_bytes(cfg, world_size, is_cpu=is_cpu)
+    found = []
+    for changes in _candidates(cfg):
+        trial = cfg.copy()
+        for name, value in changes.items():
+            section, field = name.split(".")
+            setattr(getattr(trial, section), field, value)
+        _follow(trial, cfg)
+        try:
+            peak = peak_bytes(trial.finalize(world_size), world_size, is_cpu=is_cpu)
+        except (ConfigError, PlanError):  # this model cannot have it
+            continue
+        if peak < now:
+            found.append(Remedy(" ".join(f"{name}={_text(value)}" for name, value in changes.items()), peak))
+    return sorted(found, key=lambda remedy: remedy.peak_bytes)
+
+
+def peak_bytes(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> int:
+    """Planned peak of the fullest stage."""
+    layout = pipeline_layout(cfg, world_size)
+    return max(predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu).total for stage in range(layout.pp))
+
+
+def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
+    model, micro = cfg.model, cfg.train.micro_batch_size
+    layout, depths = model.pipeline_model_parallel_layout, model.mtp_num_layers or 0
+    # A split that was written for other depths or stages is dealt out anew.
+    again = {} if layout in ("auto", "even") else {"model.pipeline_model_parallel_layout": "even"}
+    found: list[dict[str, Any]] = [
+        {"model.mtp_num_layers": fewer} | again
+        for fewer in sorted({max(0, depths - 1), 0}, reverse=True)
+        if fewer < depths
+    ]
+    if model.recompute_granularity is None:
+        modules = ["layernorm", "moe" if model.num_moe_experts else "mlp"]
+        modules += ["mla_up_proj"] if model.multi_latent_attention else []
+        found.append({"model.recompute_granularity": "selective", "model.recompute_modules": modules})
+    if model.recompute_granularity != "full":
+        found.append(
+            {
+                "model.recompute_granularity": "full",
+                "model.recompute_method": "uniform",
+                "model.recompute_num_layers": 1,
+            }
+        )
+    if not cfg.ddp.use_distributed_optimizer:
+        found.append({"ddp.use_distributed_optimizer": True})
+    found.append({"model.pipeline_model_parallel_size": 2 * model.pipeline_model_parallel_size} | again)
+    if micro > 1:
+        found.append({"train.micro_batch_size": max(size for size in range(1, micro) if micro % size == 0)})
+    return found
+
+
+def _follow(trial: ConfigContainer, cfg: ConfigContainer) -> None:
+    """Values that stand for another one's must not hold it back."""
+    model = trial.model
+    if model.mtp_depth_weights:
+        model.mtp_depth_weights = model.mtp_depth_weights[: model.mtp_num_layers] or None
+    if model.recompute_granularity == "full":
+        model.recompute_modules = None
+    if trial.validation.eval_micro_batch_size == cfg.train.micro_batch_size:
+        trial.validation.eval_micro_batch_size = trial.train.micro_batch_size
+
+
+def _used_on_gpu() -> str:
+    free, total = torch.cuda.mem_get_info()
+    return (
+        f"Used: {_gib(torch.cuda.max_memory_allocated())} by tensors at most, "
+        f"{_gib(torch.cuda.memory_reserved())} kept by the allocator; {_gib(total)} on the device, {_gib(free)} free."
+    )
+
+
+def _used_on_cpu() -> str:
+    memory = psutil.virtual_memory()
+    return (
+        f"Used: {_gib(peak_resident_bytes())} by this process at most, libraries included; {_gib(memory.total)} on this "
+        f"machine, {_gib(memory.available)} free for all its processes."
+    )
+
+
+def _parts(memory: RankMemory) -> str:
+    names = ("weights", "gradients", "optimizer", "activations", "workspace")
+    return ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _text(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)

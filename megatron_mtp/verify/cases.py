@@ -1,0 +1,138 @@
+"""Layouts as text: "tp=2,sp=1; pp=2,vp=2; pp=4,layout=Ett|tt|mm|L; dp=2,distopt=1; mbs=1; pp=2,recompute=block"."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.errors import ConfigError
+
+# key -> field of the config
+FIELDS = {
+    "tp": "model.tensor_model_parallel_size",
+    "sp": "model.sequence_parallel",
+    "pp": "model.pipeline_model_parallel_size",
+    "vp": "model.virtual_pipeline_model_parallel_size",
+    "layout": "model.pipeline_model_parallel_layout",
+    "cp": "model.context_parallel_size",
+    "ep": "model.expert_model_parallel_size",
+    "etp": "model.expert_tensor_parallel_size",
+    "distopt": "ddp.use_distributed_optimizer",
+    "overlap": "ddp.overlap_grad_reduce",
+    "mbs": "train.micro_batch_size",
+}
+KEYS = (*FIELDS, "dp", "recompute")
+SWITCHES = ("sp", "distopt", "overlap")
+RECOMPUTE = {
+    "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+}
+# What a layout starts from: one rank, nothing recomputed.
+ONE_RANK: dict[str, Any] = {"sp": False, "vp": None, "layout": "auto", "etp": None, "distopt": False, "overlap": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to place a run.
+
+    Args:
+        text: as the user wrote it.
+        values: key of KEYS -> value. What is missing is one rank's; expert tensor parallel size is tp where missing.
+    """
+
+    text: str
+    values: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Reads "key=value,key=value"; the empty text is one rank.
+
+        Raises:
+            ConfigError: an unknown key or a value that does not fit it.
+        """
+        values: dict[str, Any] = {}
+        for pair in filter(None, (part.strip() for part in text.split(","))):
+            key, _, value = (part.strip() for part in pair.partition("="))
+            if key not in KEYS:
+                close = difflib.get_close_matches(key, KEYS, n=1)
+                meant = f" Did you mean {close[0]}?" if close else ""
+                raise ConfigError(
+                    f"--layouts: {key!r} in {text.strip()!r} is unknown.{meant} Known: {', '.join(KEYS)}."
+                )
+            if key in values:
+                raise ConfigError(f"--layouts: {key} stands twice in {text.strip()!r}. Name each key once.")
+            values[key] = _value(key, value, text)
+        return cls(text.strip() or "one rank", values)
+
+    def apply(self, cfg: ConfigContainer) -> ConfigContainer:
+        """A copy of the one-rank `cfg`, finalized for this layout.
+
+        Raises:
+            ConfigError: the layout cannot be, with the layout's text before each reason.
+        """
+        placed = self.place(cfg)
+        try:
+            return placed.finalize(self.world_size(placed))
+        except ConfigError as error:
+            raise type(error)([f"--layouts, {self.text}: {problem}" for problem in error.problems]) from error
+
+    def place(self, cfg: ConfigContainer) -> ConfigContainer:
+        """A copy of `cfg` with this layout's sizes, not finalized; what the layout does not name is one rank's."""
+        placed = cfg.copy()
+        for key, name in FIELDS.items():
+            if key == "mbs" and key not in self.values:
+                continue
+            section, field = name.split(".")
+            setattr(getattr(placed, section), field, self.values.get(key, ONE_RANK.get(key, 1)))
+        placed.ddp.overlap_param_gather = placed.ddp.overlap_grad_reduce and placed.ddp.use_distributed_optimizer
+        for name, value in RECOMPUTE.get(self.values.get("recompute", ""), {}).items():
+            setattr(placed.model, name, value)
+        return placed
+
+    def world_size(self, placed: ConfigContainer) -> int:
+        """Ranks: as few as the sizes take, or tp * cp * pp * dp where dp is given."""
+        model = placed.model
+        if "dp" not in self.values:
+            return minimum_world_size(model)
+        dense = model.tensor_model_parallel_size * model.context_parallel_size * model.pipeline_model_parallel_size
+        return dense * self.values["dp"]
+
+
+def parse_layouts(text: str) -> list[Layout]:
+    """Reads layouts separated by semicolons.
+
+    Raises:
+        ConfigError: every layout that cannot be read, or none given.
+    """
+    layouts, problems = [], []
+    for part in filter(str.strip, text.split(";")):
+        try:
+            layouts.append(Layout.parse(part))
+        except ConfigError as error:
+            problems += error.problems
+    if not layouts and not problems:
+        problems.append('--layouts: is empty. Write for example --layouts "tp=2; pp=2".')
+    if problems:
+        raise ConfigError(problems)
+    return layouts
+
+
+def _value(key: str, value: str, text: str) -> Any:
+    where = f"--layouts: {key}={value} in {text.strip()!r}"
+    if key == "layout":
+        return value or "auto"
+    if key == "recompute":
+        if value not in RECOMPUTE:
+            raise ConfigError(f"{where}: must be one of {', '.join(RECOMPUTE)}.")
+        return value
+    if key in SWITCHES:
+        if value not in ("0", "1"):
+            raise ConfigError(f"{where}: must be 0 or 1.")
+        return value == "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{where}: must be a whole number from 1 on.")
+    return int(value)

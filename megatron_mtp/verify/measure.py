@@ -1,0 +1,117 @@
+"""One layout measured: losses, counts, routing, every gradient, initial weights and a short curve. Runs on every worker of a pool."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.data.loader import DataPlacement
+from megatron_mtp.model.sharded import gather_parts, gradient_parts, parameter_parts, unwrap, whole_tensors
+from megatron_mtp.training.setup import Run, setup
+from megatron_mtp.training.step import StepResult
+from megatron_mtp.verify.batches import rank_batch
+from megatron_mtp.verify.masks import BatchSpec
+from megatron_mtp.verify.routing import RouterCall, RoutingRecorder, gather_routing
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What one layout computes. Tensors are whole, on the CPU, under the names of the sharded state dict.
+
+    Attributes:
+        sums, losses, counts: [1+D], of one forward and backward pass.
+        acceptance: rows of objective.acceptance.ROWS.
+        router: mean of each router loss.
+        gradients: name -> gradient of the total.
+        gradient_spread: name -> largest difference between two ranks' copies of the same part.
+        routing: router call -> [B, s, E] bool.
+        weights: name -> initial weight; weight_spread as gradient_spread.
+        curve: losses [1+D] of each optimizer step, from the initial weights on.
+        routing_curve: routing of each of these steps.
+        seconds: wall-clock time.
+    """
+
+    sums: list[float]
+    losses: list[float]
+    counts: list[int]
+    acceptance: list[list[int]]
+    router: dict[str, float]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    gradient_spread: dict[str, float] = field(default_factory=dict)
+    routing: dict[RouterCall, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    weight_spread: dict[str, float] = field(default_factory=dict)
+    curve: list[list[float]] = field(default_factory=list)
+    routing_curve: list[dict[RouterCall, Tensor]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def measure(cfg: ConfigContainer, spec: BatchSpec, curve_steps: int = 0) -> Measurement | None:
+    """Sets the run up in the group that this process is in, measures, and takes it down again.
+
+    Args:
+        cfg: finalized for the size of the group; train.global_batch_size is spec.num_samples.
+        spec: of the global batches. Step n of the curve reads batch n; gradients are those of batch 0.
+        curve_steps: optimizer steps at the constant rate optimizer.lr.
+
+    Returns:
+        The measurement on rank 0, None elsewhere.
+    """
+    began = time.monotonic()
+    run = setup(cfg)
+    try:
+        found = _measure(run, spec, curve_steps)
+    finally:
+        run.release()
+        del run
+        gc.collect()  # modules and hooks refer to each other in circles
+    if found is not None:
+        found.seconds = time.monotonic() - began
+    return found
+
+
+def _measure(run: Run, spec: BatchSpec, curve_steps: int) -> Measurement | None:
+    chunks = run.engine.chunks
+    weights = gather_parts(parameter_parts(chunks))
+    figures, routing = _pass(run, spec, step=0, update=False)
+    gradients = gather_parts(gradient_parts(chunks))
+    curve = [_pass(run, spec, step, update=True) for step in range(curve_steps)]
+    if dist.get_rank() != 0:
+        return None
+    found = Measurement(
+        sums=figures.depth_sums.tolist(),
+        losses=figures.losses,
+        counts=figures.depth_counts.tolist(),
+        acceptance=figures.acceptance.tolist(),
+        router=figures.router,
+        routing=routing,
+        curve=[step.losses for step, _ in curve],
+        routing_curve=[maps for _, maps in curve],
+    )
+    found.weights, found.weight_spread = whole_tensors(weights)
+    found.gradients, found.gradient_spread = whole_tensors(gradients)
+    return found
+
+
+def _pass(run: Run, spec: BatchSpec, step: int, *, update: bool) -> tuple[StepResult, dict[RouterCall, Tensor] | None]:
+    cfg, groups, engine = run.cfg, run.groups, run.engine
+    placement = DataPlacement(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
+    batch = rank_batch(
+        spec, step, cfg.train.micro_batch_size, placement, reset_position_ids=cfg.dataset.reset_position_ids
+    )
+    recorder = RoutingRecorder(
+        [unwrap(chunk) for chunk in engine.chunks],
+        batch.places,
+        spec.seq_length,
+        groups,
+        sequence_parallel=cfg.model.sequence_parallel,
+    )
+    loss_factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(0)
+    figures = engine.train(batch, loss_factor) if update else engine.forward_backward(batch, loss_factor)
+    return figures, gather_routing(recorder.parts(), spec.num_samples, spec.seq_length)

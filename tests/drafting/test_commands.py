@@ -1,0 +1,111 @@
+"""generate, spec-eval and continuations on a run that was trained for a moment."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    """A run of a byte model that was trained for a moment."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("run")
+    fields = "model.num_layers=2 model.hidden_size=32 model.ffn_hidden_size=64 model.vocab_size=257 model.seq_length=64"
+    fields += " train.train_iters=3 validation.eval_iters=1 validation.draft_prompts=2 dist.device=cpu tokenizer.tokenizer_type=bytes"
+    fields += f" checkpoint.save={folder / 'checkpoints'} logger.log_dir={folder}"
+    command = [sys.executable, "-m", "megatron_mtp", "pretrain", "tiny_dense", *fields.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluation = [record for record in records if record["kind"] == "evaluation"][-1]
+    assert evaluation["drafting/tokens_per_pass"] >= 1.0
+    return folder / "checkpoints"
+
+
+def call(*arguments):
+    """(exit code, standard output, standard error) of the command line."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mtp", *map(str, arguments)], capture_output=True, text=True, timeout=200
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_generate(run_directory):
+    arguments = (
+        "generate",
+        run_directory,
+        "--prompt",
+        "import os",
+        "--max-new-tokens",
+        "12",
+        "--ignore-end",
+        "--device",
+        "cpu",
+    )
+    code, out, _ = call(*arguments, "--num-draft", "3", "--json")
+    assert code == 0
+    drafted = json.loads(out)
+    assert len(drafted["rows"][0]["tokens"]) == 12
+    assert drafted["new_tokens"] == 12
+    code, out, _ = call(*arguments, "--num-draft", "3", "--json", "--nproc", "2")
+    assert code == 0
+    assert json.loads(out)["rows"] == drafted["rows"]
+    code, out, error = call(*arguments, "--num-draft", "0", "--stream")
+    assert code == 0
+    assert "12 tokens" in error
+    assert len(out.strip()) > 0
+
+
+def test_mistakes(run_directory):
+    code, _, error = call("generate", run_directory, "--prompt", "x" * 80, "--device", "cpu")
+    assert code == 2
+    assert "context of 64" in error
+    assert "Traceback" not in error
+    code, _, error = call("generate", run_directory, "--prompt", "x", "--num-draft", "many")
+    assert (code, "--num-draft many" in error) == (2, True)
+    code, _, error = call("generate", run_directory.parent / "nothing", "--prompt", "x", "--device", "cpu")
+    assert (code, "Traceback" in error) == (2, False)
+
+
+@pytest.mark.slow
+def test_spec_eval(run_directory, tmp_path):
+    from megatron_mtp.data.indexed import IndexedReader
+    from megatron_mtp.drafting.continuations import main
+
+    for name in ("code", "prose"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} {i} " * 9}) + "\n" for i in range(3))
+        )
+    files = [option for name in ("code", "prose") for option in ("--data", tmp_path / f"{name}.jsonl")]
+    code, out, _ = call(
+        "spec-eval", run_directory, *files, "--num-draft", "2", "--prompts", "2", "--prompt-tokens", "12", "--new-tokens", "16",
+        "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert "prose" in out
+    domains = {d["name"]: d for d in json.loads((tmp_path / "out.json").read_text())["domains"]}
+    assert list(domains) == ["code", "prose", "all"]
+    assert all(d["num_equal"] == d["num_prompts"] for d in domains.values())
+    assert domains["all"]["proposed"][0] == sum(domains[n]["proposed"][0] for n in ("code", "prose"))
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+    arguments = ["--data", tmp_path / "code.jsonl", "--out", tmp_path / "self/train", "--prompts", "3"]
+    assert (
+        main([*map(str, [run_directory, *arguments, "--prompt-tokens", "6", "--new-tokens", "10", "--threads", "1"])])
+        == 0
+    )
+    text, mask = IndexedReader(str(tmp_path / "self/train")), IndexedReader(str(tmp_path / "self/train_loss_mask"))
+    assert len(text) == len(mask) == 3
+    assert np.array_equal(mask.read(0)[:6], np.zeros(6))
+    assert mask.read(0)[6:].all()
+    assert bytes(text.read(0)[:6].tolist()) == b"code 0"

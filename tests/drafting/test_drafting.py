@@ -1,0 +1,79 @@
+"""Drafting beside training: the watch inside evaluation, and acceptance on a text as training counts it."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.recipes import get_recipe
+from tests.gloo_pool import GlooPool
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def one():
+    with GlooPool(1) as pool:
+        yield pool
+
+
+def config():
+    cfg = get_recipe("tiny_dense")
+    cfg.model.num_layers, cfg.model.hidden_size, cfg.model.ffn_hidden_size = 2, 32, 64
+    cfg.model.vocab_size, cfg.model.seq_length, cfg.model.init_method_std = 32, 32, 0.15
+    cfg.train.train_iters, cfg.validation.eval_iters = 2, 2
+    cfg.validation.draft_prompts = 3
+    cfg.dist.device, cfg.dist.num_threads = "cpu", 1
+    return cfg
+
+
+def evaluate_both_ways(cfg):
+    """(training's chain counts, the decoder's on the same samples, the watch's figures)."""
+    from megatron_mtp import mcore_compat
+    from megatron_mtp.decode.measure import TextCounts, acceptance_on_text
+    from megatron_mtp.decode.model import Decoder
+    from megatron_mtp.drafting.watch import callbacks_of
+    from megatron_mtp.model.sharded import unwrap
+    from megatron_mtp.training.evaluation import evaluate
+    from megatron_mtp.training.setup import setup
+    from megatron_mtp.training.state import TrainState
+
+    cfg = cfg.finalize(world_size=1)
+    run = setup(cfg)
+    try:
+        results = evaluate(run.engine, run.data, 0.1)
+        decoder = Decoder.build(cfg.model, unwrap(run.engine.chunks[0]).state_dict())
+        counts = TextCounts()
+        stream = run.data.valid()
+        for batch in stream:
+            for micro in batch.micro_batches:
+                for tokens, last in zip(micro.tokens.tolist(), micro.labels[0, :, -1].tolist(), strict=True):
+                    counts.add(acceptance_on_text(decoder, [*tokens, last], 2))
+        stream.close()
+        [watch] = callbacks_of(cfg)
+        return results["valid"].acceptance, counts, watch.on_evaluation(run, TrainState(), results)
+    finally:
+        run.data.close()
+        mcore_compat.destroy_model_parallel()
+
+
+def test_acceptance_is_that_of_training_evaluation(one):
+    [(trained, decoded, figures)] = one.run(evaluate_both_ways, config())
+    assert decoded.reached == trained[3, 1:].tolist()
+    assert decoded.agreed == trained[4, 1:].tolist()
+    assert 0 < decoded.agreed[0] < decoded.reached[0]
+    assert figures["drafting/tokens_per_pass"] >= 1.0
+    assert 0.0 <= figures["drafting/accepted_1"] <= 1.0
+
+
+def test_layouts_that_cannot_decode_are_refused():
+    from megatron_mtp.drafting.watch import callbacks_of
+
+    cfg = config()
+    cfg.model.pipeline_model_parallel_size = 2
+    cfg.model.mtp_num_layers = 0
+    with pytest.raises(UnsupportedError) as error:
+        callbacks_of(cfg)
+    assert len(error.value.problems) == 2
+    cfg.validation.draft_prompts = 0
+    assert callbacks_of(cfg) == []

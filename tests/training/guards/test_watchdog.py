@@ -1,0 +1,72 @@
+"""A job that hangs ends in time, with the stack of every rank and the names of those who hold it up."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mtp.launch import local as launch_module
+from megatron_mtp.launch.local import launch
+from megatron_mtp.observe.jsonl import read_metrics
+from megatron_mtp.training.guards.stragglers import stragglers
+from megatron_mtp.training.guards.watchdog import EXIT_CODE, Testimony, report
+
+
+def hang(folder: Path, how: str) -> int:
+    return launch([sys.executable, "-m", "tests.training.guards.hanging_rank", str(folder), how], 2)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["asleep", pytest.param("frozen", marks=pytest.mark.slow)])
+def test_a_hung_job_ends_with_the_stacks(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, how: str):
+    monkeypatch.setattr(launch_module, "TERM_S", 1.0)
+    code = hang(tmp_path, how)
+    ended = time.time()
+    err = capfd.readouterr().err
+    assert code == EXIT_CODE, err[-3000:]
+    assert "no progress for 6 s (dist.watchdog_s)" in err
+    assert "---- rank 0" in err
+    assert "at: iteration 3: asking all ranks whether to save or leave" in err
+    assert re.search(r'preemption\.py", line \d+ in orders', err), "where rank 0 waits"
+    if how == "asleep":
+        assert re.search(r"behind the others: rank 1 on .*, at: (a micro-batch|iteration 3: the step)", err)
+        assert re.search(r'hanging_rank\.py", line \d+ in on_step_end', err), "where rank 1 is"
+    else:
+        assert "ranks that said nothing, dead or frozen: 1" in err
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["iteration"] == 3
+    # The watchdog's time, the collection of stacks, and the launcher's patience with the others.
+    assert ended - last["time"] < 6 + 1 + 5 + 2 + 6
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_slow_rank_is_named(tmp_path: Path, capfd):
+    assert hang(tmp_path, "slow") == 0
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "is slow" in line]
+    assert warnings
+    assert all("rank 1 on " in line for line in warnings)
+
+
+@pytest.mark.unit
+def test_who_is_a_straggler():
+    everyone = [(1.0, "a"), (1.1, "a"), (0.9, "b"), (1.6, "b")]
+    (one,) = stragglers(everyone, 1.5)
+    assert one.startswith("rank 3 on b is slow: 1600 ms until its gradients are there, 1.6 times the median")
+    assert stragglers(everyone, 2.0) == []
+
+
+@pytest.mark.unit
+def test_the_report_says_who_holds_the_job_up():
+    def one(rank: int, beats: int) -> Testimony:
+        return Testimony(rank, "h", f"step of {rank}", beats, 6.5, f"stack of {rank}")
+
+    text = report([one(0, 7), one(1, 5), one(3, 7)], 4, 6.0)
+    assert "dead or frozen: 2" in text
+    assert "behind the others: rank 1 on h, at: step of 1" in text
+    assert [f"stack of {rank}" in text for rank in range(4)] == [True, True, False, True]
+    assert "all wait at the same place" in report([one(0, 7), one(1, 7)], 2, 6.0)
