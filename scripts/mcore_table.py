@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 
 TABLE = Path(__file__).parent.parent / "megatron_mtp" / "config" / "mcore" / "table.py"
 HEAD = '''"""Fields of TransformerConfig and MLATransformerConfig that ModelConfig does not have: name -> (type, default).

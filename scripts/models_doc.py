@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_config import family_of
 from megatron_mtp.convert.hf_families import FAMILIES
 from megatron_mtp.parallel.params import ParameterCount, count_parameters

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.config.sections import (
     CheckpointConfig,
     DatasetConfig,
     DDPConfig,
     DistConfig,
     LoggerConfig,
+    ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
     ProfilingConfig,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.config.quantity import parse_quantity
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import ConfigError
 
 BYTES_VOCAB_SIZE = 257

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_mtp.config.checks.parallel import batch_sizes
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 
 USUAL_FACTOR = (0.05, 0.3)
 """DeepSeek-V3, GLM-4.5, MiMo and Nemotron-3 train with 0.1 to 0.3."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_families import ALIASES, ARCHITECTURE, DEFAULTS, FAMILIES, REFUSED, Family
 from megatron_mtp.convert.hf_rope import rope_from_hf, rope_to_hf
 from megatron_mtp.errors import ConversionError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_families import Family
 from megatron_mtp.errors import ConversionError
 

@@ -13,7 +13,7 @@ import torch
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.accounts import Accounts, hold
 from megatron_mtp.convert.hf_config import family_of, hf_config_dict, model_config_from_hf
 from megatron_mtp.convert.hf_families import ALIASES

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode.attention import join
 from megatron_mtp.decode.linear import Linear
 from megatron_mtp.decode.tensor_parallel import TensorParallel

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mtp.config.mcore.table import MCORE_FIELDS
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode.attention import Cache
 from megatron_mtp.decode.block import Block, Depth
 from megatron_mtp.decode.linear import Linear, linear

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode.attention import GroupedAttention, LatentAttention
 from megatron_mtp.decode.block import Block, Depth
 from megatron_mtp.decode.feed_forward import Dense, Experts, activation, chooser, router

@@ -9,7 +9,7 @@ Source: megatron.training 0.19.2, training.py `num_floating_point_operations`; c
 
 from __future__ import annotations
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_mtp.config.layout_text import layout_chunks
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 
 Chunk = tuple[str, ...]

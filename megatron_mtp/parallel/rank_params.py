@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 

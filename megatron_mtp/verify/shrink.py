@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
 from megatron_mtp.config.sections import (
     CheckpointConfig,
     DatasetConfig,
     LoggerConfig,
+    ModelConfig,
     ProfilingConfig,
     SchedulerConfig,
     TokenizerConfig,

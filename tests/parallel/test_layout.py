@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mtp.config.layout_text import expand_layout, layout_chunks
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_config import family_of, hf_config_dict
 from megatron_mtp.parallel.params import count_parameters
 from megatron_mtp.recipes import RECIPES, get_recipe

@@ -6,7 +6,7 @@ import math
 
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.loss_factor import LossFactor
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import ConfigError
 
 POSITIVE = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.layout_text import layout_chunks
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_mtp.config.coerce import MisfitError, check, describe, field_types
 from megatron_mtp.config.mcore.table import MCORE_FIELDS, MCORE_VERSION
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 
 # Fields that follow from a field of ours. Setting them beside it would make two truths.
 OWNED = {

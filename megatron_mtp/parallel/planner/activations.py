@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.parallel.planner.cost import DTYPE_BYTES
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.layout_text import even_chunks
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.cost import estimate_costs

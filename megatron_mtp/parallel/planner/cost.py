@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 
 VERSION = 1

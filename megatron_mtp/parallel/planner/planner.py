@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.layout import PipelineLayout

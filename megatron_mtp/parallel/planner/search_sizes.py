@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.model import ModelConfig
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import ConfigError, PlanError
 from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.parallel.planner.activations import Activations

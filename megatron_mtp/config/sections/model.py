@@ -1,4 +1,4 @@
-"""What the model is and how it is cut over devices. Names and meanings are Megatron-Core's unless said otherwise."""
+"""What the model is and how it is split over devices. Names and meanings are Megatron-Core's unless said otherwise."""
 
 from __future__ import annotations
 

@@ -1,0 +1,42 @@
+"""Megatron `.bin/.idx` datasets and how samples are cut from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_mtp.config.base import Section
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetConfig(Section):
+    """Megatron `.bin/.idx` datasets and how samples are cut from them."""
+
+    SECTION: ClassVar[str] = "dataset"
+
+    blend: list | None = None
+    """[[prefix, ...], [weight, ...] or None], or a flat list of prefixes; None (and no blend_per_split): mock data."""
+    blend_per_split: list | None = None
+    """One blend for each of train, validation, test (None where a split is absent)."""
+    split: str | None = "9999,8,2"
+    """Shares of train, validation and test within each prefix of `blend`."""
+    seq_length: int | None = None
+    """None: model.seq_length."""
+    path_to_cache: str | None = None
+    """Where indices are kept; None: beside each prefix."""
+    valid_sets: dict[str, list] | None = None
+    """Further validation sets: name -> blend. Each is reported under its name."""
+    eod_mask_loss: bool = False
+    """Targets after an end-of-document token carry no loss."""
+    loss_mask_suffix: str | None = None
+    """Beside each prefix lies <prefix><suffix>.bin/.idx, one number for each token: 0 if it is no target (a prompt); None: all are."""
+    reset_attention_mask: bool = False
+    """Attention stays within a document, and no depth predicts across its end."""
+    reset_position_ids: bool = False
+    """Positions start again at each document."""
+    mock: bool = False
+    """Random tokens that repeat with a pattern, made from rng.seed; no files needed."""
+    prefetch_steps: int = 2
+    """Global batches read ahead by a background thread; 0: none."""
+    check_token_ids: bool = True
+    """Compare the ids of each batch with the vocabulary."""

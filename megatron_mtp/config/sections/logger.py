@@ -1,0 +1,42 @@
+"""Where figures go and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_mtp.config.base import Section
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggerConfig(Section):
+    """Where figures go and how often."""
+
+    SECTION: ClassVar[str] = "logger"
+
+    log_interval: int = 10
+    """Steps between console lines."""
+    log_dir: str | None = None
+    """Folder of metrics.jsonl; None: the file is CHECKPOINT_SAVE.metrics.jsonl beside checkpoint.save, if that is set."""
+    tensorboard_dir: str | None = None
+    """TensorBoard events; None: off."""
+    tensorboard_log_interval: int = 1
+    """Steps between TensorBoard, W&B and JSONL records."""
+    wandb_project: str | None = None
+    """Weights & Biases project; None: off."""
+    wandb_exp_name: str | None = None
+    """Name of the run; needed with wandb_project."""
+    wandb_entity: str | None = None
+    """Team or user."""
+    wandb_save_dir: str | None = None
+    """Folder of the local W&B files."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline writes to wandb_save_dir only."""
+    progress_bar: bool | None = None
+    """None: only in a terminal."""
+    log_params_norm: bool = False
+    """Norm of all weights on each console line."""
+    log_throughput: bool = True
+    """Tokens/s, TFLOP/s and MFU on each console line."""
+    device_peak_tflops: float | None = None
+    """Dense peak of the device in the training dtype; None: from the table of known devices."""
