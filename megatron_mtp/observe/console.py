@@ -1,4 +1,4 @@
-"""The lines a person reads: one for some steps, one for each evaluation, in Megatron's form."""
+"""Console lines of training steps and evaluations, in Megatron's format."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def step_line(record: StepRecord, throughput: bool = True, now: datetime | None 
     """The console line of one record.
 
     Args:
-        record: usually the merge of several steps.
-        throughput: with tokens/s, TFLOP/s and MFU where they are known.
-        now: the time stamp; None: the present.
+        record: one step, or several merged.
+        throughput: whether to show tokens/s, TFLOP/s and MFU if they are known.
+        now: the time stamp; None: the current time.
 
     Returns:
         ` [time] iteration  100/ 300000 | consumed samples: ... | ... | number of nan iterations: 0 | ...`
@@ -25,14 +25,14 @@ def step_line(record: StepRecord, throughput: bool = True, now: datetime | None 
     return f" [{now or datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(fields) + " |"
 
 
-def evaluation_line(name: str, iteration: int, losses: dict[str, float], extra: dict[str, float]) -> str:
+def evaluation_line(name: str, iteration: int, losses: dict[str, float], metrics: dict[str, float]) -> str:
     """The console line of one evaluation.
 
     Args:
-        name: `validation`, `test`, or the name of a further validation set.
+        name: `validation`, `test`, or the name of another validation set.
         iteration: training steps done before it.
         losses: nats per token, the main loss first.
-        extra: further figures, such as acceptance rates.
+        metrics: other metrics, such as acceptance rates.
 
     Returns:
         ` validation loss at iteration 100 | lm loss value: ... | lm loss PPL: ... | mtp_1 loss value: ... |`
@@ -42,10 +42,10 @@ def evaluation_line(name: str, iteration: int, losses: dict[str, float], extra: 
         fields.append(f"{loss} value: {value:.6E}")
         if loss == "lm loss":
             fields.append(f"{loss} PPL: {perplexity(value):.6E}")
-    fields += [f"{key}: {value:.6g}" for key, value in extra.items()]
+    fields += [f"{key}: {value:.6g}" for key, value in metrics.items()]
     return " " + " | ".join(fields) + " |"
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
+    """exp(loss); infinite if it exceeds the range of a float."""
     return math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf

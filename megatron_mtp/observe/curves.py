@@ -1,4 +1,4 @@
-"""The picture of a run: the loss of every depth over its steps."""
+"""Plots the loss of every depth over the steps of a run."""
 
 from __future__ import annotations
 

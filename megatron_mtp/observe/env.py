@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
-# By prefix: libraries that compute or communicate. MASTER_ADDR and the like only name machines.
+# Prefixes of libraries that compute or communicate. MASTER_ADDR and the like only name machines.
 PREFIXES = (
     "CUBLAS_",
     "CUDA_",
@@ -43,7 +43,7 @@ _USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
 
 
 def effective_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that are set and matter for results or speed, sorted by name, secrets blanked.
+    """The variables that are set and can change results or speed, sorted by name, secrets redacted.
 
     Args:
         environ: None: this process's.
@@ -54,7 +54,7 @@ def effective_environment(environ: Mapping[str, str] | None = None) -> dict[str,
 
 
 def redact(name: str, value: str) -> str:
-    """The value, or `<hidden>` where its name or form says that it is a secret.
+    """The value, or `<hidden>` if its name or its form looks like a secret.
 
     >>> redact("HF_TOKEN", "hf_abc"), redact("PROXY", "http://me:pw@host/"), redact("OMP_NUM_THREADS", "4")
     ('<hidden>', 'http://<hidden>@host/', '4')
@@ -65,7 +65,7 @@ def redact(name: str, value: str) -> str:
 
 
 def _looks_secret(value: str) -> bool:
-    """Access keys as services issue them: a known start, or one long run of hex or of mixed letters and digits."""
+    """Whether the value has the form of an access key: a known prefix, or a long string of mixed letters and digits."""
     if re.match(r"(hf_|sk-|gh[pousr]_|glpat-|xox[a-z]-|AKIA|eyJ)\w", value):
         return True
     mixed = re.search(r"\d", value) and re.search(r"[a-zA-Z]", value)

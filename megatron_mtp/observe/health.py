@@ -1,134 +1,100 @@
-"""Signs of trouble that are known for multi-token prediction, each reported once with what to do.
+"""Warning signs of multi-token prediction, each reported once together with a remedy.
 
-The signs and the advice are those of Megatron-Bridge's guide to MTP ("red flags"), made precise enough to be watched by a program. A sign is a function of the history. To add one, write it and put it into `SIGNS`.
+A sign is a function `(history, now) -> warning or None` over windows of steps. `SIGNS` holds the built-in ones: the
+"red flags" of Megatron-Bridge's guide to MTP with exact thresholds, and its advice. A sign of your own:
+
+    def grad_norm_grows(history: Sequence[Window], now: Window) -> str | None:
+        if history and now.metrics["grad-norm"].above(history[0].metrics["grad-norm"]) > 10:
+            return "the gradient norm grew by more than 10. Lower optimizer.lr."
+        return None
+
+    HealthMonitor({**SIGNS, "grad norm grows": grad_norm_grows})
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron_mtp.observe.metrics import token_losses
 
 WINDOW_STEPS = 20
 """Losses are noisy: signs compare means over this many steps."""
 MAX_WINDOWS = 256
-"""Older history is thinned to every second window when it grows beyond this."""
+"""When the history grows beyond this, every second window is dropped."""
 RISE_NATS = 0.1
 """An MTP loss has risen if its mean is this far, and SIGMAS standard errors, above an earlier mean."""
 WIDENING_NATS = 1.0
-"""The gap to the main loss may widen by this much."""
+"""Largest healthy increase of the gap between an MTP loss and the main loss."""
 HEALTHY_SHARE = 1 / 3
-"""Early in training the main loss falls faster than the others, and every gap widens. It is healthy as long as the MTP loss takes part by
-at least this share of the main loss's fall."""
+"""Early in training the main loss falls faster than the others and every gap widens. That is healthy as long as the MTP
+loss falls by at least this share of the main loss's fall."""
 SIGMAS = 4.0
-"""Standard errors that a difference of two means must exceed; thousands of comparisons are made in a run."""
+"""Standard errors that a difference of two means must exceed; a run makes thousands of comparisons."""
 REMEDIES = (
-    "If it stays so, go back to the last good checkpoint with a lower optimizer.lr, optimizer.clip_grad = 1.0 or less, precision.dtype = "
-    "bf16 in place of fp16, or model.mtp_loss_scaling_factor lowered to 0.05."
+    "If it stays so, go back to the last good checkpoint with a lower optimizer.lr, optimizer.clip_grad = 1.0 or less, "
+    "precision.dtype = bf16 instead of fp16, or model.mtp_loss_scaling_factor lowered to 0.05."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Mean of a figure over a window, and its standard error."""
+    """Mean of a metric over a window, and its standard error."""
 
     value: float
     error: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Mean:
-        """Mean of at least two values."""
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Mean of at least two finite values."""
         mean = math.fsum(values) / len(values)
         variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
         return cls(mean, math.sqrt(variance / len(values)))
 
     def above(self, other: Mean) -> float:
-        """By how much this mean is above the other one beyond doubt; 0 or less if it may be noise."""
+        """By how much this mean is significantly above the other one; 0 or less if the difference may be noise."""
         return self.value - other.value - SIGMAS * math.hypot(self.error, other.error)
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Means over some steps: of the main loss, and for each MTP depth of its loss and its gap to the main loss."""
+    """Means over some steps.
+
+    Args:
+        main: main loss.
+        mtp: `mtp_k loss` -> that loss.
+        gap: `mtp_k loss` -> that loss minus the main loss.
+        metrics: every metric that the records hold in all steps of the window, by its name there.
+    """
 
     main: Mean
     mtp: dict[str, Mean]
     gap: dict[str, Mean]
+    metrics: dict[str, Mean] = field(default_factory=dict)
 
 
-class HealthMonitor:
-    """Watches the losses of a run.
-
-    Args:
-        window_steps: steps in one window.
-    """
-
-    def __init__(self, window_steps: int = WINDOW_STEPS):
-        self._window_steps = window_steps
-        self._steps: list[dict[str, float]] = []
-        self._windows: list[Window] = []
-        self._reported: set[str] = set()
-
-    def check(self, iteration: int, losses: dict[str, float]) -> list[str]:
-        """Takes in the losses of one step.
-
-        Args:
-            iteration: the step.
-            losses: nats per token by name; `lm loss` and `mtp_k loss` are watched.
-
-        Returns:
-            A message for each sign that shows for the first time.
-        """
-        watched = {name: value for name, value in losses.items() if name == "lm loss" or name.startswith("mtp_")}
-        found = {"not finite": _not_finite(watched)}
-        if all(map(math.isfinite, watched.values())) and "lm loss" in watched:
-            self._steps.append(watched)
-        if len(self._steps) == self._window_steps:
-            window = _window(self._steps)
-            self._steps.clear()
-            found |= {sign: find(self._windows, window) for sign, find in SIGNS.items()}
-            self._remember(window)
-        new = {sign: text for sign, text in found.items() if text and sign not in self._reported}
-        self._reported |= set(new)
-        return [f"iteration {iteration}: {text}" for text in new.values()]
-
-    def _remember(self, window: Window) -> None:
-        self._windows.append(window)
-        if len(self._windows) > MAX_WINDOWS:
-            self._windows = self._windows[::2]
+Sign = Callable[[Sequence[Window], Window], str | None]
+"""(earlier windows, the current one) -> a warning with its remedy, or None."""
 
 
-def _window(steps: list[dict[str, float]]) -> Window:
-    depths = [name for name in steps[-1] if name != "lm loss" and all(name in step for step in steps)]
-    return Window(
-        main=Mean.of([step["lm loss"] for step in steps]),
-        mtp={name: Mean.of([step[name] for step in steps]) for name in depths},
-        # Paired in each step: a hard batch raises both losses and leaves the gap alone.
-        gap={name: Mean.of([step[name] - step["lm loss"] for step in steps]) for name in depths},
-    )
-
-
-def _not_finite(losses: dict[str, float]) -> str | None:
-    bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
-    if not bad:
-        return None
-    return f"{', '.join(bad)}. {REMEDIES}"
-
-
-def _mtp_rises(history: list[Window], now: Window) -> str | None:
+def mtp_rises(history: Sequence[Window], now: Window) -> str | None:
+    """An MTP loss rises while the main loss falls."""
     for name, loss in now.mtp.items():
         for old in history:
             if name not in old.mtp or loss.above(old.mtp[name]) <= RISE_NATS or old.main.above(now.main) <= 0:
                 continue
             return (
-                f"{name} rose from {old.mtp[name].value:.3f} to {loss.value:.3f} while lm loss fell from {old.main.value:.3f} to "
-                f"{now.main.value:.3f}: that depth diverges. Lower model.mtp_loss_scaling_factor (0.05 to 0.1), then optimizer.lr; "
-                "keep optimizer.clip_grad at 1.0 or less and prefer precision.dtype = bf16 to fp16."
+                f"{name} rose from {old.mtp[name].value:.3f} to {loss.value:.3f} while lm loss fell from "
+                f"{old.main.value:.3f} to {now.main.value:.3f}: that depth diverges. Lower "
+                "model.mtp_loss_scaling_factor (0.05 to 0.1), then optimizer.lr; keep optimizer.clip_grad at 1.0 or "
+                "less and prefer precision.dtype = bf16 to fp16."
             )
     return None
 
 
-def _gap_widens(history: list[Window], now: Window) -> str | None:
+def gap_widens(history: Sequence[Window], now: Window) -> str | None:
+    """An MTP loss falls behind the main loss."""
     for name, gap in now.gap.items():
         for old in history:
             if name not in old.gap or gap.above(old.gap[name]) <= WIDENING_NATS:
@@ -137,13 +103,65 @@ def _gap_widens(history: list[Window], now: Window) -> str | None:
                 continue
             return (
                 f"the gap of {name} to lm loss widened from {old.gap[name].value:.2f} to {gap.value:.2f} nat: that "
-                "depth does not keep up with the trunk. Raise model.mtp_loss_scaling_factor (0.15 to 0.3); if its loss is unsteady, lower "
-                "optimizer.lr, keep optimizer.clip_grad at 1.0 or less and prefer precision.dtype = bf16 to fp16."
+                "depth does not keep up with the trunk. Raise model.mtp_loss_scaling_factor (0.15 to 0.3); if its "
+                "loss is unstable, lower optimizer.lr, keep optimizer.clip_grad at 1.0 or less and prefer "
+                "precision.dtype = bf16 to fp16."
             )
     return None
 
 
-SIGNS: dict[str, Callable[[list[Window], Window], str | None]] = {
-    "mtp rises": _mtp_rises,
-    "gap widens": _gap_widens,
-}
+SIGNS: dict[str, Sign] = {"mtp rises": mtp_rises, "gap widens": gap_widens}
+
+
+class HealthMonitor:
+    """Watches the metrics of a run.
+
+    Args:
+        signs: name -> sign. A sign is called at the end of each window.
+        window_steps: steps in one window.
+    """
+
+    def __init__(self, signs: Mapping[str, Sign] = SIGNS, window_steps: int = WINDOW_STEPS):
+        self._signs, self._window_steps = signs, window_steps
+        self._steps: list[dict[str, float]] = []
+        self._windows: list[Window] = []
+        self._reported: set[str] = set()
+
+    def check(self, iteration: int, metrics: Mapping[str, float]) -> list[str]:
+        """Adds the metrics of one step.
+
+        Args:
+            iteration: the step.
+            metrics: value by name; `lm loss` and `mtp_k loss`, in nats per token, must be finite.
+
+        Returns:
+            One message for each sign that appears for the first time.
+        """
+        losses = token_losses(metrics)
+        found = {"not finite": _not_finite(losses)}
+        if not found["not finite"] and "lm loss" in losses:
+            self._steps.append(dict(metrics))
+        if len(self._steps) == self._window_steps:
+            window = _window(self._steps)
+            self._steps.clear()
+            found |= {name: sign(self._windows, window) for name, sign in self._signs.items()}
+            self._windows.append(window)
+            if len(self._windows) > MAX_WINDOWS:
+                self._windows = self._windows[::2]
+        new = {name: text for name, text in found.items() if text and name not in self._reported}
+        self._reported |= set(new)
+        return [f"iteration {iteration}: {text}" for text in new.values()]
+
+
+def _window(steps: list[dict[str, float]]) -> Window:
+    names = [name for name in steps[-1] if all(name in step and math.isfinite(step[name]) for step in steps)]
+    metrics = {name: Mean.of([step[name] for step in steps]) for name in names}
+    mtp = {name: metrics[name] for name in token_losses(metrics) if name != "lm loss"}
+    # The difference is taken in each step: a hard batch raises both losses and leaves the gap alone.
+    gap = {name: Mean.of([step[name] - step["lm loss"] for step in steps]) for name in mtp}
+    return Window(main=metrics["lm loss"], mtp=mtp, gap=gap, metrics=metrics)
+
+
+def _not_finite(losses: Mapping[str, float]) -> str | None:
+    bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+    return f"{', '.join(bad)}. {REMEDIES}" if bad else None

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object on each line, and the reader that makes one curve of it."""
+"""metrics.jsonl, one JSON object per line: its writer, and a reader that returns one curve per run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 
 class JsonlSink:
-    """Appends records to a file. Each line has `kind`, `iteration` and `time` (seconds since 1970) beside its own fields.
+    """Appends records to a file. Each line has `kind`, `iteration`, `time` (seconds since 1970) and its own fields.
 
-    A run writes `start` first. When a run resumes at iteration n, the lines of later iterations stay in the file, and its `start`
-    record tells a reader to drop them; nothing that was once written is lost. A `rollback` record tells the same within a run.
+    A run writes `start` first. When a run resumes at iteration n, the lines of later iterations stay in the file; its
+    `start` record tells readers to drop them. A `rollback` record does the same within a run.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         iteration: training steps done before this process.
-        run: what the `start` record says of the run.
+        run: content of the `start` record.
     """
 
     def __init__(self, path: Path, iteration: int, run: dict[str, Any]):
@@ -30,13 +30,13 @@ class JsonlSink:
             self._file.write("\n")
         self._write("start", iteration, run)
 
-    def step(self, iteration: int, figures: dict[str, float]) -> None:
+    def step(self, iteration: int, metrics: dict[str, float]) -> None:
         """Writes one `step` record."""
-        self._write("step", iteration, figures)
+        self._write("step", iteration, metrics)
 
-    def evaluation(self, name: str, iteration: int, figures: dict[str, float]) -> None:
+    def evaluation(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
         """Writes one `evaluation` record, with the name of the validation set."""
-        self._write("evaluation", iteration, {"name": name, **figures})
+        self._write("evaluation", iteration, {"name": name, **metrics})
 
     def message(self, kind: str, iteration: int, text: str) -> None:
         """Writes a line of text of the given kind."""
@@ -49,14 +49,15 @@ class JsonlSink:
     def _write(self, kind: str, iteration: int, fields: dict[str, Any]) -> None:
         line = {"kind": kind, "iteration": iteration, "time": round(time.time(), 3)} | _strict(fields)
         self._file.write(json.dumps(line, default=str, allow_nan=False) + "\n")
-        # A crash a moment later must not take the last steps with it.
+        # A crash must not lose the last steps.
         self._file.flush()
 
 
 def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) -> list[dict[str, Any]]:
     """Reads the records of one kind as one curve, however often the run was resumed.
 
-    Lines that a resumed run did again are dropped, and so is a last line that was cut off. NaN and infinities come back as floats.
+    Lines of steps that a resumed run repeated are dropped, and so is an incomplete last line. NaN and infinities are
+    returned as floats.
 
     Args:
         path: metrics.jsonl.
@@ -64,12 +65,13 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
         name: with `evaluation`, only this validation set.
 
     Returns:
-        For `step` and `evaluation`, the last record of each iteration (and name) in ascending order; else the surviving lines in order.
+        `step` and `evaluation`: the last record of each iteration (and name) in ascending order; other kinds: all lines
+        that were not dropped.
     """
     kept: list[dict[str, Any]] = []
     for line in _lines(Path(path)):
         if line["kind"] in ("start", "rollback"):
-            # A run that starts at n repeats everything after n; what it writes at n itself (an evaluation) is new as well.
+            # A run that starts at n repeats everything after n; what it writes at n (an evaluation) is new as well.
             kept = [old for old in kept if old["iteration"] <= line["iteration"]]
             if line["kind"] == "start" and line["iteration"] == 0:
                 kept = []
@@ -98,7 +100,7 @@ def _ends_within_a_line(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-# JSON has no NaN; many readers refuse the bare word, so it is written as a string.
+# JSON has no NaN and many readers refuse the bare word, so it is written as a string.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

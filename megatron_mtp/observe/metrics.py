@@ -1,20 +1,21 @@
-"""The figures of one training step, with the name, unit and form that each has in every record."""
+"""The metrics of one training step, with the name, unit and format that each has in every record."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 
 @dataclass(kw_only=True, slots=True)
 class StepRecord:
-    """What one training step did. All figures are global: over every rank and micro-batch of the step."""
+    """What one training step did. All values are global: over every rank and micro-batch of the step."""
 
     iteration: int
     """Steps done, this one included."""
     train_iters: int | None
-    """Steps of the whole run; None where the run ends by something else."""
+    """Steps of the complete run; None where the run does not end by a number of steps."""
     consumed_samples: int
     """Training samples read since the start of the run."""
     consumed_tokens: int
@@ -26,7 +27,8 @@ class StepRecord:
     global_batch_size: int
     """Samples in the step."""
     losses: dict[str, float]
-    """Nats per token in console order: `lm loss`, then `load_balancing_loss` and `z_loss` where the model has them, then `mtp_1 loss` ..."""
+    """Nats per token in console order: `lm loss`, `load_balancing_loss` and `z_loss` if the model has them,
+    `mtp_1 loss`, ..."""
     loss_scale: float = 1.0
     """fp16's loss scale."""
     grad_norm: float | None = None
@@ -40,18 +42,20 @@ class StepRecord:
     nan: int = 0
     """1 if a loss or the gradient was not a number, else 0."""
     tokens_per_s_per_device: float | None = None
-    """Training tokens per second and device; None where it is not known."""
+    """Training tokens per second and device; None if unknown."""
     tflops_per_device: float | None = None
-    """Model TFLOP/s of each device; None where it is not known."""
+    """Model TFLOP/s of each device; None if unknown."""
     mfu: float | None = None
-    """tflops_per_device over the dense peak of device and dtype, 0 to 1; None where the peak is not known."""
+    """tflops_per_device over the dense peak of device and dtype, 0 to 1; None if the peak is unknown."""
     extra: dict[str, float] = field(default_factory=dict)
-    """Further figures by their full name; they go to every sink but not to the console line."""
+    """Built-in metrics of each depth and the like, by full name: to every sink but not to the console line."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics that callbacks returned, by full name: to every sink and to the console line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One figure: its label and format on the console, its name in TensorBoard, W&B and JSONL."""
+    """One metric: its label and format on the console, its name in TensorBoard, W&B and JSONL."""
 
     label: str
     name: str
@@ -59,16 +63,16 @@ class Column:
     value: Callable[[StepRecord], float | None]
 
     def text(self, record: StepRecord) -> str | None:
-        """`label: value`, or None where the record has no such value. NaN and Inf are printed as they are."""
+        """`label: value`, or None if the record has no such value. NaN and Inf are printed as they are."""
         value = self.value(record)
         if value is None:
             return None
-        # An integer format refuses a mean that is not whole, and NaN.
+        # An integer format refuses floats: means over several steps, and NaN.
         form = self.form if isinstance(value, int) or not self.form.endswith("d") else self.form[:-1] + "g"
         return f"{self.label}: {value:{form}}"
 
 
-# The labels and formats are those of megatron.training.training.training_log; names with a slash are ours, `area/thing_unit`.
+# Labels and formats: megatron.training.training.training_log. Names with a slash (`area/thing_unit`) are ours.
 BEFORE_LOSSES = (
     Column("consumed samples", "consumed-samples", "12d", lambda r: r.consumed_samples),
     Column("elapsed time per iteration (ms)", "perf/iteration_time_ms", ".1f", lambda r: r.elapsed_ms),
@@ -91,35 +95,42 @@ THROUGHPUT = (
 
 
 def columns(record: StepRecord, throughput: bool = True) -> list[Column]:
-    """The columns of the console line for this record, in their order, its losses included.
+    """The columns of the console line for this record, in order.
 
     Args:
-        record: decides which losses there are.
-        throughput: with tokens/s, TFLOP/s and MFU.
+        record: decides which losses and which metrics of callbacks there are.
+        throughput: whether to include tokens/s, TFLOP/s and MFU.
     """
     losses = [Column(name, name, ".6E", lambda r, name=name: r.losses[name]) for name in record.losses]
-    return [*BEFORE_LOSSES, *losses, *AFTER_LOSSES, *(THROUGHPUT if throughput else ())]
+    metrics = [Column(name, name, ".6g", lambda r, name=name: r.metrics[name]) for name in record.metrics]
+    return [*BEFORE_LOSSES, *losses, *AFTER_LOSSES, *(THROUGHPUT if throughput else ()), *metrics]
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """Every figure of the console line that has a value, then consumed tokens and the extra ones, by the name that all sinks use."""
+    """Every value of the console line, consumed tokens and the extra metrics, by the name that all sinks use."""
     named = {column.name: column.value(record) for column in columns(record)}
     named |= {"consumed-tokens": record.consumed_tokens, **record.extra}
     return {name: value for name, value in named.items() if value is not None}
 
 
+def token_losses[T](metrics: Mapping[str, T]) -> dict[str, T]:
+    """Of all metrics, the losses in nats per predicted token: `lm loss` and `mtp_k loss`."""
+    return {name: value for name, value in metrics.items() if re.fullmatch(r"(lm|mtp_\d+) loss", name)}
+
+
 class Interval:
     """Merges the steps between two lines of a record.
 
-    Losses and times are means over the steps, a NaN included (a mean with a NaN is NaN, so none is lost); rates are weighted by
-    time; skipped and NaN iterations are counts; the rest is the last step's.
+    Losses, times, extra metrics and metrics of callbacks are means over the steps that have them; a mean with a NaN is
+    NaN, so none is lost. Rates are weighted by time, skipped and NaN iterations are counted, and the rest is the last
+    step's.
     """
 
     def __init__(self) -> None:
         self._records: list[StepRecord] = []
 
     def add(self, record: StepRecord) -> None:
-        """Takes in one more step."""
+        """Adds one step."""
         self._records.append(record)
 
     def merged(self) -> StepRecord:
@@ -128,7 +139,9 @@ class Interval:
         return replace(
             last,
             elapsed_ms=_mean([r.elapsed_ms for r in records]),
-            losses={name: _mean([r.losses[name] for r in records if name in r.losses]) for name in last.losses},
+            losses=_means([r.losses for r in records], last.losses),
+            extra=_means([r.extra for r in records]),
+            metrics=_means([r.metrics for r in records]),
             skipped=sum(r.skipped for r in records),
             nan=sum(r.nan for r in records),
             tokens_per_s_per_device=self._rate(lambda r: r.tokens_per_s_per_device),
@@ -137,7 +150,7 @@ class Interval:
         )
 
     def drain(self) -> StepRecord:
-        """`merged()`, and a new interval begins."""
+        """Returns `merged()` and begins a new interval."""
         merged = self.merged()
         self._records.clear()
         return merged
@@ -147,6 +160,12 @@ class Interval:
         known = [(rate, r.elapsed_ms) for r in self._records if (rate := value(r)) is not None]
         time_ms = math.fsum(elapsed for _, elapsed in known)
         return math.fsum(rate * elapsed for rate, elapsed in known) / time_ms if time_ms else None
+
+
+def _means(steps: list[dict[str, float]], names: Iterable[str] | None = None) -> dict[str, float]:
+    """Mean of each name over the steps that have it. None: all names, in order of appearance."""
+    names = dict.fromkeys(name for step in steps for name in step) if names is None else names
+    return {name: _mean([step[name] for step in steps if name in step]) for name in names}
 
 
 def _mean(values: list[float]) -> float:

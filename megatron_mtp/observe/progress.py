@@ -1,19 +1,20 @@
-"""The progress bar of a training run, with the time left."""
+"""The progress bar of a training run, with the remaining time."""
 
 from __future__ import annotations
 
 import atexit
 import sys
 
-from megatron_mtp.observe.metrics import StepRecord
+from megatron_mtp.observe.metrics import StepRecord, token_losses
 
 
 class ProgressBar:
-    """One line at the bottom of the terminal; whatever else is printed meanwhile scrolls by above it.
+    """One line at the bottom of the terminal; other output scrolls above it.
 
     Args:
         iteration: steps done before this process.
-        train_iters: steps of the whole run; None where the run ends by something else, then no time left is shown.
+        train_iters: steps of the complete run; None: unknown, so no remaining time is shown.
+        force: show the bar even if stdout is not a terminal.
     """
 
     def __init__(self, iteration: int, train_iters: int | None, force: bool = False):
@@ -31,7 +32,7 @@ class ProgressBar:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[losses]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             # Steps differ in length (evaluation, saving): the estimate looks back over a minute or more.
@@ -41,20 +42,19 @@ class ProgressBar:
             refresh_per_second=2,
             speed_estimate_period=120.0,
         )
-        self._task = self._bar.add_task("training", total=train_iters, completed=iteration, figures="")
+        self._task = self._bar.add_task("training", total=train_iters, completed=iteration, losses="")
         self._bar.start()
         # The bar hides the cursor and replaces sys.stdout and sys.stderr; an error elsewhere must not leave it so.
         atexit.register(self.close)
 
     def update(self, record: StepRecord) -> None:
         """Moves the bar to the record's step."""
-        figures = "  ".join(
-            f"{name.removesuffix(' loss')} {value:.3f}" for name, value in _token_losses(record).items()
-        )
-        self._bar.update(self._task, completed=record.iteration, total=record.train_iters, figures=figures)
+        token = token_losses(record.losses)
+        losses = "  ".join(f"{name.removesuffix(' loss')} {loss:.3f}" for name, loss in token.items())
+        self._bar.update(self._task, completed=record.iteration, total=record.train_iters, losses=losses)
 
     def print(self, line: str) -> None:
-        """Prints a line above the bar, whole: plain `print` works as well, but is broken at the terminal's width."""
+        """Prints a line above the bar without breaking it at the terminal's width, which plain `print` would do."""
         self._bar.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -64,9 +64,5 @@ class ProgressBar:
 
 
 def wanted(setting: bool | None) -> bool:
-    """Whether a bar is shown: as set, or only in a terminal."""
+    """Whether to show a bar: as set; None: only in a terminal."""
     return sys.stdout.isatty() if setting is None else setting
-
-
-def _token_losses(record: StepRecord) -> dict[str, float]:
-    return {name: value for name, value in record.losses.items() if name == "lm loss" or name.startswith("mtp_")}

@@ -1,9 +1,9 @@
-"""Takes the figures of a run to everyone who wants them: console, progress bar, TensorBoard, W&B, metrics.jsonl, health checks."""
+"""Sends the metrics of a run to the console, progress bar, TensorBoard, W&B, metrics.jsonl and the health monitor."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,27 +13,27 @@ from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.console import evaluation_line, perplexity, step_line
 from megatron_mtp.observe.env import effective_environment
-from megatron_mtp.observe.health import HealthMonitor
+from megatron_mtp.observe.health import SIGNS, HealthMonitor, Sign
 from megatron_mtp.observe.jsonl import JsonlSink
 from megatron_mtp.observe.metrics import Interval, StepRecord, scalars
 from megatron_mtp.observe.progress import ProgressBar, wanted
 from megatron_mtp.observe.tensorboard import TensorBoardSink
 from megatron_mtp.observe.wandb_sink import WandbSink
 
-# Whichever rank writes the records speaks for all.
+# The rank that writes the records logs for all ranks.
 logger = logging.LoggerAdapter(logging.getLogger(__name__), {"all_ranks": True})
 
 
 @dataclass(kw_only=True, slots=True)
 class RunInfo:
-    """What the records say of the run itself."""
+    """Metadata of the run for its records."""
 
     recipe: str = ""
-    """Name of the recipe, where the run has one."""
+    """Name of the recipe; empty if there is none."""
     iteration: int = 0
-    """Training steps done before this process; above 0 the run is a resumed one."""
+    """Training steps done before this process; above 0 if the run is resumed."""
     train_iters: int | None = None
-    """Steps of the whole run, for the progress bar."""
+    """Steps of the complete run, for the progress bar."""
     world_size: int = 1
     """Processes of the run."""
     device: str = "cpu"
@@ -41,47 +41,54 @@ class RunInfo:
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved config as plain data."""
     environment: dict[str, str] = field(default_factory=effective_environment)
-    """Environment variables that change results or speed."""
+    """Environment variables that can change results or speed."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Whatever else identifies the run: versions, parameter counts."""
+    """Anything else that identifies the run: versions, parameter counts."""
 
 
 class Sink(Protocol):
-    """A place where records are kept."""
+    """A destination of records."""
 
-    def step(self, iteration: int, figures: dict[str, float]) -> None: ...
-    def evaluation(self, name: str, iteration: int, figures: dict[str, float]) -> None: ...
+    def step(self, iteration: int, metrics: dict[str, float]) -> None: ...
+    def evaluation(self, name: str, iteration: int, metrics: dict[str, float]) -> None: ...
     def message(self, kind: str, iteration: int, text: str) -> None: ...
     def close(self) -> None: ...
 
 
 class Recorder:
-    """Records a run. On every rank but one it does nothing.
+    """Records a run. It does nothing on ranks other than the writer.
 
-    The console line comes every `logger.log_interval` steps, after the first step and after the last; the other records every
-    `logger.tensorboard_log_interval` steps. Each holds the steps since the one before it, as `Interval` merges them.
+    A console line is printed every `logger.log_interval` steps and after the first and last step; the other records are
+    written every `logger.tensorboard_log_interval` steps. Each covers the steps since the previous one, merged by
+    `Interval`.
 
     Args:
         cfg: finalized config; its logger and checkpoint sections are read.
-        run_info: what the records say of the run.
-        is_writer: whether this rank writes; true on exactly one.
-        resume_state: `state()` of the run that is resumed; None: a fresh run.
+        run_info: metadata of the run.
+        is_writer: whether this rank writes; true on exactly one rank.
+        resume_state: `state()` of the run to resume; None: a fresh run.
+        signs: warning signs that are looked for, by name; see `health`.
 
     Raises:
-        ConfigError: a folder cannot be written, or Weights & Biases is asked for and cannot be had.
+        ConfigError: a folder is not writable, or Weights & Biases is requested but not available.
     """
 
     def __init__(
-        self, cfg: ConfigContainer, run_info: RunInfo, is_writer: bool, resume_state: dict[str, Any] | None = None
+        self,
+        cfg: ConfigContainer,
+        run_info: RunInfo,
+        is_writer: bool,
+        resume_state: dict[str, Any] | None = None,
+        signs: Mapping[str, Sign] = SIGNS,
     ):
         self._logger = cfg.logger
         self._is_writer = is_writer
         self._state = dict(resume_state or {})
         self._sinks: list[Sink] = []
         self.places: dict[str, str] = {}
-        """Where each record is kept: `metrics`, `tensorboard`, `wandb`."""
+        """Kind of record (`metrics`, `tensorboard`, `wandb`) -> where it is."""
         self._bar: ProgressBar | None = None
-        self._health = HealthMonitor()
+        self._health = HealthMonitor(signs)
         self._console_interval, self._sink_interval = Interval(), Interval()
         self._iteration = run_info.iteration
         self._is_first_step = True
@@ -89,29 +96,29 @@ class Recorder:
             return
         logger.info(
             "environment: %s",
-            " ".join(f"{k}={v}" for k, v in run_info.environment.items()) or "nothing that matters is set",
+            " ".join(f"{k}={v}" for k, v in run_info.environment.items()) or "no relevant variable is set",
         )
         self._open_sinks(cfg, run_info)
         if wanted(cfg.logger.progress_bar):
             self._bar = ProgressBar(run_info.iteration, run_info.train_iters, force=cfg.logger.progress_bar is True)
 
     def step(self, record: StepRecord) -> None:
-        """Takes in one training step. Call it once for each step."""
+        """Records one training step. Call it once per step."""
         if not self._is_writer:
             return
         self._iteration = record.iteration
         self._console_interval.add(record)
         self._sink_interval.add(record)
         if record.iteration % self._logger.tensorboard_log_interval == 0 or record.iteration == record.train_iters:
-            figures = scalars(self._sink_interval.drain())
-            self._each(lambda sink: sink.step(record.iteration, figures))
+            metrics = scalars(self._sink_interval.drain())
+            self._each(lambda sink: sink.step(record.iteration, metrics))
         if record.iteration % self._logger.log_interval == 0 or record.iteration == record.train_iters:
             self._print(step_line(self._console_interval.drain(), self._logger.log_throughput))
         elif self._is_first_step:
-            # Shown as well, and counted again in the line that follows: it holds compilation and other one-time work.
+            # Also part of the next line. The first step includes compilation and other one-time work.
             self._print(step_line(self._console_interval.merged(), self._logger.log_throughput))
         self._is_first_step = False
-        for warning in self._health.check(record.iteration, record.losses):
+        for warning in self._health.check(record.iteration, scalars(record)):
             logger.warning(warning)
             self._each(lambda sink, text=warning: sink.message("warning", record.iteration, text))
         if self._bar:
@@ -120,40 +127,40 @@ class Recorder:
     def evaluation(
         self, name: str, iteration: int, losses: dict[str, float], extra: dict[str, float] | None = None
     ) -> None:
-        """Takes in one evaluation.
+        """Records one evaluation.
 
         Args:
-            name: `validation`, `test`, or the name of a further validation set.
+            name: `validation`, `test`, or the name of another validation set.
             iteration: training steps done before it.
             losses: nats per token, the main loss first, as in StepRecord.
-            extra: further figures, such as acceptance rates.
+            extra: other metrics, such as acceptance rates.
         """
         if not self._is_writer:
             return
         extra = extra or {}
         self._print(evaluation_line(name, iteration, losses, extra))
-        figures = {**losses, **({"lm loss ppl": perplexity(losses["lm loss"])} if "lm loss" in losses else {}), **extra}
-        self._each(lambda sink: sink.evaluation(name, iteration, figures))
+        metrics = {**losses, **({"lm loss ppl": perplexity(losses["lm loss"])} if "lm loss" in losses else {}), **extra}
+        self._each(lambda sink: sink.evaluation(name, iteration, metrics))
 
     def message(self, text: str, kind: str = "message") -> None:
-        """Prints a line, and keeps it in metrics.jsonl under its kind."""
+        """Prints a line and writes it to metrics.jsonl under the given kind."""
         if not self._is_writer:
             return
         self._print(text)
         self._each(lambda sink: sink.message(kind, self._iteration, text))
 
     def roll_back(self, iteration: int) -> None:
-        """The run goes on from an earlier iteration: what was recorded since is void, and stays readable in metrics.jsonl."""
+        """Marks later records as void: the run continues from an earlier iteration. They stay in metrics.jsonl."""
         self._iteration = iteration
         self._console_interval, self._sink_interval = Interval(), Interval()
-        self._each(lambda sink: sink.message("rollback", iteration, f"the run goes on from iteration {iteration}"))
+        self._each(lambda sink: sink.message("rollback", iteration, f"the run continues from iteration {iteration}"))
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to go on in the same records; plain data for the checkpoint. Only the writer's is complete."""
+        """What a resumed run needs to continue the same records, as plain data; complete on the writer only."""
         return dict(self._state)
 
     def close(self) -> None:
-        """Ends the progress bar and closes every record; may be called twice."""
+        """Removes the progress bar and closes all records; may be called twice."""
         if self._bar:
             self._bar.close()
             self._bar = None
@@ -183,12 +190,12 @@ class Recorder:
             self.places["wandb"] = wandb.place
 
     def _each(self, act: Callable[[Sink], None]) -> None:
-        """Training outlives its records: one that fails (a full disk, a lost server) is given up with an error, once."""
+        """Calls every sink. One that fails (full disk, lost server) is dropped with an error; training continues."""
         for sink in list(self._sinks):
             try:
                 act(sink)
             except Exception:
-                logger.exception("%s failed and is given up; training goes on without it.", type(sink).__name__)
+                logger.exception("%s failed and is dropped; training continues without it.", type(sink).__name__)
                 self._sinks.remove(sink)
 
     def _print(self, line: str) -> None:
@@ -204,17 +211,17 @@ def _writable(field: str, folder: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{field} = {str(folder)!r}: records of the run cannot be written there: {error.strerror or error}. "
-            "Name a folder on a disk that this user can write to."
+            f"{field} = {str(folder)!r}: cannot write the run's records there: {error.strerror or error}. "
+            "Choose a folder on a disk that this user can write to."
         ) from error
 
 
 def metrics_path(cfg: ConfigContainer) -> Path | None:
-    """Where metrics.jsonl of a run is: in logger.log_dir, else beside checkpoint.save; None where neither is set."""
+    """Path of a run's metrics.jsonl: in logger.log_dir, else next to checkpoint.save; None if neither is set."""
     if cfg.logger.log_dir:
         return Path(cfg.logger.log_dir) / "metrics.jsonl"
     if cfg.checkpoint.save:
-        # Not inside: that folder belongs to the checkpoints. Not plainly `metrics.jsonl`: runs with sibling folders would share it.
+        # Not inside it: that folder holds checkpoints only. Named after it: sibling runs must not share one file.
         save = Path(cfg.checkpoint.save)
         return save.with_name(save.name + ".metrics.jsonl")
     return None

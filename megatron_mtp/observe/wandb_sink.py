@@ -1,4 +1,4 @@
-"""Weights & Biases. wandb is imported when a run asks for it, not before: it takes about a second."""
+"""Weights & Biases. wandb is imported only if a run asks for it: the import takes about a second."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_mtp.errors import ConfigError
 
 
 class WandbSink:
-    """Logs to one W&B run. A resumed training goes on under the same run id.
+    """Logs to one W&B run. A resumed training continues under the same run id.
 
-    Every figure is plotted over `iteration`, a figure of its own: W&B's step counter only grows and would silently drop the
-    iterations that a resumed run does again.
+    Every metric is plotted over the metric `iteration`: W&B's own step counter only grows and would silently drop the
+    iterations that a resumed run repeats.
 
     Args:
-        logger: project, name, entity and mode. The environment's WANDB_MODE wins over `wandb_mode = "online"`.
+        logger: project, name, entity and mode. The variable WANDB_MODE overrides `wandb_mode = "online"`.
         folder: where W&B keeps its local files.
         config: the resolved config of the run.
-        run_id: the id of the run to go on with; None: a new one.
+        run_id: id of the run to continue; None: a new run.
 
     Raises:
         ConfigError: W&B is not installed, or refuses the run (no key, no network, no such entity).
@@ -45,20 +45,20 @@ class WandbSink:
                 config=config,
                 id=run_id,
                 resume="allow",
-                # The console holds what is logged anyway, and capturing it breaks the progress bar.
+                # Everything is logged anyway, and capturing the console breaks the progress bar.
                 settings=wandb.Settings(console="off", silent=mode != "online"),
             )
         except Exception as error:
             raise ConfigError(
                 f"logger.wandb_project = {logger.wandb_project!r}: Weights & Biases refused the run: {error} "
-                "Run `wandb login`, or set logger.wandb_mode = offline and send the files later with `wandb sync`."
+                "Run `wandb login`, or set logger.wandb_mode = offline and upload the files later with `wandb sync`."
             ) from error
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
     @property
     def run_id(self) -> str:
-        """The id under which a resumed training goes on."""
+        """The id under which a resumed training continues."""
         return self._run.id
 
     @property
@@ -66,37 +66,37 @@ class WandbSink:
         """The run's address, or its local folder when offline."""
         return self._run.url or str(Path(self._run.dir).parent)
 
-    def step(self, iteration: int, figures: dict[str, float]) -> None:
-        """Logs the figures of one step."""
-        self._run.log({**figures, "iteration": iteration})
+    def step(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Logs the metrics of one step."""
+        self._run.log({**metrics, "iteration": iteration})
 
-    def evaluation(self, name: str, iteration: int, figures: dict[str, float]) -> None:
+    def evaluation(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
         """Logs one evaluation as `lm loss validation`, as Megatron names it."""
-        self._run.log({**{f"{key} {name}": value for key, value in figures.items()}, "iteration": iteration})
+        self.step(iteration, {f"{key} {name}": value for key, value in metrics.items()})
 
     def message(self, kind: str, iteration: int, text: str) -> None:
-        """Text is not kept here."""
+        """W&B gets no text."""
 
     def close(self) -> None:
-        """Waits until W&B has everything."""
+        """Waits until W&B has received everything."""
         self._run.finish()
 
 
 def _import_wandb(mode: str) -> Any:
     if mode != "online":
-        # W&B reports its own errors over the network even in an offline run, unless told not to before it is imported.
+        # Even offline, W&B reports its own errors over the network unless this is set before the import.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError as error:
         raise ConfigError(
-            f"logger.wandb_project is set, but wandb does not import: {error}. Install it (`uv pip install wandb`), or set "
-            "logger.wandb_project = null."
+            f"logger.wandb_project is set, but importing wandb failed: {error}. Install it (`uv pip install wandb`) or "
+            "set logger.wandb_project = null."
         ) from error
     return wandb
 
 
 def _refuse_to_prompt(wandb: Any) -> None:
-    """Without a key wandb asks for one on the terminal, and the other ranks wait for this one until they time out."""
+    """Refuses a missing key: wandb would ask for one on the terminal while the other ranks wait until they time out."""
     if "prompt" in inspect.signature(wandb.login).parameters and not wandb.login(prompt=False):
         raise ConfigError("no API key is configured.")

@@ -1,4 +1,4 @@
-"""Which variables are told, and that secrets are not."""
+"""Which variables are recorded, and that secrets are redacted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_mtp.observe.env import effective_environment, redact
 pytestmark = pytest.mark.unit
 
 
-def test_what_changes_results_or_speed_is_told():
+def test_variables_that_change_results_or_speed_are_kept():
     environ = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "NCCL_ALGO": "Ring",

@@ -1,4 +1,4 @@
-"""Each sign shows on a sick curve and stays silent on healthy ones, noise included."""
+"""Each sign appears on an unhealthy curve and never on healthy ones, noise included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is heard, and what is kept out."""
+"""Which log lines are shown, and what is filtered."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.unit
 def heard(code: str, **environ: str) -> list[str]:
     """Lines on stderr of a process that runs `code` after `log` was made."""
     code = (
-        "import logging, warnings\nfrom megatron_mtp.observe.logs import setup_logging\nlog = logging.getLogger('megatron_mtp.a')\n"
-        + code
+        "import logging, warnings\nfrom megatron_mtp.observe.logs import setup_logging\n"
+        "log = logging.getLogger('megatron_mtp.a')\n" + code
     )
     environ = (
         {k: v for k, v in os.environ.items() if k != "MEGATRON_MTP_LOG"}

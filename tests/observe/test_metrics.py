@@ -1,4 +1,4 @@
-"""Names, the console line, and the merge of several steps."""
+"""Metric names, the console line, and the merge of several steps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.unit
 # The line that Megatron-Bridge's guide to MTP prints, field for field.
 BRIDGE_LINE = (
     "iteration      100/  300000 | consumed samples:         3200 | elapsed time per iteration (ms): 3738.6 | "
-    "learning rate: 6.000000E-05 | global batch size:    32 | lm loss: 7.968678E+00 | load_balancing_loss: 1.329517E+00 | "
-    "mtp_1 loss: 7.925096E+00 | loss scale: 1.0 | grad norm: 1.040 | number of skipped iterations:   0 | "
+    "learning rate: 6.000000E-05 | global batch size:    32 | lm loss: 7.968678E+00 | "
+    "load_balancing_loss: 1.329517E+00 | mtp_1 loss: 7.925096E+00 | loss scale: 1.0 | grad norm: 1.040 | number of skipped iterations:   0 | "
     "number of nan iterations:   0 |"
 )
 
@@ -54,13 +54,13 @@ def test_a_run_without_a_number_of_steps_has_a_line():
     assert re.search(r"iteration +5/ +- \|", step_line(make_record(5, train_iters=None)))
 
 
-def test_every_figure_of_the_line_has_a_name_in_the_sinks():
+def test_every_value_of_the_line_has_a_name_in_the_sinks():
     record = make_record()
-    figures = scalars(record)
+    values = scalars(record)
     for column in columns(record):
-        assert figures[column.name] == column.value(record), column.label
-    assert figures["consumed-tokens"] == record.consumed_tokens
-    assert figures["mtp_1 acceptance"] == 0.25
+        assert values[column.name] == column.value(record), column.label
+    assert values["consumed-tokens"] == record.consumed_tokens
+    assert values["mtp_1 acceptance"] == 0.25
     assert "grad-norm" not in scalars(make_record(grad_norm=None))
 
 
@@ -72,7 +72,11 @@ def test_interval_merges_steps():
     interval.add(
         make_record(2, losses={"lm loss": 2.0, "z_loss": 6.0}, elapsed_ms=300.0, tokens_per_s_per_device=200.0, nan=1)
     )
+    for record, rate in zip(interval._records, (0.25, 0.75), strict=True):
+        record.extra, record.metrics = {"mtp_1/accepted": rate}, {"a": rate}
+    interval._records[0].metrics["b"] = 7.0  # a callback that returns it now and then
     merged = interval.drain()
+    assert (merged.extra, merged.metrics) == ({"mtp_1/accepted": 0.5}, {"a": 0.5, "b": 7.0})
     assert merged.iteration == 2
     assert merged.losses == {"lm loss": 3.0, "z_loss": 6.0}
     assert merged.elapsed_ms == 200.0

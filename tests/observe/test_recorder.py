@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe import Recorder, RunInfo, metrics_path, read_metrics
+from megatron_mtp.observe.health import SIGNS, WINDOW_STEPS, Window
 from megatron_mtp.observe.metrics import columns, scalars
 from tests.observe.records import make_record
 from tests.observe.wandb_file import read_history
@@ -173,7 +175,7 @@ def test_console_comes_at_its_interval_first_and_last_step_too(tmp_path: Path, c
     assert [(s["iteration"], s["lm loss"], s["skipped-iterations"]) for s in steps][:2] == [(2, 1.5, 1), (4, 3.5, 1)]
 
 
-def test_trouble_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_warnings_are_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     cfg = make_config(tmp_path)
     recorder = Recorder(cfg, RunInfo(), is_writer=True)
     for iteration in (1, 2):
@@ -188,6 +190,34 @@ def test_trouble_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert [(line["text"], line["iteration"]) for line in read_metrics(metrics_path(cfg), "message")] == [
         ("a remark", 2)
     ]
+
+
+def test_metrics_of_callbacks_are_in_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Means over the log interval: on the console and in every sink."""
+    cfg = make_config(tmp_path, interval=2, wandb=True)
+    cfg.logger.tensorboard_log_interval = 2
+    recorder = Recorder(cfg, RunInfo(iteration=2), is_writer=True)
+    recorder.step(make_record(3, metrics={"mine/share": 0.25}))
+    recorder.step(make_record(4, metrics={"mine/share": 0.75}))
+    recorder.close()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| mine/share: 0.5 |")
+    assert read_metrics(metrics_path(cfg))[-1]["mine/share"] == 0.5
+    assert read_tensorboard(cfg.logger.tensorboard_dir)["mine/share"] == {4: 0.5}
+    assert read_history(tmp_path, recorder.state()["wandb_run_id"])[-1]["mine/share"] == 0.5
+
+
+def test_a_sign_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def grad_norm_grows(history: Sequence[Window], now: Window) -> str | None:
+        grows = history and now.metrics["grad-norm"].above(history[-1].metrics["grad-norm"]) > 0
+        return "the gradient norm grows." if grows else None
+
+    signs = {**SIGNS, "grad norm grows": grad_norm_grows}
+    recorder = Recorder(make_config(tmp_path), RunInfo(), is_writer=True, signs=signs)
+    for iteration in range(1, 3 * WINDOW_STEPS):
+        recorder.step(make_record(iteration, grad_norm=float(iteration)))
+    recorder.close()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == [f"iteration {2 * WINDOW_STEPS}: the gradient norm grows."]
 
 
 def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -212,7 +242,7 @@ def test_training_outlives_a_record_that_fails(tmp_path: Path, caplog: pytest.Lo
     recorder.step(make_record(2))
     recorder.step(make_record(3))
     recorder.close()
-    assert sum("JsonlSink failed and is given up" in r.getMessage() for r in caplog.records) == 1
+    assert sum("JsonlSink failed and is dropped" in r.getMessage() for r in caplog.records) == 1
     assert list(read_tensorboard(cfg.logger.tensorboard_dir)["lm loss"]) == [1, 2, 3]
 
 
@@ -220,7 +250,7 @@ def test_a_folder_that_cannot_be_made_is_a_users_mistake(tmp_path: Path):
     (tmp_path / "file").write_text("")
     cfg = make_config(tmp_path)
     cfg.logger.log_dir = str(tmp_path / "file" / "logs")
-    with pytest.raises(ConfigError, match=r"logger\.log_dir = .*cannot be written"):
+    with pytest.raises(ConfigError, match=r"logger\.log_dir = .*cannot write"):
         Recorder(cfg, RunInfo(), is_writer=True)
 
 

@@ -29,7 +29,7 @@ def read_history(folder: Path, run_id: str) -> list[dict[str, Any]]:
 
 
 def _finished(path: Path, wait_s: float = 30.0) -> list[Any]:
-    """The records of a run, once its last is there: W&B's own process writes on for a moment after `finish` returned."""
+    """All records of a run. W&B's own process may still be writing them when `finish` returns."""
     deadline = time.monotonic() + wait_s
     while not (records := list(_records(path.read_bytes()))) or not records[-1].HasField("exit"):
         assert time.monotonic() < deadline, f"{path} was not finished in {wait_s} s"
