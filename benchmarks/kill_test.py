@@ -76,7 +76,7 @@ def digest(engine: Any) -> str:
     """SHA-256 over the bytes of every weight, buffer and optimizer tensor of this rank."""
     import torch
 
-    from megatron_mtp.mcore_compat import single_optimizers
+    from megatron_mtp.mcore.optimizer import single_optimizers
     from megatron_mtp.model.sharded import unwrap
 
     found = hashlib.sha256()

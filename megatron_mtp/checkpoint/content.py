@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_mtp.checkpoint.random_state import RNG_KEY, random_state
 from megatron_mtp.errors import UnsupportedError
-from megatron_mtp.mcore_compat import initialize_optimizer_state, single_optimizers
+from megatron_mtp.mcore.optimizer import initialize_optimizer_state, single_optimizers
 from megatron_mtp.model.sharded import unwrap
 
 COMMON_KEY = "common_state"  # Megatron-Core's own object; holds nothing of ours

@@ -24,7 +24,7 @@ from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
-from megatron_mtp.mcore_compat import copy_master_weights_to_model
+from megatron_mtp.mcore.optimizer import copy_master_weights_to_model
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from megatron_mtp.checkpoint.agreement import describe_error, from_first
 from megatron_mtp.checkpoint.directory import write_durably
 from megatron_mtp.checkpoint.manifest import FileEntry, describe_file
 from megatron_mtp.errors import CheckpointError
-from megatron_mtp.mcore_compat import to_torch_items
+from megatron_mtp.mcore.checkpoint import to_torch_items
 
 Payload = torch.Tensor | io.BytesIO
 

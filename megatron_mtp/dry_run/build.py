@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from megatron_mtp import mcore_compat
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.mcore.rules import torch_backend_problems, without_transformer_engine
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.device.fake import fake_world
 from megatron_mtp.errors import ConfigError, MegatronMTPError
+from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
+from megatron_mtp.mcore.optimizer import initialize_optimizer_state, single_optimizers
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import sharded_tensors
 from megatron_mtp.parallel.grid import RankGrid
@@ -164,12 +165,12 @@ def build_rank(cfg: ConfigContainer, rank: int, world_size: int) -> BuiltRank:
     with fake_world(rank, world_size) as device, _meta_noise_off():
         groups = make_groups(cfg)
         try:
-            mcore_compat.seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
+            seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
             chunks = build_model(cfg, groups, device)
             parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
             whole = whole_sizes(chunks)
             wrapped = wrap_model(cfg, chunks, groups, device)
-            singles = mcore_compat.single_optimizers(build_optimizer(cfg, wrapped, groups))
+            singles = single_optimizers(build_optimizer(cfg, wrapped, groups))
             buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
             return BuiltRank(
                 rank=rank,
@@ -181,7 +182,7 @@ def build_rank(cfg: ConfigContainer, rank: int, world_size: int) -> BuiltRank:
                 whole=whole,
             )
         finally:
-            mcore_compat.destroy_model_parallel()
+            destroy_model_parallel()
 
 
 def whole_sizes(chunks: list[nn.Module]) -> dict[str, int]:
@@ -198,7 +199,7 @@ def _optimizer_bytes(singles: list, parameters: list[nn.Parameter]) -> int:
     weights = {parameter.untyped_storage()._cdata for parameter in parameters}
     tensors: list[torch.Tensor] = []
     for single in singles:
-        mcore_compat.initialize_optimizer_state(single)
+        initialize_optimizer_state(single)
         masters = [parameter for group in single.optimizer.param_groups for parameter in group["params"]]
         tensors += [master for master in masters if master.untyped_storage()._cdata not in weights]
         for state in single.optimizer.state.values():

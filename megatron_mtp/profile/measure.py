@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
-from megatron_mtp.mcore_compat import guarded_step, watch_calls
+from megatron_mtp.mcore.optimizer import guarded_step
+from megatron_mtp.mcore.schedules import watch_calls
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthBatch
 from megatron_mtp.parallel.planner.cost import layer_kinds

@@ -70,7 +70,7 @@ class PartTimer:
 
     @contextmanager
     def around(self, name: str) -> Iterator[None]:
-        """One call of the chunk: "forward" or "backward"; see `mcore_compat.watch_calls`."""
+        """One call of the chunk: "forward" or "backward"; see `mcore.schedules.watch_calls`."""
         self._is_forward = name == "forward"
         self._marks = [("", self._clock.now())]
         yield

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mtp import mcore_compat
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.loader import DataModule, DataPlacement, build_data
 from megatron_mtp.device.process_group import destroy_distributed, init_distributed
 from megatron_mtp.device.select import Device
+from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthHeads
@@ -50,7 +50,7 @@ class Run:
     def release(self) -> None:
         """Ends threads and destroys the groups of this layout; the process stays in the job, for another run."""
         self.data.close()
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
@@ -61,7 +61,7 @@ def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    mcore_compat.seed_dropout(seed, pp_rank=groups.pp.rank())
+    seed_dropout(seed, pp_rank=groups.pp.rank())
     if cfg.train.deterministic:
         torch.use_deterministic_algorithms(True)
     return device, groups
@@ -71,7 +71,7 @@ def make_groups(cfg: ConfigContainer) -> ProcessGroupCollection:
     """Every process group of the layout, inside the job that this process has joined."""
     model = cfg.model
     layout = pipeline_layout(cfg, dist.get_world_size())
-    return mcore_compat.init_model_parallel(
+    return init_model_parallel(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
         vp=model.virtual_pipeline_model_parallel_size,
@@ -86,7 +86,7 @@ def make_groups(cfg: ConfigContainer) -> ProcessGroupCollection:
 
 def leave_groups() -> None:
     """Undoes `join_groups`."""
-    mcore_compat.destroy_model_parallel()
+    destroy_model_parallel()
     destroy_distributed()
     gc.enable()
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from megatron_mtp.config.sections import TrainConfig
 from megatron_mtp.data.batch import GlobalBatch
-from megatron_mtp.mcore_compat import guarded_step, router_losses
+from megatron_mtp.mcore.optimizer import guarded_step
+from megatron_mtp.mcore.router import router_losses
 from megatron_mtp.objective.acceptance import ROWS
 from megatron_mtp.objective.heads import DepthHeads
 from megatron_mtp.objective.total import StepObjective, coefficients, depth_losses, global_counts

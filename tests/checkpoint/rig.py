@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mtp import mcore_compat
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import (
     _gradients_in_place_of_weights,
@@ -152,7 +152,7 @@ def rig(cfg: ConfigContainer) -> Iterator[Rig]:
     """Builds everything on the ranks of a pool, and forgets it afterwards."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     model = cfg.model
-    groups = mcore_compat.init_model_parallel(
+    groups = init_model_parallel(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
         vp=model.virtual_pipeline_model_parallel_size,
@@ -164,14 +164,14 @@ def rig(cfg: ConfigContainer) -> Iterator[Rig]:
         ),
     )
     try:
-        mcore_compat.seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
+        seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
         device = torch.device("cpu")
         chunks = wrap_model(cfg, build_model(cfg, groups, device), groups, device)
         optimizer = build_optimizer(cfg, chunks, groups)
         yield Rig(cfg, chunks, optimizer, Checkpointer(cfg, groups), TrainState())
     finally:
         dist.barrier()
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def trained(values: dict[str, Any], steps: int, directory: str | None = None, save_at: int | None = None) -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mtp.errors import CheckpointError
-from megatron_mtp.mcore_compat import copy_master_weights_to_model, single_optimizers
+from megatron_mtp.mcore.optimizer import copy_master_weights_to_model, single_optimizers
 from megatron_mtp.training.state import TrainState
 from tests.checkpoint.rig import DENSE, PP2, TP2, Rig, differences, make_config, resumed, rig, trained
 

@@ -22,8 +22,8 @@ class _Ids:
 @contextmanager
 def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tuple[Any, list, Any]]:
     """(cfg, chunks, groups) of the model in `source`, its weights loaded, at the layout in `changes`."""
-    from megatron_mtp import mcore_compat
     from megatron_mtp.convert.load import config_of, load_weights
+    from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
     from megatron_mtp.model.build import build_model
     from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
     from megatron_mtp.training.setup import embedding_stages
@@ -34,7 +34,7 @@ def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tupl
         setattr(cfg.model, name, value)
     cfg.finalize(dist.get_world_size())
     model = cfg.model
-    groups = mcore_compat.init_model_parallel(
+    groups = init_model_parallel(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
         vp=None,
@@ -46,13 +46,13 @@ def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tupl
         ),
     )
     try:
-        mcore_compat.seed_dropout(1, pp_rank=groups.pp.rank())
+        seed_dropout(1, pp_rank=groups.pp.rank())
         chunks = build_model(cfg, groups, torch.device("cpu"))
         load_weights(chunks, source, cfg, groups, **options)
         yield cfg, chunks, groups
     finally:
         dist.barrier()
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def config(plain: PlainConfig, tp: int, etp: int = 1) -> ConfigContainer:
 
 def with_model(cfg, work, *arguments):
     """work(cfg, chunk, decoder, ...) on this rank, with initial weights, which are the same at every layout."""
-    from megatron_mtp import mcore_compat
+    from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.model.build import build_model
     from megatron_mtp.training.setup import join_groups
 
@@ -56,7 +56,7 @@ def with_model(cfg, work, *arguments):
         decoder = Decoder.build(cfg.model, chunk.state_dict(), TensorParallel(groups.tp))
         return work(cfg, chunk, decoder, *arguments)
     finally:
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def training_and_decoding_logits(cfg, chunk, decoder):

@@ -29,10 +29,10 @@ def config():
 
 def evaluate_both_ways(cfg):
     """(training's chain counts, the decoder's on the same samples, the watch's figures)."""
-    from megatron_mtp import mcore_compat
     from megatron_mtp.decode.measure import TextCounts, acceptance_on_text
     from megatron_mtp.decode.model import Decoder
     from megatron_mtp.drafting.watch import callbacks_of
+    from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.model.sharded import unwrap
     from megatron_mtp.training.evaluation import evaluate
     from megatron_mtp.training.setup import setup
@@ -54,7 +54,7 @@ def evaluate_both_ways(cfg):
         return results["valid"].acceptance, counts, watch.on_evaluation(run, TrainState(), results)
     finally:
         run.data.close()
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def test_acceptance_is_that_of_training_evaluation(one):

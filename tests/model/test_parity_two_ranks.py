@@ -40,8 +40,8 @@ def pool():
 
 def stage_figures(plain: PlainConfig, batches: Batches) -> Figures:
     """On each rank: the step of its stage."""
-    from megatron_mtp import mcore_compat
     from megatron_mtp.device.select import pick_device
+    from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.training import setup
 
     cfg = run_config(plain, batches[0]["tokens"].shape[0], len(batches), pp=2)
@@ -53,7 +53,7 @@ def stage_figures(plain: PlainConfig, batches: Batches) -> Figures:
         return step_figures(run.engine, judge(plain), batches)
     finally:
         run.data.close()
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 @pytest.mark.parametrize("documents", [False, True])

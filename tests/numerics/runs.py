@@ -52,8 +52,8 @@ def small_config(recipe: str, overrides: tuple[str, ...], world_size: int) -> Co
 @contextmanager
 def opened(cfg: ConfigContainer) -> Iterator[Run]:
     """A run in a process that has joined the pool's group already."""
-    from megatron_mtp import mcore_compat
     from megatron_mtp.device.select import pick_device
+    from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.training import setup
 
     with mock.patch.object(setup, "init_distributed", lambda config: pick_device(config.device)):
@@ -62,7 +62,7 @@ def opened(cfg: ConfigContainer) -> Iterator[Run]:
         yield run
     finally:
         run.data.close()
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def curve(recipe: str, overrides: tuple[str, ...], steps: int) -> Curve | None:

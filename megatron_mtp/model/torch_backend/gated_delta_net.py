@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mtp.errors import UnsupportedError
-from megatron_mtp.mcore_compat import has_flash_linear_attention, pretend_flash_linear_attention
+from megatron_mtp.mcore.linear_attention import has_flash_linear_attention, pretend_flash_linear_attention
 from megatron_mtp.model.torch_backend.norm import TorchNorm
 
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_mtp import mcore_compat
+from megatron_mtp.mcore.groups import destroy_model_parallel
 from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.sharded import gather_parts, gradient_parts, whole_tensors
 from megatron_mtp.model.torch_backend import TorchSpecProvider, build_layer_spec
@@ -59,7 +59,7 @@ def gradients(kind: str, fields: dict[str, object], upstream_mla: bool = False) 
         parts = gather_parts(gradient_parts([ddp]))
         return None if parts is None else whole_tensors(parts)[0]
     finally:
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def _model(config: object, layers: list[ModuleSpec], upstream_mla: bool) -> GPTModel:

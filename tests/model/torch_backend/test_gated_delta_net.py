@@ -15,9 +15,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
-from megatron_mtp import mcore_compat
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.mcore.groups import destroy_model_parallel
 from megatron_mtp.model.torch_backend import build_layer_spec
 from megatron_mtp.model.torch_backend import gated_delta_net as module_under_test
 from megatron_mtp.recipes import get_recipe
@@ -111,7 +111,7 @@ def linear_attention_differences() -> dict[str, float]:
         found["input"] = relative(y.grad.transpose(0, 1), exact_x.grad)
         return found | {name: relative(p.grad, weights[name].grad) for name, p in module.named_parameters()}
     finally:
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def recurrence(w: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def gated_attention_difference() -> float:
         table = RotaryEmbedding(8, rotary_percent=0.5, rotary_base=1000, use_cpu_initialization=True)(S)
         return relative(module(x.transpose(0, 1), None, rotary_pos_emb=table)[0].transpose(0, 1), expected)
     finally:
-        mcore_compat.destroy_model_parallel()
+        destroy_model_parallel()
 
 
 def chunk_and_token_by_token(chunk: int, dtype: torch.dtype) -> dict[str, float]:

@@ -1,0 +1,117 @@
+"""Megatron-Core's global parallel state: the process groups of a layout. Nothing outside this package reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+from megatron_mtp.mcore import recompute
+
+RANK_ORDER = "tp-cp-ep-dp-pp"
+RANK_ORDER_PP_DP = "tp-cp-ep-pp-dp"
+
+
+def init_model_parallel(
+    *,
+    tp: int,
+    pp: int,
+    vp: int | None,
+    cp: int,
+    ep: int,
+    etp: int,
+    embedding_stages: list[int],
+    pp_before_dp: bool = False,
+    timeout: timedelta = timedelta(minutes=10),
+) -> ProcessGroupCollection:
+    """Makes every process group of a layout and returns them.
+
+    Args:
+        embedding_stages: pipeline stages that hold a copy of the embedding, the first included. The default of
+            Megatron-Core, [first, last], would add the output layer's gradient to the embedding's when a standalone MTP
+            stage holds the copy.
+        pp_before_dp: rank order tp-cp-ep-pp-dp in place of tp-cp-ep-dp-pp.
+    """
+
+    def embedding_ranks(pp_ranks: list[int], _: int | None = None) -> list[int]:
+        return [pp_ranks[stage] for stage in embedding_stages]
+
+    recompute.install()
+    with _gloo_groups_made_once():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vp,
+            context_parallel_size=cp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+            order=RANK_ORDER_PP_DP if pp_before_dp else RANK_ORDER,
+            get_embedding_ranks=embedding_ranks,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            # With gloo as the default backend these would be second copies of the same groups.
+            create_gloo_process_groups=not dist.get_backend().startswith(("gloo", "fake")),
+        )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_model_parallel() -> None:
+    """Forgets the groups of a layout and every global of Megatron-Core that outlives a model.
+
+    Groups of gloo stay for the next layout of this process and end with the default group.
+    """
+    recompute.uninstall()
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    destroy_moe_metrics_tracker()
+    if not dist.is_initialized():
+        _gloo_groups.clear()
+        return
+    for group in groups:
+        if group not in _gloo_groups.values():
+            dist.destroy_process_group(group)
+
+
+# Sorted ranks -> group, for as long as the default group beside it lives.
+_gloo_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_gloo_world: dist.ProcessGroup | None = None
+
+
+@contextmanager
+def _gloo_groups_made_once() -> Iterator[None]:
+    """On gloo, one group for each set of ranks, whatever it is for and however many layouts this process builds.
+
+    Megatron-Core makes about thirty groups of a few ranks, most of them over the same sets. Each gloo group polls with two threads
+    until nothing refers to it any more: two ranks had 57 threads, and a process that went through a dozen layouts a
+    thousand, which starved the machine. NCCL's groups stay apart: its communicators order their work by group.
+    """
+    global _gloo_world
+    if dist.get_backend() != "gloo":
+        yield
+        return
+    if _gloo_world is not dist.group.WORLD:
+        _gloo_groups.clear()
+        _gloo_world = dist.group.WORLD
+    make = dist.new_group
+
+    def made_once(ranks: list[int], **options: Any) -> dist.ProcessGroup:
+        key = tuple(sorted(ranks))
+        if key not in _gloo_groups:
+            _gloo_groups[key] = make(ranks, **options)
+        return _gloo_groups[key]
+
+    dist.new_group = made_once
+    try:
+        yield
+    finally:
+        dist.new_group = make
+
+
+def seed_dropout(seed: int, *, pp_rank: int) -> None:
+    """Seeds the tensor-parallel random number tracker that dropout draws from; data-parallel ranks share the seed."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * pp_rank, force_reset_rng=True)
