@@ -69,9 +69,9 @@ def generate(
         "sampling": {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
     }
     if nproc is not None and nproc > 1 and "RANK" not in os.environ:
-        from megatron_mtp.launch.local import launch
+        from megatron_mtp.launch.local import run_ranks
 
-        raise typer.Exit(launch([sys.executable, "-m", "megatron_mtp", *sys.argv[1:]], nproc))
+        raise typer.Exit(run_ranks([sys.executable, "-m", "megatron_mtp", *sys.argv[1:]], nproc))
     from megatron_mtp.observe.logs import silence_noise
 
     silence_noise()

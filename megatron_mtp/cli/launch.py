@@ -1,4 +1,4 @@
-"""`megatron-mtp launch`: a job of many processes, here or under a scheduler."""
+"""`megatron-mtp launch`: starts a job of many processes, here or under a scheduler."""
 
 from __future__ import annotations
 
@@ -16,32 +16,40 @@ from megatron_mtp.errors import ConfigError
 
 
 def launch(
-    where: Annotated[Literal["local", "slurm", "k8s"], typer.Argument(help="local, slurm or k8s.")],
+    where: Annotated[
+        Literal["local", "slurm", "k8s"], typer.Argument(help="Where to run: on this machine, Slurm or Kubernetes.")
+    ],
     recipe: Recipe,
     overrides: Overrides = None,
     config: Files = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes on each, one for each GPU.")] = 8,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Starts in place after a failure.")] = 3,
-    name: Annotated[str | None, typer.Option(help="Of the job. Default: the recipe's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted.")] = False,
-    partition: Annotated[str | None, typer.Option(help="Slurm.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes per machine, one per GPU.")] = 8,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often failed ranks restart in place before the job fails.")
+    ] = 3,
+    name: Annotated[str | None, typer.Option(help="Name of the job. Default: the recipe's name.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
+    partition: Annotated[str | None, typer.Option(help="Slurm: partition to submit to.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm: account to charge.")] = None,
     time: Annotated[str | None, typer.Option(help="Slurm: time limit, such as 24:00:00.")] = None,
     cpus_per_node: Annotated[
         int | None,
-        typer.Option(min=1, help="Slurm: cores on each node. Many clusters give a task one if it is not said."),
+        typer.Option(min=1, help="Slurm: cores per node. Many clusters give a task only one by default."),
     ] = None,
     sbatch: Annotated[
         list[str] | None,
-        typer.Option(help="Slurm: another option of sbatch, such as qos=high or exclusive; may be repeated."),
+        typer.Option(help="Slurm: any other option of sbatch, such as qos=high or exclusive; repeatable."),
     ] = None,
-    image: Annotated[str | None, typer.Option(help="Kubernetes: container image with megatron-mtp.")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Kubernetes.")] = None,
-    claim: Annotated[str | None, typer.Option(help="Kubernetes: PersistentVolumeClaim of the shared disk.")] = None,
-    mount: Annotated[str, typer.Option(help="Kubernetes: where the claim is mounted.")] = "/shared",
+    image: Annotated[str | None, typer.Option(help="Kubernetes: container image with megatron-mtp (required).")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Kubernetes: namespace of the job.")] = None,
+    claim: Annotated[
+        str | None, typer.Option(help="Kubernetes: PersistentVolumeClaim of the shared file system.")
+    ] = None,
+    mount: Annotated[str, typer.Option(help="Kubernetes: mount path of the claim.")] = "/shared",
 ) -> None:
-    """Start a job that comes back by itself: after a lost rank in place, after a preemption by the scheduler.
+    """Start a job that recovers by itself: failed ranks restart in place, a preempted job is requeued by the scheduler.
 
     The config is validated for the job's size before anything is submitted.
     """
@@ -55,18 +63,18 @@ def launch(
     if where == "local":
         _start_here(job.agent(["--standalone"]), job.environment, dry_run)
     elif where == "slurm":
-        from megatron_mtp.launch import slurm as job_slurm
+        from megatron_mtp.launch import slurm
 
-        text = job_slurm.render(
+        text = slurm.render(
             job, partition=partition, account=account, time=time, cpus_per_node=cpus_per_node, more=sbatch or []
         )
         _submit(text, ["sbatch"], dry_run)
     else:
-        from megatron_mtp.launch import k8s as job_k8s
+        from megatron_mtp.launch import k8s
 
         if image is None:
-            raise ConfigError("--image: Kubernetes needs one. Name a container image that holds megatron-mtp.")
-        text = job_k8s.render(job, image=image, namespace=namespace, claim=claim, mount=mount)
+            raise ConfigError("--image: Kubernetes needs a container image. Name one that contains megatron-mtp.")
+        text = k8s.render(job, image=image, namespace=namespace, claim=claim, mount=mount)
         _submit(text, ["kubectl", "apply", "-f", "-"], dry_run)
 
 
@@ -85,8 +93,8 @@ def _submit(text: str, command: list[str], dry_run: bool) -> None:
         return
     if shutil.which(command[0]) is None:
         raise ConfigError(
-            f"{command[0]}: there is no such command on this machine. Submit from a machine that has it, or print the job with "
-            "--dry-run and take it there."
+            f"{command[0]}: there is no such command on this machine. Submit from a machine that has it, or print the "
+            "job with --dry-run and submit it there."
         )
     done = subprocess.run(command, input=text, text=True, check=False)
     raise typer.Exit(done.returncode)

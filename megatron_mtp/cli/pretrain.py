@@ -53,11 +53,11 @@ def pretrain(
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank else nproc or 1
     cfg.copy().finalize(world_size)  # before torch is imported or a process is started
     if world_size > 1 and not is_rank:
-        from megatron_mtp.launch.local import launch
+        from megatron_mtp.launch.local import run_ranks
 
         files = [argument for file in config or [] for argument in ("--config", str(file))]
         command = [sys.executable, "-m", "megatron_mtp", "pretrain", recipe, *files, "--", *(overrides or [])]
-        raise typer.Exit(launch(command, world_size, cfg.dist.preempted_exit_code))
+        raise typer.Exit(run_ranks(command, world_size, cfg.dist.preempted_exit_code))
     from megatron_mtp.observe.logs import silence_noise
 
     silence_noise()  # before the imports that make it

@@ -49,11 +49,11 @@ def profile(
     if not is_rank and not pick_device(cfg.dist.device).is_cuda:
         found = _on_cpu(cfg, nproc, steps)
     elif not is_rank and block > 1:
-        from megatron_mtp.launch.local import launch
+        from megatron_mtp.launch.local import run_ranks
 
         files = [argument for file in config or [] for argument in ("--config", str(file))]
         command = [sys.executable, "-m", "megatron_mtp", "profile", recipe, *files, "--output", str(output)]
-        raise typer.Exit(launch([*command, "--steps", str(steps), "--", *(overrides or [])], block))
+        raise typer.Exit(run_ranks([*command, "--steps", str(steps), "--", *(overrides or [])], block))
     else:
         found = profile_in_job(cfg, steps)
     if os.environ.get("RANK", "0") == "0":

@@ -1,14 +1,15 @@
-"""torchrun, with what a job of weeks needs beside it: `python -m megatron_mtp.launch.agent <arguments of torchrun>`.
+"""torchrun with what long jobs need: `python -m megatron_mtp.launch.agent <arguments of torchrun>`.
 
-- Its exit code is that of the ranks: dist.preempted_exit_code after SIGTERM and a checkpoint, 2 for a mistake, 4 for bad numbers. torchrun
-  itself ends with 1 whatever happened.
-- SIGUSR1 is passed on to the ranks, which save and go on. torchrun would die of it.
-- Each start of the ranks has a store of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). In torchrun's shared one keys are told apart by
-  how often an agent has restarted its ranks; after one host was cut off the agents count differently, and ranks meet dead addresses.
-- Where the network fails, the rendezvous of an agent fails with it; the agent then joins again, until REJOIN_S have passed without success.
+- It returns the exit code of the ranks: dist.preempted_exit_code after SIGTERM and a checkpoint, 2 for a mistake, 4 for
+  bad numbers. torchrun itself always returns 1.
+- It forwards SIGUSR1 to the ranks, which save and continue. torchrun would die of it.
+- Each start of the ranks has its own store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). torchrun's shared store separates
+  starts by each agent's number of restarts; agents that were cut off count differently, and ranks find dead addresses.
+- After a network failure, which ends the agent's rendezvous, it joins again until REJOIN_S have passed without success.
   torchrun gives up at once.
 
-Ranks that do not end within TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds of a SIGTERM (torchrun's variable, default 30) are killed.
+Ranks that do not end within TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (torchrun's variable, default 30) of a SIGTERM are
+killed.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 EXIT_DIR = "MEGATRON_MTP_EXIT_DIR"
-"""Set for the ranks: the folder where one that leaves in order writes its process id and exit code."""
+"""Set for the ranks: the folder in which a rank that leaves in order writes its exit code, under its process id."""
 REJOIN_S = 900.0
 PAUSE_S = 3.0
 SOUND_S = 60.0
-"""An agent that has run this long had joined: the time for joining again counts anew."""
+"""An agent that ran this long had joined: REJOIN_S starts again."""
 
 
 def note_exit(code: int) -> None:
-    """Tells the agent, if there is one, with which code this rank is leaving."""
+    """Reports the exit code of this rank to the agent, if there is one."""
     if folder := os.environ.get(EXIT_DIR):
         Path(folder, f"{os.getpid()}").write_text(str(code))
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None, folder: Path) -> int:
-    """One life of torchrun's agent.
+    """Runs torchrun's agent once.
 
     Raises:
         RendezvousError, DistNetworkError and others: the agent lost the job's store.
@@ -69,7 +70,7 @@ def _run(arguments: list[str] | None, folder: Path) -> int:
 
 
 def _leave(number: int, _: object) -> None:
-    """While there are no ranks. The first process of a container has no default for SIGTERM: it would go on waiting."""
+    """SIGTERM before there are ranks. The first process of a container has no default action and would keep waiting."""
     sys.exit(128 + number)
 
 
@@ -94,7 +95,7 @@ def _keep_joining(run: Callable[[], int]) -> int:
 
 
 def _signal_ranks(number: int) -> None:
-    """The ranks are the children of this process; they lead no groups of their own."""
+    """Sends a signal to the ranks: children of this process, which lead no process groups."""
     import psutil
 
     for child in psutil.Process().children():

@@ -1,8 +1,10 @@
-"""From an exception to an exit code and one message, on one rank or on many.
+"""Turns an exception into one message and an exit code, on one rank or on many.
 
-Several ranks meet the same mistake, and when one rank fails the others soon fail because of it. The user should read the
-first cause once: rank 0 speaks; another rank speaks if the mistake is its own. Ranks that `--nproc` started write their
-failure to a file for the parent to choose from; ranks of torchrun leave it in torchrun's store for rank 0.
+Several ranks often meet the same mistake, and when one rank fails the others soon fail because of it. The user should
+see
+the first cause once: rank 0 reports it; another rank reports only a mistake that is its own. Ranks started by `--nproc`
+write their failure to a file from which the parent process chooses; ranks of torchrun leave it in torchrun's store for
+rank 0.
 """
 
 from __future__ import annotations
@@ -11,38 +13,44 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from megatron_mtp.errors import ConfigError, MegatronMTPError, NumericsError
-from megatron_mtp.observe.failure_file import ENDED_BY_ANOTHER, write_failure
+from megatron_mtp.observe.failure_file import Failure
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 STORE_KEY = f"megatron_mtp/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 SILENCE_S = 20.0
-"""A rank beside rank 0 waits this long to be ended before it speaks itself."""
+"""A rank other than 0 waits this long to be ended before it reports its own failure."""
 ECHO_WAIT_S = 3.0
 """Rank 0, hit by another rank's end, waits this long for that rank's reason."""
-ECHOES = (
+LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
     "DistNetworkError",
     "ncclRemoteError",
-    ENDED_BY_ANOTHER,
 )
-"""Texts of failures that another rank's end explains."""
+"""How gloo and NCCL report that another rank ended. They raise plain RuntimeErrors, so only their text tells."""
 USER_MISTAKE = 2
 
 
 def exit_code_of(error: Exception) -> int:
     """Reports an exception that ended a command and returns the exit code.
 
-    A MegatronMTPError is addressed to the user: its text, no traceback, its exit code (2 but for bad numbers). Anything else is
-    raised again for Python to print, unless this rank's parent collects failures or another rank failed first for a reason it left.
+    A MegatronMTPError is addressed to the user: only its text is printed, and the code is its own (2 by default). Any
+        other
+    exception is raised again for Python to print, unless this rank's parent collects failures or another rank failed
+    first and left its reason.
     """
     rank, is_mistake = int(os.environ.get("RANK", "0")), isinstance(error, MegatronMTPError)
     code = error.exit_code if isinstance(error, MegatronMTPError) else 1
     text = message(error) if is_mistake else "".join(traceback.format_exception(error))
-    if write_failure(rank, text, is_mistake):
+    if Failure(rank, text, "mistake" if is_mistake else "echo" if is_echo(error) else "crash").write():
         return code
     if not is_mistake:
         if rank == 0 and (cause := _cause_in_store(error)):
@@ -50,9 +58,9 @@ def exit_code_of(error: Exception) -> int:
             return USER_MISTAKE
         raise error
     if rank != 0:
-        _let_rank_0_speak(f"[rank {rank}] {message(error)}", isinstance(error, ConfigError | NumericsError))
+        _let_rank_0_report(f"[rank {rank}] {text}", isinstance(error, ConfigError | NumericsError))
     else:
-        print(message(error), file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
     return code
 
 
@@ -64,11 +72,22 @@ def message(error: Exception) -> str:
     return "\n".join([f"megatron-mtp: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
 
 
-def _let_rank_0_speak(text: str, is_shared: bool) -> None:
-    """Waits until rank 0 has said it and torchrun ends this rank. Speaks if that does not happen.
+def is_echo(error: BaseException) -> bool:
+    """Whether another rank's end explains this failure, or one that led to it."""
+    return any(text in f"{type(one).__name__} {one}" for one in _chain(error) for text in LOST_PEER)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _let_rank_0_report(text: str, is_shared: bool) -> None:
+    """Waits for rank 0 to report the mistake and torchrun to end this rank; else reports it itself.
 
     Args:
-        is_shared: every rank meets it (a mistake in the config, bad numbers), so that silence is right on all but rank 0.
+        is_shared: every rank meets it (a mistake in the config, bad numbers), so all ranks but 0 stay silent.
     """
     if not is_shared and (store := _store()) is not None:
         with suppress(Exception):
@@ -79,9 +98,8 @@ def _let_rank_0_speak(text: str, is_shared: bool) -> None:
 
 
 def _cause_in_store(error: Exception) -> str | None:
-    """What another rank left in the store as the reason of its end, before this rank failed."""
-    is_echo = any(echo in f"{type(error).__name__} {error}" for echo in ECHOES)
-    deadline = time.monotonic() + (ECHO_WAIT_S if is_echo else 0.0)
+    """The reason that another rank left in the store before this rank failed."""
+    deadline = time.monotonic() + (ECHO_WAIT_S if is_echo(error) else 0.0)
     with suppress(Exception):
         store = _store()
         while store is not None:
@@ -93,7 +111,7 @@ def _cause_in_store(error: Exception) -> str | None:
     return None
 
 
-def _store():
+def _store() -> TCPStore | None:
     """torchrun's key-value store; None outside torchrun or before torch was imported."""
     if "torch.distributed" not in sys.modules or "MASTER_PORT" not in os.environ:
         return None

@@ -1,4 +1,4 @@
-"""A job of many processes as data: what each launcher needs to know, and what must hold before anything is submitted."""
+"""A job of many processes as data, and what must hold before it is submitted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 
 PORT = 29400
-"""Of the rendezvous, on the first node."""
+"""Port of the rendezvous on the first node."""
 REAP_S = 15
-"""Of the grace time, kept for the launcher itself after the ranks have had theirs."""
+"""Part of the grace time that is reserved for the launcher, after the ranks have ended."""
 MIN_GRACE_S = 30
 ENDED_BY_SIGTERM = 143
-"""128 + 15, as shells write it."""
+"""128 + 15, as shells report it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,13 @@ class Job:
 
     Args:
         cfg: finalized for its world size.
-        recipe: name.
+        recipe: name of the recipe.
         files: `--config` files, in order.
         overrides: section.field=value.
-        gpus_per_node: processes on each node; GPUs too, unless dist.device is cpu.
-        max_restarts: how often the ranks are started again in place before the job fails.
+        name: name of the job.
+        nodes: number of machines.
+        gpus_per_node: processes on each node, each with a GPU unless dist.device is cpu.
+        max_restarts: how often the ranks are restarted in place before the job fails.
     """
 
     cfg: ConfigContainer
@@ -44,43 +46,43 @@ class Job:
 
     @property
     def grace_s(self) -> int:
-        """From SIGTERM to SIGKILL."""
+        """Seconds from SIGTERM to SIGKILL."""
         return self.cfg.dist.preemption_grace_s
 
     @property
     def requeued_codes(self) -> list[int]:
-        """Exit codes after which a job is started again: left with a checkpoint, or ended by SIGTERM before there was anything to save."""
+        """Exit codes after which a job is requeued: left with a checkpoint, or SIGTERM before the first step."""
         return [self.cfg.dist.preempted_exit_code, ENDED_BY_SIGTERM]
 
     @property
     def has_gpus(self) -> bool:
-        """Whether GPUs are asked of the scheduler."""
+        """Whether to request GPUs from the scheduler."""
         return self.cfg.dist.device != "cpu"
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of the agents."""
+        """Environment variables of the agents."""
         return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.grace_s - REAP_S)}
 
     def training(self, files: list[str] | None = None) -> list[str]:
-        """Arguments after torchrun's own.
+        """The arguments that follow torchrun's own.
 
         Args:
-            files: where the `--config` files are on the node; None: where they are here.
+            files: paths of the `--config` files on the node; None: the same as here.
         """
         places = files if files is not None else [str(file.absolute()) for file in self.files]
         configs = [argument for place in places for argument in ("--config", place)]
         return ["-m", "megatron_mtp", "pretrain", self.recipe, *configs, "--", *self.overrides]
 
     def agent(self, rendezvous: list[str], files: list[str] | None = None) -> str:
-        """The shell command that one node runs. `rendezvous` is put in as it is: it may hold variables of the shell."""
+        """The shell command of one node. `rendezvous` is inserted unquoted: it may hold shell variables."""
         sizes = ["--nproc-per-node", str(self.gpus_per_node), "--max-restarts", str(self.max_restarts)]
         return " ".join(
             ["python", "-m", "megatron_mtp.launch.agent", *sizes, *rendezvous, shlex.join(self.training(files))]
         )
 
     def rendezvous(self, job_id: str, first_node: str, is_first: str, port: str = str(PORT)) -> list[str]:
-        """torchrun's arguments for many nodes, as shell text."""
+        """torchrun's arguments for several nodes, as shell text."""
         return [
             f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-id {job_id} --rdzv-endpoint {first_node}:{port}",
             f"--rdzv-conf is_host={is_first},timeout=60,read_timeout=60,join_timeout=1800",
@@ -88,24 +90,25 @@ class Job:
 
 
 def job_problems(job: Job, kind: str) -> list[str]:
-    """What would make the job fail or lose work, beside the config's own mistakes."""
+    """What would make the job fail or lose work, in addition to mistakes in the config."""
     ckpt, problems = job.cfg.checkpoint, []
     if ckpt.save is None or not is_same_directory(ckpt.save, ckpt.load):
         problems.append(
-            f"checkpoint.save = {ckpt.save}, checkpoint.load = {ckpt.load}: a job that is started again by itself must resume from what it "
-            "saved. Set both to the same directory on a file system that all nodes share."
+            f"checkpoint.save = {ckpt.save}, checkpoint.load = {ckpt.load}: a job that restarts automatically must "
+            "resume from what it saved. Set both to the same directory on a file system that all nodes share."
         )
     elif not Path(ckpt.save).is_absolute() and kind != "local":
-        problems.append(f"checkpoint.save = {ckpt.save}: must be absolute, nodes do not share a working directory.")
+        problems.append(f"checkpoint.save = {ckpt.save}: must be absolute; nodes do not share a working directory.")
     if job.grace_s < MIN_GRACE_S:
         problems.append(
-            f"dist.preemption_grace_s = {job.grace_s}: must be at least {MIN_GRACE_S}, of which {REAP_S} are the launcher's own."
+            f"dist.preemption_grace_s = {job.grace_s}: must be at least {MIN_GRACE_S}; {REAP_S} are for the launcher."
         )
     if kind == "local" and job.nodes != 1:
         problems.append(f"--nodes {job.nodes}: `launch local` starts processes on this machine only. Use --nodes 1.")
     if kind == "k8s" and not re.fullmatch(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?", job.name):
         problems.append(
-            f"--name {job.name}: Kubernetes wants lower-case letters, digits and '-', 52 at most, a letter first."
+            f"--name {job.name}: Kubernetes requires a lower-case letter, then lower-case letters, digits and '-', "
+            "at most 52 characters."
         )
     elif not re.fullmatch(r"[A-Za-z0-9._-]+", job.name):
         problems.append(f"--name {job.name}: use letters, digits, '.', '_' and '-' only.")

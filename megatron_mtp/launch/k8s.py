@@ -1,7 +1,7 @@
-"""A job for Kubernetes: an indexed Job with one pod for each node, a headless Service for their names, and the config files.
+"""A job for Kubernetes: an indexed Job with one pod per node, a headless Service for their names, and the config files.
 
-A pod that was preempted, evicted, or whose node was lost is replaced and does not count as a failure; a mistake or bad numbers end the Job at
-once; anything else counts.
+A pod that was preempted or evicted, or whose node was lost, is replaced and does not count as a failure. A mistake or
+bad numbers end the Job at once. Any other failure counts towards BACKOFF_LIMIT.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from megatron_mtp.launch.job import PORT, Job
 CONTAINER = "train"
 CONFIG_PATH = "/etc/megatron-mtp"
 BACKOFF_LIMIT = 20
-"""Failures of pods, over all nodes, after which the Job is given up."""
+"""Failed pods, over all nodes, after which the Job fails."""
 
 
 def render(job: Job, *, image: str, namespace: str | None, claim: str | None, mount: str) -> str:
     """The manifests as one YAML text.
 
     Args:
+        image: container image with megatron-mtp.
+        namespace: None: kubectl's default.
         claim: PersistentVolumeClaim of the shared file system; None: the image or the cluster mounts it.
         mount: where the claim is mounted.
     """
@@ -67,7 +69,7 @@ def _job(job: Job, meta: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pod(job: Job, image: str, claim: str | None, mount: str) -> dict[str, Any]:
-    # torch's NCCL shares memory between the ranks of a node; Kubernetes gives a pod 64 MiB of it.
+    # NCCL shares memory between the ranks of a node; by default a pod has only 64 MiB of it.
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
     if claim:
@@ -86,7 +88,7 @@ def _pod(job: Job, image: str, claim: str | None, mount: str) -> dict[str, Any]:
     if job.has_gpus:
         container["resources"] = {"limits": {"nvidia.com/gpu": job.gpus_per_node}}
     return {
-        "restartPolicy": "Never",  # what a podFailurePolicy asks for; the Job makes a new pod
+        "restartPolicy": "Never",  # a podFailurePolicy requires it; the Job creates a new pod
         "subdomain": job.name,
         "terminationGracePeriodSeconds": job.grace_s,
         "containers": [container],

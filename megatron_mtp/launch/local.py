@@ -1,8 +1,7 @@
-"""Local ranks for `--nproc`: start them, end all when one fails, and say why the first one failed."""
+"""Local ranks for `--nproc`: starts them, ends all when one fails, and reports why the first one failed."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -12,17 +11,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mtp.launch.failure import ECHOES
-from megatron_mtp.observe.failure_file import FAILURE_DIR
+from megatron_mtp.observe.failure_file import FAILURE_DIR, Failure
 
 POLL_S = 0.05
 SETTLE_S = 3.0
-"""After a failure the others get this long to fail by themselves and say why; the first cause may be theirs."""
+"""After a failure the other ranks get this long to fail and report: the first cause may be theirs."""
 TERM_S = 10.0
-"""From SIGTERM to SIGKILL."""
+"""Time from SIGTERM to SIGKILL."""
 TAIL_LINES = 30
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 130
@@ -33,23 +31,23 @@ class Rank:
     """One started process."""
 
     rank: int
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     log: Path
     ended_at: float | None = None
     was_ended_by_us: bool = False
-    failure: dict = field(default_factory=dict)
+    failure: Failure | None = None
 
 
-def launch(command: list[str], num_ranks: int, preempted_code: int = 3) -> int:
-    """Runs `command` as `num_ranks` local ranks, which find their place in torchrun's environment variables.
+def run_ranks(command: list[str], num_ranks: int, preempted_code: int = 3) -> int:
+    """Runs `command` as `num_ranks` local ranks with torchrun's environment variables.
+
+    Rank 0 has the terminal; the output of the others is shown only if they die without a reason.
 
     Args:
-        preempted_code: exit code of a rank that left on SIGTERM with a checkpoint; no failure.
+        preempted_code: exit code of a rank that left on SIGTERM with a checkpoint, which is no failure.
 
     Returns:
-        The exit code of the whole: 0, 2 for a mistake of the user, `preempted_code`, or the one of the rank that failed first.
-
-    Rank 0 has the terminal; what the others print is shown only if they die without a reason.
+        0, 2 for a mistake of the user, `preempted_code`, or the exit code of the rank that failed first.
     """
     with tempfile.TemporaryDirectory(prefix="megatron-mtp-") as folder:
         port = _free_port()
@@ -62,7 +60,7 @@ def launch(command: list[str], num_ranks: int, preempted_code: int = 3) -> int:
             _end(ranks)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return INTERRUPTED if interrupts else _verdict(ranks, Path(folder), preempted_code)
+        return INTERRUPTED if interrupts else _report(ranks, Path(folder), preempted_code)
 
 
 def _start(command: list[str], rank: int, num_ranks: int, folder: Path, port: int) -> Rank:
@@ -83,13 +81,13 @@ def _start(command: list[str], rank: int, num_ranks: int, folder: Path, port: in
     return Rank(rank, process, log)
 
 
-def _wait(ranks: list[Rank], interrupts: list[int], in_order: tuple[int | None, ...]) -> None:
-    """Until all ranks have ended, or one has failed or Ctrl-C was pressed and they had time to settle."""
+def _wait(ranks: list[Rank], interrupts: list[int], healthy: tuple[int | None, ...]) -> None:
+    """Waits for all ranks to end; after a failure or Ctrl-C, for SETTLE_S at most."""
     failed_at = None
     while any(rank.process.poll() is None for rank in ranks):
         now = time.monotonic()
         _note_ends(ranks)
-        if failed_at is None and (interrupts or any(rank.process.poll() not in in_order for rank in ranks)):
+        if failed_at is None and (interrupts or any(rank.process.poll() not in healthy for rank in ranks)):
             failed_at = now
         if failed_at is not None and now - failed_at > SETTLE_S:
             return
@@ -118,7 +116,7 @@ def _end(ranks: list[Rank]) -> None:
 
 
 def _forwarder(ranks: list[Rank], interrupts: list[int]) -> Callable[[int, object], None]:
-    """SIGTERM and SIGUSR1 are passed on. Ctrl-C is only noted: the terminal sends it to the ranks too."""
+    """Forwards SIGTERM and SIGUSR1. Ctrl-C is only noted: the terminal sends it to the ranks too."""
 
     def forward(number: int, frame: object) -> None:
         if number == signal.SIGINT:
@@ -131,34 +129,29 @@ def _forwarder(ranks: list[Rank], interrupts: list[int]) -> Callable[[int, objec
     return forward
 
 
-def _verdict(ranks: list[Rank], folder: Path, preempted_code: int) -> int:
+def _report(ranks: list[Rank], folder: Path, preempted_code: int) -> int:
     """Prints the first cause and returns the exit code."""
     failed = [rank for rank in ranks if rank.process.returncode not in (0, preempted_code) and not rank.was_ended_by_us]
     if not failed:
         return max(rank.process.returncode for rank in ranks if not rank.was_ended_by_us)
     for rank in failed:
-        with suppress(OSError, ValueError):
-            rank.failure = json.loads((folder / f"rank{rank.rank}.json").read_text(encoding="utf-8"))
+        rank.failure = Failure.read(folder, rank.rank)
     first = min(failed, key=_order)
     code = first.process.returncode
-    if first.failure.get("is_mistake"):
-        print(first.failure["text"], file=sys.stderr, flush=True)
+    if first.failure and first.failure.kind == "mistake":
+        print(first.failure.text, file=sys.stderr, flush=True)
         return code
+    text = first.failure.text if first.failure else _tail(first.log)
     print(f"megatron-mtp: rank {first.rank} failed first: {_end_in_words(code)}", file=sys.stderr)
-    print(first.failure.get("text") or _tail(first.log) or "It left no message.", file=sys.stderr, flush=True)
+    print(text or "It left no message.", file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code
 
 
 def _order(rank: Rank) -> tuple[int, float, int]:
-    """Killed from outside, then mistakes, then crashes, then crashes that another rank's end explains; each by time."""
-    text = rank.failure.get("text", "")
-    if not rank.failure:
-        kind = 0
-    elif rank.failure["is_mistake"]:
-        kind = 1
-    else:
-        kind = 3 if any(echo in text for echo in ECHOES) else 2
-    return kind, rank.failure.get("time") or rank.ended_at or 0.0, rank.rank
+    """Ranks killed from outside first, then mistakes, crashes and consequences of another rank's end; each by time."""
+    if rank.failure is None:
+        return 0, rank.ended_at or 0.0, rank.rank
+    return 1 + ("mistake", "crash", "echo").index(rank.failure.kind), rank.failure.time, rank.rank
 
 
 def _end_in_words(code: int) -> str:

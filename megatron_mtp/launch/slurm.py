@@ -1,4 +1,4 @@
-"""A job for Slurm: one task on each node, which is torchrun's agent there; requeued after a preemption."""
+"""A job for Slurm: one task per node, which runs torchrun's agent; requeued after a preemption."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from string import Template
 from megatron_mtp.launch.job import PORT, Job
 
 NUM_PORTS = 1000
-"""Jobs that share a node must not share a port."""
+"""Range of ports: jobs that share a node must not share a port."""
 
 SCRIPT = Template("""\
 #!/bin/bash
@@ -20,14 +20,15 @@ SCRIPT = Template("""\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=$name-%j.log
-# SIGTERM so long before the time limit: a checkpoint, then exit code $code. At a preemption the partition's GraceTime counts.
+# SIGTERM comes this long before the time limit; the job saves and exits with $code. On preemption the partition's
+# GraceTime applies instead.
 #SBATCH --signal=TERM@$grace
 $options
 set -u
 $exports
 first_node=$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1)
 export first_node
-# This shell must outlive the SIGTERM that its steps get, to ask for the requeue.
+# This shell must survive the SIGTERM sent to its steps, in order to requeue.
 trap : TERM
 
 srun --kill-on-bad-exit=0 bash -c $agent
@@ -52,14 +53,16 @@ def render(
     """The batch script.
 
     Args:
-        time: limit as Slurm writes it; None: the partition's.
-        cpus_per_node: cores for the task of each node. Without it many clusters give a task one, for all ranks of the node.
-        more: options of sbatch without their dashes, such as `qos=high` or `exclusive`.
+        partition: None: the cluster's default.
+        account: None: the user's default.
+        time: time limit in Slurm's format; None: the partition's.
+        cpus_per_node: cores for the task of each node. Many clusters give a task only one by default.
+        more: other options of sbatch, such as `qos=high` or `exclusive`.
     """
     options: dict[str, str | None] = {"partition": partition, "account": account, "time": time}
     exports = dict(job.environment)
     if cpus_per_node:
-        options["cpus-per-task"] = exports["SRUN_CPUS_PER_TASK"] = str(cpus_per_node)  # srun does not take it over
+        options["cpus-per-task"] = exports["SRUN_CPUS_PER_TASK"] = str(cpus_per_node)  # srun ignores sbatch's option
     if job.has_gpus:
         options["gpus-per-node"] = str(job.gpus_per_node)
     given = [f"{name}={value}" for name, value in options.items() if value]

@@ -1,4 +1,4 @@
-"""Rendered jobs: valid, complete, and the Slurm script does what it says when its steps end with each exit code."""
+"""Rendered jobs are valid and complete, and the Slurm script reacts correctly to every exit code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import yaml
 
 from megatron_mtp.cli.launch import _submit
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.launch import k8s as job_k8s
-from megatron_mtp.launch import slurm as job_slurm
+from megatron_mtp.launch import k8s, slurm
 from megatron_mtp.launch.job import Job, check_job, job_problems
 from megatron_mtp.recipes import get_recipe
 
@@ -37,12 +36,12 @@ def make_job(files: list[Path] | None = None, nodes: int = 2, name: str = "tiny-
     return Job(cfg, "tiny_dense", files or [], OVERRIDES, name, nodes, 8, 3)
 
 
-def slurm(job: Job) -> str:
-    return job_slurm.render(job, partition="batch", account=None, time="04:00:00")
+def script_of(job: Job) -> str:
+    return slurm.render(job, partition="batch", account=None, time="04:00:00")
 
 
 def test_the_slurm_script_is_bash_and_asks_for_what_the_config_says(tmp_path: Path):
-    text = slurm(make_job(preemption_grace_s=120))
+    text = script_of(make_job(preemption_grace_s=120))
     script = tmp_path / "job.sbatch"
     script.write_text(text)
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=True).stderr == ""
@@ -57,13 +56,13 @@ def test_the_slurm_script_is_bash_and_asks_for_what_the_config_says(tmp_path: Pa
     ):
         assert line in text.splitlines()
     assert "account" not in text
-    assert "gpus-per-node" not in slurm(make_job(device="cpu"))
+    assert "gpus-per-node" not in script_of(make_job(device="cpu"))
     assert "cpus-per" not in text.lower()
 
 
 def test_the_slurm_script_takes_cores_and_what_a_cluster_asks_for():
     options = {"partition": None, "account": None, "time": None}
-    text = job_slurm.render(make_job(), **options, cpus_per_node=96, more=["qos=high", "--exclusive"])
+    text = slurm.render(make_job(), **options, cpus_per_node=96, more=["qos=high", "--exclusive"])
     assert "export SRUN_CPUS_PER_TASK=96" in text.splitlines()
     for line in ("#SBATCH --cpus-per-task=96", "#SBATCH --qos=high", "#SBATCH --exclusive"):
         assert line in text.splitlines()[: text.splitlines().index("set -u")], "Slurm reads no option after a command"
@@ -73,16 +72,17 @@ def test_the_slurm_script_takes_cores_and_what_a_cluster_asks_for():
     ("code", "is_requeued"), [(0, False), (1, False), (2, False), (3, True), (4, False), (143, True)]
 )
 def test_only_a_preemption_is_requeued(tmp_path: Path, code: int, is_requeued: bool):
-    """The script runs with stand-ins for Slurm's commands; srun runs what it is given, and python notes its arguments."""
+    """The script runs with stand-ins for Slurm's commands: srun runs its argument, python records its arguments."""
     programs = {
         "srun": 'shift; SLURM_NODEID=0 exec "$@"',
         "scontrol": f'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> {tmp_path}/requeued; fi',
-        "python": f'for word in "$@"; do echo "$word" >> {tmp_path}/arguments; done; kill -TERM $TEST_SHELL; exit {code}',
+        "python": f'for word in "$@"; do echo "$word" >> {tmp_path}/arguments; done; '
+        f"kill -TERM $TEST_SHELL; exit {code}",
     }
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    script = f"export TEST_SHELL=$$\n{slurm(make_job())}"
+    script = f"export TEST_SHELL=$$\n{script_of(make_job())}"
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "77",
@@ -101,7 +101,7 @@ def test_only_a_preemption_is_requeued(tmp_path: Path, code: int, is_requeued: b
 def test_the_kubernetes_job(tmp_path: Path):
     overlay = tmp_path / "cluster.yaml"
     overlay.write_text("train:\n  manual_gc: true\n")
-    text = job_k8s.render(make_job([overlay]), image="registry/mtp:1", namespace="ml", claim="disk", mount="/shared")
+    text = k8s.render(make_job([overlay]), image="registry/mtp:1", namespace="ml", claim="disk", mount="/shared")
     service, config, job = yaml.safe_load_all(text)
     assert (service["kind"], config["kind"], job["kind"]) == ("Service", "ConfigMap", "Job")
     assert config["data"] == {"0.yaml": overlay.read_text()}
@@ -190,8 +190,9 @@ def local(folder: Path, *options: str) -> subprocess.CompletedProcess:
 
 def test_local_prints_its_command(tmp_path: Path):
     done = local(tmp_path, "--dry-run")
-    begin = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=285 python -m megatron_mtp.launch.agent --nproc-per-node 2 --max-restarts 3 --standalone "
-    assert done.stdout.startswith(f"{begin}-m megatron_mtp pretrain tiny_dense -- checkpoint.save=")
+    agent = "python -m megatron_mtp.launch.agent --nproc-per-node 2 --max-restarts 3 --standalone "
+    begin = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=285 {agent}-m megatron_mtp pretrain tiny_dense -- checkpoint.save="
+    assert done.stdout.startswith(begin)
 
 
 @pytest.mark.slow

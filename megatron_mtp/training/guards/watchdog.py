@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.distributed import Store, TCPStore
 
-from megatron_mtp.observe.failure_file import ENDED_BY_ANOTHER, write_failure
+from megatron_mtp.observe.failure_file import Failure
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +139,11 @@ class Watchdog:
         everyone = self._collect(own)
         if everyone[0].rank == self._rank:
             text = report(everyone, self._world_size, self.limit_s)
-            if not write_failure(self._rank, text, is_mistake=False):
+            if not Failure(self._rank, text, "crash").write():
                 print(text, file=sys.stderr, flush=True)
         else:
             time.sleep(REPORT_S)
-            write_failure(self._rank, f"rank {self._rank}: {ENDED_BY_ANOTHER}", is_mistake=False)
+            Failure(self._rank, f"rank {self._rank}: ended by the watchdog; another rank reports why", "echo").write()
         os._exit(EXIT_CODE)
 
     def _collect(self, own: Testimony) -> list[Testimony]:

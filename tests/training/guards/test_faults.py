@@ -13,7 +13,7 @@ import torch
 from megatron_mtp import pretrain
 from megatron_mtp.config.sections import TrainConfig
 from megatron_mtp.errors import NumericsError
-from megatron_mtp.launch.local import launch
+from megatron_mtp.launch.local import run_ranks
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.training import gpt_step
 from megatron_mtp.training.callbacks import Callback
@@ -126,7 +126,7 @@ def test_stop_leaves_before_the_update(tmp_path: Path, depth: int | None):
 @pytest.mark.dist
 def test_the_rank_is_named(tmp_path: Path):
     """Of two data-parallel ranks the second one has a bad loss at step 3 and a bad gradient at step 5."""
-    assert launch([sys.executable, "-m", "tests.training.guards.faulty_rank", str(tmp_path)], 2) == 0
+    assert run_ranks([sys.executable, "-m", "tests.training.guards.faulty_rank", str(tmp_path)], 2) == 0
     loss, gradient = faults(tmp_path)
     assert loss.startswith("iteration 3: mtp_2 loss is nan (mtp_2 loss on rank 1 (dp 1, host ")
     assert gradient.startswith("iteration 5: grad norm is nan (all losses are finite; the gradient of ")

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from megatron_mtp.launch import local as launch_module
-from megatron_mtp.launch.local import launch
+from megatron_mtp.launch.local import run_ranks
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.training.guards.stragglers import stragglers
 from megatron_mtp.training.guards.watchdog import EXIT_CODE, Testimony, report
 
 
 def hang(folder: Path, how: str) -> int:
-    return launch([sys.executable, "-m", "tests.training.guards.hanging_rank", str(folder), how], 2)
+    return run_ranks([sys.executable, "-m", "tests.training.guards.hanging_rank", str(folder), how], 2)
 
 
 @pytest.mark.dist

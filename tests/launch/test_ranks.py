@@ -1,4 +1,4 @@
-"""Local ranks: all end when one fails, and the first cause is told once."""
+"""Local ranks: all end when one fails, and the first cause is reported once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import pytest
 
 from megatron_mtp.launch import local as launch_module
-from megatron_mtp.launch.local import launch
+from megatron_mtp.launch.local import run_ranks
 
 pytestmark = pytest.mark.unit
 
@@ -36,7 +36,7 @@ def short_waits(monkeypatch):
 
 
 def run(body: str, num_ranks: int = 2) -> int:
-    return launch([sys.executable, "-c", PRELUDE + textwrap.dedent(body)], num_ranks)
+    return run_ranks([sys.executable, "-c", PRELUDE + textwrap.dedent(body)], num_ranks)
 
 
 def test_ranks_find_their_place(capfd):
@@ -49,7 +49,7 @@ def test_ranks_find_their_place(capfd):
     assert capfd.readouterr().out.splitlines() == ["0 0 3 3 127.0.0.1"], "only rank 0 has the terminal"
 
 
-def test_a_mistake_that_all_ranks_meet_is_told_once(capfd):
+def test_a_mistake_that_all_ranks_meet_is_reported_once(capfd):
     assert run("fail(DataError('no such file'))", 3) == 2
     assert capfd.readouterr().err == "megatron-mtp: no such file\n"
 
@@ -65,7 +65,7 @@ def test_a_mistake_of_one_rank_ends_the_others_and_is_the_cause(capfd):
     assert capfd.readouterr().err == "megatron-mtp: token id 9 in batch 3\n"
 
 
-def test_the_first_crash_is_told_even_if_its_echo_is_written_first(capfd):
+def test_the_first_crash_is_reported_even_if_its_echo_is_written_first(capfd):
     code = run("""
         if rank == 0:
             fail(RuntimeError("[gloo] Connection closed by peer"))
@@ -108,7 +108,7 @@ def test_signals_end_every_rank(tmp_path, number, code, ended):
         time.sleep(600)
     """
     command = f"[sys.executable, '-c', {PRELUDE + textwrap.dedent(body)!r}]"
-    script = f"import sys; from megatron_mtp.launch.local import launch; sys.exit(launch({command}, 2))"
+    script = f"import sys; from megatron_mtp.launch.local import run_ranks; sys.exit(run_ranks({command}, 2))"
     parent = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("ready*"))) < 2:
@@ -127,7 +127,7 @@ def test_torchrun_prints_a_mistake_once():
 
 
 @pytest.mark.dist
-def test_torchrun_lets_rank_0_tell_the_cause_of_another_rank(tmp_path):
+def test_torchrun_lets_rank_0_report_the_cause_of_another_rank(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(PRELUDE + textwrap.dedent("""
         import torch.distributed as dist
