@@ -105,12 +105,12 @@ class DataModule:
 
     def train(self, consumed_samples: int = 0) -> Prefetcher[GlobalBatch]:
         """Global batches for ever, starting after `consumed_samples`."""
-        build = self._builder(self._train, self._cfg.train.micro_batch_size).build
+        build = self.builder(self._train, self._cfg.train.micro_batch_size).build
         return self._stream(build(step, positions) for step, positions in self.schedule.batches(consumed_samples))
 
     def valid(self, name: str = "valid") -> Prefetcher[GlobalBatch]:
         """The validation.eval_iters global batches of one evaluation: the same samples at each call."""
-        build = self._builder(self._valid[name], self._eval_micro).build
+        build = self.builder(self._valid[name], self._eval_micro).build
         size = self._eval_global
         return self._stream(
             build(i, np.arange(i * size, (i + 1) * size)) for i in range(self._cfg.validation.eval_iters)
@@ -122,7 +122,8 @@ class DataModule:
             stream.close()
         self._open.clear()
 
-    def _builder(self, source: SampleSource, micro_batch_size: int) -> BatchBuilder:
+    def builder(self, source: SampleSource, micro_batch_size: int) -> BatchBuilder:
+        """Makes this rank's batches of `source` by the rules of the run; `verify` passes samples of its own."""
         return BatchBuilder(source, self._placement, self._rules, micro_batch_size, self._vocab_size)
 
     def _stream(self, batches: Iterator[GlobalBatch]) -> Prefetcher[GlobalBatch]:

@@ -1,41 +1,119 @@
-"""One rank's part of a global batch that is made from a seed."""
+"""Samples made from a seed, the same at every layout, with the loss masks that break programs.
+
+The data room makes micro-batches of them as it does of a run's data, so `verify` covers it too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
-import torch
 
-from megatron_mtp.data.batch import GlobalBatch, MicroBatch, count_targets
-from megatron_mtp.data.loader import DataPlacement
-from megatron_mtp.data.order import local_positions
-from megatron_mtp.data.shift import depth_targets, positions, segments
-from megatron_mtp.data.zigzag import zigzag_slice
-from megatron_mtp.verify.masks import BatchSpec, whole_batch
+from megatron_mtp.data.source import Sample
+
+DOCUMENT_RATE = 0.2  # share of the tokens that begin a document
+HOLE_RATE = 0.4
 
 
-def rank_batch(
-    spec: BatchSpec, step: int, micro_batch_size: int, placement: DataPlacement, *, reset_position_ids: bool = False
-) -> GlobalBatch:
-    """One rank's micro-batches of the global batch of `step`."""
-    whole = whole_batch(spec, step)
-    documents = None if whole.starts is None else segments(whole.starts)
-    starts = np.zeros(whole.tokens.shape, bool) if whole.starts is None else whole.starts
-    targets = depth_targets(whole.tokens, spec.num_depths, whole.base_mask, documents)
-    slots = positions(starts[:, :-1], reset_position_ids)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSpec:
+    """The contents of a global batch.
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(zigzag_slice(array, placement.cp_rank, placement.cp_size)))
+    Attributes:
+        num_samples: samples in the global batch, B.
+        seq_length: s.
+        vocab_size: token ids are below it.
+        num_depths: D.
+        mask: a name in MASKS.
+        micro_batch_size: of the reference run; the masks that empty a micro-batch or a data-parallel rank use it.
+        seed: of tokens and masks.
+    """
 
-    def micro_batch(row: np.ndarray) -> MicroBatch:
-        return MicroBatch(
-            tokens=tensor(whole.tokens[row, :-1]),
-            position_ids=tensor(slots[row]),
-            shifted_ids=tensor(targets.shifted_ids[:, row]),
-            labels=tensor(targets.labels[:, row]),
-            loss_mask=tensor(targets.loss_mask[:, row]),
-            segment_ids=None if documents is None else torch.from_numpy(documents[row, :-1].copy()),
-        )
+    num_samples: int
+    seq_length: int
+    vocab_size: int
+    num_depths: int
+    mask: str = "full"
+    micro_batch_size: int = 2
+    seed: int = 5
 
-    places = local_positions(spec.num_samples, micro_batch_size, placement.dp_rank, placement.dp_size)
-    micro_batches = [micro_batch(row) for row in places]
-    return GlobalBatch(step, np.arange(spec.num_samples), places, micro_batches, count_targets(micro_batches))
+
+@dataclass(frozen=True, slots=True)
+class ArraySource:
+    """A SampleSource over arrays: position n holds row n.
+
+    Attributes:
+        tokens: int64 [n, s+1].
+        base_mask: [n, s], whether the target t[j+1] of slot j counts.
+        starts: bool [n, s+1], true where a token begins a document.
+    """
+
+    tokens: np.ndarray
+    base_mask: np.ndarray
+    starts: np.ndarray
+
+    def sample_ids(self, positions: np.ndarray) -> np.ndarray:
+        return positions
+
+    def read(self, sample_id: int) -> Sample:
+        is_target = np.concatenate([[True], self.base_mask[sample_id] != 0])
+        return Sample(self.tokens[sample_id], self.starts[sample_id], is_target)
+
+    def describe(self, sample_id: int) -> str:
+        return f"generated sample {sample_id}"
+
+
+def seeded_samples(spec: BatchSpec, step: int = 0) -> ArraySource:
+    """The samples of the global batch of one step."""
+    generator = np.random.default_rng([spec.seed, step])
+    tokens = generator.integers(0, spec.vocab_size, (spec.num_samples, spec.seq_length + 1))
+    starts = np.zeros(tokens.shape, bool)
+    if spec.mask == "documents":
+        starts = generator.random(tokens.shape) < DOCUMENT_RATE
+    return ArraySource(tokens, MASKS[spec.mask](spec, generator), starts)
+
+
+def _full(spec: BatchSpec, _: np.random.Generator) -> np.ndarray:
+    return np.ones((spec.num_samples, spec.seq_length), bool)
+
+
+def _padded(spec: BatchSpec, generator: np.random.Generator) -> np.ndarray:
+    lengths = generator.integers(1, spec.seq_length + 1, (spec.num_samples, 1))
+    return np.arange(spec.seq_length) < lengths
+
+
+def _holes(spec: BatchSpec, generator: np.random.Generator) -> np.ndarray:
+    return generator.random((spec.num_samples, spec.seq_length)) >= HOLE_RATE
+
+
+def _empty_micro_batch(spec: BatchSpec, generator: np.random.Generator) -> np.ndarray:
+    mask = _holes(spec, generator)
+    mask[spec.micro_batch_size : 2 * spec.micro_batch_size] = False
+    return mask
+
+
+def _empty_dp_rank(spec: BatchSpec, generator: np.random.Generator) -> np.ndarray:
+    """Empties every second micro-batch: all of rank 1's with dp = 2, and all of ranks 1 and 3 with dp = 4."""
+    mask = _holes(spec, generator)
+    mask.reshape(-1, 2, spec.micro_batch_size, spec.seq_length)[:, 1] = False
+    return mask
+
+
+def _empty_cp_rank(spec: BatchSpec, generator: np.random.Generator) -> np.ndarray:
+    """Empties the middle half and the D slots after it: all of rank 1's with cp = 2, of ranks 2 and 3 with cp = 4."""
+    mask = _holes(spec, generator)
+    quarter = spec.seq_length // 4
+    mask[:, quarter : 3 * quarter + spec.num_depths] = False
+    return mask
+
+
+MASKS: dict[str, Callable[[BatchSpec, np.random.Generator], np.ndarray]] = {
+    "full": _full,
+    "padded": _padded,
+    "holes": _holes,
+    "documents": _full,  # seeded_samples draws where documents begin
+    "empty_micro_batch": _empty_micro_batch,
+    "empty_dp_rank": _empty_dp_rank,
+    "empty_cp_rank": _empty_cp_rank,
+}

@@ -6,17 +6,16 @@ import gc
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
-from megatron_mtp.data.loader import DataPlacement
 from megatron_mtp.model.sharded import gather_parts, gradient_parts, parameter_parts, unwrap, whole_tensors
 from megatron_mtp.training.setup import Run, setup
 from megatron_mtp.training.step import StepResult
-from megatron_mtp.verify.batches import rank_batch
-from megatron_mtp.verify.masks import BatchSpec
+from megatron_mtp.verify.batches import BatchSpec, seeded_samples
 from megatron_mtp.verify.routing import RouterCall, RoutingRecorder, gather_routing
 
 
@@ -100,16 +99,14 @@ def _measure(run: Run, spec: BatchSpec, curve_steps: int) -> Measurement | None:
 
 
 def _pass(run: Run, spec: BatchSpec, step: int, *, update: bool) -> tuple[StepResult, dict[RouterCall, Tensor] | None]:
-    cfg, groups, engine = run.cfg, run.groups, run.engine
-    placement = DataPlacement(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
-    batch = rank_batch(
-        spec, step, cfg.train.micro_batch_size, placement, reset_position_ids=cfg.dataset.reset_position_ids
-    )
+    cfg, engine = run.cfg, run.engine
+    builder = run.data.builder(seeded_samples(spec, step), cfg.train.micro_batch_size)
+    batch = builder.build(step, np.arange(spec.num_samples))
     recorder = RoutingRecorder(
         [unwrap(chunk) for chunk in engine.chunks],
         batch.places,
         spec.seq_length,
-        groups,
+        run.groups,
         sequence_parallel=cfg.model.sequence_parallel,
     )
     loss_factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(0)

@@ -12,8 +12,8 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.device.worker_pool import WorkerError, WorkerPool
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.logs import silence_noise
+from megatron_mtp.verify.batches import BatchSpec
 from megatron_mtp.verify.cases import Layout, parse_layouts
-from megatron_mtp.verify.masks import BatchSpec
 from megatron_mtp.verify.shrink import shrink
 
 PRELOAD = ("megatron_mtp.verify.preload",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mtp.verify.masks import MASKS
+from megatron_mtp.verify.batches import MASKS
 
 COMMON = (
     "pp=2",

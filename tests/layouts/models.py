@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.recipes.tiny import tiny_dense_pretrain_config, tiny_mla_moe_pretrain_config, tiny_moe_pretrain_config
-from megatron_mtp.verify.masks import BatchSpec
+from megatron_mtp.verify.batches import BatchSpec
 
 NUM_SAMPLES = 8
 MICRO_BATCH_SIZE = 2

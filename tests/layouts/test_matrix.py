@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mtp.verify.masks import MASKS
+from megatron_mtp.verify.batches import MASKS
 from tests.layouts.matrix import LAYOUTS, all_pairs, fast_pairs
 
 pytestmark = pytest.mark.dist

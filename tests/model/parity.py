@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_mtp.data.batch import GlobalBatch, MicroBatch, count_targets
-from megatron_mtp.data.shift import depth_targets
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.verify.batches import ArraySource
 from tests.model.plain_to_config import SEQ_LENGTH, run_config
 from tests.reference.plain_model import PlainConfig, PlainMTPModel, combine
 from tests.reference.weights import gradients_as_megatron, weights_as_megatron
 
 if TYPE_CHECKING:
-    from megatron_mtp.training.step import Engine  # imports megatron, which takes seconds
+    from megatron_mtp.training.setup import Run  # imports megatron, which takes seconds
 
 Batches = list[dict[str, Tensor | None]]
 """Arguments of PlainMTPModel.forward, one dict for each micro-batch."""
@@ -67,26 +67,6 @@ def global_batch(documents: bool) -> Batches:
     return batches
 
 
-def micro_batch(tokens: Tensor, base_mask: Tensor, segment_ids: Tensor | None, num_depths: int) -> MicroBatch:
-    """The program's micro-batch, its depths made by the data room.
-
-    Args:
-        tokens: [b, s+1].
-        base_mask: [b, s].
-        segment_ids: [b, s+1] or None.
-    """
-    documents = None if segment_ids is None else segment_ids.numpy()
-    targets = depth_targets(tokens.numpy(), num_depths, base_mask.numpy(), documents)
-    return MicroBatch(
-        tokens=tokens[:, :-1].contiguous(),
-        position_ids=torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1).contiguous(),
-        shifted_ids=torch.from_numpy(targets.shifted_ids),
-        labels=torch.from_numpy(targets.labels),
-        loss_mask=torch.from_numpy(targets.loss_mask),
-        segment_ids=None if segment_ids is None else segment_ids[:, :-1].to(torch.int32).contiguous(),
-    )
-
-
 def plain_figures(model: PlainMTPModel, batches: Batches) -> Figures:
     """The step of the judge. Updates its expert biases."""
     outputs = [model(**batch) for batch in batches]
@@ -123,16 +103,22 @@ def program_figures(model: PlainMTPModel, batches: Batches) -> Figures:
     """The same step through `training.setup` and `Engine.train` on one rank, with the judge's weights."""
     from megatron_mtp.training.setup import setup
 
-    run = setup(run_config(model.cfg, batches[0]["tokens"].shape[0], len(batches)))
+    run = setup(program_config(model.cfg, batches))
     try:
-        return step_figures(run.engine, model, batches)
+        return step_figures(run, model, batches)
     finally:
         run.close()
 
 
-def step_figures(engine: Engine, model: PlainMTPModel, batches: Batches) -> Figures:
+def program_config(plain: PlainConfig, batches: Batches, pp: int = 1) -> ConfigContainer:
+    """The run that takes a step on `batches`."""
+    documents = batches[0]["segment_ids"] is not None
+    return run_config(plain, batches[0]["tokens"].shape[0], len(batches), pp, documents)
+
+
+def step_figures(run: Run, model: PlainMTPModel, batches: Batches) -> Figures:
     """Gives the judge's weights to the single chunk of this rank, which may be a pipeline stage, and takes a step."""
-    chunk, batch_size = engine.chunks[0].module, batches[0]["tokens"].shape[0]
+    chunk, micro_batch_size = run.engine.chunks[0].module, batches[0]["tokens"].shape[0]
     whole_name = whole_names(chunk)
     weights = weights_as_megatron(model)
     state = {
@@ -140,17 +126,10 @@ def step_figures(engine: Engine, model: PlainMTPModel, batches: Batches) -> Figu
         for name, tensor in chunk.state_dict().items()
     }
     chunk.load_state_dict(state, strict=True)
-    maps = record_routing_maps(chunk, batch_size)
-    micro_batches = [micro_batch(**batch, num_depths=model.cfg.num_depths) for batch in batches]
-    places = np.arange(batch_size * len(batches)).reshape(len(batches), batch_size)
-    batch = GlobalBatch(
-        step=0,
-        sample_ids=places.flatten(),
-        places=places,
-        micro_batches=micro_batches,
-        num_targets=count_targets(micro_batches),
-    )
-    result = engine.train(batch, loss_factor=model.cfg.mtp_lambda)
+    maps = record_routing_maps(chunk, micro_batch_size)
+    builder = run.data.builder(samples_of(batches), micro_batch_size)
+    batch = builder.build(0, np.arange(micro_batch_size * len(batches)))
+    result = run.engine.train(batch, loss_factor=model.cfg.mtp_lambda)
     return Figures(
         losses=result.losses,
         counts=result.depth_counts.tolist(),
@@ -160,6 +139,15 @@ def step_figures(engine: Engine, model: PlainMTPModel, batches: Batches) -> Figu
         expert_biases={whole_name[n]: t.clone() for n, t in chunk.state_dict().items() if n.endswith("expert_bias")},
         router=result.router,
     )
+
+
+def samples_of(batches: Batches) -> ArraySource:
+    """The samples of all micro-batches, for the data room."""
+    tokens, masks = (np.concatenate([batch[name].numpy() for batch in batches]) for name in ("tokens", "base_mask"))
+    starts = np.zeros(tokens.shape, bool)
+    if batches[0]["segment_ids"] is not None:
+        starts[:, 1:] = np.diff(np.concatenate([batch["segment_ids"].numpy() for batch in batches])) > 0
+    return ArraySource(tokens, masks, starts)
 
 
 def whole_names(chunk: nn.Module) -> dict[str, str]:

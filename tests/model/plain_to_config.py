@@ -9,13 +9,16 @@ from tests.reference.plain_model import PlainConfig
 SEQ_LENGTH = 16
 
 
-def run_config(plain: PlainConfig, micro_batch_size: int, num_micro_batches: int, pp: int = 1) -> ConfigContainer:
-    """A run whose model is `plain`, on one rank or on `pp` pipeline stages."""
+def run_config(
+    plain: PlainConfig, micro_batch_size: int, num_micro_batches: int, pp: int = 1, documents: bool = False
+) -> ConfigContainer:
+    """A run whose model is `plain`, on one rank or on `pp` pipeline stages; `documents` are kept apart or not."""
     cfg = tiny_dense_pretrain_config()
     cfg.model.pipeline_model_parallel_size = pp
     for name, value in model_fields(plain).items():
         setattr(cfg.model, name, value)
     cfg.model.seq_length = SEQ_LENGTH
+    cfg.dataset.reset_attention_mask = documents
     cfg.train.micro_batch_size = micro_batch_size
     cfg.train.global_batch_size = micro_batch_size * num_micro_batches
     cfg.optimizer.clip_grad = 0.0  # gradients are read after the step

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from megatron_mtp.data.batch import make_micro_batch
 from tests.model.comparison import assert_same, assert_same_routing
 from tests.model.parity import global_batch, judge, plain_figures, program_figures
 from tests.reference.plain_model import LatentConfig, MoEConfig, PlainConfig
@@ -118,3 +119,26 @@ def test_how_samples_are_grouped_does_not_matter(name, samples_of_each):
     ]
     model = judge(case.plain)
     assert_same(program_figures(model, grouped), plain_figures(model, pairs))
+
+
+def without_documents(samples, rules):
+    return replace(make_micro_batch(samples, rules), segment_ids=None)
+
+
+def with_every_target(samples, rules):
+    batch = make_micro_batch(samples, rules)
+    return replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+
+
+def reading_one_token_too_far(samples, rules):
+    batch = make_micro_batch(samples, rules)
+    return replace(batch, shifted_ids=batch.shifted_ids.roll(-1, dims=-1))
+
+
+@pytest.mark.parametrize("fault", [without_documents, with_every_target, reading_one_token_too_far])
+def test_a_fault_in_the_data_room_shows(monkeypatch, fault):
+    """The program's step goes through make_micro_batch; the plain model shifts and masks by its own code."""
+    monkeypatch.setattr("megatron_mtp.data.loader.make_micro_batch", fault)
+    model, batches = judge(DENSE), global_batch(documents=True)
+    with pytest.raises(AssertionError):
+        assert_same(program_figures(model, batches), plain_figures(model, batches))

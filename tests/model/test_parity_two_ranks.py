@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from tests.gloo_pool import GlooPool
 from tests.model.comparison import assert_same, assert_same_routing
-from tests.model.parity import Batches, Figures, global_batch, judge, plain_figures, step_figures
-from tests.model.plain_to_config import run_config
+from tests.model.parity import Batches, Figures, global_batch, judge, plain_figures, program_config, step_figures
 from tests.model.test_parity_one_rank import DENSE, MLA_MOE
+from tests.numerics.runs import opened
 from tests.reference.plain_model import PlainConfig
 
 pytestmark = pytest.mark.dist
@@ -40,20 +39,8 @@ def pool():
 
 def stage_figures(plain: PlainConfig, batches: Batches) -> Figures:
     """On each rank: the step of its stage."""
-    from megatron_mtp.device.select import pick_device
-    from megatron_mtp.mcore.groups import destroy_model_parallel
-    from megatron_mtp.training import setup
-
-    cfg = run_config(plain, batches[0]["tokens"].shape[0], len(batches), pp=2)
-    with mock.patch.object(
-        setup, "init_distributed", lambda config: pick_device(config.device)
-    ):  # the pool has joined already
-        run = setup.setup(cfg)
-    try:
-        return step_figures(run.engine, judge(plain), batches)
-    finally:
-        run.data.close()
-        destroy_model_parallel()
+    with opened(program_config(plain, batches, pp=2)) as run:
+        return step_figures(run, judge(plain), batches)
 
 
 @pytest.mark.parametrize("documents", [False, True])

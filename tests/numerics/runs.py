@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import pytest
 from torch import Tensor
@@ -52,17 +51,13 @@ def small_config(recipe: str, overrides: tuple[str, ...], world_size: int) -> Co
 @contextmanager
 def opened(cfg: ConfigContainer) -> Iterator[Run]:
     """A run in a process that has joined the pool's group already."""
-    from megatron_mtp.device.select import pick_device
-    from megatron_mtp.mcore.groups import destroy_model_parallel
-    from megatron_mtp.training import setup
+    from megatron_mtp.training.setup import setup
 
-    with mock.patch.object(setup, "init_distributed", lambda config: pick_device(config.device)):
-        run = setup.setup(cfg)
+    run = setup(cfg)
     try:
         yield run
     finally:
-        run.data.close()
-        destroy_model_parallel()
+        run.release()
 
 
 def curve(recipe: str, overrides: tuple[str, ...], steps: int) -> Curve | None:
@@ -120,48 +115,26 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def masked_step(recipe: str, overrides: tuple[str, ...], masks: Tensor, documents: Tensor | None = None) -> Step | None:
-    """A step whose micro-batches have these masks; data-parallel ranks take them in turn. On rank 0, None elsewhere.
+def masked_step(recipe: str, overrides: tuple[str, ...], masks: Tensor, starts: Tensor | None = None) -> Step | None:
+    """A step on random tokens with these masks. On rank 0, None elsewhere.
 
     Args:
-        masks: [micro-batches of all ranks, b, s], validity of the target t[i+1].
-        documents: [micro-batches, b, s+1] document of each token, where attention and targets stay inside one.
+        masks: [B, s], validity of the target t[i+1] of each sample of the global batch.
+        starts: bool [B, s+1], where documents begin; None: nowhere.
     """
     import numpy as np
     import torch
     import torch.distributed as dist
 
-    from megatron_mtp.data.batch import GlobalBatch, MicroBatch, count_targets
-    from megatron_mtp.data.shift import depth_targets
-    from megatron_mtp.data.zigzag import zigzag_slice
     from megatron_mtp.model.sharded import gather_parts, gradient_parts, whole_tensors
+    from megatron_mtp.verify.batches import ArraySource
 
     cfg = small_config(recipe, overrides, dist.get_world_size())
-    generator = torch.Generator().manual_seed(13)
-    tokens = torch.randint(0, cfg.model.vocab_size, (*masks.shape[:2], masks.shape[2] + 1), generator=generator)
+    shape = (len(masks), masks.shape[1] + 1)
+    tokens = torch.randint(0, cfg.model.vocab_size, shape, generator=torch.Generator().manual_seed(13))
+    source = ArraySource(tokens.numpy(), masks.numpy(), np.zeros(shape, bool) if starts is None else starts.numpy())
     with opened(cfg) as run:
-        groups = run.groups
-
-        def sliced(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(zigzag_slice(array, groups.cp.rank(), groups.cp.size())))
-
-        micro_batches = []
-        for index in range(groups.dp.rank(), len(masks), groups.dp.size()):
-            ids = None if documents is None else documents[index].numpy()
-            targets = depth_targets(tokens[index].numpy(), cfg.model.mtp_num_layers, masks[index].numpy(), ids)
-            places = np.tile(np.arange(masks.shape[2]), (masks.shape[1], 1))
-            micro_batches.append(
-                MicroBatch(
-                    tokens=sliced(tokens[index, :, :-1].numpy()),
-                    position_ids=sliced(places),
-                    shifted_ids=sliced(targets.shifted_ids),
-                    labels=sliced(targets.labels),
-                    loss_mask=sliced(targets.loss_mask),
-                    segment_ids=None if ids is None else torch.from_numpy(ids[:, :-1].astype(np.int32)),
-                )
-            )
-        nowhere = np.zeros(0, dtype=np.int64)
-        batch = GlobalBatch(0, nowhere, nowhere, micro_batches, count_targets(micro_batches))
+        batch = run.data.builder(source, cfg.train.micro_batch_size).build(0, np.arange(len(masks)))
         result = run.engine.forward_backward(batch, 1.0)
         gradients = gather_parts(gradient_parts(run.engine.chunks))
     if gradients is None:

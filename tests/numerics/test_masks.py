@@ -25,18 +25,18 @@ LAYOUTS = {
 
 
 def masks() -> dict[str, Tensor]:
-    """Name -> [4 micro-batches, 1, SLOTS]. Under cp = 2 rank 0 holds slots 0-7 and 24-31, rank 1 slots 8-23."""
-    found = {name: torch.zeros(4, 1, SLOTS) for name in ("one_target_at_a_cp_edge", "answers_only", "rank_one_only")}
-    found["one_target_at_a_cp_edge"][:, 0, 8] = 1  # depth 1 predicts it from slot 7, on the other rank
-    found["answers_only"][:, 0, -5:] = 1
-    found["rank_one_only"][:, 0, 10:20] = 1
-    found["all"] = torch.ones(4, 1, SLOTS)
-    found["prefixes"] = torch.stack([(torch.arange(SLOTS) < length).float()[None] for length in (32, 5, 17, 1)])
-    found["empty_micro_batches"] = torch.ones(4, 1, SLOTS)
+    """Name -> [4 samples, SLOTS]. Under cp = 2 rank 0 holds slots 0-7 and 24-31, rank 1 slots 8-23."""
+    found = {name: torch.zeros(4, SLOTS) for name in ("one_target_at_a_cp_edge", "answers_only", "rank_one_only")}
+    found["one_target_at_a_cp_edge"][:, 8] = 1  # depth 1 predicts it from slot 7, on the other rank
+    found["answers_only"][:, -5:] = 1
+    found["rank_one_only"][:, 10:20] = 1
+    found["all"] = torch.ones(4, SLOTS)
+    found["prefixes"] = torch.stack([(torch.arange(SLOTS) < length).float() for length in (32, 5, 17, 1)])
+    found["empty_micro_batches"] = torch.ones(4, SLOTS)
     found["empty_micro_batches"][1::2] = 0  # under dp = 2 a whole rank
-    found["no_target_at_depth_two"] = torch.zeros(4, 1, SLOTS)
-    found["no_target_at_depth_two"][0, 0, :2] = 1  # depth 1 has one target, depth 2 none in the whole batch
-    found["none"] = torch.zeros(4, 1, SLOTS)
+    found["no_target_at_depth_two"] = torch.zeros(4, SLOTS)
+    found["no_target_at_depth_two"][0, :2] = 1  # depth 1 has one target, depth 2 none in the whole batch
+    found["none"] = torch.zeros(4, SLOTS)
     return found
 
 

@@ -39,8 +39,9 @@ class Pools:
         if world_size not in self._pools:
             self._pools[world_size] = GlooPool(world_size)
         masks, starts = samples()
-        ids = starts.cumsum(2) if documents else None
-        return self._pools[world_size].run(masked_step, recipe, (*BASE, *fields), masks, ids)[0]
+        return self._pools[world_size].run(masked_step, recipe, (*BASE, *fields), masks, starts if documents else None)[
+            0
+        ]
 
     def reference(self, recipe: str, fields: tuple[str, ...], documents: bool) -> Step:
         key = (recipe, *fields)
@@ -54,13 +55,13 @@ class Pools:
 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks [4, 1, 32] (whole, padded, holes, empty) and document starts [4, 1, 33]."""
+    """Masks [4, 32] (full, padded, holes, empty) and document starts [4, 33]."""
     generator = torch.Generator().manual_seed(7)
-    masks = torch.ones(4, 1, 32)
-    masks[1, 0, 11:] = 0
-    masks[2] = (torch.rand(1, 32, generator=generator) < 0.6).float()
+    masks = torch.ones(4, 32)
+    masks[1, 11:] = 0
+    masks[2] = (torch.rand(32, generator=generator) < 0.6).float()
     masks[3] = 0
-    return masks, (torch.rand(4, 1, 33, generator=generator) < 0.15).long()
+    return masks, torch.rand(4, 33, generator=generator) < 0.15
 
 
 @pytest.fixture(scope="module")

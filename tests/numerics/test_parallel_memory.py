@@ -70,7 +70,7 @@ def peak_bytes(num_depths: int) -> int:
             return real(self, batch, loss_factor)
 
     with mock.patch.object(Engine, "forward_backward", watched):
-        masked_step("tiny_dense", (*SIZE, f"model.mtp_num_layers={num_depths}"), torch.ones(1, 1, 256))
+        masked_step("tiny_dense", (*SIZE, f"model.mtp_num_layers={num_depths}"), torch.ones(1, 256))
     return live.peak
 
 

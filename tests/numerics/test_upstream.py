@@ -24,7 +24,7 @@ def pool():
 
 
 def ones(slots: int = 32) -> torch.Tensor:
-    return torch.ones(2, 1, slots)
+    return torch.ones(2, slots)
 
 
 def scaled_step(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) -> Step | None:
@@ -194,8 +194,8 @@ def test_gradient_errors_are_seen():
 def test_a_standalone_mtp_stage_with_virtual_chunks(pool):
     """Deadlocks in the interleaved schedule unless messages overlap."""
     deep = (*DENSE, "train.global_batch_size=4", "model.num_layers=6")
-    masks = torch.ones(4, 1, 32)
-    masks[1, 0, 7:] = 0
+    masks = torch.ones(4, 32)
+    masks[1, 7:] = 0
     layout = (
         "model.pipeline_model_parallel_size=4",
         "model.virtual_pipeline_model_parallel_size=2",

@@ -6,17 +6,20 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from megatron_mtp.cli.main import main
 from megatron_mtp.config.overrides import apply_overrides
+from megatron_mtp.data.zigzag import zigzag_slice
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.recipes import RECIPES, get_recipe
 from megatron_mtp.verify import run as verify
+from megatron_mtp.verify.batches import MASKS, BatchSpec, seeded_samples
 from megatron_mtp.verify.cases import Layout, parse_layouts
-from megatron_mtp.verify.masks import MASKS, BatchSpec, whole_batch
 from megatron_mtp.verify.run import DENSE_LAYOUTS, EXPERT_LAYOUTS, default_layouts, plan
 from megatron_mtp.verify.shrink import shrink
 
@@ -123,12 +126,12 @@ def test_hand_written_layouts_must_agree():
 @pytest.mark.parametrize("mask", MASKS)
 def test_batches_depend_on_seed_and_step_only(mask):
     spec = BatchSpec(num_samples=8, seq_length=32, vocab_size=50, num_depths=2, mask=mask)
-    first, again, later = (whole_batch(spec, step) for step in (0, 0, 1))
+    first, again, later = (seeded_samples(spec, step) for step in (0, 0, 1))
     assert (first.tokens == again.tokens).all()
     assert (first.base_mask == again.base_mask).all()
     assert (first.tokens != later.tokens).any()
     assert first.base_mask.sum() > 0
-    assert (first.starts is not None) == (mask == "documents")
+    assert first.starts.any() == (mask == "documents")
 
 
 @pytest.mark.unit
@@ -180,6 +183,30 @@ def test_the_command_says_off(command, monkeypatch):
     assert "OFF" in out
     for fault in ("loss of depth 2 differs", "acceptance counts differ", "gradient of", "initial weights of"):
         assert fault in out
+
+
+def measure_with_masks_sliced_in_two_halves(cfg, spec):
+    """`measure` with a data room that gives context-parallel ranks contiguous loss masks, all else in zigzag order."""
+    from megatron_mtp.data import batch
+    from megatron_mtp.verify.measure import measure
+
+    def halves(array, cp_rank, cp_size):
+        is_mask = array.dtype == np.float32
+        return np.split(array, cp_size, axis=-1)[cp_rank] if is_mask else zigzag_slice(array, cp_rank, cp_size)
+
+    with mock.patch.object(batch, "zigzag_slice", halves):
+        return measure(cfg, spec)
+
+
+@pytest.mark.dist
+def test_a_fault_in_the_data_room_is_off(command, monkeypatch):
+    monkeypatch.setattr("megatron_mtp.verify.measure.measure", measure_with_masks_sliced_in_two_halves)
+    code, out, _ = command("tiny_dense", "--layouts", "pp=2; cp=2", "--json")
+    without_cp, with_cp = json.loads(out)["outcomes"]
+    assert code == 1
+    assert without_cp["right"]
+    assert with_cp["counts_equal"]  # no target is lost, but the wrong ones count
+    assert with_cp["faults"][0].startswith("loss of depth 0 differs")
 
 
 @pytest.mark.dist
