@@ -24,10 +24,12 @@ import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
+from megatron_mtp.device.process_group import job_size
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.part_costs import PartCosts
 from megatron_mtp.parallel.planner.planner import predict_step
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.profile.job import PRELOAD, CpuProfiler
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training import setup as setup_module
@@ -136,10 +138,11 @@ _runs: list = []
 
 def build(configs: list[ConfigContainer]) -> None:
     """On a worker: builds every split."""
-    joined = setup_module.join_groups(configs[-1])  # groups of the deepest model serve the others too
+    runs = [resolve(cfg, job_size()) for cfg in configs]
+    joined = setup_module.join_groups(runs[-1])  # groups of the deepest model serve the others too
     with mock.patch.object(setup_module, "join_groups", return_value=joined):
-        for cfg in configs:
-            run = setup_module.setup(cfg)
+        for resolved in runs:
+            run = setup_module.setup(resolved)
             _runs.append((run, next(run.data.train())))
             run.data.close()
 

@@ -30,11 +30,12 @@ def run_dry(cfg: ConfigContainer, world_size: int, *, hardware: str | None, json
     silence_noise()
     from megatron_mtp.dry_run.build import dry_run
     from megatron_mtp.dry_run.table import as_dict, print_dry_run
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.pretrain import prepare_config
 
     cfg = prepare_config(cfg, world_size)
     with Console(stderr=True).status("starting") as status:
-        found = dry_run(cfg, world_size, limit_gib, status.update)
+        found = dry_run(resolve(cfg, world_size), limit_gib, status.update)
     if json:
         typer.echo(json_format.dumps(as_dict(found, cfg), indent=2))
     else:

@@ -25,13 +25,13 @@ def show(
     Opens no data and no checkpoint, so a laptop can show the config of a cluster. The output is YAML for --config.
     """
     from megatron_mtp.config.hints import hints
-    from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.plan.facts import facts
     from megatron_mtp.recipes import get_recipe
 
     cfg = choose_config(recipe, config, overrides).finalize(world_size)
     changes = differences(get_recipe(recipe).finalize().to_dict(), cfg.to_dict())
-    found = {**facts(cfg), "layout": pipeline_layout(cfg, world_size).string}
+    found = {**facts(cfg), "layout": resolve(cfg, world_size).layout.string}
     advice = hints(cfg)
     if json:
         data = {"recipe": recipe, **found, "changes": changes, "hints": advice, "config": cfg.to_dict()}

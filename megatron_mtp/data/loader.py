@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.schedules import BatchSchedule
 from megatron_mtp.data.batch import BatchRules, GlobalBatch, count_targets, make_micro_batch
 from megatron_mtp.data.blend import BlendedSource
-from megatron_mtp.data.order import BatchSchedule, local_positions
+from megatron_mtp.data.order import batch_positions, local_positions
 from megatron_mtp.data.prefetch import Prefetcher
 from megatron_mtp.data.source import Sample, SampleSource
 from megatron_mtp.data.sources import open_sources
@@ -106,7 +107,9 @@ class DataModule:
     def train(self, consumed_samples: int = 0) -> Prefetcher[GlobalBatch]:
         """Global batches for ever, starting after `consumed_samples`."""
         build = self.builder(self._train, self._cfg.train.micro_batch_size).build
-        return self._stream(build(step, positions) for step, positions in self.schedule.batches(consumed_samples))
+        return self._stream(
+            build(step, positions) for step, positions in batch_positions(self.schedule, consumed_samples)
+        )
 
     def valid(self, name: str = "valid") -> Prefetcher[GlobalBatch]:
         """The validation.eval_iters global batches of one evaluation: the same samples at each call."""

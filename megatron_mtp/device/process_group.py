@@ -89,6 +89,11 @@ def env_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def job_size() -> int:
+    """Number of processes of the job: of the group that this process has joined, or from the environment."""
+    return dist.get_world_size() if dist.is_initialized() else env_world_size()
+
+
 def cores_per_rank() -> int:
     """Cores this process may use, divided by the local ranks; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

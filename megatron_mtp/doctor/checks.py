@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+from megatron_mtp.config.units import GIB
+
 IMPORT_TIMEOUT_S = 120
-GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,10 @@ from megatron_mtp.convert.load import config_of, is_hf_folder, load_weights
 from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, open_tokenizer, tokenizer_from_spec
 from megatron_mtp.decode.model import Decoder, refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
+from megatron_mtp.device.process_group import job_size
 from megatron_mtp.errors import DataError, MegatronMTPError
 from megatron_mtp.model.build import build_model
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.setup import join_groups, leave_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,8 +73,9 @@ def open_decoder(
     cfg = decoding_config(source, int(os.environ.get("WORLD_SIZE", "1")), device, threads)
     refuse_unsupported(cfg.model)
     try:
-        chosen, groups = join_groups(cfg)
-        chunks = build_model(cfg, groups, torch.device("cpu"))
+        resolved = resolve(cfg, job_size())
+        chosen, groups = join_groups(resolved)
+        chunks = build_model(resolved, groups, torch.device("cpu"))
         load_weights(chunks, source, cfg, groups)
         decoder = Decoder.build(
             cfg.model,

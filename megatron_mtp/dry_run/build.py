@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.mcore.rules import torch_backend_problems, without_transformer_engine
+from megatron_mtp.config.units import GIB
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.device.fake import fake_world
 from megatron_mtp.errors import ConfigError, MegatronMTPError
@@ -21,16 +22,12 @@ from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
 from megatron_mtp.mcore.optimizer import initialize_optimizer_state, single_optimizers
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import sharded_tensors
-from megatron_mtp.parallel.grid import RankGrid
-from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import count_parameters
-from megatron_mtp.parallel.planner.auto_layout import is_planned, pipeline_layout
 from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
 from megatron_mtp.parallel.rank_params import rank_parameters
+from megatron_mtp.parallel.resolve import ResolvedRun
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.setup import make_groups
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,20 +103,18 @@ class DryRun:
 
 
 def dry_run(
-    cfg: ConfigContainer,
-    world_size: int,
+    run: ResolvedRun,
     memory_limit_gib: float | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> DryRun:
     """Visits the pretended job rank by rank, in this process.
 
     Args:
-        cfg: finalized for `world_size`, with a known vocabulary size.
-        world_size: processes of the pretended job.
+        run: the resolved run, with a known vocabulary size.
         memory_limit_gib: of one device; None: not checked.
         report: told what comes next.
     """
-    layout = pipeline_layout(cfg, world_size)
+    cfg, layout, world_size = run.cfg, run.layout, run.world_size
     found = DryRun(world_size=world_size, layout=layout.string)
     found.predicted_parameters = count_parameters(cfg.model).total
     report("opening data and folders")
@@ -127,14 +122,13 @@ def dry_run(
     if cfg.dist.device == "cpu":
         found.problems += torch_backend_problems(cfg.model)
     planned = [predict_memory(cfg, layout, stage, world_size) for stage in range(layout.pp)]
-    cfg, found.notes = _for_torch_backend(cfg, layout, world_size)
-    grid = RankGrid.from_config(cfg, world_size)
+    run, found.notes = _for_torch_backend(run)
     failures: dict[str, list[int]] = {}
     for stage in range(layout.pp):
         report(f"building stage {stage} of {layout.pp}")
-        ranks = [rank for rank in range(world_size) if grid.coords(rank).pp == stage]
+        ranks = [rank for rank in range(world_size) if run.grid.coords(rank).pp == stage]
         try:
-            built = [build_rank(cfg, rank, world_size) for rank in dict.fromkeys((ranks[0], ranks[-1]))]
+            built = [build_rank(run, rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))]
         except Exception as error:  # whatever stops a rank here stops it at launch
             failures.setdefault(_text(error), []).append(stage)
             continue
@@ -144,7 +138,7 @@ def dry_run(
                 ranks=ranks,
                 holds=tuple("".join(chunk) for chunk in layout.chunks[stage]),
                 built=built,
-                predicted_parameters=rank_parameters(cfg.model, layout, stage).total,
+                predicted_parameters=rank_parameters(run.cfg.model, layout, stage).total,
                 planned=planned[stage],
             )
         )
@@ -156,17 +150,18 @@ def dry_run(
     return found
 
 
-def build_rank(cfg: ConfigContainer, rank: int, world_size: int) -> BuiltRank:
+def build_rank(run: ResolvedRun, rank: int) -> BuiltRank:
     """Builds model, gradient buffers and optimizer of one rank on the meta device, and counts them.
 
     Args:
-        cfg: finalized for `world_size`; the torch backend must be able to build it.
+        run: the resolved run; the torch backend must be able to build it.
     """
-    with fake_world(rank, world_size) as device, _meta_noise_off():
-        groups = make_groups(cfg)
+    cfg = run.cfg
+    with fake_world(rank, run.world_size) as device, _meta_noise_off():
+        groups = make_groups(run)
         try:
             seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
-            chunks = build_model(cfg, groups, device)
+            chunks = build_model(run, groups, device)
             parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
             whole = whole_sizes(chunks)
             wrapped = wrap_model(cfg, chunks, groups, device)
@@ -212,19 +207,14 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _for_torch_backend(
-    cfg: ConfigContainer, layout: PipelineLayout, world_size: int
-) -> tuple[ConfigContainer, list[str]]:
-    """A config that builds without Transformer Engine, in the same layout, and what it leaves out."""
-    if cfg.model.backend == "torch":
-        return cfg, []
-    plain, left_out = without_transformer_engine(cfg.model)
-    trial = cfg.copy()
-    trial.model = plain
-    if is_planned(plain):  # the other backend's memory could ask for another split
-        plain.pipeline_model_parallel_layout = layout.string
+def _for_torch_backend(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
+    """The same run, in the same layout, as it builds without Transformer Engine, and what it leaves out."""
+    if run.cfg.model.backend == "torch":
+        return run, []
+    trial = run.cfg.copy()
+    trial.model, left_out = without_transformer_engine(trial.model)
     notes = [f"built without {name}, which needs Transformer Engine and holds no parameters" for name in left_out]
-    return trial.finalize(world_size), notes
+    return replace(run, cfg=trial.finalize(run.world_size)), notes
 
 
 def _found_problems(check: Callable[[ConfigContainer], object], cfg: ConfigContainer) -> list[str]:

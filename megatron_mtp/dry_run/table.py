@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.dry_run.build import GIB, DryRun, StageReport
+from megatron_mtp.config.units import GIB
+from megatron_mtp.dry_run.build import DryRun, StageReport
 
 
 def print_dry_run(found: DryRun, console: Console) -> None:

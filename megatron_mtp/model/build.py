@@ -1,4 +1,4 @@
-"""From a finalized config to the model chunks of one rank."""
+"""Builds the model chunks of one rank."""
 
 from __future__ import annotations
 
@@ -16,33 +16,27 @@ from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
 from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
 from megatron_mtp.model.transformer_config import transformer_config
-from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
-from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
+from megatron_mtp.parallel.params import padded_vocab_size
+from megatron_mtp.parallel.resolve import ResolvedRun
 
 
-def build_model(cfg: ConfigContainer, groups: ProcessGroupCollection, device: torch.device) -> list[MTPModel]:
+def build_model(run: ResolvedRun, groups: ProcessGroupCollection, device: torch.device) -> list[MTPModel]:
     """The chunks of this rank with their initial weights, on `device`, in fp32; see `training/setup.py` for wrapping.
 
     Args:
-        cfg: finalized.
+        run: the resolved run.
         groups: every process group of the layout.
         device: "meta" builds shapes only.
 
     Returns:
         One chunk, or one for each virtual stage.
     """
+    cfg = run.cfg
     use_te = wants_te(cfg, device.type)
     if not use_te and (problems := torch_backend_problems(cfg.model)):
         raise UnsupportedError(problems)
-    layout = pipeline_layout(cfg, torch.distributed.get_world_size())
-    config = transformer_config(cfg, layout, use_te=use_te, device_type=device.type)
-    pp_rank = groups.pp.rank()
-    virtual = layout.vp > 1
-    chunks = [
-        _build_chunk(cfg, config, groups, layout, pp_rank, vp_stage if virtual else None, use_te=use_te)
-        for vp_stage in range(layout.vp)
-    ]
+    config = transformer_config(run, use_te=use_te, device_type=device.type)
+    chunks = [_build_chunk(run, config, groups, vp_stage, use_te=use_te) for vp_stage in range(run.layout.vp)]
     for chunk in chunks:
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -70,24 +64,21 @@ def wants_te(cfg: ConfigContainer, device_type: str) -> bool:
 
 
 def _build_chunk(
-    cfg: ConfigContainer,
+    run: ResolvedRun,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
-    layout: PipelineLayout,
-    pp_rank: int,
-    vp_stage: int | None,
+    vp_stage: int,
     *,
     use_te: bool,
 ) -> MTPModel:
-    model = cfg.model
-    is_moe, is_linear = moe_pattern(model), linear_pattern(model)
-    layers = layout.decoder_layers(pp_rank, vp_stage or 0)
-    symbols = layout.chunks[pp_rank][vp_stage or 0]
+    model, layout, pp_rank = run.cfg.model, run.layout, groups.pp.rank()
+    layers = layout.decoder_layers(pp_rank, vp_stage)
+    symbols = layout.chunks[pp_rank][vp_stage]
     layer_class = ParallelMTPLayer if model.mtp_variant == "parallel" else MTPLayer
     return MTPModel(
         config=config,
         transformer_layer_spec=block_spec(
-            config, [is_moe[layer] for layer in layers], [is_linear[layer] for layer in layers], use_te=use_te
+            config, [run.is_moe[idx] for idx in layers], [run.is_linear[idx] for idx in layers], use_te=use_te
         ),
         vocab_size=padded_vocab_size(model),
         max_sequence_length=model.seq_length,
@@ -99,9 +90,9 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
         rope_scaling_factor=model.rope_scaling_factor,
-        mtp_block_spec=mtp_spec(config, is_moe[-1], layer_class, use_te=use_te) if "m" in symbols else None,
+        mtp_block_spec=mtp_spec(config, run.is_moe[-1], layer_class, use_te=use_te) if "m" in symbols else None,
         pg_collection=groups,
-        vp_stage=vp_stage,
+        vp_stage=vp_stage if layout.vp > 1 else None,
         hidden_source=model.mtp_hidden_source,
         mtp_variant=model.mtp_variant,
     )

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.resolve import ResolvedRun
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,18 +40,15 @@ SAME_MOE = (
 ).split()
 
 
-def transformer_config(
-    cfg: ConfigContainer, layout: PipelineLayout, *, use_te: bool, device_type: str
-) -> TransformerConfig:
-    """The engine's config of a finalized run.
+def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> TransformerConfig:
+    """Megatron-Core's config of a run.
 
     Args:
-        cfg: finalized.
-        layout: where its layers sit.
+        run: the resolved run.
         use_te: Transformer Engine modules do the work.
         device_type: "cuda" or "cpu"; gloo needs point-to-point messages one by one.
     """
-    model = cfg.model
+    cfg, layout, model = run.cfg, run.layout, run.cfg.model
     names = SAME + (SAME_MLA if model.multi_latent_attention else []) + (SAME_MOE if model.num_moe_experts else [])
     fields: dict[str, Any] = {name: getattr(model, name) for name in names}
     dtype = DTYPES[cfg.precision.dtype]

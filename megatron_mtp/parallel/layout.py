@@ -26,7 +26,7 @@ class PipelineLayout:
 
     @classmethod
     def from_config(cls, model: ModelConfig) -> PipelineLayout:
-        """The layout that a config writes; for "auto" see `auto_layout.pipeline_layout`.
+        """The layout that a config gives; "auto" is for the planner, see `parallel.resolve`.
 
         Raises:
             PlanError: the layout breaks a rule; all problems are named.

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.layout_text import layout_chunks
+from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.auto_layout import even_layout, is_planned, machine_of, make_planner, memory_limit
@@ -17,8 +18,6 @@ from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Plan, Planner, layout_of
 from megatron_mtp.parallel.planner.search_sizes import Candidate, search_sizes
 from megatron_mtp.parallel.planner.search_split import SplitChoice
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

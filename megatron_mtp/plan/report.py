@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from megatron_mtp.config.units import GIB
 from megatron_mtp.parallel.planner.planner import Plan
-from megatron_mtp.plan.compare import GIB, Plans
+from megatron_mtp.plan.compare import Plans
 from megatron_mtp.plan.facts import short_count, short_layout
 
 OVERLAY_FIELDS = (

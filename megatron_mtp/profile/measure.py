@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.device.process_group import job_size
 from megatron_mtp.mcore.optimizer import guarded_step
 from megatron_mtp.mcore.schedules import watch_calls
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthBatch
 from megatron_mtp.parallel.planner.cost import layer_kinds
 from megatron_mtp.parallel.planner.part_costs import ZERO, Link, PartCosts, PartTime
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.profile.part_timer import Clock, PartTimer, Segments
 from megatron_mtp.training.setup import setup
 
@@ -48,12 +49,12 @@ class PartMeasurement:
     """
 
     def __init__(self, cfg: ConfigContainer):
-        self.run = setup(cfg)
+        self.run = setup(resolve(cfg, job_size()))
         self._chunk, self._clock = unwrap(self.run.engine.chunks[0]), Clock(self.run.device.torch_device)
         self._kinds = layer_kinds(cfg.model)
         self._timer = PartTimer(self._chunk, self._kinds, self._clock)
         self._engine = replace(self.run.engine, heads=self._timer.watch_heads(self.run.engine.heads))
-        self._factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(0)
+        self._factor = self.run.resolved.loss_factor.at(0)
         self._batches = self.run.data.train()
         self._finish = _Stopwatch(self._chunk.config.finalize_model_grads_func, self._clock)
         self._chunk.config.finalize_model_grads_func = self._finish

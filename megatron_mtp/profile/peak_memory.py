@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.device.memory_meter import memory_meter, peak_resident_bytes
+from megatron_mtp.device.process_group import job_size
 from megatron_mtp.device.select import pick_device
-from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
 from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.setup import setup
 
 STEPS = 2
@@ -50,29 +50,29 @@ def measure_peak(cfg: ConfigContainer) -> PeakMemory:
     Args:
         cfg: finalized for the size of the group.
     """
+    resolved = resolve(cfg, job_size())
     with memory_meter(pick_device(cfg.dist.device).torch_device) as meter:
-        run = setup(cfg)
+        run = setup(resolved)
         try:
             batches = run.data.train()
-            factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(0)
+            factor = resolved.loss_factor.at(0)
             for _ in range(STEPS):
                 batch = next(batches)
                 meter.reset_peak()
                 run.engine.train(batch, factor)
             peak, held, stage = meter.peak_bytes, meter.now_bytes, run.groups.pp.rank()
-            rank, world_size, is_cpu = dist.get_rank(), dist.get_world_size(), not run.device.is_cuda
+            rank, is_cpu = dist.get_rank(), not run.device.is_cuda
         finally:
             run.release()
             del run
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    layout = pipeline_layout(cfg, world_size)
     return PeakMemory(
         rank=rank,
         stage=stage,
         peak=peak,
         held=held,
         resident=peak_resident_bytes(),
-        predicted=predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu),
+        predicted=predict_memory(cfg, resolved.layout, stage, resolved.world_size, is_cpu=is_cpu),
     )

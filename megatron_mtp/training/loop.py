@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.observe.metrics import StepRecord
 from megatron_mtp.observe.recorder import Recorder
-from megatron_mtp.training import schedules
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
 from megatron_mtp.training.figures import acceptance_by_depth, acceptance_rates, loss_names, named_losses
@@ -23,6 +21,7 @@ from megatron_mtp.training.guards.preemption import Orders, StepBoundary
 from megatron_mtp.training.guards.replicas import check_replicas
 from megatron_mtp.training.guards.stragglers import StragglerWatch
 from megatron_mtp.training.guards.watchdog import Watchdog
+from megatron_mtp.training.optimizer import apply_schedules
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
@@ -77,7 +76,7 @@ class Trainer:
         if "rollback" in (cfg.train.on_nan, cfg.train.on_spike) and state.iteration == 0:
             self._save("a place to roll back to")
         batches = self.run.data.train(state.data_position)
-        end = schedules.run_length_samples(cfg)
+        end = self.run.resolved.length_samples
         orders = Orders()
         with manual_gc(cfg.train.manual_gc), profiler(cfg) as running:
             while orders.leave is None and (end is None or state.consumed_samples < end):
@@ -112,9 +111,9 @@ class Trainer:
         cfg, state, engine = self.run.cfg, self.state, self.run.engine
         self.watchdog.beat(f"iteration {state.iteration + 1}: the step")
         started = time.perf_counter()
-        lr, wd = schedules.learning_rate(cfg), schedules.weight_decay(cfg)
-        rate = schedules.apply(engine.optimizer, lr, wd, state.consumed_samples)
-        loss_factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(state.consumed_tokens)
+        resolved, samples = self.run.resolved, state.consumed_samples
+        rate = apply_schedules(engine.optimizer, resolved.learning_rate, resolved.weight_decay, samples)
+        loss_factor = resolved.loss_factor.at(state.consumed_tokens)
         result = engine.train(batch, loss_factor, self.watch)
         elapsed_s = time.perf_counter() - started
 
@@ -186,7 +185,7 @@ class Trainer:
         if not cfg.validation.eval_iters or not self.run.data.valid_names:
             return
         self.watchdog.beat(f"iteration {state.iteration}: evaluation")
-        loss_factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(state.consumed_tokens)
+        loss_factor = self.run.resolved.loss_factor.at(state.consumed_tokens)
         self.evaluations = evaluate(self.run.engine, self.run.data, loss_factor)
         extra: dict[str, float] = {}
         for callback in self.callbacks:

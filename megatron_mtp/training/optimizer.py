@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.schedules import LearningRate, WeightDecay
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.transformer_config import DTYPES
 
@@ -55,6 +56,28 @@ def build_optimizer(cfg: ConfigContainer, chunks: list[DistributedDataParallel],
     if cfg.ddp.overlap_param_gather and cfg.ddp.use_distributed_optimizer and len(chunks) > 1:
         config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     return optimizer
+
+
+def apply_schedules(
+    optimizer: Any, learning_rate: LearningRate, weight_decay: WeightDecay, consumed_samples: int
+) -> float:
+    """Sets learning rate and weight decay of every parameter group for the step that starts after `consumed_samples`.
+
+    Megatron-Core's groups carry `max_lr`, `min_lr`, `start_wd`, `end_wd`, `lr_mult` and `wd_mult` where they differ.
+    Groups without parameters are set too: a rank may hold none of the default group's.
+
+    Returns:
+        The learning rate of the default group, for the log.
+    """
+    for group in optimizer.param_groups:
+        lr = learning_rate(consumed_samples, group.get("max_lr"), group.get("min_lr")) * group.get("lr_mult", 1.0)
+        if hasattr(group.get("lr"), "fill_"):  # a tensor, under CUDA graphs
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+        wd = weight_decay(consumed_samples, group.get("start_wd"), group.get("end_wd"))
+        group["weight_decay"] = wd * group.get("wd_mult", 1.0)
+    return learning_rate(consumed_samples)
 
 
 def _per_chunk(functions: list[Any]) -> Any:

@@ -15,10 +15,10 @@ from megatron_mtp.config.checks.faults import watchdog_timeout_s
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
-from megatron_mtp.device.process_group import env_rank, env_world_size
+from megatron_mtp.device.process_group import env_rank, job_size
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
-from megatron_mtp.parallel.planner.auto_layout import auto_layout, is_planned
+from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
@@ -77,13 +77,14 @@ def pretrain(
 
     SIGTERM and SIGUSR1 are caught while it trains, if this is the main thread: see `preemption`.
     """
-    cfg = prepare_config(cfg, env_world_size())
+    cfg = prepare_config(cfg, job_size())
+    resolved = resolve(cfg, job_size())
     check_data(cfg)
     check_run_directory(cfg)
     setup_logging(env_rank())
     try:
-        with explained_out_of_memory(cfg, env_rank(), env_world_size()):
-            return _train(cfg, forward_step, recipe, callbacks)
+        with explained_out_of_memory(resolved, env_rank()):
+            return _train(resolved, forward_step, recipe, callbacks)
     finally:
         leave_groups()
 
@@ -98,25 +99,25 @@ def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContai
 
 
 def _train(
-    cfg: ConfigContainer,
+    resolved: ResolvedRun,
     forward_step: ForwardStep | None,
     recipe: str,
     callbacks: Sequence[Callback],
 ) -> Summary:
-    watchdog = Watchdog(watchdog_timeout_s(cfg), env_rank(), env_world_size())
-    run = setup(cfg, watchdog.around(forward_step or default_forward_step))
+    watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
+    run = setup(resolved, watchdog.around(forward_step or default_forward_step))
     with watchdog:  # from here on there is a store for all ranks
-        return _train_watched(cfg, run, recipe, callbacks, watchdog)
+        return _train_watched(run, recipe, callbacks, watchdog)
 
 
 def _train_watched(
-    cfg: ConfigContainer,
     run: Run,
     recipe: str,
     callbacks: Sequence[Callback],
     watchdog: Watchdog,
 ) -> Summary:
-    _tell_layout(cfg, run)
+    cfg = run.cfg
+    _log_plan(run)
     check_nodes(cfg, run.device.torch_device)
     state = TrainState()
     checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
@@ -168,20 +169,21 @@ def _train_watched(
     return Summary(state, trainer.evaluations, dict(recorder.places), exit_code)
 
 
-def _tell_layout(cfg: ConfigContainer, run: Run) -> None:
-    """Logs the planner's choice, and what it did not know."""
-    if not is_planned(cfg.model):
+def _log_plan(run: Run) -> None:
+    """Logs the planner's choice and what it did not know."""
+    found = run.resolved.planned
+    if found is None:
         return
-    found = auto_layout(cfg, dist.get_world_size())
-    machine = found.machine
-    logger.info("pipeline layout %s, planned for %s (dist.hardware)", found.layout.string, machine.name)
+    name = found.machine.name
+    logger.info("pipeline layout %s, planned for %s (dist.hardware)", found.layout.string, name)
     if not found.fits:
         logger.warning(
             "no split fits the memory of %s by estimate; this is the fastest one. `megatron-mtp plan` shows each stage.",
-            machine.name,
+            name,
         )
-    if machine.device_name.lower() not in run.device.name.lower():
+    if found.machine.device_name.lower() not in run.device.name.lower():
         logger.info(
-            "this device is %s: dist.hardware names what to plan for, or `megatron-mtp profile` measures it for `plan --profile`",
+            "this device is %s: dist.hardware names what to plan for, or `megatron-mtp profile` measures it for "
+            "`plan --profile`",
             run.device.name,
         )

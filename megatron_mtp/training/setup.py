@@ -22,8 +22,7 @@ from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.heads import DepthHeads
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.params import moe_pattern
-from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
+from megatron_mtp.parallel.resolve import ResolvedRun
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.guards.attribution import GradientWatch
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
@@ -36,11 +35,16 @@ logger = logging.getLogger(__name__)
 class Run:
     """One rank of a run, ready to train."""
 
-    cfg: ConfigContainer
+    resolved: ResolvedRun
     device: Device
     groups: ProcessGroupCollection
     engine: Engine
     data: DataModule
+
+    @property
+    def cfg(self) -> ConfigContainer:
+        """The finalized config."""
+        return self.resolved.cfg
 
     def close(self) -> None:
         """Ends threads and leaves the process groups. A failure on the way does not keep the rest from closing."""
@@ -53,10 +57,11 @@ class Run:
         destroy_model_parallel()
 
 
-def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
+def join_groups(run: ResolvedRun) -> tuple[Device, ProcessGroupCollection]:
     """Joins the job, makes the process groups of the layout and seeds every random number generator."""
+    cfg = run.cfg
     device = init_distributed(cfg.dist)
-    groups = make_groups(cfg)
+    groups = make_groups(run)
     seed = cfg.rng.seed
     random.seed(seed)
     np.random.seed(seed)
@@ -67,10 +72,10 @@ def join_groups(cfg: ConfigContainer) -> tuple[Device, ProcessGroupCollection]:
     return device, groups
 
 
-def make_groups(cfg: ConfigContainer) -> ProcessGroupCollection:
+def make_groups(run: ResolvedRun) -> ProcessGroupCollection:
     """Every process group of the layout, inside the job that this process has joined."""
-    model = cfg.model
-    layout = pipeline_layout(cfg, dist.get_world_size())
+    cfg, model = run.cfg, run.cfg.model
+    assert run.world_size == dist.get_world_size(), "resolved for another number of processes"
     return init_model_parallel(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
@@ -78,7 +83,7 @@ def make_groups(cfg: ConfigContainer) -> ProcessGroupCollection:
         cp=model.context_parallel_size,
         ep=model.expert_model_parallel_size,
         etp=model.expert_tensor_parallel_size,
-        embedding_stages=embedding_stages(layout, model.share_embeddings_and_output_weights),
+        embedding_stages=embedding_stages(run.layout, model.share_embeddings_and_output_weights),
         pp_before_dp=cfg.dist.use_tp_pp_dp_mapping,
         timeout=timedelta(minutes=cfg.dist.distributed_timeout_minutes),
     )
@@ -105,23 +110,23 @@ def embedding_stages(layout: PipelineLayout, is_tied: bool) -> list[int]:
     return sorted(stages)
 
 
-def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
+def setup(resolved: ResolvedRun, forward_step: ForwardStep | None = None) -> Run:
     """Joins the job and builds model, optimizer and data of this rank.
 
     Args:
-        cfg: finalized for this world size.
+        resolved: the run, resolved for the number of processes of this job.
         forward_step: in place of `gpt_step.forward_step`.
     """
-    device, groups = join_groups(cfg)
-    model = cfg.model
-    num_depths = model.mtp_num_layers or 0
+    device, groups = join_groups(resolved)
+    cfg, model = resolved.cfg, resolved.cfg.model
+    num_depths = resolved.depths.count
     data = build_data(
         cfg,
         DataPlacement(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size()),
         num_depths,
         pin_memory=device.is_cuda,
     )
-    chunks = wrap_model(cfg, build_model(cfg, groups, device.torch_device), groups, device.torch_device)
+    chunks = wrap_model(cfg, build_model(resolved, groups, device.torch_device), groups, device.torch_device)
     optimizer = build_optimizer(cfg, chunks, groups)
     gradients = GradientWatch(chunks, cfg.ddp.overlap_grad_reduce)
     chunks[0].config.finalize_model_grads_func = gradients.before(chunks[0].config.finalize_model_grads_func)
@@ -144,34 +149,10 @@ def setup(cfg: ConfigContainer, forward_step: ForwardStep | None = None) -> Run:
         seq_length=model.seq_length,
         num_depths=num_depths,
         num_layers=model.num_layers,
-        num_moe_layers=num_moe_layers(cfg),
-        router_loss_names=router_loss_names(cfg),
+        num_moe_layers=resolved.num_moe_layers,
+        router_loss_names=resolved.router_loss_names,
         depth_weights=model.mtp_depth_weights,
         z_loss_coeff=model.logits_z_loss_coeff,
         gradients=gradients,
     )
-    return Run(cfg=cfg, device=device, groups=groups, engine=engine, data=data)
-
-
-def num_moe_layers(cfg: ConfigContainer) -> int:
-    """Mixture-of-experts layers of the whole model, a repeated MTP layer counted once."""
-    model = cfg.model
-    if not model.num_moe_experts:
-        return 0
-    flags = moe_pattern(model)
-    depths = model.mtp_num_layers or 0
-    mtp_layers = min(depths, 1) if model.mtp_use_repeated_layer else depths
-    return sum(flags) + flags[-1] * mtp_layers
-
-
-def router_loss_names(cfg: ConfigContainer) -> tuple[str, ...]:
-    """What the routers of this model record, under Megatron-Core's names."""
-    model = cfg.model
-    names = []
-    if model.num_moe_experts and model.moe_aux_loss_coeff:
-        names += {"aux_loss": ["load_balancing_loss"], "seq_aux_loss": ["seq_load_balancing_loss"]}.get(
-            model.moe_router_load_balancing_type, []
-        )
-    if model.num_moe_experts and model.moe_z_loss_coeff:
-        names.append("z_loss")
-    return tuple(names)
+    return Run(resolved=resolved, device=device, groups=groups, engine=engine, data=data)

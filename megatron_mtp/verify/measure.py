@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.device.process_group import job_size
 from megatron_mtp.model.sharded import gather_parts, gradient_parts, parameter_parts, unwrap, whole_tensors
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.setup import Run, setup
 from megatron_mtp.training.step import StepResult
 from megatron_mtp.verify.batches import BatchSpec, seeded_samples
@@ -63,7 +64,7 @@ def measure(cfg: ConfigContainer, spec: BatchSpec, curve_steps: int = 0) -> Meas
         The measurement on rank 0, None elsewhere.
     """
     began = time.monotonic()
-    run = setup(cfg)
+    run = setup(resolve(cfg, job_size()))
     try:
         found = _measure(run, spec, curve_steps)
     finally:
@@ -109,6 +110,6 @@ def _pass(run: Run, spec: BatchSpec, step: int, *, update: bool) -> tuple[StepRe
         run.groups,
         sequence_parallel=cfg.model.sequence_parallel,
     )
-    loss_factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(0)
+    loss_factor = run.resolved.loss_factor.at(0)
     figures = engine.train(batch, loss_factor) if update else engine.forward_backward(batch, loss_factor)
     return figures, gather_routing(recorder.parts(), spec.num_samples, spec.seq_length)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
+from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import (
     _gradients_in_place_of_weights,
@@ -28,10 +28,9 @@ from megatron_mtp.model.sharded import (
     unwrap,
     whole_tensors,
 )
-from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
-from megatron_mtp.training import schedules
-from megatron_mtp.training.optimizer import build_optimizer, wrap_model
-from megatron_mtp.training.setup import embedding_stages
+from megatron_mtp.parallel.resolve import ResolvedRun, resolve
+from megatron_mtp.training.optimizer import apply_schedules, build_optimizer, wrap_model
+from megatron_mtp.training.setup import make_groups
 from megatron_mtp.training.state import TrainState
 
 DENSE = {"model.share_embeddings_and_output_weights": False}
@@ -87,17 +86,21 @@ def make_config(values: dict[str, Any], world_size: int, directory: str | None =
 class Rig:
     """One rank's model, optimizer and checkpointer."""
 
-    cfg: ConfigContainer
+    resolved: ResolvedRun
     chunks: list
     optimizer: Any
     checkpointer: Checkpointer
     state: TrainState
 
+    @property
+    def cfg(self) -> ConfigContainer:
+        return self.resolved.cfg
+
     def steps(self, count: int) -> None:
         """Updates with drawn gradients and the schedule's rates."""
-        lr, wd = schedules.learning_rate(self.cfg), schedules.weight_decay(self.cfg)
+        lr, wd = self.resolved.learning_rate, self.resolved.weight_decay
         for _ in range(count):
-            schedules.apply(self.optimizer, lr, wd, self.state.consumed_samples)
+            apply_schedules(self.optimizer, lr, wd, self.state.consumed_samples)
             for chunk in self.chunks:
                 draw_gradients(chunk, self.state.iteration)
             updated, _, _ = self.optimizer.step()
@@ -151,24 +154,14 @@ def _draw(shard: Any, step: int) -> torch.Tensor:
 def rig(cfg: ConfigContainer) -> Iterator[Rig]:
     """Builds everything on the ranks of a pool, and forgets it afterwards."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    model = cfg.model
-    groups = init_model_parallel(
-        tp=model.tensor_model_parallel_size,
-        pp=model.pipeline_model_parallel_size,
-        vp=model.virtual_pipeline_model_parallel_size,
-        cp=model.context_parallel_size,
-        ep=model.expert_model_parallel_size,
-        etp=model.expert_tensor_parallel_size,
-        embedding_stages=embedding_stages(
-            pipeline_layout(cfg, dist.get_world_size()), model.share_embeddings_and_output_weights
-        ),
-    )
+    resolved = resolve(cfg, dist.get_world_size())
+    groups = make_groups(resolved)
     try:
         seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
         device = torch.device("cpu")
-        chunks = wrap_model(cfg, build_model(cfg, groups, device), groups, device)
+        chunks = wrap_model(cfg, build_model(resolved, groups, device), groups, device)
         optimizer = build_optimizer(cfg, chunks, groups)
-        yield Rig(cfg, chunks, optimizer, Checkpointer(cfg, groups), TrainState())
+        yield Rig(resolved, chunks, optimizer, Checkpointer(cfg, groups), TrainState())
     finally:
         dist.barrier()
         destroy_model_parallel()

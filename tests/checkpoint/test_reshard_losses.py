@@ -14,8 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mtp.checkpoint import Checkpointer
-from megatron_mtp.config.loss_factor import LossFactor
-from megatron_mtp.training import schedules
+from megatron_mtp.parallel.resolve import resolve
+from megatron_mtp.training.optimizer import apply_schedules
 from megatron_mtp.training.setup import Run, setup
 from megatron_mtp.training.state import TrainState
 from tests.checkpoint.four_layouts import LAYOUTS, MODELS, SavedRuns, every_case
@@ -32,16 +32,15 @@ Losses = list[list[float]]
 
 def train(run: Run, state: TrainState, count: int) -> Losses:
     """Steps as the training loop takes them; the losses of every depth."""
-    cfg, found = run.cfg, []
-    lr, wd = schedules.learning_rate(cfg), schedules.weight_decay(cfg)
+    resolved, found = run.resolved, []
     batches = run.data.train(state.data_position)
     for _ in range(count):
         batch = next(batches)
-        schedules.apply(run.engine.optimizer, lr, wd, state.consumed_samples)
-        factor = LossFactor.parse(cfg.model.mtp_loss_scaling_factor).at(state.consumed_tokens)
+        apply_schedules(run.engine.optimizer, resolved.learning_rate, resolved.weight_decay, state.consumed_samples)
+        factor = resolved.loss_factor.at(state.consumed_tokens)
         result = run.engine.train(batch, factor)
         assert result.updated
-        state.advance(len(batch.sample_ids), cfg.model.seq_length)
+        state.advance(len(batch.sample_ids), run.cfg.model.seq_length)
         found.append(result.losses)
     batches.close()
     return found
@@ -49,7 +48,8 @@ def train(run: Run, state: TrainState, count: int) -> Losses:
 
 def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
     """Of the steps after SAVED_AT: of a run that saves there and trains on, or of one that resumes there."""
-    run = setup(make_config({**REAL, **values}, dist.get_world_size(), directory))
+    world_size = dist.get_world_size()
+    run = setup(resolve(make_config({**REAL, **values}, world_size, directory), world_size))
     try:
         engine, state = run.engine, TrainState()
         checkpointer = Checkpointer(run.cfg, run.groups)

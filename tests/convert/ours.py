@@ -23,31 +23,20 @@ class _Ids:
 def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tuple[Any, list, Any]]:
     """(cfg, chunks, groups) of the model in `source`, its weights loaded, at the layout in `changes`."""
     from megatron_mtp.convert.load import config_of, load_weights
-    from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
+    from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
     from megatron_mtp.model.build import build_model
-    from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
-    from megatron_mtp.training.setup import embedding_stages
+    from megatron_mtp.parallel.resolve import resolve
+    from megatron_mtp.training.setup import make_groups
 
     cfg = config_of(source)
     cfg.train.global_batch_size, cfg.train.micro_batch_size = 8, 1
     for name, value in changes.items():
         setattr(cfg.model, name, value)
-    cfg.finalize(dist.get_world_size())
-    model = cfg.model
-    groups = init_model_parallel(
-        tp=model.tensor_model_parallel_size,
-        pp=model.pipeline_model_parallel_size,
-        vp=None,
-        cp=1,
-        ep=model.expert_model_parallel_size,
-        etp=model.expert_tensor_parallel_size,
-        embedding_stages=embedding_stages(
-            pipeline_layout(cfg, dist.get_world_size()), model.share_embeddings_and_output_weights
-        ),
-    )
+    resolved = resolve(cfg.finalize(dist.get_world_size()), dist.get_world_size())
+    groups = make_groups(resolved)
     try:
         seed_dropout(1, pp_rank=groups.pp.rank())
-        chunks = build_model(cfg, groups, torch.device("cpu"))
+        chunks = build_model(resolved, groups, torch.device("cpu"))
         load_weights(chunks, source, cfg, groups, **options)
         yield cfg, chunks, groups
     finally:

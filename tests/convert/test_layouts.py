@@ -33,6 +33,7 @@ def resave(source: str, target: str, changes: dict) -> None:
     """On each rank of a job: starts from the weights at the layout and saves a checkpoint before any step."""
     from megatron_mtp.convert.load import config_of
     from megatron_mtp.device.select import pick_device
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training import setup as setting_up
     from megatron_mtp.training.state import TrainState
 
@@ -47,7 +48,7 @@ def resave(source: str, target: str, changes: dict) -> None:
     cfg.checkpoint.pretrained_checkpoint, cfg.checkpoint.save = source, target
     cfg.finalize(2)
     with mock.patch.object(setting_up, "init_distributed", lambda config: pick_device(config.device)):
-        run = setting_up.setup(cfg)
+        run = setting_up.setup(resolve(cfg, 2))
     try:
         checkpointer = Checkpointer(cfg, run.groups)
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)

@@ -52,9 +52,10 @@ def model_tensors(source, changes):
 
     from megatron_mtp.model.build import build_model
     from megatron_mtp.model.sharded import parameter_parts, whole_tensors
+    from megatron_mtp.parallel.resolve import resolve
 
     with built(source, changes) as (cfg, _, groups):
-        return whole_tensors(parameter_parts(build_model(cfg, groups, torch.device("cpu"))))[0]
+        return whole_tensors(parameter_parts(build_model(resolve(cfg, 1), groups, torch.device("cpu"))))[0]
 
 
 def test_fresh_layers_are_those_of_a_new_model(trunk, one, tmp_path):
@@ -78,6 +79,7 @@ def train(source: str, frozen: bool) -> tuple[list[float], list[float], bool]:
     from megatron_mtp.checkpoint.preflight import check_run_directory
     from megatron_mtp.device.select import pick_device
     from megatron_mtp.model.sharded import gather_parts, parameter_parts, whole_tensors
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training import setup as setting_up
     from megatron_mtp.training.pretrain import Checkpointer
 
@@ -85,7 +87,7 @@ def train(source: str, frozen: bool) -> tuple[list[float], list[float], bool]:
     cfg.finalize(2)
     check_run_directory(cfg)
     with mock.patch.object(setting_up, "init_distributed", lambda config: pick_device(config.device)):
-        run = setting_up.setup(cfg)
+        run = setting_up.setup(resolve(cfg, 2))
     try:
         engine = run.engine
         Checkpointer(cfg, run.groups).start_from_pretrained(engine.chunks, engine.optimizer)

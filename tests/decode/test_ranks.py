@@ -48,11 +48,13 @@ def with_model(cfg, work, *arguments):
     """work(cfg, chunk, decoder, ...) on this rank, with initial weights, which are the same at every layout."""
     from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.model.build import build_model
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.setup import join_groups
 
-    device, groups = join_groups(cfg)
+    resolved = resolve(cfg)
+    device, groups = join_groups(resolved)
     try:
-        [chunk] = build_model(cfg, groups, device.torch_device)
+        [chunk] = build_model(resolved, groups, device.torch_device)
         decoder = Decoder.build(cfg.model, chunk.state_dict(), TensorParallel(groups.tp))
         return work(cfg, chunk, decoder, *arguments)
     finally:

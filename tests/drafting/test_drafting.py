@@ -34,12 +34,13 @@ def evaluate_both_ways(cfg):
     from megatron_mtp.drafting.watch import callbacks_of
     from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.model.sharded import unwrap
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.evaluation import evaluate
     from megatron_mtp.training.setup import setup
     from megatron_mtp.training.state import TrainState
 
     cfg = cfg.finalize(world_size=1)
-    run = setup(cfg)
+    run = setup(resolve(cfg, 1))
     try:
         results = evaluate(run.engine, run.data, 0.1)
         decoder = Decoder.build(cfg.model, unwrap(run.engine.chunks[0]).state_dict())

@@ -7,13 +7,13 @@ import gc
 import pytest
 import torch
 
-from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.device.memory_meter import LiveStorage
 from megatron_mtp.dry_run import build as dry_run_module
 from megatron_mtp.dry_run.build import dry_run
 from megatron_mtp.parallel.rank_params import RankParameters
+from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training.setup import leave_groups, setup
 
@@ -41,16 +41,16 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-def make(recipe: str, overrides: str, replicas: int = 1) -> tuple[ConfigContainer, int]:
+def make(recipe: str, overrides: str, replicas: int = 1) -> ResolvedRun:
     cfg = get_recipe(recipe)
     apply_overrides(cfg, overrides.split())
     world_size = replicas * minimum_world_size(cfg.model)
-    return cfg.finalize(world_size), world_size
+    return resolve(cfg.finalize(world_size), world_size)
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), VARIANTS, ids=[" ".join(variant) for variant in VARIANTS])
 def test_every_stage_holds_what_is_predicted(recipe, overrides):
-    found = dry_run(*make(recipe, overrides, replicas=2))
+    found = dry_run(make(recipe, overrides, replicas=2))
     assert found.problems == []
     for stage in found.stages:
         assert {built.parameters for built in stage.built} == {stage.predicted_parameters}
@@ -61,7 +61,7 @@ def test_every_stage_holds_what_is_predicted(recipe, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["deepseek_v3", "qwen3_30b_a3b"])
 def test_large_models(recipe):
-    found = dry_run(*make(recipe, ""))
+    found = dry_run(make(recipe, ""))
     assert found.problems == []
     assert found.parameters == found.predicted_parameters > 30e9
     assert sum(len(stage.ranks) for stage in found.stages) == found.world_size
@@ -69,14 +69,14 @@ def test_large_models(recipe):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_bytes_are_those_of_a_rank_that_trains(dtype):
-    cfg, _ = make(
+    resolved = make(
         "tiny_dense",
         f"dist.device=cpu precision.dtype={dtype} train.global_batch_size=2 ddp.use_distributed_optimizer=true",
     )
-    (stage,) = dry_run(cfg, 1).stages
+    (stage,) = dry_run(resolved).stages
     (built,) = stage.built
     with LiveStorage() as meter:
-        run = setup(cfg)
+        run = setup(resolved)
         try:
             batches = run.data.train()
             run.engine.train(next(batches), 0.1)
@@ -93,8 +93,8 @@ def test_bytes_are_those_of_a_rank_that_trains(dtype):
 
 
 def test_a_stage_that_the_engine_refuses_is_named():
-    cfg, world_size = make("tiny_moe", f"{PP2} model.mcore.moe_pad_expert_input_to_capacity=true")
-    found = dry_run(cfg, world_size)
+    run = make("tiny_moe", f"{PP2} model.mcore.moe_pad_expert_input_to_capacity=true")
+    found = dry_run(run)
     assert found.parameters is None
     (problem,) = found.problems
     assert problem.startswith("stages 0, 1 cannot be built: ")
@@ -102,22 +102,22 @@ def test_a_stage_that_the_engine_refuses_is_named():
 
 
 def test_what_needs_transformer_engine_is_left_out_and_noted():
-    cfg, world_size = make("tiny_moe", "model.moe_grouped_gemm=true model.mcore.fp8=e4m3")
-    found = dry_run(cfg, world_size)
+    run = make("tiny_moe", "model.moe_grouped_gemm=true model.mcore.fp8=e4m3")
+    found = dry_run(run)
     assert found.problems == []
     assert found.parameters == found.predicted_parameters
     assert [name in note for name, note in zip(("fp8", "moe_grouped_gemm"), found.notes, strict=True)] == [True, True]
 
 
 def test_the_same_on_a_cpu_would_fail_at_launch():
-    cfg, world_size = make("tiny_moe", "model.moe_grouped_gemm=true dist.device=cpu")
-    assert "Transformer Engine" in dry_run(cfg, world_size).problems[0]
+    run = make("tiny_moe", "model.moe_grouped_gemm=true dist.device=cpu")
+    assert "Transformer Engine" in dry_run(run).problems[0]
 
 
 def test_data_and_folders_are_opened(tmp_path):
     (tmp_path / "file").write_text("")
-    cfg, world_size = make("tiny_dense", f"dataset.blend=[{tmp_path}/none] checkpoint.save={tmp_path}/file/run")
-    problems = dry_run(cfg, world_size).problems
+    run = make("tiny_dense", f"dataset.blend=[{tmp_path}/none] checkpoint.save={tmp_path}/file/run")
+    problems = dry_run(run).problems
     assert [part in problem for part, problem in zip(("none", "checkpoint.save"), problems, strict=True)] == [
         True,
         True,
@@ -125,18 +125,18 @@ def test_data_and_folders_are_opened(tmp_path):
 
 
 def test_a_stage_that_does_not_fit_is_named():
-    cfg, world_size = make("tiny_dense", f"{PP2} model.pipeline_model_parallel_layout=[1,3]")
-    first, last = dry_run(cfg, world_size).stages
+    run = make("tiny_dense", f"{PP2} model.pipeline_model_parallel_layout=[1,3]")
+    first, last = dry_run(run).stages
     assert first.peak_bytes < last.peak_bytes
     between = (first.peak_bytes + last.peak_bytes) / 2 / 2**30
-    (problem,) = dry_run(cfg, world_size, memory_limit_gib=between).problems
+    (problem,) = dry_run(run, memory_limit_gib=between).problems
     assert problem.startswith("stage 1 (tttmmL) needs")
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), [VARIANTS[3], VARIANTS[6], VARIANTS[10]])
 def test_planned_memory_equals_what_was_built(recipe, overrides):
     """Buffers are padded, and shards of the optimizer too."""
-    for stage in dry_run(*make(recipe, overrides, replicas=2)).stages:
+    for stage in dry_run(make(recipe, overrides, replicas=2)).stages:
         full, planned = stage.fullest, stage.planned
         assert full.weight_bytes == pytest.approx(planned.weights, rel=0.02)
         assert full.gradient_bytes == pytest.approx(planned.gradients, rel=0.02)
@@ -145,7 +145,7 @@ def test_planned_memory_equals_what_was_built(recipe, overrides):
 
 def test_a_wrong_prediction_is_said(monkeypatch):
     monkeypatch.setattr(dry_run_module, "rank_parameters", lambda *_: RankParameters(dense=7))
-    found = dry_run(*make("tiny_dense", PP2))
+    found = dry_run(make("tiny_dense", PP2))
     assert [problem.split(":")[0] for problem in found.problems] == ["stage 0, rank 0", "stage 1, rank 1"]
 
 
@@ -153,6 +153,6 @@ def test_the_process_is_as_before():
     import sys
 
     hook = sys.excepthook
-    dry_run(*make("tiny_dense", ""))
+    dry_run(make("tiny_dense", ""))
     assert sys.excepthook is hook
     assert not torch.distributed.is_initialized()

@@ -101,9 +101,10 @@ def _mean_over_layers(model: PlainMTPModel, router_losses: dict[str, Tensor]) ->
 
 def program_figures(model: PlainMTPModel, batches: Batches) -> Figures:
     """The same step through `training.setup` and `Engine.train` on one rank, with the judge's weights."""
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.setup import setup
 
-    run = setup(program_config(model.cfg, batches))
+    run = setup(resolve(program_config(model.cfg, batches), 1))
     try:
         return step_figures(run, model, batches)
     finally:

@@ -51,9 +51,11 @@ def small_config(recipe: str, overrides: tuple[str, ...], world_size: int) -> Co
 @contextmanager
 def opened(cfg: ConfigContainer) -> Iterator[Run]:
     """A run in a process that has joined the pool's group already."""
+    from megatron_mtp.device.process_group import job_size
+    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.setup import setup
 
-    run = setup(cfg)
+    run = setup(resolve(cfg, job_size()))
     try:
         yield run
     finally:

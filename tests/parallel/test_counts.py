@@ -11,6 +11,7 @@ from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.params import count_parameters, padded_vocab_size
 from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.recipes import get_recipe
 
 pytestmark = pytest.mark.unit
@@ -48,7 +49,7 @@ def test_parameters_equal_the_model_that_is_built(recipe, overrides, one_rank):
     from megatron_mtp.model.build import build_model
 
     cfg = make(recipe, *overrides)
-    (chunk,) = build_model(cfg, one_rank, torch.device("meta"))
+    (chunk,) = build_model(resolve(cfg, 1), one_rank, torch.device("meta"))
     sizes = {name: parameter.numel() for name, parameter in chunk.named_parameters()}
     count = count_parameters(cfg.model)
     parts = {
@@ -68,7 +69,7 @@ def one_rank():
 
     cfg = get_recipe("tiny_dense")
     cfg.dist = DistConfig(device="cpu")
-    _, groups = join_groups(cfg.finalize())
+    _, groups = join_groups(resolve(cfg.finalize(), 1))
     yield groups
     leave_groups()
 

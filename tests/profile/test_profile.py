@@ -11,7 +11,6 @@ import torch
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import PlanError
-from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
 from megatron_mtp.parallel.planner.part_costs import Link, PartTime, Profile
 from megatron_mtp.parallel.planner.planner import predict_step
 from megatron_mtp.profile.job import CpuProfiler, block_size, mean_costs, on_cpu, profile_config
@@ -76,7 +75,7 @@ def test_the_parts_add_up_to_what_a_step_takes(changes):
     try:
         measurement = measured(cfg, steps=4)
         costs, run = measurement.costs(), measurement.run
-        step = predict_step(run.cfg, pipeline_layout(run.cfg, 1), costs, 1, frees_outputs=False)
+        step = predict_step(run.cfg, run.resolved.layout, costs, 1, frees_outputs=False)
         batch, times = next(run.data.train()), []
         for _ in range(7):
             start = time.perf_counter()

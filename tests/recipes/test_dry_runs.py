@@ -6,6 +6,7 @@ import pytest
 
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.parallel.params import count_parameters
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.recipes.published import PUBLISHED
 
@@ -22,7 +23,7 @@ def test_recipe_builds(name):
     cfg = get_recipe(name)
     world_size = minimum_world_size(cfg.copy().finalize().model)
     cfg.finalize(world_size)
-    found = dry_run(cfg, world_size)
+    found = dry_run(resolve(cfg, world_size))
     assert found.problems == []
     assert len(found.stages) == cfg.model.pipeline_model_parallel_size
     for stage in found.stages:

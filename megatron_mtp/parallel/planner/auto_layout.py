@@ -1,18 +1,18 @@
-"""The layout of a run: the one that its config writes, or for "auto" the planner's, the same on every rank and in every command.
+"""What the planner chooses for `model.pipeline_model_parallel_layout = "auto"`.
 
-What is planned follows from the config and the number of processes alone, never from the device at hand, so that `plan`, a dry run on a
-laptop and the run itself have one layout. dist.hardware names the device that times and memory are estimated for.
+The choice follows from the config and the number of processes alone, never from the device at hand, so that `plan`, a
+dry run on a laptop and the run itself have one layout. dist.hardware names the device that times and memory are
+estimated for. A run asks once, in `parallel.resolve`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
-from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.layout_text import even_chunks
 from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.cost import estimate_costs
@@ -20,18 +20,20 @@ from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
 from megatron_mtp.parallel.planner.machines import DEFAULT_MACHINE, USABLE, Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Planner, layout_of
+from megatron_mtp.parallel.shape import RunShape
 
 VOCAB_SIZE = 65_536
-"""Counted with where the tokenizer has not been opened yet."""
+"""Vocabulary size of the estimates before the tokenizer has been opened."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoLayout:
-    """What "auto" came to.
+    """The planner's choice.
 
     Args:
-        fits: False if no split fits the memory of the machine by estimate; then it is the fastest of all.
-        gap: by what share another split could be faster under the estimated times; 0 is proven optimal.
+        machine: the device that was planned for.
+        fits: False if no split fits the machine's memory by estimate; then this one is the fastest of all.
+        gap: share by which another split could be faster under the estimated times; 0 is proven optimal.
     """
 
     layout: PipelineLayout
@@ -40,48 +42,23 @@ class AutoLayout:
     gap: float
 
 
-_planned: dict[str, AutoLayout] = {}
-
-
-def pipeline_layout(cfg: ConfigContainer, world_size: int | None = None) -> PipelineLayout:
-    """Where every layer of a run sits.
-
-    Args:
-        cfg: finalized.
-        world_size: processes of the job; None: the fewest that hold one replica.
-
-    Raises:
-        PlanError: the layout breaks a rule; all problems are named.
-    """
-    if is_planned(cfg.model):
-        return auto_layout(cfg, world_size).layout
-    return PipelineLayout.from_config(cfg.model)
-
-
 def is_planned(model: ModelConfig) -> bool:
-    """Whether there is a split to choose."""
+    """Whether the planner chooses the layout."""
     return model.pipeline_model_parallel_layout == "auto" and model.pipeline_model_parallel_size > 1
 
 
-def auto_layout(cfg: ConfigContainer, world_size: int | None = None) -> AutoLayout:
-    """The planner's choice for a config in which `is_planned`; worked out once for each config and number of processes.
+def auto_layout(shape: RunShape) -> AutoLayout:
+    """The planner's choice for a config in which `is_planned`.
 
     Raises:
         PlanError: there are too few layers for the chunks.
     """
-    world_size = world_size or minimum_world_size(cfg.model)
-    key = json.dumps([cfg.to_dict(), world_size])
-    if key not in _planned:
-        _planned[key] = _plan(cfg, world_size)
-    return _planned[key]
-
-
-def _plan(cfg: ConfigContainer, world_size: int) -> AutoLayout:
+    cfg = shape.cfg
     if cfg.model.vocab_size is None:
         cfg = cfg.copy()
         cfg.model.vocab_size = VOCAB_SIZE
     machine = machine_of(cfg)
-    planner = make_planner(cfg, world_size, machine)
+    planner = make_planner(cfg, shape.world_size, machine)
     fits = True
     try:
         choice = planner.choose(memory_limit(machine))
@@ -91,13 +68,13 @@ def _plan(cfg: ConfigContainer, world_size: int) -> AutoLayout:
 
 
 def machine_of(cfg: ConfigContainer) -> Machine:
-    """What a config is planned for."""
+    """The device that a config is planned for."""
     return find_machine(cfg.dist.hardware or ("cpu" if cfg.dist.device == "cpu" else DEFAULT_MACHINE))
 
 
 def memory_limit(machine: Machine) -> float:
     """Bytes of one device that a plan may use."""
-    return machine.memory_gib * 2**30 * USABLE
+    return machine.memory_gib * GIB * USABLE
 
 
 def make_planner(cfg: ConfigContainer, world_size: int, machine: Machine, profile: Profile | None = None) -> Planner:

@@ -11,13 +11,12 @@ import psutil
 import torch
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.units import GIB
 from megatron_mtp.device.memory_meter import peak_resident_bytes
 from megatron_mtp.errors import ConfigError, OutOfMemoryError, PlanError
-from megatron_mtp.parallel.grid import RankGrid
-from megatron_mtp.parallel.planner.auto_layout import pipeline_layout
 from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
+from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 
-GIB = 2**30
 # What torch's CPU allocator, the C++ library and the operating system say, in RuntimeErrors.
 TEXTS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
 
@@ -31,11 +30,11 @@ class Remedy:
 
 
 @contextmanager
-def explained_out_of_memory(cfg: ConfigContainer, rank: int, world_size: int) -> Iterator[None]:
+def explained_out_of_memory(run: ResolvedRun, rank: int) -> Iterator[None]:
     """Turns running out of memory inside into an error for the user.
 
     Args:
-        cfg: finalized for `world_size`.
+        run: the resolved run.
         rank: of this process.
 
     Raises:
@@ -46,9 +45,9 @@ def explained_out_of_memory(cfg: ConfigContainer, rank: int, world_size: int) ->
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        is_cpu = cfg.dist.device == "cpu" or not torch.cuda.is_available()
+        is_cpu = run.cfg.dist.device == "cpu" or not torch.cuda.is_available()
         used = _used_on_cpu() if is_cpu else _used_on_gpu()
-        raise OutOfMemoryError(explanation(cfg, rank, world_size, str(error), used, is_cpu=is_cpu)) from error
+        raise OutOfMemoryError(explanation(run, rank, str(error), used, is_cpu=is_cpu)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -58,34 +57,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in TEXTS)
 
 
-def explanation(cfg: ConfigContainer, rank: int, world_size: int, cause: str, used: str, *, is_cpu: bool) -> str:
+def explanation(run: ResolvedRun, rank: int, cause: str, used: str, *, is_cpu: bool) -> str:
     """The text for the user.
 
     Args:
         cause: first words of the error.
         used: what this process had taken.
     """
-    layout = pipeline_layout(cfg, world_size)
-    stage = RankGrid.from_config(cfg, world_size).coords(rank).pp
-    planned = predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu)
-    now = peak_bytes(cfg, world_size, is_cpu=is_cpu)
+    layout, stage = run.layout, run.grid.coords(rank).pp
+    planned = predict_memory(run.cfg, layout, stage, run.world_size, is_cpu=is_cpu)
+    now = peak_bytes(run, is_cpu=is_cpu)
     holds = " and ".join("".join(chunk) for chunk in layout.chunks[stage])
     lines = [
-        f"rank {rank} of {world_size}, pipeline stage {stage} of {layout.pp} ({holds}), ran out of memory: "
+        f"rank {rank} of {run.world_size}, pipeline stage {stage} of {layout.pp} ({holds}), ran out of memory: "
         f"{cause.splitlines()[0].rstrip('.') if cause else 'MemoryError'}.",
         f"planned for this stage: {_gib(planned.total)} ({_parts(planned)}). {used}",
         f"What each remedy would make of the fullest stage, planned at {_gib(now)} now:",
     ]
-    found = remedies(cfg, world_size, is_cpu=is_cpu)
+    found = remedies(run, is_cpu=is_cpu)
     lines += [
         f"  {remedy.changes}: {_gib(remedy.peak_bytes)}, saves {_gib(now - remedy.peak_bytes)}" for remedy in found
     ]
     return "\n".join(lines if found else [*lines[:2], "No single change of depths, recomputation or sizes helps."])
 
 
-def remedies(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> list[Remedy]:
+def remedies(run: ResolvedRun, *, is_cpu: bool) -> list[Remedy]:
     """Single changes that lower the planned peak of the fullest stage, the best first."""
-    now = peak_bytes(cfg, world_size, is_cpu=is_cpu)
+    cfg, world_size, now = run.cfg, run.world_size, peak_bytes(run, is_cpu=is_cpu)
     found = []
     for changes in _candidates(cfg):
         trial = cfg.copy()
@@ -94,7 +92,7 @@ def remedies(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> list[Rem
             setattr(getattr(trial, section), field, value)
         _follow(trial, cfg)
         try:
-            peak = peak_bytes(trial.finalize(world_size), world_size, is_cpu=is_cpu)
+            peak = peak_bytes(resolve(trial.finalize(world_size), world_size), is_cpu=is_cpu)
         except (ConfigError, PlanError):  # this model cannot have it
             continue
         if peak < now:
@@ -102,16 +100,18 @@ def remedies(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> list[Rem
     return sorted(found, key=lambda remedy: remedy.peak_bytes)
 
 
-def peak_bytes(cfg: ConfigContainer, world_size: int, *, is_cpu: bool) -> int:
+def peak_bytes(run: ResolvedRun, *, is_cpu: bool) -> int:
     """Planned peak of the fullest stage."""
-    layout = pipeline_layout(cfg, world_size)
-    return max(predict_memory(cfg, layout, stage, world_size, is_cpu=is_cpu).total for stage in range(layout.pp))
+    return max(
+        predict_memory(run.cfg, run.layout, stage, run.world_size, is_cpu=is_cpu).total
+        for stage in range(run.layout.pp)
+    )
 
 
 def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
     model, micro = cfg.model, cfg.train.micro_batch_size
-    layout, depths = model.pipeline_model_parallel_layout, model.mtp_num_layers or 0
-    # A split that was written for other depths or stages is dealt out anew.
+    layout, depths = model.pipeline_model_parallel_layout, model.mtp_num_layers
+    # A split written for other depths or stages no longer fits: split evenly again.
     again = {} if layout in ("auto", "even") else {"model.pipeline_model_parallel_layout": "even"}
     found: list[dict[str, Any]] = [
         {"model.mtp_num_layers": fewer} | again

@@ -1,4 +1,4 @@
-"""`auto` is the planner's layout: the same in every command, planned anew whenever what it depends on changes."""
+"""`auto` is the planner's layout: the same in every command, planned again whenever what it depends on changes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import typing
 import pytest
 
 from megatron_mtp.config.sections import Hardware
-from megatron_mtp.parallel.planner.auto_layout import auto_layout, even_layout, pipeline_layout
+from megatron_mtp.parallel.planner.auto_layout import even_layout
 from megatron_mtp.parallel.planner.machines import MACHINES
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.plan.compare import Request, make_plans
 from megatron_mtp.recipes import get_recipe
 
@@ -27,12 +28,12 @@ def config(recipe: str = "tiny_dense", **model):
 def test_a_run_and_the_plan_command_have_one_layout():
     for recipe in ("tiny_dense", "tiny_mimo"):
         planned = make_plans(config(recipe), Request()).chosen.layout
-        assert pipeline_layout(config(recipe).finalize()) == planned
+        assert resolve(config(recipe).finalize()).layout == planned
 
 
 def test_costs_shape_it_where_an_even_split_would_not():
     cfg = config(vocab_size=50_000).finalize()
-    chosen, even = pipeline_layout(cfg), even_layout(cfg.model)
+    chosen, even = resolve(cfg).layout, even_layout(cfg.model)
     assert chosen.in_order[-1].count("t") < even.in_order[-1].count("t")
 
 
@@ -46,9 +47,9 @@ def test_costs_shape_it_where_an_even_split_would_not():
         {"mtp_num_layers": 3},
     ],
 )
-def test_it_is_planned_anew_when_the_model_or_its_stages_change(change):
-    before, cfg = pipeline_layout(config().finalize()), config(**change).finalize()
-    after = pipeline_layout(cfg)
+def test_it_is_planned_again_when_the_model_or_its_stages_change(change):
+    before, cfg = resolve(config().finalize()).layout, config(**change).finalize()
+    after = resolve(cfg).layout
     assert after != before
     flat = after.string.replace("|", "")
     assert flat == "E" + "t" * cfg.model.num_layers + "m" * cfg.model.mtp_num_layers + "L"
@@ -64,23 +65,23 @@ def test_a_resumed_config_keeps_the_word_and_not_the_layout():
 
 
 def test_hardware_is_a_matter_of_the_config_not_of_the_machine_at_hand():
-    assert auto_layout(config().finalize()).machine.name == "cpu"
+    assert resolve(config().finalize()).planned.machine.name == "cpu"
     cfg = config()
     cfg.dist.hardware = "a100"
-    assert auto_layout(cfg.finalize()).machine.name == "a100"
+    assert resolve(cfg.finalize()).planned.machine.name == "a100"
     cfg = config()
     cfg.dist.device = "auto"
-    assert auto_layout(cfg.finalize()).machine.name == "h100"
+    assert resolve(cfg.finalize()).planned.machine.name == "h100"
     assert set(typing.get_args(Hardware)) == set(MACHINES)
 
 
 def test_a_model_that_no_split_fits_gets_the_fastest_and_a_word():
     cfg = config(hidden_size=8192, ffn_hidden_size=32768, num_attention_heads=64, num_query_groups=64).finalize()
-    found = auto_layout(cfg)
+    found = resolve(cfg).planned
     assert not found.fits
     assert found.layout.pp == 4
 
 
 def test_the_mtp_layers_stay_beside_the_last_layer_where_they_read_its_output():
     cfg = config(mtp_hidden_source="pre_final_norm", mtp_num_layers=4, num_layers=5, vocab_size=50_000).finalize()
-    assert any("m" in chunk and "t" in chunk for chunk in pipeline_layout(cfg).in_order)
+    assert any("m" in chunk and "t" in chunk for chunk in resolve(cfg).layout.in_order)

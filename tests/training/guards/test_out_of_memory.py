@@ -11,6 +11,7 @@ import torch
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import OutOfMemoryError
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training.guards.out_of_memory import explained_out_of_memory, is_out_of_memory, peak_bytes, remedies
 
@@ -52,8 +53,8 @@ def test_which_errors_are_about_memory():
 
 
 def test_the_message_names_rank_stage_plan_use_and_remedies():
-    cfg = make(*PP2)
-    with pytest.raises(OutOfMemoryError) as caught, explained_out_of_memory(cfg, rank=1, world_size=2):
+    run = resolve(make(*PP2), 2)
+    with pytest.raises(OutOfMemoryError) as caught, explained_out_of_memory(run, rank=1):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
     first, planned, now, *found = str(caught.value).splitlines()
     assert first.startswith("rank 1 of 2, pipeline stage 1 of 2 (tmmL), ran out of memory: CUDA out of memory.")
@@ -67,7 +68,7 @@ def test_the_message_names_rank_stage_plan_use_and_remedies():
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="shape"), explained_out_of_memory(make(), rank=0, world_size=2):
+    with pytest.raises(RuntimeError, match="shape"), explained_out_of_memory(resolve(make(), 2), rank=0):
         raise RuntimeError("shape mismatch")
 
 
@@ -81,17 +82,17 @@ def test_other_errors_pass():
     ids=["pp2", "written layout", "dp2"],
 )
 def test_remedies_are_configs_that_plan_lower(overrides):
-    cfg = make(*overrides, world_size=4)
-    found = remedies(cfg, 4, is_cpu=True)
+    run = resolve(make(*overrides, world_size=4), 4)
+    found = remedies(run, is_cpu=True)
     assert [remedy.peak_bytes for remedy in found] == sorted(remedy.peak_bytes for remedy in found)
-    assert found[-1].peak_bytes < peak_bytes(cfg, 4, is_cpu=True)
+    assert found[-1].peak_bytes < peak_bytes(run, is_cpu=True)
     for remedy in found:
         trial = get_recipe("tiny_dense")
         changes = [*overrides, *remedy.changes.split()]
         if "mtp_num_layers" in remedy.changes:
             changes = [change for change in changes if "depth_weights" not in change]
         apply_overrides(trial, changes)
-        assert peak_bytes(trial.finalize(4), 4, is_cpu=True) == remedy.peak_bytes
+        assert peak_bytes(resolve(trial.finalize(4), 4), is_cpu=True) == remedy.peak_bytes
 
 
 def test_a_frugal_config_has_no_remedy():
@@ -99,7 +100,7 @@ def test_a_frugal_config_has_no_remedy():
         "model.mtp_num_layers=0", "train.micro_batch_size=1", "model.pipeline_model_parallel_size=2", "model.num_layers=2",
         "model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1",
     )  # fmt: skip
-    assert remedies(cfg, 2, is_cpu=True) == []
+    assert remedies(resolve(cfg, 2), is_cpu=True) == []
 
 
 @pytest.mark.parametrize(

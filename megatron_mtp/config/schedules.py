@@ -10,12 +10,82 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.quantity import parse_quantity
-from megatron_mtp.data.order import BatchSchedule
+from megatron_mtp.config.sections import TrainConfig
 from megatron_mtp.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSchedule:
+    """Global batch size as a function of the samples consumed so far.
+
+    With `rampup` = (start, increment, samples) the batch grows from start to `global_batch_size` in equal increments
+    over that many samples, each held for samples / number of increments: Megatron's --rampup-batch-size.
+
+    Raises:
+        ConfigError: the ramp does not reach global_batch_size in whole increments.
+    """
+
+    global_batch_size: int
+    rampup: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rampup is None:
+            return
+        if len(self.rampup) != 3:
+            raise ConfigError(
+                f"train.rampup_batch_size = {list(self.rampup)}: give three numbers, [start, increment, samples]."
+            )
+        start, increment, samples = self.rampup
+        growth = self.global_batch_size - start
+        if start < 1 or increment < 1 or samples < 0 or growth < 0 or growth % increment:
+            raise ConfigError(
+                f"train.rampup_batch_size = {list(self.rampup)}: must be [start, increment, samples] with "
+                f"train.global_batch_size = {self.global_batch_size} equal to start plus a whole number of increments."
+            )
+
+    @classmethod
+    def from_train(cls, train: TrainConfig) -> BatchSchedule:
+        """The schedule of a TrainConfig."""
+        ramp = train.rampup_batch_size
+        return cls(train.global_batch_size, tuple(ramp) if ramp else None)
+
+    def size_at(self, consumed_samples: int) -> int:
+        """Samples in the global batch that starts after `consumed_samples`."""
+        if self.rampup is None:
+            return self.global_batch_size
+        start, increment, samples = self.rampup
+        increments = (self.global_batch_size - start) // increment
+        if increments == 0 or consumed_samples > samples or samples == 0:
+            return self.global_batch_size
+        return start + increment * (consumed_samples * increments // samples)
+
+    def sizes(self) -> list[int]:
+        """Every batch size that occurs, in order; each must divide by micro-batch times data-parallel size."""
+        if self.rampup is None:
+            return [self.global_batch_size]
+        start, increment, _ = self.rampup
+        return list(range(start, self.global_batch_size + 1, increment))
+
+    def step_at(self, consumed_samples: int) -> int:
+        """Number of whole steps that lie before `consumed_samples`; walks the ramp, then divides."""
+        step = position = 0
+        ramp_end = self.rampup[2] if self.rampup else -1
+        while position <= ramp_end and position < consumed_samples:
+            position += self.size_at(position)
+            step += 1
+        return step + max(0, -(-(consumed_samples - position) // self.global_batch_size))
+
+    def consumed_after(self, steps: int) -> int:
+        """Samples consumed by the first `steps` steps."""
+        position = step = 0
+        ramp_end = self.rampup[2] if self.rampup else -1
+        while position <= ramp_end and step < steps:
+            position += self.size_at(position)
+            step += 1
+        return position + (steps - step) * self.global_batch_size
 
 
 def run_length_samples(cfg: ConfigContainer) -> int | None:
@@ -190,24 +260,3 @@ def weight_decay(cfg: ConfigContainer) -> WeightDecay:
         length=length or 0,
         style=scheduler.weight_decay_incr_style,
     )
-
-
-def apply(optimizer: Any, lr: LearningRate, wd: WeightDecay, consumed_samples: int) -> float:
-    """Sets learning rate and weight decay of every parameter group for the step that starts after `consumed_samples`.
-
-    Megatron-Core's groups carry `max_lr`, `min_lr`, `start_wd`, `end_wd`, `lr_mult` and `wd_mult` where they differ.
-    Groups without parameters are set too: a rank may hold none of the default group's.
-
-    Returns:
-        The learning rate of the default group, for the log.
-    """
-    for group in optimizer.param_groups:
-        value = lr(consumed_samples, group.get("max_lr"), group.get("min_lr")) * group.get("lr_mult", 1.0)
-        if hasattr(group.get("lr"), "fill_"):  # a tensor, under CUDA graphs
-            group["lr"].fill_(value)
-        else:
-            group["lr"] = value
-        group["weight_decay"] = wd(consumed_samples, group.get("start_wd"), group.get("end_wd")) * group.get(
-            "wd_mult", 1.0
-        )
-    return lr(consumed_samples)

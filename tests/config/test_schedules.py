@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mtp.config import ConfigContainer
-from megatron_mtp.data.order import BatchSchedule
+from megatron_mtp.config import ConfigContainer, schedules
+from megatron_mtp.config.schedules import BatchSchedule
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.training import schedules
+from megatron_mtp.training.optimizer import apply_schedules
 
 pytestmark = pytest.mark.unit
 
@@ -63,7 +63,7 @@ def our_values(cfg: ConfigContainer, groups: list[dict], sizes: list[int]) -> li
     lr, wd = schedules.learning_rate(cfg), schedules.weight_decay(cfg)
     values, consumed = [], 0
     for size in sizes:
-        schedules.apply(SimpleNamespace(param_groups=groups), lr, wd, consumed)
+        apply_schedules(SimpleNamespace(param_groups=groups), lr, wd, consumed)
         values.append([(g["lr"], g["weight_decay"]) for g in groups])
         consumed += size
     return values
@@ -221,7 +221,7 @@ def test_apply_fills_tensor_rates_and_returns_the_default_rate():
     cfg = make_config(lr_decay_style="constant")
     tensor = torch.zeros(())
     groups = [{"lr": tensor, "lr_mult": 0.5}]
-    logged = schedules.apply(
+    logged = apply_schedules(
         SimpleNamespace(param_groups=groups), schedules.learning_rate(cfg), schedules.weight_decay(cfg), 0
     )
     assert groups[0]["lr"] is tensor

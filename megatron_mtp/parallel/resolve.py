@@ -1,0 +1,79 @@
+"""`resolve(cfg, world_size)`: everything that follows from a config and the number of processes, worked out once.
+
+A run, a dry run and every command resolve once and hand the result on. It follows from the config alone, never from the
+device at hand, so a laptop and a cluster get the same result. Imports neither torch nor Megatron-Core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.config.schedules import LearningRate, WeightDecay, learning_rate, run_length_samples, weight_decay
+from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.planner.auto_layout import AutoLayout, auto_layout, is_planned
+from megatron_mtp.parallel.shape import RunShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRun(RunShape):
+    """A run before anything is built: its shape, its layout and its schedules.
+
+    Args:
+        layout: where every layer sits.
+        planned: what the planner found; None where the config gives the layout.
+        loss_factor: MTP loss factor as a function of the tokens seen.
+        learning_rate: as a function of the samples seen.
+        weight_decay: as a function of the samples seen.
+        length_samples: samples after which the run ends; None: it ends by wall-clock time only.
+        router_loss_names: auxiliary losses that the routers record, under Megatron-Core's names.
+    """
+
+    layout: PipelineLayout
+    planned: AutoLayout | None
+    loss_factor: LossFactor
+    learning_rate: LearningRate
+    weight_decay: WeightDecay
+    length_samples: int | None
+    router_loss_names: tuple[str, ...]
+
+
+def resolve(cfg: ConfigContainer, world_size: int | None = None) -> ResolvedRun:
+    """Resolves a finalized config.
+
+    Args:
+        cfg: finalized for `world_size`.
+        world_size: processes of the job; None: the fewest that hold one replica.
+
+    Raises:
+        ConfigError: the parallel sizes do not fit the number of processes.
+        PlanError: the layout breaks a rule, or there are too few layers for its chunks; all problems are named.
+    """
+    shape = RunShape.of(cfg, world_size)
+    planned = auto_layout(shape) if is_planned(cfg.model) else None
+    return ResolvedRun.of(
+        cfg,
+        shape.world_size,
+        layout=PipelineLayout.from_config(cfg.model) if planned is None else planned.layout,
+        planned=planned,
+        loss_factor=LossFactor.parse(cfg.model.mtp_loss_scaling_factor),
+        learning_rate=learning_rate(cfg),
+        weight_decay=weight_decay(cfg),
+        length_samples=run_length_samples(cfg),
+        router_loss_names=router_loss_names(cfg.model),
+    )
+
+
+def router_loss_names(model: ModelConfig) -> tuple[str, ...]:
+    """Auxiliary losses that the routers of a model record, under Megatron-Core's names."""
+    if not model.num_moe_experts:
+        return ()
+    balancing = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
+    names = []
+    if model.moe_aux_loss_coeff and model.moe_router_load_balancing_type in balancing:
+        names.append(balancing[model.moe_router_load_balancing_type])
+    if model.moe_z_loss_coeff:
+        names.append("z_loss")
+    return tuple(names)

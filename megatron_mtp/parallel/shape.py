@@ -1,0 +1,66 @@
+"""What follows from a config and the number of processes before a layout is chosen; the planner works with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.depths import Depths
+from megatron_mtp.parallel.grid import RankGrid
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunShape:
+    """Sizes of a run.
+
+    Args:
+        cfg: finalized.
+        world_size: processes of the job.
+        grid: parallel sizes and the order of ranks.
+        depths: MTP depths and layers.
+        is_moe: for each decoder layer, whether it has experts. MTP layers are of the last one's kind.
+        is_linear: for each decoder layer, whether its attention is linear. MTP layers have full attention.
+    """
+
+    cfg: ConfigContainer
+    world_size: int
+    grid: RankGrid
+    depths: Depths
+    is_moe: tuple[bool, ...]
+    is_linear: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, cfg: ConfigContainer, world_size: int | None = None, **others: Any) -> Self:
+        """The shape of a finalized config.
+
+        Args:
+            world_size: None: the fewest processes that hold one replica.
+            others: fields of a subclass.
+
+        Raises:
+            ConfigError: the parallel sizes do not fit the number of processes.
+        """
+        size = minimum_world_size(cfg.model) if world_size is None else world_size
+        return cls(
+            cfg=cfg,
+            world_size=size,
+            grid=RankGrid.from_config(cfg, size),
+            depths=Depths.of(cfg.model),
+            is_moe=tuple(moe_pattern(cfg.model)),
+            is_linear=tuple(linear_pattern(cfg.model)),
+            **others,
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Mixture-of-experts layers of the complete model; a repeated MTP layer counts once."""
+        return sum(self.is_moe) + self.is_moe[-1] * self.depths.distinct
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one rank in one step at the final global batch size."""
+        train = self.cfg.train
+        return max(1, train.global_batch_size // (train.micro_batch_size * self.grid.dp_size))
