@@ -2,12 +2,13 @@
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest
 ARGS ?=
+DOCS := $(wildcard *.md docs/*.md .github/*.md)
 
 # Megatron-Core and torch are thousands of modules: without cached bytecode each process takes 10 s more to start.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real-model test test-layouts test-all lint clean
+.PHONY: help setup demo real-model test test-layouts test-all lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -30,11 +31,19 @@ test-layouts: setup ## the slow part of the matrix over models, layouts and mask
 test-all: setup ## every test that this machine can run
 	@$(PYTEST) $(ARGS)
 
-lint: setup ## style, format, and which room may import which
+lint: setup ## style, format and spelling of code and docs; import contracts; types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/mdformat --check $(DOCS)
+	@.venv/bin/codespell $(shell git ls-files)
 	@.venv/bin/lint-imports
+	@.venv/bin/mypy
+
+format: setup ## rewrite code and docs in the project's form
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+	@.venv/bin/mdformat $(DOCS)
 
 clean: ## remove .venv and what tools leave behind; runs/ stays
-	rm -rf .venv .uv .pytest_cache .hypothesis .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf .venv .uv .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ from dataclasses import fields
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.coerce import field_types
 from megatron_mtp.config.container import ConfigContainer
+from scripts.markdown import formatted
 
 HEAD = """\
 # Config
@@ -38,7 +39,7 @@ def render() -> str:
         for field in fields(section):  # type: ignore[arg-type]
             cells = (f"`{field.name}`", f"`{field.type}`", f"`{getattr(defaults, field.name)!r}`", meanings[field.name])
             parts.append("| " + " | ".join(_cell(cell) for cell in cells) + " |\n")
-    return "".join(parts)
+    return formatted("".join(parts))
 
 
 def field_docs(section: type[Section]) -> dict[str, str]:

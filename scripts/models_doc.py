@@ -11,6 +11,7 @@ from megatron_mtp.convert.hf_families import FAMILIES
 from megatron_mtp.parallel.params import ParameterCount, count_parameters
 from megatron_mtp.recipes import RECIPES, get_recipe, recipe_function
 from megatron_mtp.recipes.published import PUBLISHED, Counted, Figure
+from scripts.markdown import formatted
 
 HEAD = """\
 # Models
@@ -43,7 +44,8 @@ apart in it (`dataset.reset_attention_mask`), on either.
 def render() -> str:
     """The text of docs/models.md."""
     names = [name for name in RECIPES if name in PUBLISHED]
-    return HEAD + _architectures(names) + "\n" + SIZES + _sizes(names) + "\n" + _defaults(names) + "\n" + NOTES
+    parts = [HEAD, _architectures(names), SIZES, _sizes(names), _defaults(names), NOTES]
+    return formatted("\n".join(parts))
 
 
 def unpadded(name: str) -> ModelConfig:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Makes .venv with Python 3.12 and the project in it, at the versions of constraints.txt. Quick when nothing changed.
-# Needs git, make and some Python with pip. PYTHON=/path/to/python3.12 picks the interpreter; EXTRAS=dev,hf,te picks the extras.
+# Needs git, make and some Python with pip. PYTHON=/path/to/python3.12 picks the interpreter; EXTRAS=dev,docs,hf,te picks the extras.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 WANTED=3.12
-EXTRAS=${EXTRAS:-dev,hf}
+EXTRAS=${EXTRAS:-dev,docs,hf}
 NEEDED_GIB=8
 STAMP=.venv/.setup-stamp
 # CUDA wheels have hundreds of MB: uv's 30 s without data is too strict for a slow connection.

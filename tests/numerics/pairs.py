@@ -15,6 +15,7 @@ from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.recipes import get_recipe
+from scripts.markdown import formatted
 from tests.numerics.runs import SMALL
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "numerics.md"
@@ -148,7 +149,8 @@ def table() -> str:
         row = [cells.get((left, right)) or cells.get((right, left)) or "" for right in FEATURES]
         lines.append(f"| **{left}** | " + " | ".join(row) + " |")
     messages = [f"{number}. {note}" for number, note in enumerate(notes, start=1)]
-    return "\n".join([*lines, "", "What the numbers stand for, as the program says it:", "", *messages])
+    text = "\n".join([*lines, "", "What the numbers stand for, as the program says it:", "", *messages])
+    return formatted(text).strip()
 
 
 def _cell(pair: Pair, notes: list[str]) -> str:
@@ -167,7 +169,7 @@ def write() -> None:
     text = DOCUMENT.read_text()
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    DOCUMENT.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}")
+    DOCUMENT.write_text(f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}")
 
 
 if __name__ == "__main__":
