@@ -1,1 +1,1 @@
-"""Decoding with the MTP layers as the drafter."""
+"""Speculative decoding with the MTP layers as drafters."""

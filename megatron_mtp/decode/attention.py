@@ -1,7 +1,7 @@
 """Self-attention over static caches: grouped queries, and multi-latent attention on the latent itself.
 
-Both end in one call of scaled_dot_product_attention in which the query heads of a key/value group stand beside each other as rows, so
-that no key or value is repeated and no kernel has to know of groups.
+Both end in one call of scaled_dot_product_attention in which the query heads of a key/value group are rows of one head,
+so no key or value is repeated and no kernel needs to support groups.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_mtp.decode.rope import rotate
 from megatron_mtp.decode.span import Span
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 
-# Passes of more tokens than this have their heads side by side, as in training; shorter ones as rows of a group.
+# Passes with more tokens keep their heads separate, as in training; in shorter ones the heads of a group are rows.
 LONG = 32
 
 
@@ -33,14 +33,14 @@ class Cache:
     values: Tensor
 
     def keep(self, start: int, slots: list[int]) -> None:
-        """Moves the given slots to `start` and behind; for the accepted path of a draft tree."""
+        """Moves the given slots to `start`, `start + 1`, ...: the accepted path of a draft tree."""
         index = torch.tensor(slots, device=self.keys.device)
         for tensor in {id(t): t for t in (self.keys, self.values)}.values():
             tensor[:, :, start : start + len(slots)] = tensor[:, :, index]
 
 
 def attend(query: Tensor, cache: Cache, span: Span, heads: int, scale: float) -> Tensor:
-    """query: [b * q, heads, width] -> [b * q, heads, value width], over the slots of `cache` that `span` lets it see."""
+    """query: [b * q, heads, width] -> [b * q, heads, value width], over the slots of `cache` visible in `span`."""
     keys, values = cache.keys[:, :, : span.stop], cache.values[:, :, : span.stop]
     if span.q > LONG:
         return _attend_long(query, keys, values, span, scale)
@@ -58,7 +58,7 @@ def attend(query: Tensor, cache: Cache, span: Span, heads: int, scale: float) ->
 
 
 def _attend_long(query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float) -> Tensor:
-    """For prompts: a mask for each head of a group would be big, and a causal kernel needs none."""
+    """For prompts: a mask per head of a group would be big, and a causal kernel needs none."""
     heads = query.shape[1]
     query = query.view(span.b, span.q, heads, -1).transpose(1, 2)
     is_causal = span.start == 0
@@ -79,9 +79,9 @@ class GroupedAttention:
     """Grouped-query attention of this rank's heads.
 
     Args:
-        qkv: h -> [all query heads; all key heads; all value heads], coordinates of a RoPE pair side by side.
+        qkv: h -> [all query heads; all key heads; all value heads], coordinates of a RoPE pair adjacent.
         out: heads/tp * width -> h.
-        head_norm: norm of queries and keys for each head, None without; its weights are `head_weight` [heads + groups, width].
+        head_norm: norm of queries and keys per head, or None; its weights are `head_weight` [heads + groups, width].
     """
 
     qkv: Linear
@@ -97,15 +97,14 @@ class GroupedAttention:
         """x: [b * q, h], normed. Returns residual + attention, [b * q, h]."""
         heads, both = self.heads, self.heads + self.groups
         qkv = self.qkv(x).view(-1, both + self.groups, self.width)
-        turned = qkv[:, :both]
+        rotated = qkv[:, :both]
         if self.head_norm is not None:
-            turned = self.head_norm(turned.contiguous()).mul_(self.head_weight)
-        rotation = span.rotation
-        if rotation is not None:
-            turned = rotate(turned, rotation)
-        span.write(cache.keys, turned[:, heads:])
+            rotated = self.head_norm(rotated.contiguous()).mul_(self.head_weight)
+        if span.rotation is not None:
+            rotated = rotate(rotated, span.rotation)
+        span.write(cache.keys, rotated[:, heads:])
         span.write(cache.values, qkv[:, both:])
-        context = attend(turned[:, :heads], cache, span, heads, self.width**-0.5).view(-1, heads * self.width)
+        context = attend(rotated[:, :heads], cache, span, heads, self.width**-0.5).view(-1, heads * self.width)
         return join(self.out, context, residual, self.tp)
 
     def new_cache(self, b: int, slots: int, dtype: torch.dtype, device: torch.device) -> Cache:
@@ -120,15 +119,16 @@ class GroupedAttention:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """MLA with its up projections absorbed: scores are taken with the latent, and heads are made after the mean.
+    """MLA with its up projections absorbed: attention runs on the latents, and the heads' values are made afterwards.
 
-    A slot keeps kv_lora_rank + rope numbers for all heads together. Products with `key_up` before and `value_up` after the attention
-    equal those with keys and values that are made for each slot, up to rounding. The weight of the latent's norm is in both.
+    A slot stores kv_lora_rank + rope numbers for all heads together. Multiplying queries with `key_up` before and
+    contexts with `value_up` after the attention equals attention over per-head keys and values, up to rounding. Both
+    include the weight of the latent's norm.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
 
     Args:
         down: h -> [query latent (or this rank's query heads); key/value latent; rope key].
-        query_up: query latent -> this rank's query heads; None: `down` makes them.
+        query_up: query latent -> this rank's query heads; None: `down` returns them.
         key_up: [heads/tp, qk_head_dim, kv_lora_rank].
         value_up: [heads/tp, kv_lora_rank, v_head_dim].
         out: heads/tp * v_head_dim -> h.
@@ -158,12 +158,13 @@ class LatentAttention:
         query = query.view(x.shape[0], self.heads, -1)
         plain = query[..., : self.key_up.shape[1]].transpose(0, 1)  # [heads, n, qk_head_dim]
         absorbed = torch.bmm(plain, self.key_up).transpose(0, 1)  # [n, heads, kv_lora_rank]
-        turned, rope_key = query[..., self.key_up.shape[1] :], rope_key[:, None]
+        rotated, rope_key = query[..., self.key_up.shape[1] :], rope_key[:, None]
         if span.rotation is not None:
-            turned, rope_key = rotate(turned.contiguous(), span.rotation), rotate(rope_key.contiguous(), span.rotation)
+            rotated = rotate(rotated.contiguous(), span.rotation)
+            rope_key = rotate(rope_key.contiguous(), span.rotation)
         span.write(cache.keys, torch.cat((latent[:, None], rope_key), dim=-1))
-        # Keys and values of one width suit the fast kernels: the mean of the rope keys is computed and dropped.
-        context = attend(torch.cat((absorbed, turned), dim=-1), cache, span, self.heads, self.scale)
+        # Fast kernels need keys and values of one width: the mean of the rope keys is computed and dropped.
+        context = attend(torch.cat((absorbed, rotated), dim=-1), cache, span, self.heads, self.scale)
         context = torch.bmm(context[..., : latent.shape[-1]].transpose(0, 1), self.value_up)  # [heads, n, v_head_dim]
         return join(self.out, context.transpose(0, 1).reshape(x.shape[0], -1), residual, self.tp)
 

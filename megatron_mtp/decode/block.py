@@ -1,4 +1,4 @@
-"""One transformer layer, and one MTP layer around it."""
+"""A transformer layer, and the MTP layer around it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class Block:
     feed_forward: Dense | Experts
 
     def __call__(self, x: Tensor, span: Span, cache: Cache) -> Tensor:
-        """[b * q, h] -> [b * q, h]; keys and values go to the slots of `span`."""
+        """[b * q, h] -> [b * q, h]; writes keys and values to the slots of `span`."""
         x = self.attention(self.attention_norm(x), x, span, cache)
         return self.feed_forward(self.feed_forward_norm(x), x)
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """One MTP layer: h_k = norm(block(M [enorm(Emb(t[i+k])); hnorm(h_{k-1})])). A parallel head has no M and reads no token.
+    """One MTP layer: h_k = norm(block(M [enorm(Emb(t[i+k])); hnorm(h_{k-1})])). A parallel head has no M and reads no
+    token.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.2; Gloeckle et al. 2024, arXiv 2404.19737, section 2.
     """

@@ -1,7 +1,7 @@
-"""How many drafts a round should have, from acceptance and costs as they are measured.
+"""Chooses the number of drafts per round from measured acceptance and costs.
 
-A round with K drafts yields 1 + a_1 + a_1 a_2 + ... + a_1..a_K tokens and costs verify(K) + draft(K) seconds, where a_k is the conditional
-acceptance of depth k. The best K has the most tokens per second.
+A round with K drafts yields 1 + a_1 + a_1 a_2 + ... + a_1..a_K tokens and takes verify(K) + draft(K) seconds, where a_k
+is the conditional acceptance of depth k. The best K has the most tokens per second.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from contextlib import contextmanager
 
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 
-# Rounds of each K before the first decision, and rounds between decisions.
 PROBES = 3
+"""Rounds with each K before the first decision."""
 EVERY = 32
-# Weight of the past when a count or time is added: about the last hundred rounds matter.
+"""Rounds between decisions."""
 KEEP = 0.99
+"""Weight of older counts when a new one is added: about the last hundred rounds matter."""
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Tokens of one round whose depths are accepted so, given the depths before.
+    """Expected tokens per round, given the conditional acceptance of each depth.
 
     With acceptance 0.8 and 0.5: 1 + 0.8 + 0.8 * 0.5 = 2.2.
     """
@@ -29,11 +30,11 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
 
 
 def expected_speed_up(acceptance: Sequence[float], plain_s: float, round_s: float) -> float:
-    """Plain decoding's seconds per token over drafting's.
+    """Seconds per token of plain decoding divided by those with drafts.
 
     Args:
-        plain_s: seconds of one token without drafts.
-        round_s: seconds of one round: drafts, verification and bookkeeping.
+        plain_s: seconds per token without drafts.
+        round_s: seconds per round, with bookkeeping.
     """
     return expected_tokens(acceptance) * plain_s / round_s
 
@@ -43,7 +44,7 @@ class DraftLength:
 
     Args:
         most: largest K.
-        is_fixed: always `most`.
+        is_fixed: always use `most`.
         tp: rank 0's clock decides for all ranks.
     """
 
@@ -54,13 +55,13 @@ class DraftLength:
         self.reached = [0.0] * most
         self.agreed = [0.0] * most
         self.seconds: dict[int, float] = {}
-        """K -> seconds of one round."""
+        """K -> smallest seconds of a round."""
         self.totals: dict[str, float] = {}
-        """Seconds of all rounds, by part."""
+        """Part of a round -> its seconds over all rounds."""
         self._spent = 0.0
 
     def next(self) -> int:
-        """K of the next round. First every K is tried, the largest first, since it fills the caches of all depths."""
+        """K of the next round. First every K is tried, the largest first because it fills the caches of all depths."""
         if self.is_fixed or self.most == 0:
             return self.most
         round_number, self.rounds = self.rounds, self.rounds + 1
@@ -71,17 +72,17 @@ class DraftLength:
         return self.best
 
     def choose(self) -> int:
-        """The K with the most tokens per second, by what is known now."""
+        """The K with the most tokens per second so far."""
         rates = {k: expected_tokens(self.acceptance[:k]) / self.seconds[k] for k in self.seconds}
         return max(rates, key=lambda k: rates[k])
 
     @property
     def acceptance(self) -> list[float]:
-        """Conditional acceptance of each depth; one half where nothing is known."""
+        """Conditional acceptance of each depth; 0.5 before anything is measured."""
         return [(a + 0.5) / (r + 1.0) for a, r in zip(self.agreed, self.reached, strict=True)]
 
     def add(self, count: int, accepted: int) -> None:
-        """One row's outcome of a round with `count` drafts."""
+        """Adds one row's outcome of a round with `count` drafts."""
         if self.is_fixed:
             return
         for k in range(min(count, accepted + 1)):
@@ -90,7 +91,7 @@ class DraftLength:
 
     @contextmanager
     def timed(self, what: str, count: int) -> Iterator[None]:
-        """Times a part of a round; "verify" is the last part. The smallest time of each K counts: others were disturbed."""
+        """Times a part of a round; "verify" is the last part. The smallest time of each K counts."""
         started = time.perf_counter()
         yield
         elapsed = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Feed-forward blocks: dense, and mixture of experts for few tokens."""
+"""Feed-forward blocks: dense, and mixture of experts for a few tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_mtp.decode.tensor_parallel import TensorParallel
 
 
 def activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """From what the first projection gives, [n, 2 * width] ([gate, up]) or [n, width], to [n, width]."""
+    """The function from the first projection's output, [n, 2 * width] ([gate, up]) or [n, width], to [n, width]."""
     functions = {
         "silu": F.silu,
         "gelu": F.gelu,
@@ -45,7 +45,7 @@ class Dense:
     tp: TensorParallel
 
     def local(self, x: Tensor) -> Tensor:
-        """This rank's summand, [n, h]."""
+        """This rank's part of the sum, [n, h]."""
         return self.down(self.act(self.up(x)))
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -55,12 +55,12 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Routed experts and the shared one. Every expert is on every rank, its width sharded over tp. No token is dropped.
+    """Routed experts and the shared one. Every rank has every expert, its width sharded over tp. No token is dropped.
 
     Args:
         router: h -> experts, [n, E] fp32 or fp64.
         choose: logits [n, E] -> ids [n, k] of the chosen experts and their weights [n, k].
-        gate: [h, 1], the shared expert's gate; None without.
+        gate: [h, 1], the shared expert's gate, or None.
     """
 
     router: Callable[[Tensor], Tensor]

@@ -1,9 +1,9 @@
-"""Matrix products of a few rows with a big weight, in the form that is fastest where the weight lives.
+"""Matrix products of a few rows with a big weight, in the fastest form for the weight's device.
 
-Decoding multiplies 1 to about 8 rows at a time, so what costs is reading the weight. Drafting only pays if a product of K + 1 rows
-costs about what one row costs. On a CPU in fp32 MKL's product of 2 to 8 rows took 2 to 5 times as long as of one; oneDNN's
-with a weight that was packed beforehand took the same time for all of them (docs/decoding.md), and gives, for nearly all shapes, the same bits
-for a row whatever rows stand beside it.
+Decoding multiplies 1 to about 8 rows at a time, so reading the weight dominates. Drafting only pays if a product of K +
+1 rows takes about as long as one of a single row. On a CPU in fp32, MKL's product of 2 to 8 rows took 2 to 5 times as
+long as that of one row; oneDNN's with a packed weight took the same time for all (docs/decoding.md), and for nearly all
+shapes a row's result has the same bits whatever the other rows are.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Smaller weights stay in a core's cache, where calling oneDNN (13 us) costs more than the product by MKL (4 us).
+# Smaller weights fit a core's cache, where calling oneDNN (13 us) takes longer than MKL's product (4 us).
 PACK_FROM_ELEMENTS = 2**18
-# The number of rows oneDNN packs for. Packing for one row gives a form that is slow for more.
+# Number of rows that oneDNN packs for. A form packed for one row is slow for more.
 PACK_FOR_ROWS = 4
 
 
@@ -26,7 +26,7 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual [n, out] + x W^T + bias, in one kernel where there is one."""
+        """residual [n, out] + x W^T + bias, in one kernel if possible."""
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -1,4 +1,4 @@
-"""Acceptance on a given text, as training evaluation counts it, and what drafting is expected to gain."""
+"""Acceptance on a given text, counted as in training evaluation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.span import Span
 
-# Slots whose logits are made at a time.
-CHUNK = 512
+LOGITS_SLOTS = 512
+"""Slots whose logits are computed at a time."""
 
 
 @dataclass(slots=True)
 class TextCounts:
-    """Slots of a text at which depths 1..k-1 agreed with the main prediction (`reached`), and depth k did too (`agreed`)."""
+    """Slots where depths 1..k-1 agree with the main prediction (`reached`) and depth k does too (`agreed`), by k."""
 
     reached: list[int] = field(default_factory=list)
     agreed: list[int] = field(default_factory=list)
 
     def add(self, other: TextCounts) -> None:
-        """Adds another text's."""
+        """Adds the counts of another text."""
         if not self.reached:
             self.reached, self.agreed = [0] * len(other.reached), [0] * len(other.agreed)
         self.reached = [a + b for a, b in zip(self.reached, other.reached, strict=True)]
@@ -31,23 +31,23 @@ class TextCounts:
 
     @property
     def acceptance(self) -> list[float]:
-        """Conditional acceptance of each depth; NaN where a depth was never reached."""
+        """Conditional acceptance of each depth; NaN if a depth was never reached."""
         return [a / r if r else float("nan") for a, r in zip(self.agreed, self.reached, strict=True)]
 
 
 @torch.inference_mode()
 def acceptance_on_text(decoder: Decoder, tokens: Sequence[int], num_depths: int) -> TextCounts:
-    """Teacher-forced acceptance: the context of every slot is the text, also beyond a wrong guess.
+    """Teacher-forced acceptance: the context of every slot is the text, even after a wrong draft.
 
     The same counts as `chain_valid` and `chain_hits` of objective/acceptance.py on one document.
 
     Args:
-        tokens: at least num_depths + 2 ids; slots are those with a next token.
-        num_depths: depths beyond D go on with the last layer.
+        tokens: at least num_depths + 2 ids; every token with a next one is a slot.
+        num_depths: depths beyond D use the last layer again.
 
     Example:
-        With main top-1 [5, 6, 7, 8] and depth-1 top-1 [6, 0, 8, 0] on five tokens, depth 1 has a target at slots 0 to 2 and agrees at
-        0 and 2: reached 3, agreed 2.
+        With main top-1 [5, 6, 7, 8] and depth-1 top-1 [6, 0, 8, 0] on five tokens, depth 1 has a target at slots 0 to 2
+        and agrees at 0 and 2: reached 3, agreed 2.
     """
     text = torch.tensor([list(tokens)], device=decoder.device)
     slots = text.shape[1] - 1
@@ -72,4 +72,4 @@ def acceptance_on_text(decoder: Decoder, tokens: Sequence[int], num_depths: int)
 
 
 def _top1(decoder: Decoder, hidden: Tensor) -> Tensor:
-    return torch.cat([decoder.logits(part).argmax(dim=-1) for part in hidden.split(CHUNK)])
+    return torch.cat([decoder.logits(part).argmax(dim=-1) for part in hidden.split(LOGITS_SLOTS)])

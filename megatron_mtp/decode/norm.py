@@ -1,4 +1,4 @@
-"""Norms with few kernel launches. The weight of an RMSNorm is multiplied into the projections behind it when they are made."""
+"""Norms with few kernel launches. The weight of an RMSNorm is multiplied into the next projections beforehand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Norm = Callable[[Tensor], Tensor]
 class RMSScale:
     """x / sqrt(mean(x^2) + eps), without a weight.
 
-    The mean and the epsilon are one product with a column of 1 / width: four launches in place of seven (4 us against 15 on a CPU).
+    Mean and epsilon are one product with a column of 1 / width: four launches instead of seven (4 us against 15 on a
+    CPU).
     """
 
     __slots__ = ("column", "eps", "width")
@@ -45,7 +46,7 @@ class LayerNorm:
 
 
 class WeightedRMS:
-    """RMSNorm with its weight, where several readers want the result itself."""
+    """RMSNorm with its weight, for results that are read as they are."""
 
     __slots__ = ("scale", "weight")
 

@@ -1,13 +1,13 @@
-"""Where a new MTP layer begins: the projection that makes its input look like what its transformer layer knows.
+"""Initialises the projection of a new MTP layer so that its transformer layer gets the input it knows.
 
-A new MTP layer is a copy of the trunk's last layer. That layer reads the residual stream x of the layers below it; depth k at slot i stands for the trunk's
-last layer at slot i+k. So its projection M is fitted by least squares,
+A new MTP layer is a copy of the trunk's last layer, which reads the residual stream x of the layers below it. Depth k
+at slot i replaces the trunk's last layer at slot i+k, so its projection M is fitted by least squares,
 
     minimise over M   sum_i  |M [enorm(Emb(t[i+k])); hnorm(h_{k-1}[i])] - x[i+k]|^2 / |x[i+k]|^2  +  ridge |M|^2
 
-which needs one forward pass over some text and no training. The weights 1 / |x|^2 are there because norms stand before attention and feed-forward: what counts is
-each slot's relative error. With SmolLM2-135M the drafts of such a layer agree with the model at 37 % of slots before the first step; with a projection
-drawn at random it takes some hundred steps to get there (docs/decoding.md).
+which needs one forward pass over some text and no training. The weights 1 / |x|^2 make the error of each slot relative,
+because attention and feed-forward begin with norms. With SmolLM2-135M the drafts of such a layer agree with the model
+at 37 % of slots before the first step; a random projection needs some hundred steps to get there (docs/decoding.md).
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from megatron_mtp.decode.span import Span
 from megatron_mtp.errors import UnsupportedError
 
 RIDGE = 1e-3
-"""Relative to the mean square of the inputs: keeps directions that the text hardly visits small."""
+"""Relative to the mean square of the inputs: keeps weights small in directions that are rare in the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittedProjection:
-    """One MTP layer's.
+    """The fitted projection of one MTP layer.
 
     Args:
-        weight: [h, 2h] fp32, embedding first, for inputs normed without scale: a checkpoint's is this one over the scales of enorm and hnorm.
-        unexplained: share of the square of the layer's usual input that the fit leaves, on the text that it was made from.
-        agreement: share of slots of other text where the draft is what the model takes.
+        weight: [h, 2h] fp32, embedding first, for inputs normed without scale. Divided by the scales of enorm and hnorm
+            it is the weight for a checkpoint.
+        unexplained: remaining share of the squared norm of the layer's usual input, on the text of the fit.
+        agreement: share of slots of other text at which the draft is the model's most probable token.
     """
 
     weight: Tensor
@@ -45,14 +46,14 @@ class FittedProjection:
 def fit_projections(
     decoder: Decoder, documents: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], ridge: float = RIDGE
 ) -> list[FittedProjection]:
-    """Fits the MTP layers in order, each on what the ones before it make with their new projections. `decoder` uses them afterwards.
+    """Fits the MTP layers in order, each on the outputs of the ones before it. `decoder` then uses the new projections.
 
     Args:
-        documents: ids; each fits in the context.
-        held_out: ids of text to count agreement on.
+        documents: token ids; each document fits in the context.
+        held_out: token ids to count agreement on.
 
     Raises:
-        UnsupportedError: there is no projection, or a layer is no copy of the trunk's last one.
+        UnsupportedError: there is no projection, or a layer is not a copy of the trunk's last one.
     """
     _refuse(decoder, documents[0])
     found = []
@@ -67,18 +68,18 @@ def fit_projections(
 
 def _refuse(decoder: Decoder, document: Sequence[int]) -> None:
     if decoder.tp.size > 1:
-        raise UnsupportedError("projections are fitted on one rank.")
+        raise UnsupportedError("projections are fitted on one rank: use tensor_model_parallel_size = 1.")
     if decoder.is_parallel or not decoder.depths:
         reason = f"mtp_variant = {decoder.model.mtp_variant}" if decoder.depths else "mtp_num_layers = 0"
-        raise UnsupportedError(f"model.{reason}: there is no projection to be fitted.")
+        raise UnsupportedError(f"model.{reason}: there is no projection to fit.")
     with torch.inference_mode():
         pass_ = _Pass(decoder, document)
         for number, depth in enumerate(decoder.depths, start=1):
             copy = depth.block(pass_.below, pass_.span, pass_.depth_caches[number - 1])
             if not torch.allclose(copy, pass_.top, rtol=1e-3, atol=1e-3 * float(pass_.top.abs().max())):
                 raise UnsupportedError(
-                    f"MTP layer {number} is no copy of the last decoder layer: it was trained, or made fresh. A fit would not suit it. "
-                    "Import the model with --mtp-init last_layer and fit before training."
+                    f"MTP layer {number} is not a copy of the last decoder layer: it was trained or randomly "
+                    "initialised. Import the model with --mtp-init last_layer and fit before training."
                 )
 
 
@@ -86,21 +87,21 @@ def _fit(decoder: Decoder, documents: Sequence[Sequence[int]], number: int, ridg
     h = decoder.model.hidden_size
     square = torch.zeros(2 * h, 2 * h, dtype=torch.float64, device=decoder.device)
     cross = torch.zeros(2 * h, h, dtype=torch.float64, device=decoder.device)
-    whole = 0.0
+    total = 0.0
     for rows, target in _equations(decoder, documents, number):
         scale = target.pow(2).mean(dim=-1, keepdim=True).rsqrt()
         rows, target = rows * scale, target * scale
         square += rows.T @ rows
         cross += rows.T @ target
-        whole += float(target.pow(2).sum())
+        total += float(target.pow(2).sum())
     damped = square + ridge * square.diagonal().mean() * torch.eye(2 * h, dtype=torch.float64, device=decoder.device)
     solution = torch.linalg.solve(damped, cross)
-    left = whole - float(2 * (solution * cross).sum() - (solution * (square @ solution)).sum())
-    return solution.T.float().cpu(), left / whole
+    left = total - float(2 * (solution * cross).sum() - (solution * (square @ solution)).sum())
+    return solution.T.float().cpu(), left / total
 
 
 def _equations(decoder: Decoder, documents: Sequence[Sequence[int]], number: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(what the projection reads [n, 2h], what the layer is used to [n, h]) of each document, fp64."""
+    """(input of the projection [n, 2h], usual input of the layer [n, h]) of each document, fp64."""
     depth = decoder.depths[number - 1]
     for ids in documents:
         if len(ids) <= number:
@@ -128,7 +129,7 @@ def _agreement(decoder: Decoder, documents: Sequence[Sequence[int]], number: int
 
 
 class _Pass:
-    """The trunk's pass over one document [1, n]: `below` and `top` are the residual stream [n, h] before and behind its last layer."""
+    """The trunk's pass over one document of n tokens: residual stream [n, h] `below` and on `top` of its last layer."""
 
     def __init__(self, decoder: Decoder, ids: Sequence[int]):
         self.decoder = decoder
@@ -142,7 +143,7 @@ class _Pass:
         self.normed = decoder.final_norm(self.top)
 
     def hidden(self, number: int) -> Tensor:
-        """[n - number, h] of depth `number`; of depth 0 what depth 1 reads."""
+        """[n - number, h]: output of depth `number`; for 0, what depth 1 reads."""
         if number == 0:
             return self.top if self.decoder.model.mtp_hidden_source == "pre_final_norm" else self.normed
         n = self.tokens.shape[1] - number

@@ -1,7 +1,7 @@
-"""Rotations of all positions as complex numbers: turning a pair of coordinates is then one multiplication.
+"""Rotations of all positions as complex numbers: rotating a pair of coordinates is one multiplication.
 
-Attention room and weights agree that coordinates of a pair are neighbours. Megatron-Core's dense layers pair coordinate j with j + width/2;
-`pair_order` says how to sort the rows of their query and key projections. Products of queries and keys do not change by it.
+In this package the coordinates of a pair are adjacent. Megatron-Core's dense layers pair coordinate j with j + width/2;
+`pair_order` sorts the rows of their query and key projections. Products of queries and keys do not change.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_mtp.config.sections import ModelConfig
 
 
 def rotations(model: ModelConfig, positions: int, device: torch.device) -> Tensor | None:
-    """[positions, width / 2] complex64, 1 where a pair is not turned; None for models without positions.
+    """[positions, width / 2] complex64, 1 for pairs that are not rotated; None for models without positions.
 
-    Angles are Megatron-Core's own, so that its scalings (Llama 3.1, YaRN) need no second writing.
+    The angles come from Megatron-Core, which implements the scalings (Llama 3.1, YaRN).
     """
     if model.multi_latent_attention:
         angles, factor, width = *_latent_angles(model, positions), model.qk_pos_emb_head_dim
@@ -63,16 +63,16 @@ def _latent_angles(model: ModelConfig, positions: int) -> tuple[Tensor, float]:
 
 
 def pair_order(width: int, rotary_percent: float) -> list[int]:
-    """Old index of each coordinate of a head when partners stand side by side.
+    """Old index of each coordinate of a head, in the order with adjacent pairs.
 
     With width 8 and rotary_percent 0.5: [0, 2, 1, 3, 4, 5, 6, 7].
     """
-    turned = int(width * rotary_percent)
-    pairs = [index for j in range(turned // 2) for index in (j, j + turned // 2)]
-    return pairs + list(range(turned, width))
+    rotated = int(width * rotary_percent)
+    pairs = [index for j in range(rotated // 2) for index in (j, j + rotated // 2)]
+    return pairs + list(range(rotated, width))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns x [n, heads, width] by rotation [n, 1, width / 2]; fp32 inside."""
+    """Rotates x [n, heads, width] by rotation [n, 1, width / 2], in fp32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

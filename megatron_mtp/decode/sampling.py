@@ -1,4 +1,4 @@
-"""The target distribution of a step, and the rule that accepts drafts without changing it."""
+"""The target distribution of a token, and the rules that accept drafts without changing it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_mtp.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a token is taken from logits.
+    """How a token is chosen from logits.
 
     Args:
         temperature: 0: the most probable token (greedy).
         top_k: only the k most probable tokens; 0: all.
-        top_p: only the most probable tokens that together reach this probability; 1: all. After top_k.
-        seed: of the random numbers.
+        top_p: only the most probable tokens that together reach this probability; 1: all. Applied after top_k.
+        seed: seed of the random numbers.
 
     Raises:
-        ConfigError: a value is out of range; names all of them.
+        ConfigError: names every value that is out of range.
     """
 
     temperature: float = 0.0
@@ -53,7 +53,7 @@ class Sampling:
         probabilities = torch.softmax(logits, dim=-1)
         if self.top_p < 1.0:
             ordered, ids = probabilities.sort(dim=-1, descending=True)
-            # A token stays if those before it do not reach top_p: the first always does.
+            # A token stays if those before it do not reach top_p; the first one always stays.
             ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
             probabilities = torch.zeros_like(probabilities).scatter_(-1, ids, ordered)
             probabilities /= probabilities.sum(-1, keepdim=True)
@@ -69,17 +69,17 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def accept_greedy(drafts: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Accepts drafts while they are the tokens that greedy decoding takes.
+    """Accepts drafts as long as they are the tokens of greedy decoding.
 
     Args:
         drafts: [b, K] ids.
-        best: [b, K+1], the most probable token of the main model behind each of them.
+        best: [b, K+1], the main model's most probable token at the position of each draft and after the last.
 
     Returns:
-        Accepted drafts of each row [b], and the token that follows them [b].
+        Number of accepted drafts of each row [b], and the token that follows them [b].
 
     Example:
-        drafts [5, 6, 7] and best [5, 6, 8, 9]: two are accepted, then comes 8.
+        drafts [5, 6, 7] and best [5, 6, 8, 9]: two are accepted, then follows 8.
     """
     accepted = (drafts == best[:, :-1]).to(torch.int64).cumprod(dim=1).sum(dim=1)
     return accepted, best.gather(1, accepted[:, None]).squeeze(1)
@@ -88,11 +88,11 @@ def accept_greedy(drafts: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
 def accept_sampled(
     drafts: Tensor, proposed: Tensor, target: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Speculative sampling: the tokens that come out follow `target` exactly, whatever `proposed` is.
+    """Speculative sampling: the resulting tokens follow `target` exactly, whatever `proposed` is.
 
-    A draft d from q is accepted with probability min(1, p(d) / q(d)); at the first that is not, the next token is drawn from
-    max(p - q, 0), normalised; behind the last one, from p. Source: Leviathan et al. 2023, arXiv 2211.17192, algorithm 1 and
-    appendix A.1; Chen et al. 2023, arXiv 2302.01318.
+    A draft d drawn from q is accepted with probability min(1, p(d) / q(d)). After the first rejection the next token is
+    drawn from max(p - q, 0), normalised; if all are accepted, from p. Source: Leviathan et al. 2023, arXiv 2211.17192,
+    algorithm 1 and appendix A.1; Chen et al. 2023, arXiv 2302.01318.
 
     Args:
         drafts: [b, K] ids, draft k drawn from proposed[:, k].
@@ -109,7 +109,7 @@ def accept_sampled(
     rows = torch.arange(len(drafts), device=drafts.device)
     none = torch.zeros_like(target[:, :1])
     rest = (target - torch.cat((proposed, none), dim=1))[rows, accepted].clamp_(min=0.0)
-    # Where p and q differ by rounding only, nothing is left although a draft was refused.
+    # If p and q differ by rounding only, nothing is left although a draft was rejected.
     empty = rest.sum(-1, keepdim=True) <= 0.0
     rest = torch.where(empty, target[rows, accepted], rest)
     return accepted, draw(rest, generator)

@@ -1,14 +1,14 @@
-"""Texts that are being decoded: their tokens, caches, and how far each cache is right.
+"""Texts that are being decoded: their tokens, their caches, and how many slots of each cache are valid.
 
-With L tokens t[0] .. t[L-1] known in a row, the trunk has seen slots 0 .. L-2. Depth k at slot i reads t[i+k] and predicts t[i+k+1], so depth
-k at slot L-2 drafts t[L-1+k]:
+With L known tokens t[0] .. t[L-1] in a row, the trunk has seen slots 0 .. L-2. Depth k at slot i reads t[i+k] and
+predicts t[i+k+1], so depth k at slot L-2 drafts t[L-1+k]:
 
     depth 1 at slot L-2 reads t[L-1] and drafts d1;  depth 2 at slot L-2 reads d1 and drafts d2;  ...
-    the trunk runs t[L-1], d1 .. dK at slots L-1 .. L-1+K and says what follows each of them
+    the trunk runs t[L-1], d1 .. dK at slots L-1 .. L-1+K and predicts what follows each of them
 
-A slot of depth k that read a draft is right if the draft was accepted. `filled` counts, for each depth and row, the leading slots that
-are right; the next drafting runs every depth from the smallest count on, which is at most K slots back. Depths beyond D
-use the last layer again, each with a cache of its own: a layer that is applied k times has seen only its own k-th outputs there in training too.
+A slot of depth k that read a draft is valid if the draft was accepted. `filled` counts, for each depth and row, the
+leading valid slots; the next drafting runs every depth from the smallest count on, at most K slots back. Depths beyond
+D use the last layer again, each with its own cache: in training, too, the k-th use of a layer sees only k-th outputs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Session:
 
     Args:
         prompts: ids of each row, at least one each.
-        max_new_tokens: tokens that may follow.
-        num_drafts: most drafts of a round in a row; 0: no MTP layer is run.
-        round_tokens: most drafts of a round; None: num_drafts. A tree has more.
+        max_new_tokens: most tokens that follow a prompt.
+        num_drafts: most drafted depths per round; 0: no MTP layer runs.
+        round_tokens: most drafts per round, which a tree has more of; None: num_drafts.
     """
 
     def __init__(
@@ -53,33 +53,33 @@ class Session:
         self.masks, self.cis = decoder.positions(self.capacity)
         self.trunk_caches, self.depth_caches = decoder.new_caches(self.b, self.capacity, num_drafts)
         self.filled = [[0] * self.b for _ in range(num_drafts)]
-        # What depth 1 reads, of every slot that the trunk has seen.
+        # [b, slots, h]: what depth 1 reads, for every slot that the trunk has seen.
         self.sources = torch.zeros(
             self.b, self.capacity if num_drafts else 0, decoder.model.hidden_size, dtype=decoder.dtype, device=device
         )
 
     def prefill(self) -> Tensor:
-        """Runs the trunk over the prompts. Returns logits [b, v] of the tokens that follow."""
+        """Runs the trunk over the prompts. Returns logits [b, v] of the next tokens."""
         q = max(self.lengths)
         hidden = self._trunk([0] * self.b, q)
         last = torch.tensor(self.lengths, device=hidden.device) - 1
         return self.decoder.logits(hidden[torch.arange(self.b, device=hidden.device), last])
 
     def append(self, next_tokens: list[int]) -> None:
-        """Takes the first token behind each prompt."""
+        """Appends the first new token of each row."""
         for row, token in enumerate(next_tokens):
             self.tokens[row, self.lengths[row]] = token
             self.lengths[row] += 1
 
     def draft(self, count: int, pick: Pick) -> None:
-        """Drafts `count` tokens for each row and puts them behind its tokens.
+        """Drafts `count` tokens for each row and stores them after its tokens.
 
         Args:
             pick: called for each depth in order.
         """
         wanted = [min(filled[row] for filled in self.filled[:count]) for row in range(self.b)]
         q = max(length - 1 - start for length, start in zip(self.lengths, wanted, strict=True))
-        # Rows that need fewer slots run some again; a row shorter than q runs slots without tokens, behind its last one.
+        # Rows that need fewer slots repeat some; a row shorter than q also runs slots after its last token.
         starts = [max(0, length - 1 - q) for length in self.lengths]
         span = Span(starts, q, self.masks, self.cis)
         source = hidden = self._window(self.sources, span).flatten(0, 1)
@@ -91,22 +91,22 @@ class Session:
             self._put_drafts(k, pick(self.decoder.draft_logits(self._last(hidden, span))))
 
     def drafts(self, count: int) -> Tensor:
-        """[b, count] ids of the last drafting."""
+        """[b, count] ids drafted last."""
         return self._ahead(1, count)
 
     def verify(self, count: int) -> Tensor:
-        """Runs the trunk over each row's last token and its drafts. Returns logits [b, count + 1, v] of what follows each."""
+        """Runs the trunk over each row's last token and drafts. Returns logits [b, count + 1, v] after each."""
         hidden = self._trunk([length - 1 for length in self.lengths], count + 1)
         return self.decoder.logits(hidden.flatten(0, 1)).view(self.b, count + 1, -1)
 
     def commit(self, count: int, accepted: list[int], next_tokens: list[int], active: list[bool] | None = None) -> None:
-        """Keeps the accepted drafts and the token behind them, and rolls all caches back to there.
+        """Keeps the accepted drafts and the token after them, and rolls all caches back to there.
 
         Args:
-            count: drafts of this round.
-            accepted: of each row.
-            next_tokens: of each row, behind its accepted drafts.
-            active: rows to move on; the others stay where they are.
+            count: drafts in this round.
+            accepted: number of accepted drafts of each row.
+            next_tokens: the token after them, of each row.
+            active: rows that advance; the others stay. None: all.
         """
         for row in range(self.b):
             length, kept = self.lengths[row], accepted[row]
@@ -131,7 +131,7 @@ class Session:
         return hidden.view(self.b, q, -1)
 
     def _window(self, rows: Tensor, span: Span, ahead: int = 0) -> Tensor:
-        """[b, q, ...] of `rows` [b, slots, ...] at the slots of `span`, `ahead` slots on."""
+        """[b, q, ...]: `rows` [b, slots, ...] at the slots of `span`, shifted by `ahead`."""
         if span.start is not None:
             return rows[:, span.start + ahead : span.stop + ahead]
         return rows[span.rows, span.positions + ahead]
@@ -160,5 +160,5 @@ class Session:
 
 
 def slots_needed(prompt: int, max_new_tokens: int, round_tokens: int) -> int:
-    """Slots of a row's caches. A row's last round may run past its end by all drafts, and those of others, which it goes along with, once more."""
+    """Slots of a row's caches. Its last round can exceed its end by all drafts, and so can rounds of other rows."""
     return prompt + max_new_tokens + 2 * round_tokens

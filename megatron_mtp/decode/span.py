@@ -1,8 +1,8 @@
-"""Which slots the tokens of one pass stand at, and what each of them may look at.
+"""The cache slots of one pass's tokens, and which slots each token sees.
 
-A pass runs q tokens of each of b rows. Row r writes its keys and values to the slots starts[r] .. starts[r] + q - 1 of static caches, and a
-token sees the slots at or before its own. Slots behind a row's end hold leftovers of rejected drafts or of padding: nothing
-reads them, and the next pass writes over them. Rolling back is therefore nothing but a smaller start.
+A pass runs q tokens of each of b rows. Row r writes its keys and values to the slots starts[r] .. starts[r] + q - 1 of
+static caches, and a token sees the slots up to its own. Slots after a row's end hold leftovers of rejected drafts or
+padding: nothing reads them and the next pass overwrites them, so rolling back only means a smaller start.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class MaskTable:
-    """Additive masks of tokens that follow each other, as views of one buffer for each shape.
+    """Additive masks of consecutive tokens, as views of one buffer per shape.
 
-    A pass of q tokens from slot `start` needs q rows over start + q keys, with a triangle in the last q columns. The buffer is
-    made once for the whole context, and a view of its last start + q columns is the mask.
+    A pass of q tokens from slot `start` needs q rows over start + q keys, with a triangle in the last q columns. The
+    buffer spans the complete context, and its last start + q columns are the mask.
     """
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device):
@@ -25,13 +25,13 @@ class MaskTable:
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
     def view(self, q: int, heads: int, stop: int) -> Tensor:
-        """[q * heads, stop]: rows in the order of tokens, each `heads` times."""
+        """[q * heads, stop]: one row per token and head, heads innermost."""
         buffer = self._buffers.get((q, heads))
         if buffer is None:
             width = self.capacity + q
             visible = torch.ones(q, width, dtype=torch.bool, device=self.device).tril(width - q)
             buffer = additive(visible, self.dtype).repeat_interleave(heads, dim=0)
-            if q <= 32:  # a longer one is used once, and big
+            if q <= 32:  # a longer one is big and used once
                 self._buffers[q, heads] = buffer
         return buffer[:, buffer.shape[1] - stop :]
 
@@ -47,8 +47,8 @@ class Span:
     Args:
         starts: first slot of each row.
         q: tokens of each row.
-        masks: of the same context.
-        cis: [positions, width / 2] complex, the rotations of all positions; None: no positions.
+        masks: masks of the same context.
+        cis: [positions, width / 2] complex, rotations of all positions; None: no positions.
     """
 
     def __init__(self, starts: list[int], q: int, masks: MaskTable, cis: Tensor | None):
@@ -59,7 +59,7 @@ class Span:
 
     @cached_property
     def positions(self) -> Tensor:
-        """[b, q] slots of the tokens; with a tree, which overrides it, positions may repeat."""
+        """[b, q] positions of the tokens, which are their slots. A tree overrides it: positions may repeat."""
         device = self._masks.device
         starts = torch.tensor(self.starts, device=device)
         return starts[:, None] + torch.arange(self.q, device=device)
@@ -74,7 +74,7 @@ class Span:
         return self._cis[self.positions.flatten()].unsqueeze(1)
 
     def mask(self, heads: int) -> Tensor | None:
-        """What is added to the scores of q * heads queries over `stop` keys; None: each query sees every key."""
+        """The additive mask for q * heads queries over `stop` keys; None: each query sees every key."""
         if self.start is not None:
             return None if self.q == 1 else self._masks.view(self.q, heads, self.stop)
         return self._ragged.repeat_interleave(heads, dim=2) if heads > 1 else self._ragged
@@ -90,7 +90,7 @@ class Span:
         return torch.arange(self.b, device=self._masks.device)[:, None]
 
     def write(self, cache: Tensor, new: Tensor) -> None:
-        """Puts `new` [b * q, groups, width] into `cache` [b, groups, slots, width]."""
+        """Writes `new` [b * q, groups, width] into `cache` [b, groups, slots, width]."""
         new = new.view(self.b, self.q, *new.shape[1:])
         if self.start is not None:
             cache[:, :, self.start : self.stop] = new.transpose(1, 2)
@@ -99,9 +99,10 @@ class Span:
 
 
 class TreeSpan(Span):
-    """The nodes of a draft tree, behind the tokens that are settled. One row only.
+    """The nodes of a draft tree, after the accepted tokens. One row only.
 
-    Node j stands in slot start + j, at the position start + depth of the node, and sees the settled slots, its ancestors and itself.
+    Node j is in slot start + j, has the position start + its depth, and sees the accepted slots, its ancestors and
+    itself.
 
     Args:
         start: slot of the root.

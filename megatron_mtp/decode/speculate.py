@@ -1,4 +1,4 @@
-"""The decoding loop: prefill -> while not done -> draft, verify, accept, commit."""
+"""The decoding loop: prefill, then draft, verify, accept and commit until all rows are done."""
 
 from __future__ import annotations
 
@@ -14,50 +14,26 @@ from torch import Tensor
 from megatron_mtp.decode.checks import check_request
 from megatron_mtp.decode.choice import DraftLength
 from megatron_mtp.decode.model import Decoder
+from megatron_mtp.decode.options import Options
 from megatron_mtp.decode.sampling import Sampling, accept_greedy, accept_sampled, draw
 from megatron_mtp.decode.session import Session
 from megatron_mtp.decode.tree import TreeRound, round_tokens
 
 OnTokens = Callable[[int, list[int]], None]
-"""Called with a row and its new tokens, as they come."""
-MAX_AUTO_DRAFTS = 6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to decode.
-
-    Args:
-        max_new_tokens: tokens after each prompt.
-        num_draft: K, drafts of a round; 0: plain decoding; "auto": chosen from acceptance and costs as they are measured.
-        widths: a draft tree: candidates at depth 1, children of each at depth 2, and so on; greedy decoding of one row.
-            None: one chain.
-        sampling: greedy by default.
-        stop_ids: a row ends with the first of these, which is kept.
-        context: most tokens of prompt and answer together; None: model.seq_length.
-        with_margins: measure how far the second most probable token was away (costs a little).
-    """
-
-    max_new_tokens: int = 64
-    num_draft: int | str = 0
-    widths: tuple[int, ...] | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: frozenset[int] = frozenset()
-    context: int | None = None
-    with_margins: bool = False
+"""Called with a row and its new tokens after every round."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What drafting came to. Index k-1 is depth k.
+    """Statistics of drafting. Index k-1 is depth k.
 
-    `proposed` and `accepted` count drafted tokens that were offered and used, row by row; a round that the end of a row cuts counts
-    the tokens that were used. `reached` and `agreed` leave cut rounds out: depth k was reached if the depths before were accepted,
-    and agreed if it was too, so that agreed / reached is the conditional acceptance.
+    `proposed` and `accepted` count drafted tokens that were offered and used; if a row ends within a round, only the
+    tokens up to its end count as used. `reached` and `agreed` leave such rounds out: depth k is reached if all depths
+    before it were accepted, and agreed if it was accepted too, so agreed / reached is the conditional acceptance.
     """
 
     rounds: int = 0
-    """Passes of the main model after the prefill, counted for each row that was not at its end."""
+    """Passes of the main model after the prefill, summed over the rows that were not finished."""
     new_tokens: int = 0
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -65,7 +41,7 @@ class Counts:
     agreed: list[int] = field(default_factory=list)
 
     def add(self, count: int, accepted: int, used: int, is_cut: bool) -> None:
-        """One row of one round with `count` drafts, of which `accepted` agreed and `used` became part of the text."""
+        """Adds one row of one round: `count` drafts, of which `accepted` agreed and `used` became part of the text."""
         self.rounds += 1
         for column in (self.proposed, self.accepted, self.reached, self.agreed):
             column.extend([0] * (count - len(column)))
@@ -77,7 +53,7 @@ class Counts:
                 self.agreed[k - 1] += k <= accepted
 
     def merge(self, other: Counts) -> None:
-        """Adds another run's."""
+        """Adds the counts of another run."""
         self.rounds += other.rounds
         self.new_tokens += other.new_tokens
         for name in ("proposed", "accepted", "reached", "agreed"):
@@ -86,25 +62,25 @@ class Counts:
 
     @property
     def acceptance(self) -> list[float]:
-        """Conditional acceptance of each depth; NaN where a depth was never reached."""
+        """Conditional acceptance of each depth; NaN if a depth was never reached."""
         return [a / r if r else float("nan") for a, r in zip(self.agreed, self.reached, strict=True)]
 
     @property
     def tokens_per_pass(self) -> float:
-        """Mean tokens that one pass of the main model yields, the prefill's not counted."""
+        """Mean new tokens per pass of the main model, without the prefill."""
         return self.new_tokens / self.rounds if self.rounds else 1.0
 
 
 @dataclass(slots=True)
 class Generation:
-    """What came out.
+    """Result of `generate`.
 
     Args:
         tokens: new tokens of each row.
-        counts: of all rounds.
+        counts: statistics of all rounds.
         prefill_s, decode_s: seconds up to the first token, and after it.
-        draft_s, verify_s: of decode_s, what drafting and the main model took; not measured for a draft tree.
-        margin: smallest difference in logits between the best token and the next, over all tokens of greedy decoding.
+        draft_s, verify_s: parts of decode_s spent on drafting and in the main model; not measured for a draft tree.
+        margin: smallest difference in logits between the best token and the second, over all tokens of greedy decoding.
     """
 
     tokens: list[list[int]]
@@ -117,7 +93,7 @@ class Generation:
 
     @property
     def tokens_per_s(self) -> float:
-        """New tokens per second of all rows together, the prefill and its token not counted."""
+        """New tokens per second of all rows together, without the prefill and its token."""
         return self.counts.new_tokens / self.decode_s if self.decode_s else float("nan")
 
 
@@ -125,20 +101,21 @@ class Generation:
 def generate(
     decoder: Decoder, prompts: Sequence[Sequence[int]], options: Options, on_tokens: OnTokens | None = None
 ) -> Generation:
-    """Continues the prompts, all of them in one batch.
+    """Continues the prompts, all in one batch.
 
-    Drafts never change what is decoded: greedy decoding gives the tokens of greedy decoding without drafts, and sampling the same
-    distribution. In floating point a token is the same unless two logits are closer than rounding; see docs/decoding.md.
+    Drafts never change the result: greedy decoding gives the same tokens as without drafts, and sampling the same
+    distribution. In floating point a token can differ only if two logits are closer than rounding; see
+    docs/decoding.md.
 
     Args:
-        prompts: ids, of any lengths.
-        on_tokens: gets new tokens as they come.
+        prompts: token ids, of any lengths.
+        on_tokens: called with new tokens after every round.
 
     Raises:
-        ConfigError, DataError, UnsupportedError: the request does not fit the model; before anything is computed.
+        ConfigError, DataError, UnsupportedError: the request does not fit the model; raised before any computation.
     """
-    num_drafts = check_request(decoder, prompts, options, MAX_AUTO_DRAFTS)
-    rows = Rows(len(prompts), options, on_tokens)
+    num_drafts = check_request(decoder, prompts, options)
+    rows = Answers(len(prompts), options, on_tokens)
     session = Session(decoder, prompts, options.max_new_tokens, num_drafts, round_tokens(num_drafts, options.widths))
     chooser = DraftLength(num_drafts, is_fixed=options.num_draft != "auto", tp=decoder.tp)
     generator = options.sampling.generator(decoder.device)
@@ -158,7 +135,8 @@ def generate(
     return rows.result
 
 
-def _first_tokens(logits: Tensor, rows: Rows, generator: torch.Generator) -> list[int]:
+def _first_tokens(logits: Tensor, rows: Answers, generator: torch.Generator) -> list[int]:
+    """logits: [b, v] after the prompts -> the first new token of each row."""
     sampling = rows.options.sampling
     if sampling.is_greedy:
         rows.note_margin(logits)
@@ -166,24 +144,25 @@ def _first_tokens(logits: Tensor, rows: Rows, generator: torch.Generator) -> lis
     return draw(sampling.probabilities(logits), generator).tolist()
 
 
-def _round(session: Session, rows: Rows, chooser: DraftLength, generator: torch.Generator) -> None:
+def _round(session: Session, rows: Answers, chooser: DraftLength, generator: torch.Generator) -> None:
+    """One round of all b rows with K = `count` drafts each."""
     sampling, count = rows.options.sampling, chooser.next()
-    proposed: list[Tensor] = []
+    proposed: list[Tensor] = []  # K times [b, v], the distributions that drafts were drawn from
     with chooser.timed("draft", count):
         if count:
             vocab_size = session.decoder.model.vocab_size
             pick = _pick_best if sampling.is_greedy else partial(_pick_drawn, sampling, generator, proposed, vocab_size)
             session.draft(count, pick)
     with chooser.timed("verify", count):
-        logits = session.verify(count)
-        drafts = session.drafts(count)
+        logits = session.verify(count)  # [b, K+1, v]
+        drafts = session.drafts(count)  # [b, K]
         if sampling.is_greedy:
             accepted, following = accept_greedy(drafts, logits.argmax(dim=-1))
         else:
-            target = sampling.probabilities(logits)
-            q = torch.stack(proposed, dim=1) if count else target[:, :0]
+            target = sampling.probabilities(logits)  # [b, K+1, v]
+            q = torch.stack(proposed, dim=1) if count else target[:, :0]  # [b, K, v]
             accepted, following = accept_sampled(drafts, q, target, generator)
-        kept, following, drafted = accepted.tolist(), following.tolist(), drafts.tolist()
+        kept, following, drafted = accepted.tolist(), following.tolist(), drafts.tolist()  # [b], [b], [b][K]
     if sampling.is_greedy:
         rows.note_margin(logits, kept)
     active = rows.active
@@ -195,20 +174,22 @@ def _round(session: Session, rows: Rows, chooser: DraftLength, generator: torch.
 
 
 def _pick_best(logits: Tensor) -> Tensor:
+    """[b, v] -> ids [b]."""
     return logits.argmax(dim=-1)
 
 
 def _pick_drawn(
     sampling: Sampling, generator: torch.Generator, proposed: list[Tensor], vocab_size: int, logits: Tensor
 ) -> Tensor:
+    """logits: [b, drafted ids] -> ids [b], and their distribution [b, v] appended to `proposed`."""
     probabilities = sampling.probabilities(logits)
-    # Ids above those that are drafted have no probability.
+    # Ids that are never drafted have probability 0.
     proposed.append(torch.nn.functional.pad(probabilities, (0, vocab_size - probabilities.shape[-1])))
     return draw(probabilities, generator)
 
 
-class Rows:
-    """New tokens of each row, and which rows go on."""
+class Answers:
+    """New tokens of each row, and which rows are not finished."""
 
     def __init__(self, b: int, options: Options, on_tokens: OnTokens | None):
         self.options, self.on_tokens = options, on_tokens
@@ -220,23 +201,23 @@ class Rows:
         return not any(self.active)
 
     def start(self, tokens: list[int]) -> None:
-        """Takes the token that the prefill gave each row."""
+        """Adds the first token of each row, from the prefill."""
         for row, token in enumerate(tokens):
             self._extend(row, [token])
 
     def take(self, row: int, tokens: list[int], count: int) -> None:
-        """Takes a round's tokens of one row: accepted drafts and the one behind them, of `count` drafts."""
+        """Adds one row's tokens of a round with `count` drafts: the accepted drafts and the token after them."""
         accepted = len(tokens) - 1
         used = self._extend(row, tokens)
         self.result.counts.add(count, accepted, used - 1, is_cut=not self.active[row])
         self.result.counts.new_tokens += used
 
     def take_tree(self, tokens: list[int], depth: int) -> None:
-        """As `take`, of a draft tree's only row."""
+        """As `take`, for the only row of a draft tree."""
         self.take(0, tokens, depth)
 
     def note_margin(self, logits: Tensor, kept: list[int] | None = None) -> None:
-        """logits [b, v], or [b, K+1, v] of which each row uses the first kept + 1."""
+        """logits: [b, v], or [b, K+1, v] of which each row uses the first kept + 1."""
         if not self.options.with_margins:
             return
         best = logits.float().topk(2, dim=-1).values
@@ -247,7 +228,7 @@ class Rows:
                 self.result.margin = min(self.result.margin, float(part.min()))
 
     def _extend(self, row: int, tokens: list[int]) -> int:
-        """Adds tokens up to the row's end; returns how many."""
+        """Adds tokens up to the row's end. Returns how many."""
         done = self.result.tokens[row]
         tokens = tokens[: self.options.max_new_tokens - len(done)]
         for index, token in enumerate(tokens):

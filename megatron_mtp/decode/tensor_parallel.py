@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel group say to each other while decoding."""
+"""Communication between the ranks of a tensor-parallel group while decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """Heads, feed-forward widths and vocabulary rows are sharded over `group`; hidden states are whole on every rank.
+    """Heads, feed-forward widths and vocabulary rows are sharded over `group`; hidden states are replicated.
 
     Args:
         group: None: one rank.
@@ -44,7 +44,7 @@ class TensorParallel:
         return torch.cat(shards, dim=dim)
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's value, for decisions that rest on a clock."""
+        """Rank 0's value, for decisions that depend on a clock."""
         if self.size == 1:
             return value
         box = [value]

@@ -1,8 +1,8 @@
-"""From the state dict of a trained model to the parts that decode.
+"""Builds the parts of the decoder from the state dict of a trained model.
 
-Names and layouts are those of Megatron-Core's local specs (our torch backend), each tensor as this tensor-parallel rank holds it. The
-model is not kept: weights are copied into the forms that decoding reads (norm weights multiplied in, coordinates of RoPE pairs side by side, packed for
-oneDNN), and the trained model may be dropped.
+Names and layouts are those of Megatron-Core's local specs (our torch backend), each tensor as this tensor-parallel rank
+holds it. Weights are copied into the forms that decoding reads (norm weights multiplied in, coordinates of RoPE pairs
+adjacent, packed for oneDNN), so the trained model may be freed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_mtp.decode.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where parts of the model get their weights.
+class Weights:
+    """The weights of one tensor-parallel rank, in the forms that the parts need.
 
     Args:
         model: finalized.
-        tensors: state dict of this tensor-parallel rank.
+        tensors: state dict of this rank.
         tp: its group.
-        dtype: of the weights and of the residual stream.
-        device: where they go.
+        dtype: dtype of the decoder's weights and residual stream.
+        device: where the decoder runs.
     """
 
     model: ModelConfig
@@ -43,28 +43,28 @@ class Source:
     device: torch.device
 
     def get(self, name: str) -> Tensor:
-        """fp32, on the device; to be cast when nothing more is multiplied in."""
+        """The tensor in fp32 on the device, to be cast after other weights are multiplied in."""
         return self.tensors[name].detach().to(self.device, torch.float32)
 
     def find(self, name: str) -> Tensor | None:
-        """As `get`; None where the model has no such tensor."""
+        """As `get`; None if the model has no such tensor."""
         return None if self.tensors.get(name) is None else self.get(name)
 
-    def whole(self, name: str, rows: int) -> Tensor:
-        """A weight of `rows` rows that Megatron-Core shards over tp and decoding wants whole."""
+    def gathered(self, name: str, rows: int) -> Tensor:
+        """A weight of `rows` rows that Megatron-Core shards over tp and decoding replicates."""
         tensor = self.get(name)
         return tensor if tensor.shape[0] == rows else self.tp.gather(tensor, dim=0)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A projection in this dtype."""
+        """A projection in the decoder's dtype."""
         return linear(weight.to(self.dtype).clone(), None if bias is None else bias.to(self.dtype))
 
     def after_sum(self, bias: Tensor | None) -> Tensor | None:
-        """The bias of a projection whose results are summed over ranks: one rank adds it."""
+        """The bias of a projection whose results are summed over ranks: only rank 0 adds it."""
         return bias if self.tp.rank == 0 else None
 
     def norm(self, name: str, width: int, eps: float | None = None) -> tuple[Norm, Tensor | None]:
-        """A norm, and the weight [width] that the projections behind it must take in (None: the norm applies its own)."""
+        """A norm, and the weight [width] to multiply into the next projections (None: the norm applies its own)."""
         weight, eps = self.get(f"{name}.weight"), eps or self.model.layernorm_epsilon
         weight = weight + 1 if self.model.layernorm_zero_centered_gamma else weight
         if self.model.normalization == "RMSNorm":
@@ -79,62 +79,57 @@ class Source:
 
 
 def scaled(weight: Tensor, columns: Tensor | None) -> Tensor:
-    """weight [out, in] with each column times the norm weight before it."""
+    """weight [out, in] with each column multiplied by the weight of the norm before it."""
     return weight if columns is None else weight * columns
 
 
-def block(source: Source, prefix: str, is_moe: bool) -> Block:
+def block(weights: Weights, prefix: str, is_moe: bool) -> Block:
     """One transformer layer, trunk or MTP."""
-    width = source.model.hidden_size
-    first, first_weight = source.norm(f"{prefix}input_layernorm", width)
-    second, second_weight = source.norm(f"{prefix}pre_mlp_layernorm", width)
-    attend = _latent if source.model.multi_latent_attention else _grouped
+    width = weights.model.hidden_size
+    first, first_weight = weights.norm(f"{prefix}input_layernorm", width)
+    second, second_weight = weights.norm(f"{prefix}pre_mlp_layernorm", width)
+    attend = _latent if weights.model.multi_latent_attention else _grouped
     if is_moe:
-        feed_forward = _experts(source, f"{prefix}mlp.", second_weight)
+        feed_forward = _experts(weights, f"{prefix}mlp.", second_weight)
     else:
-        feed_forward = _dense(source, f"{prefix}mlp.", second_weight, source.model.ffn_hidden_size)
-    return Block(
-        first,
-        attend(source, f"{prefix}self_attention.", first_weight),
-        second,
-        feed_forward,
-    )
+        feed_forward = _dense(weights, f"{prefix}mlp.", second_weight, weights.model.ffn_hidden_size)
+    return Block(first, attend(weights, f"{prefix}self_attention.", first_weight), second, feed_forward)
 
 
-def depth(source: Source, prefix: str, is_moe: bool) -> Depth:
+def depth(weights: Weights, prefix: str, is_moe: bool) -> Depth:
     """One MTP layer."""
-    model, h = source.model, source.model.hidden_size
-    layer = block(source, f"{prefix}mtp_model_layer.", is_moe)
-    final = source.full_norm(f"{prefix}final_layernorm")
+    model, h = weights.model, weights.model.hidden_size
+    layer = block(weights, f"{prefix}mtp_model_layer.", is_moe)
+    final = weights.full_norm(f"{prefix}final_layernorm")
     if model.mtp_variant == "parallel":
         return Depth(None, None, None, layer, final)
-    enorm, enorm_weight = source.norm(f"{prefix}enorm", h)
-    hnorm, hnorm_weight = source.norm(f"{prefix}hnorm", h)
-    weight = source.whole(f"{prefix}eh_proj.weight", h)
+    enorm, enorm_weight = weights.norm(f"{prefix}enorm", h)
+    hnorm, hnorm_weight = weights.norm(f"{prefix}hnorm", h)
+    weight = weights.gathered(f"{prefix}eh_proj.weight", h)
     if enorm_weight is not None:
         weight = weight * torch.cat((enorm_weight, hnorm_weight))
-    return Depth(enorm, hnorm, source.linear(weight), layer, final)
+    return Depth(enorm, hnorm, weights.linear(weight), layer, final)
 
 
-def _grouped(source: Source, prefix: str, columns: Tensor | None) -> GroupedAttention:
-    model, tp = source.model, source.tp
+def _grouped(weights: Weights, prefix: str, columns: Tensor | None) -> GroupedAttention:
+    model, tp = weights.model, weights.tp
     heads, groups, width = model.num_attention_heads // tp.size, model.num_query_groups // tp.size, model.kv_channels
     order = _head_order(model)
-    weight = _by_kind(source.get(f"{prefix}linear_qkv.weight"), heads, groups, width, order)
-    bias = source.find(f"{prefix}linear_qkv.bias")
+    weight = _by_kind(weights.get(f"{prefix}linear_qkv.weight"), heads, groups, width, order)
+    bias = weights.find(f"{prefix}linear_qkv.bias")
     head_norm, head_weight = None, None
     if model.qk_layernorm:
-        parts = [source.get(f"{prefix}{name}_layernorm.weight")[order] for name in ("q", "k")]
+        parts = [weights.get(f"{prefix}{name}_layernorm.weight")[order] for name in ("q", "k")]
         offset = 1.0 if model.layernorm_zero_centered_gamma else 0.0
         rows = [part.expand(count, -1) for part, count in zip(parts, (heads, groups), strict=True)]
-        head_norm = RMSScale(width, model.layernorm_epsilon, source.device)
-        head_weight = (torch.cat(rows) + offset).to(source.dtype)
+        head_norm = RMSScale(width, model.layernorm_epsilon, weights.device)
+        head_weight = (torch.cat(rows) + offset).to(weights.dtype)
     return GroupedAttention(
-        qkv=source.linear(
+        qkv=weights.linear(
             scaled(weight, columns), None if bias is None else _by_kind(bias, heads, groups, width, order)
         ),
-        out=source.linear(
-            source.get(f"{prefix}linear_proj.weight"), source.after_sum(source.find(f"{prefix}linear_proj.bias"))
+        out=weights.linear(
+            weights.get(f"{prefix}linear_proj.weight"), weights.after_sum(weights.find(f"{prefix}linear_proj.bias"))
         ),
         heads=heads,
         groups=groups,
@@ -146,8 +141,8 @@ def _grouped(source: Source, prefix: str, columns: Tensor | None) -> GroupedAtte
 
 
 def _head_order(model: ModelConfig) -> list[int]:
-    is_turned = model.position_embedding_type == "rope"
-    return pair_order(model.kv_channels, model.rotary_percent) if is_turned else list(range(model.kv_channels))
+    is_rotated = model.position_embedding_type == "rope"
+    return pair_order(model.kv_channels, model.rotary_percent) if is_rotated else list(range(model.kv_channels))
 
 
 def _by_kind(rows: Tensor, heads: int, groups: int, width: int, order: list[int]) -> Tensor:
@@ -159,34 +154,34 @@ def _by_kind(rows: Tensor, heads: int, groups: int, width: int, order: list[int]
     return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in parts])
 
 
-def _latent(source: Source, prefix: str, columns: Tensor | None) -> LatentAttention:
-    model, tp = source.model, source.tp
+def _latent(weights: Weights, prefix: str, columns: Tensor | None) -> LatentAttention:
+    model, tp = weights.model, weights.tp
     heads, rank = model.num_attention_heads // tp.size, model.kv_lora_rank
     eps = model.latent_norm_epsilon
-    kv_down = source.whole(f"{prefix}linear_kv_down_proj.weight", rank + model.qk_pos_emb_head_dim)
+    kv_down = weights.gathered(f"{prefix}linear_kv_down_proj.weight", rank + model.qk_pos_emb_head_dim)
     query_norm = query_up = latent_norm = None
     if model.q_lora_rank is None:
-        query_down = source.get(f"{prefix}linear_q_proj.weight")
+        query_down = weights.get(f"{prefix}linear_q_proj.weight")
     else:
-        query_down = source.whole(f"{prefix}linear_q_down_proj.weight", model.q_lora_rank)
-        up, weight = source.get(f"{prefix}linear_q_up_proj.weight"), None
+        query_down = weights.gathered(f"{prefix}linear_q_down_proj.weight", model.q_lora_rank)
+        up, weight = weights.get(f"{prefix}linear_q_up_proj.weight"), None
         if model.qk_layernorm:
-            query_norm, weight = source.norm(f"{prefix}q_layernorm", model.q_lora_rank, eps)
-        query_up = source.linear(scaled(up, weight))
-    kv_up = source.get(f"{prefix}linear_kv_up_proj.weight").view(heads, model.qk_head_dim + model.v_head_dim, rank)
+            query_norm, weight = weights.norm(f"{prefix}q_layernorm", model.q_lora_rank, eps)
+        query_up = weights.linear(scaled(up, weight))
+    kv_up = weights.get(f"{prefix}linear_kv_up_proj.weight").view(heads, model.qk_head_dim + model.v_head_dim, rank)
     if model.qk_layernorm:
-        latent_norm, weight = source.norm(f"{prefix}kv_layernorm", rank, eps)
+        latent_norm, weight = weights.norm(f"{prefix}kv_layernorm", rank, eps)
         kv_up = scaled(kv_up, weight)
     key_up, value_up = kv_up.split((model.qk_head_dim, model.v_head_dim), dim=1)
     return LatentAttention(
-        down=source.linear(scaled(torch.cat((query_down, kv_down)), columns)),
+        down=weights.linear(scaled(torch.cat((query_down, kv_down)), columns)),
         query_norm=query_norm,
         query_up=query_up,
         latent_norm=latent_norm,
-        key_up=key_up.to(source.dtype).contiguous(),
-        value_up=value_up.transpose(1, 2).to(source.dtype).contiguous(),
-        out=source.linear(
-            source.get(f"{prefix}linear_proj.weight"), source.after_sum(source.find(f"{prefix}linear_proj.bias"))
+        key_up=key_up.to(weights.dtype).contiguous(),
+        value_up=value_up.transpose(1, 2).to(weights.dtype).contiguous(),
+        out=weights.linear(
+            weights.get(f"{prefix}linear_proj.weight"), weights.after_sum(weights.find(f"{prefix}linear_proj.bias"))
         ),
         heads=heads,
         splits=(query_down.shape[0], rank, model.qk_pos_emb_head_dim),
@@ -202,42 +197,42 @@ def _latent_scale(model: ModelConfig) -> float:
     return correction**2 / math.sqrt(model.qk_head_dim + model.qk_pos_emb_head_dim)
 
 
-def _dense(source: Source, prefix: str, columns: Tensor | None, width: int) -> Dense:
-    """A feed-forward block of `width` columns in all, of which this rank computes its share."""
-    up, down = source.get(f"{prefix}linear_fc1.weight"), source.get(f"{prefix}linear_fc2.weight")
-    bias = source.find(f"{prefix}linear_fc1.bias")
-    if down.shape[1] == width and source.tp.size > 1:  # experts that expert_tensor_parallel_size = 1 left whole
-        up, down = _share(source, up, width), down.chunk(source.tp.size, dim=1)[source.tp.rank]
-        bias = None if bias is None else _share(source, bias, width)
+def _dense(weights: Weights, prefix: str, columns: Tensor | None, width: int) -> Dense:
+    """A feed-forward block of total width `width`, of which this rank computes its share."""
+    up, down = weights.get(f"{prefix}linear_fc1.weight"), weights.get(f"{prefix}linear_fc2.weight")
+    bias = weights.find(f"{prefix}linear_fc1.bias")
+    if down.shape[1] == width and weights.tp.size > 1:  # experts that expert_tensor_parallel_size = 1 does not shard
+        up, down = _share(weights, up, width), down.chunk(weights.tp.size, dim=1)[weights.tp.rank]
+        bias = None if bias is None else _share(weights, bias, width)
     return Dense(
-        up=source.linear(scaled(up, columns), bias),
-        down=source.linear(down, source.after_sum(source.find(f"{prefix}linear_fc2.bias"))),
-        act=activation(source.model),
-        tp=source.tp,
+        up=weights.linear(scaled(up, columns), bias),
+        down=weights.linear(down, weights.after_sum(weights.find(f"{prefix}linear_fc2.bias"))),
+        act=activation(weights.model),
+        tp=weights.tp,
     )
 
 
-def _share(source: Source, rows: Tensor, width: int) -> Tensor:
+def _share(weights: Weights, rows: Tensor, width: int) -> Tensor:
     """This rank's rows of [gate; up] or of up."""
     parts = rows.unflatten(0, (-1, width))
-    return parts.chunk(source.tp.size, dim=1)[source.tp.rank].flatten(0, 1)
+    return parts.chunk(weights.tp.size, dim=1)[weights.tp.rank].flatten(0, 1)
 
 
-def _experts(source: Source, prefix: str, columns: Tensor | None) -> Experts:
-    model = source.model
-    dtype = {"fp32": torch.float32, "fp64": torch.float64, None: source.dtype}[model.moe_router_dtype]
-    bias = source.find(f"{prefix}router.expert_bias")
-    gate, shared = source.find(f"{prefix}shared_experts.gate_weight"), model.moe_shared_expert_intermediate_size
+def _experts(weights: Weights, prefix: str, columns: Tensor | None) -> Experts:
+    model = weights.model
+    dtype = {"fp32": torch.float32, "fp64": torch.float64, None: weights.dtype}[model.moe_router_dtype]
+    bias = weights.find(f"{prefix}router.expert_bias")
+    gate, shared = weights.find(f"{prefix}shared_experts.gate_weight"), model.moe_shared_expert_intermediate_size
     return Experts(
         router=router(
-            scaled(source.get(f"{prefix}router.weight"), columns), source.find(f"{prefix}router.bias"), dtype
+            scaled(weights.get(f"{prefix}router.weight"), columns), weights.find(f"{prefix}router.bias"), dtype
         ),
         choose=chooser(model, bias),
         experts=[
-            _dense(source, f"{prefix}experts.local_experts.{index}.", columns, model.moe_ffn_hidden_size)
+            _dense(weights, f"{prefix}experts.local_experts.{index}.", columns, model.moe_ffn_hidden_size)
             for index in range(model.num_moe_experts)
         ],
-        shared=_dense(source, f"{prefix}shared_experts.", columns, shared) if shared else None,
-        gate=None if gate is None else scaled(gate, columns).t().to(source.dtype).contiguous(),
-        tp=source.tp,
+        shared=_dense(weights, f"{prefix}shared_experts.", columns, shared) if shared else None,
+        gate=None if gate is None else scaled(gate, columns).t().to(weights.dtype).contiguous(),
+        tp=weights.tp,
     )

@@ -13,7 +13,8 @@ import torch
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.load import config_of, is_hf_folder, load_weights
 from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, open_tokenizer, tokenizer_from_spec
-from megatron_mtp.decode.model import Decoder, refuse_unsupported
+from megatron_mtp.decode.model import Decoder
+from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.device.process_group import job_size
 from megatron_mtp.errors import DataError, MegatronMTPError

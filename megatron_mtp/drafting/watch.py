@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.decode.model import Decoder, refuse_unsupported
+from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.speculate import Options, generate
+from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.sharded import unwrap

@@ -1,10 +1,9 @@
 """Turns an exception into one message and an exit code, on one rank or on many.
 
 Several ranks often meet the same mistake, and when one rank fails the others soon fail because of it. The user should
-see
-the first cause once: rank 0 reports it; another rank reports only a mistake that is its own. Ranks started by `--nproc`
-write their failure to a file from which the parent process chooses; ranks of torchrun leave it in torchrun's store for
-rank 0.
+see the first cause once: rank 0 reports it; another rank reports only a mistake that is its own. Ranks started by
+`--nproc` write their failure to a file from which the parent process chooses; ranks of torchrun leave it in torchrun's
+store for rank 0.
 """
 
 from __future__ import annotations
@@ -43,9 +42,8 @@ def exit_code_of(error: Exception) -> int:
     """Reports an exception that ended a command and returns the exit code.
 
     A MegatronMTPError is addressed to the user: only its text is printed, and the code is its own (2 by default). Any
-        other
-    exception is raised again for Python to print, unless this rank's parent collects failures or another rank failed
-    first and left its reason.
+    other exception is raised again for Python to print, unless this rank's parent collects failures or another rank
+    failed first and left its reason.
     """
     rank, is_mistake = int(os.environ.get("RANK", "0")), isinstance(error, MegatronMTPError)
     code = error.exit_code if isinstance(error, MegatronMTPError) else 1

@@ -1,4 +1,4 @@
-"""Drafts proposed and accepted are those of transformers' own MTP candidate generator, on the same weights and prompts."""
+"""Proposed and accepted drafts equal those of transformers' MTP candidate generator on the same weights and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy decoding with drafts gives, token for token, what it gives without; and that is what the plain model gives."""
+"""Greedy decoding gives the same tokens with and without drafts, and those of the plain model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokens(decoder, rows, num_draft, **others):
 
 @torch.no_grad()
 def plain_greedy(model, prompt):
-    """By whole forward passes of the reference, without any cache."""
+    """By complete forward passes of the reference, without any cache."""
     text = list(prompt)
     for _ in range(NEW_TOKENS):
         hidden = model.hidden_states([torch.tensor([text])] * (1 + model.cfg.num_depths))[0]
@@ -49,7 +49,7 @@ def test_every_architecture(name):
 @pytest.mark.parametrize("depths", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_of_depths_and_drafts(kind, depths):
-    """Three prompts of different lengths as a batch, for each K up to 6; 54 cells, 162 prompts. See test_greedy_ranks for TP."""
+    """A batch of three prompts of different lengths, for each K up to 6: 54 cells. See test_ranks for TP."""
     decoder = decoder_of(plain_model(replace(KINDS[kind], num_depths=depths), seed=depths))
     rows = prompts(3, seed=depths)
     expected = tokens(decoder, rows, 0)
@@ -59,7 +59,7 @@ def test_every_number_of_depths_and_drafts(kind, depths):
 
 
 def test_some_drafts_are_accepted_and_some_are_not():
-    """Or the tests above would say little. Every draft that is accepted saves a pass."""
+    """Otherwise the tests above prove little. Every accepted draft saves a pass."""
     total, proposed = [0, 0, 0], 0
     for kind, seed in (("dense", 4), ("moe", 4), ("mla", 5)):
         decoder = decoder_of(plain_model(KINDS[kind], seed=seed))

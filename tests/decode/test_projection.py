@@ -1,4 +1,4 @@
-"""The first guess of a new MTP layer's projection: the least-squares solution, and what it is good for."""
+"""Initial projections of new MTP layers: they are the least-squares solution, and useful drafters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 
 
 def grown_model(plain):
-    """A plain model whose MTP layers are copies of its last layer, with norms of ones, and projections drawn at random."""
+    """A plain model whose MTP layers are copies of its last layer, with norms of ones and random projections."""
     model = plain_model(plain)
     with torch.no_grad():
         for module in model.mtp:
@@ -31,9 +31,14 @@ def documents(count, seed):
 
 
 @pytest.mark.parametrize(
-    "plain", [replace(DENSE, num_depths=1), replace(MLA, num_depths=1), replace(DENSE, num_depths=1, mtp_hidden="pre_final_norm")],
+    "plain",
+    [
+        replace(DENSE, num_depths=1),
+        replace(MLA, num_depths=1),
+        replace(DENSE, num_depths=1, mtp_hidden="pre_final_norm"),
+    ],
     ids=["dense", "mla", "pre_final_norm"],
-)  # fmt: skip
+)
 def test_it_is_the_solution_of_the_weighted_least_squares(plain):
     model, texts = grown_model(plain), documents(12, seed=1)
     [fit] = fit_projections(decoder_of(model), texts, documents(2, seed=2), ridge=0.0)
@@ -59,7 +64,7 @@ def test_it_is_the_solution_of_the_weighted_least_squares(plain):
 
 
 def test_drafts_agree_with_the_model_where_the_input_can_be_explained():
-    """A trunk whose last layer reads a function of the token alone: then the embedding explains all of it, at every depth."""
+    """If the trunk's last layer reads a function of the token alone, the embedding explains it at every depth."""
     model = grown_model(DENSE)
     with torch.no_grad():
         for layer in model.layers[:-1]:
@@ -93,5 +98,5 @@ def test_models_without_a_projection_are_refused(plain, text):
 
 
 def test_a_trained_layer_is_refused():
-    with pytest.raises(UnsupportedError, match="MTP layer 1 is no copy of the last decoder layer"):
+    with pytest.raises(UnsupportedError, match="MTP layer 1 is not a copy of the last decoder layer"):
         fit_projections(decoder_of(plain_model(DENSE)), documents(2, seed=1), [])

@@ -1,14 +1,18 @@
-"""Requests that cannot be followed are refused before anything is computed, with what to do."""
+"""Invalid requests and unsupported models are refused before anything is computed, with a remedy."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
-from megatron_mtp.decode.model import Decoder, refuse_unsupported
+from megatron_mtp.config.mcore.table import MCORE_FIELDS
+from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.decode import support
+from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.sampling import Sampling
 from megatron_mtp.decode.speculate import Options, generate
+from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.errors import ConfigError, DataError, UnsupportedError
 from tests.decode.models import DENSE, VARIANTS, decoder_of, plain_model
 from tests.model.plain_to_config import run_config
@@ -60,6 +64,7 @@ def test_options(decoder):
 
 def test_models():
     model = run_config(DENSE, 1, 1).copy().model
+    refuse_unsupported(model)
     model.mcore = {"window_size": [4, 0]}
     model.attention_output_gate = True
     with pytest.raises(UnsupportedError) as error:
@@ -67,3 +72,20 @@ def test_models():
     assert len(error.value.problems) == 2
     with pytest.raises(UnsupportedError):
         Decoder.build(model, {})
+
+
+def test_every_field_of_a_model_is_classified_once():
+    """A new field fails here until somebody decides whether decoding computes it."""
+    lists = [support.COMPUTED, support.WITHOUT_EFFECT, support.REFUSED.keys()]
+    assert sorted(name for names in lists for name in names) == sorted(field.name for field in fields(ModelConfig))
+    assert MCORE_FIELDS.keys() >= support.MCORE_WITHOUT_EFFECT
+
+
+def test_an_unknown_field_is_refused():
+    @dataclass(kw_only=True, slots=True)
+    class Newer(ModelConfig):
+        attention_sink: bool = False
+
+    refuse_unsupported(Newer())
+    with pytest.raises(UnsupportedError, match=r"model\.attention_sink = True: it is not known"):
+        refuse_unsupported(Newer(attention_sink=True))

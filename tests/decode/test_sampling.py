@@ -27,7 +27,8 @@ def total_variation(samples, exact):
 def bound(cells, n, failure=1e-6):
     """Total variation of n true samples stays below this but for one run in a million.
 
-    The mean is at most sqrt(cells / n) / 2 (Cauchy-Schwarz over the cells' standard deviations), and one sample moves it by at most 1/n (McDiarmid).
+    The mean is at most sqrt(cells / n) / 2 (Cauchy-Schwarz over the cells' standard deviations), and one sample moves
+    it by at most 1/n (McDiarmid).
     """
     return math.sqrt(cells / n) / 2 + math.sqrt(math.log(1 / failure) / (2 * n))
 
