@@ -2,13 +2,13 @@
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest
 ARGS ?=
-DOCS := $(wildcard *.md docs/*.md .github/*.md)
+DOCS := $(wildcard *.md docs/*.md docs/api/*.md)
 
 # Megatron-Core and torch are thousands of modules: without cached bytecode each process takes 10 s more to start.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real-model test test-layouts test-all lint format clean
+.PHONY: help setup demo real-model test test-layouts test-all lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -43,6 +43,10 @@ format: setup ## rewrite code and docs in the project's form
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 	@.venv/bin/mdformat $(DOCS)
+
+docs: setup ## build the documentation site into site/
+	@$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs site
+	@echo "site/index.html"
 
 clean: ## remove .venv and what tools leave behind; runs/ stays
 	rm -rf .venv .uv .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache build dist site *.egg-info
