@@ -36,7 +36,7 @@ def render() -> str:
         parts.append("| field | type | default | meaning |\n|---|---|---|---|\n")
         meanings = field_docs(section)
         defaults = section()
-        for field in fields(section):  # type: ignore[arg-type]
+        for field in fields(section):
             cells = (f"`{field.name}`", f"`{field.type}`", f"`{getattr(defaults, field.name)!r}`", meanings[field.name])
             parts.append("| " + " | ".join(_cell(cell) for cell in cells) + " |\n")
     return formatted("".join(parts))
@@ -48,9 +48,9 @@ def field_docs(section: type[Section]) -> dict[str, str]:
     assert isinstance(tree, ast.ClassDef)
     docs = {}
     for field, text in zip(tree.body, tree.body[1:], strict=False):
-        is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            docs[field.target.id] = _plain(text.value.value)
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
+                docs[name] = _plain(meaning)
     return docs
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 COMMON = ("train.train_iters=20", "validation.eval_iters=2")
@@ -59,7 +60,7 @@ RUNS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 COLUMNS = ("lm loss", "mtp_1 loss", "mtp_2 loss", "load_balancing_loss", "z_loss", "grad-norm")
 
 
-def records(name: str) -> list[dict]:
+def records(name: str) -> list[dict[str, Any]]:
     """Runs `name` in a fresh folder and returns its metrics."""
     recipe, nproc, overrides = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:

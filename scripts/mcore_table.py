@@ -63,7 +63,7 @@ def _type(hint: Any) -> str:
     return "None"
 
 
-def _default(field: dataclasses.Field) -> str:
+def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     if isinstance(value, enum.Enum):
         return _quoted(value.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_config import family_of
@@ -73,7 +72,7 @@ def counted(count: ParameterCount, kind: Counted, *, active: bool) -> int:
 
 def agrees(number: int, figure: Figure) -> bool:
     """Whether `number`, rounded (or cut) to the published digits, is the published figure."""
-    digits, unit = re.fullmatch(r"([\d.]+)([MBT])", figure.text).groups()
+    digits, unit = figure.text[:-1], figure.text[-1]
     scale = {"M": 10**6, "B": 10**9, "T": 10**12}[unit]
     step = scale / 10 ** len(digits.partition(".")[2])
     published = float(digits) * scale
@@ -106,8 +105,8 @@ def _attention(model: ModelConfig) -> str:
     text += (
         ", qk norm" * model.qk_layernorm + ", qkv bias" * model.add_qkv_bias + ", gate" * model.attention_output_gate
     )
-    if model.experimental_attention_variant is not None:
-        text += f"; gated delta net in {model.linear_attention_freq - 1} of {model.linear_attention_freq}"
+    if isinstance(every := model.linear_attention_freq, int):
+        text += f"; gated delta net in {every - 1} of {every}"
     return text + (f"; rotation of {model.rotary_percent:.0%}" if model.rotary_percent < 1 else "")
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import TextIO
 
 LEVEL_VARIABLE = "MEGATRON_MTP_LOG"
 """Environment variable: debug, info (default), warning or error."""
@@ -64,14 +65,14 @@ class _LineFormatter(logging.Formatter):
         return f"{where}{source}{super().format(record)}"
 
 
-class _StderrHandler(logging.StreamHandler):
+class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to whatever sys.stderr is at that moment: a progress bar replaces it to keep its own line intact."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self):
+    def stream(self) -> TextIO:  # type: ignore[override]  # the base class keeps one stream
         return sys.stderr
 
 

@@ -101,8 +101,12 @@ def columns(record: StepRecord, throughput: bool = True) -> list[Column]:
         record: decides which losses and which metrics of callbacks there are.
         throughput: whether to include tokens/s, TFLOP/s and MFU.
     """
-    losses = [Column(name, name, ".6E", lambda r, name=name: r.losses[name]) for name in record.losses]
-    metrics = [Column(name, name, ".6g", lambda r, name=name: r.metrics[name]) for name in record.metrics]
+
+    def column(group: str, name: str, form: str) -> Column:
+        return Column(name, name, form, lambda record: getattr(record, group)[name])
+
+    losses = [column("losses", name, ".6E") for name in record.losses]
+    metrics = [column("metrics", name, ".6g") for name in record.metrics]
     return [*BEFORE_LOSSES, *losses, *AFTER_LOSSES, *(THROUGHPUT if throughput else ()), *metrics]
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,7 +121,7 @@ class Recorder:
         self._is_first_step = False
         for warning in self._health.check(record.iteration, scalars(record)):
             logger.warning(warning)
-            self._each(lambda sink, text=warning: sink.message("warning", record.iteration, text))
+            self._each(methodcaller("message", "warning", record.iteration, warning))
         if self._bar:
             self._bar.update(record)
 

@@ -28,7 +28,7 @@ class WandbSink:
     """
 
     def __init__(self, logger: LoggerConfig, folder: Path, config: dict[str, Any], run_id: str | None):
-        mode = logger.wandb_mode
+        mode: str = logger.wandb_mode
         if mode == "online" and (wanted := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
             mode = wanted
         wandb = _import_wandb(mode)
