@@ -14,9 +14,12 @@ __all__ = ["ConfigContainer", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:
-    """`pretrain` is found here but imported on first use: torch takes seconds to import."""
+    """`pretrain` is found here but imported on first use: torch takes seconds to import, and notes what it lacks."""
     if name == "pretrain":
-        from megatron_mtp.training.pretrain import pretrain
+        from megatron_mtp.observe.logs import quiet
+
+        with quiet():
+            from megatron_mtp.training.pretrain import pretrain
 
         return pretrain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,9 @@
 """Maps the parts of `torch.cuda` that Megatron-Core 0.19 calls while training onto the CPU or the meta device.
 
 Megatron-Core names "cuda" in its source and asks `torch.cuda` for devices, streams and random states whatever the
-backend. `install` replaces exactly those names, and nothing is replaced before it is called. `torch.cuda.is_available`
-and `torch.cuda.is_initialized` stay honest: every place that asks them in Megatron-Core copes with False.
-
-Each replacement says which call of Megatron-Core (paths below megatron/core) needs it.
+backend. `install` replaces the names of `replacements`, `uninstall` puts them back, and nothing is replaced before.
+`torch.cuda.is_available` and `torch.cuda.is_initialized` stay honest: every place that asks them in Megatron-Core copes
+with False.
 """
 
 from __future__ import annotations
@@ -14,25 +13,19 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.utils._device
 
-# Factories that Megatron-Core calls with device="cuda" (schedules.py: zeros; optimizer/grad_scaler.py: tensor;
-# dist_checkpointing/exchange_utils.py: empty, empty_like; transformer/utils.py: ones), or with pin_memory=True
-# (models/common/embeddings/rope_utils.py: tensor). full and arange: upstream's own examples use them the same way.
-_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like")
+from megatron_mtp.mcore.patches import replaced
 
 _MCORE_RANDOM = "megatron.core.tensor_parallel.random"
 
-_undo: list[tuple[Any, str, Any, bool]] = []
-_target: torch.device | None = None
-
 
 class Stream:
-    """A stream on a device that has only one: nothing runs beside it, so nothing waits."""
+    """A stream on a device that has only one: nothing runs in parallel, so nothing waits."""
 
     _only: Stream | None = None
 
@@ -89,16 +82,106 @@ class _SharedGenerator(logging.Filter):
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
-_shared_generator = _SharedGenerator()
+class Replacement(NamedTuple):
+    """One name of the table.
+
+    Attributes:
+        owner: module or class that holds the name.
+        reason: the call of Megatron-Core that needs it, below megatron/core, and what is replaced if that is not plain.
+    """
+
+    owner: Any
+    name: str
+    new: Any
+    reason: str
+
+
+def replacements(device: torch.device) -> list[Replacement]:
+    """What `install` replaces for a device, with reasons."""
+    cuda, mcore_random = torch.cuda, importlib.import_module(_MCORE_RANDOM)
+    factories = (
+        "device='cuda': schedules.py, optimizer/grad_scaler.py, dist_checkpointing/exchange_utils.py, "
+        "transformer/utils.py. pin_memory=True: models/common/embeddings/rope_utils.py. full and arange: upstream's "
+        "examples."
+    )
+    return [
+        Replacement(cuda, "current_device", lambda: device, "parallel layers, p2p and DDP buffers name it as device"),
+        Replacement(cuda, "set_device", lambda device: None, "dist_checkpointing/strategies/async_utils.py"),
+        Replacement(cuda, "synchronize", lambda device=None: None, "p2p_communication.py after each batch of messages"),
+        Replacement(cuda, "Stream", Stream, "distributed_data_parallel.py, moe/token_dispatcher.py, shared_experts.py"),
+        Replacement(cuda, "Event", Event, "as Stream"),
+        Replacement(cuda, "current_stream", lambda device=None: Stream(), "as Stream"),
+        Replacement(cuda, "stream", lambda stream: contextlib.nullcontext(), "as Stream"),
+        *(
+            Replacement(module, name, new, "tensor_parallel/random.py swaps named states in the device's generator")
+            for module in (cuda, cuda.random)
+            for name, new in _RANDOM_STATE.items()
+        ),
+        Replacement(
+            cuda,
+            "default_generators",
+            _EveryIndex(torch.default_generator),
+            "tensor_parallel/random.py indexes it with current_device()",
+        ),
+        Replacement(
+            mcore_random, "_lazy_call", _call_now, "would queue the call until CUDA starts, which never happens here"
+        ),
+        Replacement(
+            mcore_random,
+            "_get_share_storage",
+            lambda: _copy_storage,
+            "CheckpointWithoutOutput compiles a C++ extension: two minutes and a compiler, to save one copy",
+        ),
+        *(Replacement(torch, name, _on(device, getattr(torch, name)), factories) for name in _FACTORIES),
+        Replacement(torch.Tensor, "to", _to(device), "optimizer/cpu_offloading, grad_scaler.py, router.py, embeddings"),
+        Replacement(torch.Tensor, "cuda", _cuda(device), "rope_utils.py, language_module.py, exchange_utils.py"),
+        Replacement(
+            torch.Tensor,
+            "type",
+            _type(device),
+            "optimizer.py, distrib_optimizer.py and clip_grads.py accept torch.cuda.FloatTensor only",
+        ),
+        Replacement(
+            dist,
+            "all_to_all_single",
+            _with_sizes_as_ints(dist.all_to_all_single),
+            "tensor_parallel/mappings.py passes split sizes as tensors unless they were copied from a GPU",
+        ),
+        Replacement(
+            dist,
+            "all_reduce",
+            _with_average(dist.all_reduce),
+            "finalize_model_grads.py and moe_logging.py average; gloo learnt AVG in recent torch only",
+        ),
+        Replacement(
+            dist,
+            "all_gather",
+            _with_uneven_parts_gathered(dist.all_gather),
+            "tensor_parallel/mappings.py gathers different numbers of tokens over expert-TP ranks; gloo needs equal parts",
+        ),
+        Replacement(
+            dist, "reduce_scatter", _with_uneven_parts_scattered(dist.reduce_scatter), "as all_gather, the other way"
+        ),
+    ]
+
+
+class _Facade(NamedTuple):
+    """The facade while it is installed: its device, and how to take it away."""
+
+    device: torch.device
+    undo: contextlib.ExitStack
+
+
+_facade: _Facade | None = None
 
 
 def installed() -> torch.device | None:
     """The device that "cuda" stands for at present, or None if the facade is not installed."""
-    return _target
+    return _facade and _facade.device
 
 
 def install(target: str | torch.device = "cpu") -> None:
-    """Makes "cuda" mean `target` for the calls that Megatron-Core makes. Calling it again with the same target does nothing.
+    """Makes "cuda" mean `target` for the calls of Megatron-Core. A second call with the same target does nothing.
 
     Args:
         target: "cpu", or "meta" for a dry run that allocates nothing.
@@ -106,47 +189,36 @@ def install(target: str | torch.device = "cpu") -> None:
     Raises:
         ValueError: the target is another device, or the facade is installed for the other target.
     """
-    global _target
+    global _facade
     device = torch.device(target)
     if device.type not in ("cpu", "meta"):
         raise ValueError(f"the facade maps torch.cuda onto cpu or meta, not onto {device}")
-    if _target == device:
+    if _facade is not None:
+        if _facade.device != device:
+            raise ValueError(f"the facade maps torch.cuda onto {_facade.device} already; uninstall it before {device}")
         return
-    if _target is not None:
-        raise ValueError(f"the facade maps torch.cuda onto {_target} already; uninstall it before installing {device}")
     # `with torch.device("meta")` looks factories up in a cached set of the original functions. Fill that cache first,
     # or the context manager no longer recognises them.
     torch.utils._device._device_constructors()
-    _target = device
-    _map_devices(device)
-    _map_streams()
-    _map_random_state()
-    _map_factories(device)
-    _map_tensor_methods(device)
-    _map_collectives()
-    # Megatron-Core wraps small functions (router losses, activations) in torch.compile. On a CPU that needs a C++ compiler and
-    # 20 s at the first step, and fused sums round in another order than the plain ones.
+    undo = contextlib.ExitStack()
+    for owner, name, new, _ in replacements(device):
+        undo.enter_context(replaced(owner, **{name: new}))
+    # Megatron-Core wraps small functions (router losses, activations) in torch.compile. On a CPU that needs a C++
+    # compiler and 20 s at the first step, and fused sums round in another order than the plain ones.
     torch.compiler.set_stance("force_eager")
-    logging.getLogger(_MCORE_RANDOM).addFilter(_shared_generator)
+    undo.callback(torch.compiler.set_stance, "default")
+    shared_generator = _SharedGenerator()
+    logging.getLogger(_MCORE_RANDOM).addFilter(shared_generator)
+    undo.callback(logging.getLogger(_MCORE_RANDOM).removeFilter, shared_generator)
+    _facade = _Facade(device, undo)
 
 
 def uninstall() -> None:
-    """Puts everything back as it was."""
-    global _target
-    for owner, name, original, was_own in reversed(_undo):
-        if was_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)  # torch.Tensor inherits these from TensorBase
-    _undo.clear()
-    _target = None
-    torch.compiler.set_stance("default")
-    logging.getLogger(_MCORE_RANDOM).removeFilter(_shared_generator)
-
-
-def _replace(owner: Any, name: str, new: Any) -> None:
-    _undo.append((owner, name, getattr(owner, name, None), name in vars(owner)))
-    setattr(owner, name, new)
+    """Puts everything back as it was. Does nothing where the facade is not installed."""
+    global _facade
+    if _facade is not None:
+        _facade.undo.close()
+        _facade = None
 
 
 def _is_cuda(device: Any) -> bool:
@@ -155,43 +227,11 @@ def _is_cuda(device: Any) -> bool:
     )
 
 
-def _map_devices(device: torch.device) -> None:
-    # parallel layers, mappings, p2p buffers, routers, DDP buffers: device=torch.cuda.current_device()
-    _replace(torch.cuda, "current_device", lambda: device)
-    # dist_checkpointing/strategies/async_utils.py pins its writer to a device
-    _replace(torch.cuda, "set_device", lambda device: None)
-    # p2p_communication.py after each batch of messages, timers.py, dist_checkpointing/strategies/fully_parallel.py
-    _replace(torch.cuda, "synchronize", lambda device=None: None)
-
-
-def _map_streams() -> None:
-    # distributed_data_parallel.py, moe/token_dispatcher.py, moe/shared_experts.py create and enter streams
-    _replace(torch.cuda, "Stream", Stream)
-    _replace(torch.cuda, "Event", Event)
-    _replace(torch.cuda, "current_stream", lambda device=None: Stream())
-    _replace(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-
-
-def _map_random_state() -> None:
-    # tensor_parallel/random.py keeps one state per name and swaps it into the device's generator: here the CPU's.
-    def get_state(device: Any = "cuda") -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
-        torch.set_rng_state(new_state)
-
-    for module in (torch.cuda, torch.cuda.random):
-        _replace(module, "get_rng_state", get_state)
-        _replace(module, "set_rng_state", set_state)
-        _replace(module, "manual_seed", lambda seed: torch.default_generator.manual_seed(int(seed)))
-    # _set_cuda_rng_state indexes the generators with current_device() inside _lazy_call, which would queue the call until
-    # CUDA starts, that is forever.
-    _replace(torch.cuda, "default_generators", _EveryIndex(torch.default_generator))
-    mcore_random = importlib.import_module(_MCORE_RANDOM)
-    _replace(mcore_random, "_lazy_call", _call_now)
-    # CheckpointWithoutOutput (selective recomputation of mla_up_proj, layernorm, moe_act) compiles a C++ extension when it
-    # first runs: two minutes and a compiler, to save one copy.
-    _replace(mcore_random, "_get_share_storage", lambda: _copy_storage)
+_RANDOM_STATE: dict[str, Callable[..., Any]] = {
+    "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+    "set_rng_state": lambda new_state, device="cuda": torch.set_rng_state(new_state),
+    "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+}
 
 
 def _call_now(call: Callable[[], None], **kwargs: Any) -> None:
@@ -214,67 +254,59 @@ class _EveryIndex:
         return self.generator
 
 
-def _map_factories(device: torch.device) -> None:
-    def mapped(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(factory)
-        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = device
-            kwargs.pop("pin_memory", None)  # pinning needs a CUDA driver
-            return factory(*args, **kwargs)
-
-        return call
-
-    for name in _FACTORIES:
-        _replace(torch, name, mapped(getattr(torch, name)))
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like")
 
 
-def _map_tensor_methods(device: torch.device) -> None:
-    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+def _on(device: torch.device, factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = device
+        kwargs.pop("pin_memory", None)  # pinning needs a CUDA driver
+        return factory(*args, **kwargs)
 
-    @functools.wraps(original_to)
+    return call
+
+
+def _to(device: torch.device, original: Callable[..., torch.Tensor] = torch.Tensor.to) -> Callable[..., torch.Tensor]:
+    @functools.wraps(original)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _is_cuda(args[0]):
             args = (device, *args[1:])
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = device
-        return original_to(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
-    def cuda(self: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
-        return original_to(self, _target)
+    return to
 
-    @functools.wraps(original_type)
+
+def _cuda(device: torch.device, to: Callable[..., torch.Tensor] = torch.Tensor.to) -> Callable[..., torch.Tensor]:
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return to(self, device)
+
+    return cuda
+
+
+def _type(device: torch.device, original: Callable[..., Any] = torch.Tensor.type) -> Callable[..., Any]:
+    @functools.wraps(original)
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = original_type(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         if isinstance(result, str) and self.device.type == device.type:
             return f"torch.cuda.{result.rsplit('.', 1)[1]}"
         return result
 
-    # optimizer/cpu_offloading, grad_scaler.load_state_dict, router.py and rotary embeddings move tensors
-    _replace(torch.Tensor, "to", to)
-    # rope_utils.py (the zigzag index), language_module.py, exchange_utils.py
-    _replace(torch.Tensor, "cuda", cuda)
-    # optimizer.py, distrib_optimizer.py and clip_grads.py compare it with "torch.cuda.FloatTensor" and refuse others
-    _replace(torch.Tensor, "type", type_)
-
-
-def _map_collectives() -> None:
-    # tensor_parallel/mappings.py (_AllToAll) passes the dispatcher's split sizes, which are tensors unless they had to be
-    # copied from a GPU.
-    _replace(dist, "all_to_all_single", _with_sizes_as_ints(dist.all_to_all_single))
-    # finalize_model_grads.py averages replicated gradients over TP, moe_logging.py its losses. gloo learnt AVG only in
-    # recent torch.
-    _replace(dist, "all_reduce", _with_average(dist.all_reduce))
-    # tensor_parallel/mappings.py gathers and scatters over expert-TP ranks that hold different numbers of tokens
-    # (token_dispatcher.py). gloo wants equal parts, so the parts are padded to the longest.
-    _replace(dist, "all_gather", _with_uneven_parts_gathered(dist.all_gather))
-    _replace(dist, "reduce_scatter", _with_uneven_parts_scattered(dist.reduce_scatter))
+    return type_
 
 
 def _with_sizes_as_ints(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def all_to_all_single(
-        output: torch.Tensor, input: torch.Tensor, output_split_sizes=None, input_split_sizes=None, *args, **kwargs
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         return original(output, input, _as_ints(output_split_sizes), _as_ints(input_split_sizes), *args, **kwargs)
 
@@ -283,7 +315,7 @@ def _with_sizes_as_ints(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_average(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM, group=None, async_op: bool = False) -> Any:
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         if op != dist.ReduceOp.AVG:
             return original(tensor, op, group, async_op)
         if async_op:
@@ -299,7 +331,9 @@ def _with_average(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_uneven_parts_gathered(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group=None, async_op: bool = False) -> Any:
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
         if async_op or _are_even(tensor_list):
             return original(tensor_list, tensor, group, async_op)
         longest = max(part.shape[0] for part in tensor_list)
@@ -315,7 +349,11 @@ def _with_uneven_parts_gathered(original: Callable[..., Any]) -> Callable[..., A
 def _with_uneven_parts_scattered(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def reduce_scatter(
-        output: torch.Tensor, input_list: list[torch.Tensor], op=dist.ReduceOp.SUM, group=None, async_op: bool = False
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
     ) -> Any:
         if async_op or _are_even(input_list):
             return original(output, input_list, op, group, async_op)

@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 
 
 def to_torch_items(sharded_state_dict: ShardedStateDict) -> dict[str, Any]:
-    """What this rank writes: the shards of which it is the main replica, by key, in the form torch's checkpoints take."""
+    """The shards of which this rank is the main replica, by key, in the form that torch's checkpoints take."""
     by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
         sharded_state_dict, keep_only_main_replica=True
     )

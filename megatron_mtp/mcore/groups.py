@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
 from megatron_mtp.mcore import recompute
+from megatron_mtp.mcore.patches import replaced
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 RANK_ORDER_PP_DP = "tp-cp-ep-pp-dp"
@@ -77,23 +77,21 @@ def destroy_model_parallel() -> None:
             dist.destroy_process_group(group)
 
 
-# Sorted ranks -> group, for as long as the default group beside it lives.
+# Sorted ranks -> group, for as long as the default group lives.
 _gloo_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 _gloo_world: dist.ProcessGroup | None = None
 
 
-@contextmanager
-def _gloo_groups_made_once() -> Iterator[None]:
+def _gloo_groups_made_once() -> AbstractContextManager[None]:
     """On gloo, one group for each set of ranks, whatever it is for and however many layouts this process builds.
 
-    Megatron-Core makes about thirty groups of a few ranks, most of them over the same sets. Each gloo group polls with two threads
-    until nothing refers to it any more: two ranks had 57 threads, and a process that went through a dozen layouts a
-    thousand, which starved the machine. NCCL's groups stay apart: its communicators order their work by group.
+    Megatron-Core makes about thirty groups of a few ranks, most of them over the same sets. Each gloo group polls with
+    two threads until nothing refers to it any more: two ranks had 57 threads, and a process that went through a dozen
+    layouts a thousand, which starved the machine. NCCL's groups stay apart: its communicators order their work by group.
     """
     global _gloo_world
     if dist.get_backend() != "gloo":
-        yield
-        return
+        return nullcontext()
     if _gloo_world is not dist.group.WORLD:
         _gloo_groups.clear()
         _gloo_world = dist.group.WORLD
@@ -105,11 +103,7 @@ def _gloo_groups_made_once() -> Iterator[None]:
             _gloo_groups[key] = make(ranks, **options)
         return _gloo_groups[key]
 
-    dist.new_group = made_once
-    try:
-        yield
-    finally:
-        dist.new_group = make
+    return replaced(dist, new_group=made_once)
 
 
 def seed_dropout(seed: int, *, pp_rank: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from megatron.core.ssm.gated_delta_net import common as gated_delta_net
+
+from megatron_mtp.mcore.patches import replaced
 
 
 def has_flash_linear_attention() -> bool:
@@ -13,12 +14,6 @@ def has_flash_linear_attention() -> bool:
     return gated_delta_net.HAVE_FLA
 
 
-@contextmanager
-def pretend_flash_linear_attention() -> Iterator[None]:
-    """Inside, Megatron-Core builds a gated delta net without those kernels, which its path in plain PyTorch never calls."""
-    before = gated_delta_net.HAVE_FLA
-    gated_delta_net.HAVE_FLA = True
-    try:
-        yield
-    finally:
-        gated_delta_net.HAVE_FLA = before
+def pretend_flash_linear_attention() -> AbstractContextManager[None]:
+    """Inside, a gated delta net can be built without those kernels, which its path in plain PyTorch never calls."""
+    return replaced(gated_delta_net, HAVE_FLA=True)

@@ -6,19 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core import optimizer as upstream
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_mtp.mcore.patches import replaced
 
 
 class ReshardableDistributedOptimizer(DistributedOptimizer):
-    """The distributed optimizer, whose state is cut into parameters where they are."""
+    """The distributed optimizer with a state that is cut into parameters at the right offsets."""
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        """As upstream, with the padding behind each bucket left in.
+        """As upstream, and keeps the padding after each bucket.
 
-        Upstream 0.19.2 joins the buckets without it, and the fully reshardable format then cuts parameters out at offsets that
-        count it: behind a padded bucket every weight and moment is read from the wrong place. A shared embedding has a bucket
-        of its own, so any run whose MTP layers are on another stage than the embedding can be hit.
+        Upstream 0.19.2 joins the buckets without it. The fully reshardable format then cuts out parameters at offsets
+        that count it, so that after a padded bucket every weight and moment is read from the wrong place. A shared
+        embedding has a bucket of its own: any run whose MTP layers are on another stage than the embedding can be hit.
         """
         state = super().get_parameter_state_dp_zero(*args, **kwargs)
         if state is None:
@@ -42,7 +47,7 @@ def _with_padding(joined: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
 
 
 class TorchAdamDistributedOptimizer(ReshardableDistributedOptimizer):
-    """The distributed optimizer over torch's Adam, made fit for checkpoints.
+    """The distributed optimizer over torch's Adam, with a state that can be saved and loaded.
 
     torch keeps a `step` tensor for each parameter, which Megatron-Core's save and load do not expect.
     """
@@ -67,47 +72,69 @@ class TorchAdamDistributedOptimizer(ReshardableDistributedOptimizer):
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
 
+def build_optimizer(
+    config: OptimizerConfig, chunks: list[MegatronModule], groups: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """Megatron-Core's optimizer over wrapped chunks, whose state can be saved and loaded from the start.
+
+    Raises:
+        ImportError: the update rule needs a package that is not installed.
+    """
+    distributed = ReshardableDistributedOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
+    with replaced(upstream, DistributedOptimizer=distributed):
+        optimizer = upstream.get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+    for single in single_optimizers(optimizer):
+        for kind, function in _STATE_FUNCTIONS.items():
+            if isinstance(single.optimizer, kind):
+                single.init_state_fn = function
+    return optimizer
+
+
 def single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers a chain is made of, without those that hold no parameter on this rank, each fit for checkpoints."""
+    """The optimizers of a chain, without those that hold no parameter on this rank."""
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    singles = [single for single in chain if not getattr(single, "is_stub_optimizer", False)]
-    for single in singles:
-        if type(single) is DistributedOptimizer:
-            single.__class__ = ReshardableDistributedOptimizer if HAVE_APEX_OR_TE else TorchAdamDistributedOptimizer
-    return singles
+    return [single for single in chain if not getattr(single, "is_stub_optimizer", False)]
 
 
 def initialize_optimizer_state(single: MegatronOptimizer) -> None:
-    """Gives torch's Adam and SGD the state that they would make at their first step, where it is missing.
+    """Makes the state that the first step would make, where it is missing.
 
-    Loading needs the tensors to load into, and a save before the first step needs them to be there. Upstream's own
-    hooks leave out `step` and have nothing for SGD.
+    Loading needs the tensors to load into, and a save before the first step needs them to be there.
     """
-    inner = single.optimizer
-    if isinstance(inner, torch.optim.Adam):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    on_device = group.get("capturable") or group.get("fused")
-                    inner.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-    elif isinstance(inner, torch.optim.SGD):
-        single.init_state_fn = lambda *_: None
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if group["momentum"] and inner.state[parameter].get("momentum_buffer") is None:
-                    inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    else:
-        single.init_state_fn(inner, single.config)
+    single.init_state_fn(single.optimizer, single.config)
+
+
+def _adam_state(inner: torch.optim.Adam, config: object = None) -> None:
+    """As upstream's function for Adam, with the `step` of torch's Adam."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                on_device = group.get("capturable") or group.get("fused")
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _sgd_state(inner: torch.optim.SGD, config: object = None) -> None:
+    """Upstream has no such function for SGD."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"] and inner.state[parameter].get("momentum_buffer") is None:
+                inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+_STATE_FUNCTIONS: dict[type[torch.optim.Optimizer], Callable[..., None]] = {
+    torch.optim.Adam: _adam_state,
+    torch.optim.SGD: _sgd_state,
+}
 
 
 def guarded_step(
     optimizer: ChainedOptimizer, permits: Callable[[float], bool]
 ) -> tuple[bool, float | None, int | None]:
-    """`optimizer.step()`, with a look at the norm of the gradient before anything is applied.
+    """`optimizer.step()`, which examines the gradient norm before it applies anything.
 
     Upstream divides by a norm that is not finite and applies the result, except under fp16.
 
@@ -115,27 +142,25 @@ def guarded_step(
         permits: called with the norm before clipping, unless an fp16 overflow ends the step first.
 
     Returns:
-        Whether the update was applied, the norm (None after an overflow), and the number of zeros (None if not counted).
+        Whether the update was applied, the norm (None after an overflow), and the number of zeros (None if not
+        counted).
     """
-    upstream, found = optimizer.step_with_ready_grads, {}
+    step, found = optimizer.step_with_ready_grads, {}
 
     def get_grad_norm() -> float:
         found["norm"] = type(optimizer).get_grad_norm(optimizer)
         return found["norm"]
 
     def step_with_ready_grads() -> bool:
-        return upstream() if permits(float(found["norm"])) else False
+        return step() if permits(float(found["norm"])) else False
 
-    optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
-    try:
+    with replaced(optimizer, get_grad_norm=get_grad_norm, step_with_ready_grads=step_with_ready_grads):
         updated, norm, num_zeros = optimizer.step()
-    finally:
-        del optimizer.get_grad_norm, optimizer.step_with_ready_grads
     return bool(updated), None if norm is None else float(norm), num_zeros
 
 
 def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[torch.nn.Module]) -> None:
-    """Makes the model's weights what the fp32 master weights say, on every data-parallel rank."""
+    """Sets the model's weights to the fp32 master weights, on every data-parallel rank."""
     for single in singles:
         if isinstance(single, DistributedOptimizer):
             single._copy_main_params_to_model_params()

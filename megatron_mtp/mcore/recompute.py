@@ -7,7 +7,7 @@ from megatron.core.tensor_parallel.random import HAVE_TE, CheckpointWithoutOutpu
 
 
 class CheckpointWithoutFP8(CheckpointWithoutOutput):
-    """Megatron-Core's recomputation of norms and latents, without Transformer Engine.
+    """Recomputation of norms, latents and activations without Transformer Engine.
 
     Upstream reads its default, fp8=False, as "FP8 may be on" and asks Transformer Engine, which ends in a NameError.
     """

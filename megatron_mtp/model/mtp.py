@@ -13,13 +13,12 @@ from typing import Any, Protocol
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-# What the decoder hands to depth 1: its output after the final norm, or the input of that norm.
-HIDDEN_SOURCES = ("post_final_norm", "pre_final_norm")
+from megatron_mtp.mcore.mtp import mtp_block_class
+from megatron_mtp.mcore.router import share_z_loss
 
 
 class DepthInputs(Protocol):
@@ -119,18 +118,6 @@ class ParallelMTPBlock(MultiTokenPredictionBlock):
         return torch.cat([hidden_states, *depths], dim=0)
 
 
-def _share_z_loss(block: MultiTokenPredictionBlock, num_depths: int) -> None:
-    """Divides the router z-loss of a repeated layer among its applications, so that the layer counts once.
-
-    Megatron-Core 0.19.2 does so for the balancing loss; of the z-loss it divides the logged value only, after the gradient was
-    attached (moe/router.py, apply_z_loss). The log divides by the coefficient, so it is right with either.
-    """
-    for module in block.modules():
-        if isinstance(module, TopKRouter) and module.config.moe_z_loss_coeff is not None:
-            module.config = copy(module.config)
-            module.config.moe_z_loss_coeff /= num_depths
-
-
 class MTPModel(GPTModel):
     """One pipeline chunk of the model.
 
@@ -143,14 +130,13 @@ class MTPModel(GPTModel):
     def __init__(
         self, *args: Any, hidden_source: str = "post_final_norm", mtp_variant: str = "sequential", **kwargs: Any
     ):
-        super().__init__(*args, **kwargs)
-        if self.mtp_process and mtp_variant == "parallel":
-            self.mtp.__class__ = ParallelMTPBlock
+        with mtp_block_class(ParallelMTPBlock if mtp_variant == "parallel" else MultiTokenPredictionBlock):
+            super().__init__(*args, **kwargs)
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights and not self.pre_process:
             # The head uses this stage's copy of the embedding; Megatron-Core leaves an unused [v, h] parameter here.
             self.output_layer.weight = None
         if self.mtp_process and self.config.mtp_use_repeated_layer:
-            _share_z_loss(self.mtp, self.config.mtp_num_layers)
+            share_z_loss(self.mtp, self.config.mtp_num_layers)
         self._pre_norm_hidden: Tensor | None = None
         if self.mtp_process and hidden_source == "pre_final_norm":
             self.decoder.final_layernorm.register_forward_pre_hook(self._keep_pre_norm_hidden)

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 LEVEL_VARIABLE = "MEGATRON_MTP_LOG"
@@ -44,8 +46,10 @@ _LOGGERS: tuple[tuple[str, int, str], ...] = (
 
 
 class RankFilter(logging.Filter):
-    """Lets rank 0 speak. Other ranks are heard for errors, and where a line was logged with `extra={"all_ranks": True}` because the rank
-    is the news; their lines begin with the rank."""
+    """Shows all lines of rank 0. Of other ranks it shows errors, and lines logged with `extra={"all_ranks": True}`.
+
+    Lines of other ranks begin with the rank.
+    """
 
     def __init__(self, rank: int):
         super().__init__()
@@ -57,7 +61,7 @@ class RankFilter(logging.Filter):
 
 
 class _LineFormatter(logging.Formatter):
-    """News as they are; what needs attention with its level and source."""
+    """Info lines as they are; other lines with their level and source."""
 
     def format(self, record: logging.LogRecord) -> str:
         where = getattr(record, "where", "")
@@ -77,7 +81,7 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def setup_logging(rank: int = 0, level: int | str | None = None) -> None:
-    """Sends log lines to stderr. Calling it again changes rank and level; a logging setup of the user's own script is left alone.
+    """Sends log lines to stderr. A second call changes rank and level; a script's own logging setup is left alone.
 
     Args:
         rank: global rank of this process.
@@ -106,8 +110,24 @@ def setup_logging(rank: int = 0, level: int | str | None = None) -> None:
 
 
 def silence_noise() -> None:
-    """Filters warnings and log lines of other packages that tell a user nothing to act on. Each has its reason beside it."""
+    """Filters warnings and log lines of other packages that a user cannot act on; each has its reason in the tables above.
+
+    Entry points call it, before they import torch and megatron: some packages warn while they are imported.
+    """
     for message, category, _ in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     for name, level, _ in _LOGGERS:
         logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, noise is silenced as by `silence_noise`; afterwards filters and levels are as before."""
+    levels = {name: logging.getLogger(name).level for name, _, _ in _LOGGERS}
+    with warnings.catch_warnings():
+        silence_noise()
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -10,7 +10,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.schedules import LearningRate, WeightDecay
 from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.mcore import optimizer as mcore_optimizer
 from megatron_mtp.model.transformer_config import DTYPES
 
 
@@ -121,7 +122,7 @@ def _make(cfg: ConfigContainer, chunks: list[DistributedDataParallel], groups: P
         overlap_param_gather=cfg.ddp.overlap_param_gather and cfg.ddp.use_distributed_optimizer,
     )
     try:
-        return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+        return mcore_optimizer.build_optimizer(config, chunks, groups)
     except ImportError as error:
         raise UnsupportedError(
             f"optimizer.optimizer = {options.optimizer}: Megatron-Core needs a package for it that is not installed "

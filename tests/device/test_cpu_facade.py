@@ -220,3 +220,13 @@ def test_compiled_functions_run_as_they_are_written(cpu):
     for _ in range(3):
         assert double(torch.ones(2)).tolist() == [2, 2]
     assert calls == [torch.Tensor] * 3  # compiled, the body would be traced once
+
+
+def test_the_table_names_what_is_replaced():
+    before = {row.owner: dict(vars(row.owner)) for row in cpu_facade.replacements(torch.device("cpu"))}
+    cpu_facade.install("cpu")
+    changed = {(o, n) for o, old in before.items() for n, value in vars(o).items() if old.get(n) is not value}
+    cpu_facade.uninstall()
+    rows = cpu_facade.replacements(torch.device("cpu"))
+    assert changed == {(row.owner, row.name) for row in rows}
+    assert all(row.reason for row in rows)
