@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
-from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.launch.agent import note_exit
 
@@ -63,15 +62,6 @@ def pretrain(
     silence_noise()  # before the imports that make it
     from megatron_mtp.training.pretrain import pretrain as train
 
-    code = train(cfg, recipe=recipe, callbacks=_callbacks(cfg)).exit_code
+    code = train(cfg, recipe=recipe).exit_code
     note_exit(code)
     raise typer.Exit(code)
-
-
-def _callbacks(cfg: ConfigContainer) -> list:
-    """What the config asks for beside training."""
-    if not cfg.validation.draft_prompts:
-        return []
-    from megatron_mtp.drafting.watch import callbacks_of
-
-    return callbacks_of(cfg)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,24 +10,20 @@ from typing import Any
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.observe.metrics import StepRecord
 from megatron_mtp.observe.recorder import Recorder
-from megatron_mtp.training.callbacks import Callback
+from megatron_mtp.training.callbacks import Callback, Metrics
+from megatron_mtp.training.callbacks.base import restore
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
 from megatron_mtp.training.figures import acceptance_by_depth, acceptance_rates, loss_names, named_losses
 from megatron_mtp.training.guards.attribution import locate
 from megatron_mtp.training.guards.faults import Action, FaultWatch, decide
-from megatron_mtp.training.guards.preemption import Orders, StepBoundary
-from megatron_mtp.training.guards.replicas import check_replicas
-from megatron_mtp.training.guards.stragglers import StragglerWatch
+from megatron_mtp.training.guards.preemption import Decision, StepBoundary
 from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.optimizer import apply_schedules
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
-from megatron_mtp.training.surroundings import manual_gc, profiler
 from megatron_mtp.training.throughput import Throughput
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -38,14 +32,13 @@ class Trainer:
 
     Args:
         run: model, data and groups.
-        state: where the run stands; changed in place.
-        recorder: figures go there.
-        saver: takes checkpoints, where the run has any.
+        state: position of the run; changed in place.
+        recorder: takes the metrics.
+        saver: writes checkpoints, where the run has any.
         boundary: decides after each step whether to save or leave.
         watch: judges losses and gradient of each step.
-        watchdog: is told what this rank does next.
-        stragglers: compares the ranks' own times.
-        callbacks: called in order at each event.
+        watchdog: gets a heartbeat before everything that may take long.
+        callbacks: called in this order at each event.
     """
 
     run: Run
@@ -55,12 +48,13 @@ class Trainer:
     boundary: StepBoundary
     watch: FaultWatch
     watchdog: Watchdog
-    stragglers: StragglerWatch
     callbacks: list[Callback]
     throughput: Throughput
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
     is_preempted: bool = False
-    """The process is to be started again: it left because of a signal."""
+    """The process left because of a signal and is to be started again."""
+    stop_reason: str | None = None
+    """Why the run left before its end; None: it did not."""
 
     def train(self) -> None:
         """Trains to the end of the run, or to where this process is to leave.
@@ -74,32 +68,27 @@ class Trainer:
         if cfg.validation.eval_at_start and state.iteration == 0:
             self._evaluate()
         if "rollback" in (cfg.train.on_nan, cfg.train.on_spike) and state.iteration == 0:
-            self._save("a place to roll back to")
+            self._save("a checkpoint to roll back to")
         batches = self.run.data.train(state.data_position)
         end = self.run.resolved.length_samples
-        orders = Orders()
-        with manual_gc(cfg.train.manual_gc), profiler(cfg) as running:
-            while orders.leave is None and (end is None or state.consumed_samples < end):
-                self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
-                batch = next(batches)
-                if self._step(batch) == "roll back":
-                    batches.close()
-                    batches = self._roll_back(batch)
-                    continue
-                running.step()
-                self._collect_garbage()
-                if self._every(cfg.train.check_replicas_interval):
-                    check_replicas(self.run.engine.chunks, self.run.groups)
-                if self._every(cfg.validation.eval_interval):
-                    self._evaluate()
-                self.watchdog.beat(f"iteration {state.iteration}: asking all ranks whether to save or leave")
-                orders = self.boundary.orders(state.iteration)
-                self.watchdog.calm()
-                if orders.save:
-                    self._save(orders.save)
-                self.saver.finalize()
+        decision = Decision()
+        while decision.leave is None and (end is None or state.consumed_samples < end):
+            self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
+            batch = next(batches)
+            if self._step(batch) == "roll back":
+                batches.close()
+                batches = self._roll_back(batch)
+                continue
+            if self._every(cfg.validation.eval_interval):
+                self._evaluate()
+            self.watchdog.beat(f"iteration {state.iteration}: agreeing with all ranks whether to save or leave")
+            decision = self.boundary.decide(state.iteration, self.run.stop_reason)
+            self.watchdog.restore_timeout()
+            if decision.save:
+                self._save(decision.save)
+            self.saver.finalize()
         batches.close()
-        self.is_preempted = orders.is_preempted
+        self.is_preempted, self.stop_reason = decision.is_preempted, decision.leave
         if cfg.validation.eval_at_end and not self._every(cfg.validation.eval_interval) and not self.is_preempted:
             self._evaluate()
         self._save("end of training")
@@ -125,10 +114,8 @@ class Trainer:
             return "roll back"
         state.advance(len(batch.sample_ids), cfg.model.seq_length)
         state.add_acceptance(acceptance_by_depth(result.acceptance))
-        self._call("on_step_end", result)
-        for straggler in self.stragglers.step(engine.gradients.own_s):
-            logger.warning("iteration %d: %s", state.iteration, straggler)
-        self.recorder.step(self._record(result, len(batch.sample_ids), rate, loss_factor, elapsed_s))
+        metrics = self._call("on_step_end", result)
+        self.recorder.step(self._record(result, len(batch.sample_ids), rate, loss_factor, elapsed_s, metrics))
         return "go on"
 
     def _judge(self, batch: GlobalBatch, result: StepResult) -> Action:
@@ -149,11 +136,18 @@ class Trainer:
     def _roll_back(self, batch: GlobalBatch) -> Iterator[GlobalBatch]:
         """Goes back to the last checkpoint; the data goes on after this batch."""
         self.saver.roll_back(len(batch.sample_ids))
+        restore(self.callbacks, self.state)
         self.recorder.roll_back(self.state.iteration)
         return self.run.data.train(self.state.data_position)
 
     def _record(
-        self, result: StepResult, batch_size: int, rate: float, loss_factor: float, elapsed_s: float
+        self,
+        result: StepResult,
+        batch_size: int,
+        rate: float,
+        loss_factor: float,
+        elapsed_s: float,
+        metrics: Metrics,
     ) -> StepRecord:
         cfg, state = self.run.cfg, self.state
         num_depths = self.run.engine.num_depths
@@ -177,6 +171,7 @@ class Trainer:
             skipped=int(not result.updated),
             nan=int(result.has_nan),
             extra=extra,
+            metrics=metrics,
             **self.throughput.rates(batch_size, elapsed_s),
         )
 
@@ -187,9 +182,7 @@ class Trainer:
         self.watchdog.beat(f"iteration {state.iteration}: evaluation")
         loss_factor = self.run.resolved.loss_factor.at(state.consumed_tokens)
         self.evaluations = evaluate(self.run.engine, self.run.data, loss_factor)
-        extra: dict[str, float] = {}
-        for callback in self.callbacks:
-            extra |= callback.on_evaluation(self.run, state, self.evaluations)
+        extra = self._call("on_evaluation", self.evaluations)
         for index, (name, result) in enumerate(self.evaluations.items()):
             label = "validation" if index == 0 else name
             figures = acceptance_rates(result.acceptance) | (extra if index == 0 else {})
@@ -203,17 +196,16 @@ class Trainer:
             return
         self.watchdog.beat(f"iteration {self.state.iteration}: saving ({reason})")
         self._call("on_save")
+        self.state.callbacks |= {callback.name: kept for callback in self.callbacks if (kept := callback.state_dict())}
         if self.saver.save(reason):
             self.boundary.saved()
 
     def _every(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % interval == 0
 
-    def _collect_garbage(self) -> None:
-        train = self.run.cfg.train
-        if train.manual_gc and self._every(train.manual_gc_interval):
-            gc.collect()
-
-    def _call(self, event: str, *arguments: Any) -> None:
+    def _call(self, event: str, *arguments: Any) -> Metrics:
+        """Calls an event of every callback and joins the metrics that they return."""
+        metrics: Metrics = {}
         for callback in self.callbacks:
-            getattr(callback, event)(self.run, self.state, *arguments)
+            metrics |= getattr(callback, event)(self.run, self.state, *arguments) or {}
+        return metrics

@@ -16,17 +16,19 @@ from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.device.process_group import env_rank, job_size
+from megatron_mtp.observe.health import SIGNS
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 from megatron_mtp.training.callbacks import Callback
+from megatron_mtp.training.callbacks.base import restore, unique
+from megatron_mtp.training.callbacks.configured import configured_callbacks
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.guards.faults import FaultWatch
 from megatron_mtp.training.guards.node_check import check_nodes
 from megatron_mtp.training.guards.out_of_memory import explained_out_of_memory
 from megatron_mtp.training.guards.preemption import SignalWatch, StepBoundary
-from megatron_mtp.training.guards.stragglers import StragglerWatch
 from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.loop import Trainer
 from megatron_mtp.training.saving import Saver
@@ -40,19 +42,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to. The same on every rank.
+    """Result of a run, the same on every rank.
 
-    Args:
+    Attributes:
         state: position and counters.
-        evaluations: the last evaluation of each validation set.
-        records: kind of record -> where it is.
-        exit_code: 0, or dist.preempted_exit_code if the run was asked to leave and is to be started again.
+        evaluations: last evaluation of each validation set.
+        records: kind of record -> its path or address.
+        exit_code: 0, or dist.preempted_exit_code if the run was preempted and is to be started again.
+        stop_reason: why the run ended before its configured length; None: it did not.
     """
 
     state: TrainState
     evaluations: dict[str, EvaluationResult]
     records: dict[str, str]
     exit_code: int = 0
+    stop_reason: str | None = None
 
 
 def pretrain(
@@ -65,22 +69,23 @@ def pretrain(
     """Trains as `cfg` says: joins the job that torchrun describes, or runs as one process.
 
     Args:
-        cfg: of a recipe or one's own; it is copied, not changed.
+        cfg: a recipe's config or your own; it is copied, not changed.
         forward_step: runs one micro-batch through one chunk; None: `gpt_step.forward_step`.
         recipe: name for the records.
-        callbacks: see `Callback`.
+        callbacks: called after the built-in ones that `cfg` asks for; see `Callback`.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
         NumericsError: the numbers are bad and the policy is to stop.
-        OutOfMemoryError: with what was planned and what would help.
+        OutOfMemoryError: with the planned memory and what each remedy would save.
 
-    SIGTERM and SIGUSR1 are caught while it trains, if this is the main thread: see `preemption`.
+    While it trains in the main thread, it catches SIGTERM and SIGUSR1: see `guards.preemption`.
     """
     cfg = prepare_config(cfg, job_size())
     resolved = resolve(cfg, job_size())
     check_data(cfg)
     check_run_directory(cfg)
+    callbacks = unique([*configured_callbacks(resolved.cfg), *callbacks])
     setup_logging(env_rank())
     try:
         with explained_out_of_memory(resolved, env_rank()):
@@ -102,7 +107,7 @@ def _train(
     resolved: ResolvedRun,
     forward_step: ForwardStep | None,
     recipe: str,
-    callbacks: Sequence[Callback],
+    callbacks: list[Callback],
 ) -> Summary:
     watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
     run = setup(resolved, watchdog.around(forward_step or default_forward_step))
@@ -113,7 +118,7 @@ def _train(
 def _train_watched(
     run: Run,
     recipe: str,
-    callbacks: Sequence[Callback],
+    callbacks: list[Callback],
     watchdog: Watchdog,
 ) -> Summary:
     cfg = run.cfg
@@ -123,6 +128,7 @@ def _train_watched(
     checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
     if not checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
+    restore(callbacks, state)
     info = RunInfo(
         recipe=recipe,
         iteration=state.iteration,
@@ -131,9 +137,10 @@ def _train_watched(
         device=run.device.name,
         config=to_dict(cfg),
     )
-    recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id})
+    signs = SIGNS | {name: sign for callback in callbacks for name, sign in callback.health_signs().items()}
+    recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id}, signs)
     state.wandb_run_id = recorder.state().get("wandb_run_id")
-    signals = SignalWatch(watchdog.hurry)
+    signals = SignalWatch(watchdog.shorten_timeout)
     signals.steps_done = state.iteration
     throughput = Throughput.of(cfg, dist.get_world_size(), run.device.name)
     trainer = Trainer(
@@ -144,19 +151,20 @@ def _train_watched(
         boundary=StepBoundary(cfg, signals, run.device.torch_device),
         watch=FaultWatch(cfg.train, state),
         watchdog=watchdog,
-        stragglers=StragglerWatch(cfg.dist.straggler_factor, cfg.logger.log_interval),
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         throughput=throughput,
     )
     try:
         with signals:  # before it there is nothing to save, and SIGTERM ends the process
             trainer.train()
     finally:
+        for callback in callbacks:
+            callback.close()
         recorder.close()
         checkpointer.close()
         run.data.close()
     exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
-    if trainer.is_preempted:  # torchrun's own exit code does not tell it
+    if trainer.is_preempted:  # torchrun's own exit code does not show it
         came = "to another rank" if signals.came_after is None else f"after iteration {signals.came_after}"
         saved = "a" if checkpointer.last_saved == state.iteration else "no"
         logger.info(
@@ -166,7 +174,9 @@ def _train_watched(
             saved,
             exit_code,
         )
-    return Summary(state, trainer.evaluations, dict(recorder.places), exit_code)
+    elif trainer.stop_reason is not None:
+        logger.info("left after iteration %d: %s", state.iteration, trainer.stop_reason)
+    return Summary(state, trainer.evaluations, dict(recorder.places), exit_code, trainer.stop_reason)
 
 
 def _log_plan(run: Run) -> None:

@@ -40,6 +40,12 @@ class Run:
     groups: ProcessGroupCollection
     engine: Engine
     data: DataModule
+    stop_reason: str | None = None
+    """Why this rank asks to end the run; None: it does not ask."""
+
+    def request_stop(self, reason: str) -> None:
+        """Ends the run after the present step with a checkpoint and exit code 0. One rank that asks is enough."""
+        self.stop_reason = reason
 
     @property
     def cfg(self) -> ConfigContainer:

@@ -53,6 +53,8 @@ class TrainState:
     """Acceptance counters: name -> one count for each MTP depth 1..D."""
     wandb_run_id: str | None = None
     """The run goes on under this id."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Name of a callback -> its `state_dict`; JSON values only."""
     health: dict[str, Any] = field(default_factory=dict)
     """What the watch for spikes remembers; JSON values only."""
 

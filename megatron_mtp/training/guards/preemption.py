@@ -1,7 +1,7 @@
-"""Signals from outside, and clocks, turned into one decision of all ranks at a step's end.
+"""Turns signals, clocks and requests to stop into one decision of all ranks after each step.
 
-SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and go on. A signal may reach one rank only, and clocks differ: what
-any rank has noticed is agreed on by one small all-reduce, so that no rank saves alone.
+SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and go on. A signal may reach one rank only, and clocks
+differ, so one small all-reduce tells every rank what any rank has noticed: no rank saves alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals, and it notes nothing.
+    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals: it notes nothing.
 
     Args:
-        on_leave: called when SIGTERM comes, in the midst of whatever the main thread does.
+        on_leave: called by the signal handler when SIGTERM comes, whatever the main thread does at that moment.
     """
 
     def __init__(self, on_leave: Callable[[], None] = lambda: None) -> None:
@@ -61,8 +61,8 @@ class SignalWatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
-    """What all ranks do after a step; the same on each. None: nothing, else the reason."""
+class Decision:
+    """What all ranks do after a step, the same on each rank: a reason to save or leave, or None."""
 
     save: str | None = None
     leave: str | None = None
@@ -81,35 +81,43 @@ class StepBoundary:
         self._started_s = self._saved_s = time.monotonic()
 
     def saved(self) -> None:
-        """A checkpoint was taken; the minutes count from here."""
+        """A checkpoint was written: save_interval_mins counts from now on."""
         self._saved_s = time.monotonic()
 
-    def orders(self, iteration: int) -> Orders:
-        """A collective. An order to leave is an order to save as well."""
-        now, signals = time.monotonic(), self._signals
+    def decide(self, iteration: int, stop_reason: str | None = None) -> Decision:
+        """A collective. A decision to leave is a decision to save as well.
+
+        Args:
+            iteration: steps done.
+            stop_reason: why this rank asks to end the run; None: it does not ask.
+        """
+        now_s, signals = time.monotonic(), self._signals
         signals.steps_done = iteration
         noticed = [
             signals.wants_leave,
             signals.wants_save,
-            _is_over(now - self._started_s, self._train.exit_duration_in_mins),
-            _is_over(now - self._saved_s, self._checkpoint.save_interval_mins),
+            _is_over(now_s - self._started_s, self._train.exit_duration_in_mins),
+            _is_over(now_s - self._saved_s, self._checkpoint.save_interval_mins),
+            stop_reason is not None,
         ]
         flags = torch.tensor([int(flag) for flag in noticed], dtype=torch.int, device=self._device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        is_preempted, save_asked, is_late, is_due = (bool(flag) for flag in flags.tolist())
+        is_preempted, save_asked, is_late, is_due, is_stopped = (bool(flag) for flag in flags.tolist())
         if save_asked:
             signals.wants_save = False
         if is_preempted:
-            return Orders(save="SIGTERM", leave="SIGTERM", is_preempted=True)
+            return Decision(save="SIGTERM", leave="SIGTERM", is_preempted=True)
+        if is_stopped:
+            return Decision(save="stop requested", leave=stop_reason or "another rank asked to stop")
         if is_late:
-            return Orders(save="exit_duration_in_mins", leave="train.exit_duration_in_mins is over")
+            return Decision(save="exit_duration_in_mins", leave="train.exit_duration_in_mins is over")
         if _divides(self._train.exit_interval, iteration):
-            return Orders(save="exit_interval", leave="train.exit_interval")
+            return Decision(save="exit_interval", leave="train.exit_interval")
         if save_asked:
-            return Orders(save="SIGUSR1")
+            return Decision(save="SIGUSR1")
         if _divides(self._checkpoint.save_interval, iteration):
-            return Orders(save="interval")
-        return Orders(save="save_interval_mins" if is_due else None)
+            return Decision(save="interval")
+        return Decision(save="save_interval_mins" if is_due else None)
 
 
 def _is_over(elapsed_s: float, limit_mins: float | None) -> bool:

@@ -1,8 +1,9 @@
 """Ends a job that hangs, with the stack of every rank in one report.
 
-A thread on each rank watches how long ago the rank last said what it is doing. When that is too long, it writes the stacks of all threads of its
-process into the job's key-value store, which a hung collective does not block; ranks that wait in the same collective do so at about the
-same time. The lowest of them that can speak prints all stacks, names the ranks that are behind or silent, and every rank ends.
+A thread on each rank checks the age of the rank's last heartbeat. When the heartbeat times out, the thread writes the stacks of
+all threads of its process into the job's key-value store, which a hung collective does not block. Ranks that wait in the same
+collective time out at about the same time. The lowest rank that can still run prints all stacks and names the ranks that are
+behind or missing; then every rank ends.
 """
 
 from __future__ import annotations
@@ -30,22 +31,24 @@ logger = logging.getLogger(__name__)
 
 EXIT_CODE = 5
 COLLECT_S = 5.0
-"""Ranks have this long to hand in their stacks."""
+"""Time for all ranks to write their stacks."""
 REPORT_S = 2.0
-"""Other ranks stay for this long, so that none is taken for the first to fail while the report is written."""
-HURRIED_S, HURRIED_FACTOR = 5.0, 3.0
-"""After SIGTERM a rank may be silent for so long, or so many times its longest silence before."""
+"""The other ranks wait this long before they end, so that the launcher does not blame one of them for the failure."""
+SHORT_TIMEOUT_S, SHORT_TIMEOUT_FACTOR = 5.0, 3.0
+"""After SIGTERM the timeout is this many seconds, or this many times the longest gap between two heartbeats so far."""
 FROZEN_S = 30.0
-"""If not even this thread can run (a C extension that keeps the interpreter), the process is ended so much later, from C."""
+"""If even this thread cannot run (a C extension that holds the GIL), faulthandler ends the process this much later, from C."""
 
 
 @dataclass(frozen=True, slots=True)
-class Testimony:
-    """What a hung rank says of itself.
+class RankReport:
+    """State of a hung rank.
 
-    Args:
-        beats: signs of life since the start; ranks of one job count in step.
-        silent_s: seconds since the last one.
+    Attributes:
+        doing: what the rank announced with its last heartbeat.
+        beats: heartbeats since the start; all ranks of a job count the same ones.
+        silent_s: seconds since the last heartbeat.
+        stack: stacks of all threads.
     """
 
     rank: int
@@ -57,11 +60,11 @@ class Testimony:
 
 
 class Watchdog:
-    """Watches this rank. It is on while it is entered.
+    """Watches this rank while it is entered.
 
     Args:
-        timeout_s: longest time between two beats; 0: nothing is watched.
-        store: of the job; None: taken from the environment when it is entered, and where there is none, every rank speaks for itself.
+        timeout_s: maximum time between two heartbeats; 0: off.
+        store: key-value store of the job; None: found through the environment on entry. Without one, each rank reports alone.
     """
 
     def __init__(self, timeout_s: float, rank: int = 0, world_size: int = 1, store: Store | None = None):
@@ -69,33 +72,33 @@ class Watchdog:
         self._prefix = f"megatron_mtp/hung/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._doing, self._beats, self._last = "starting", 0, time.monotonic()
         self._longest_s = 0.0
-        self._is_hurried = False
+        self._is_short = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
-        """A sign of life: what this rank does next."""
+        """A heartbeat: what this rank does next."""
         self._longest_s = max(self._longest_s, time.monotonic() - self._last)
         self._doing, self._beats, self._last = doing, self._beats + 1, time.monotonic()
 
-    def hurry(self) -> None:
-        """This rank was asked to end. A launcher does that too when another rank has died: then this one may wait for it in a collective,
-        and should not use up its time, so it gets a few times as long as it ever was silent."""
-        self._is_hurried = True
+    def shorten_timeout(self) -> None:
+        """Called after SIGTERM. A launcher sends it too when another rank has died; this rank may then wait in a collective for
+        a rank that never comes, and should not use up the grace period."""
+        self._is_short = True
 
-    def calm(self) -> None:
-        """All ranks are there and agree on what to do; a checkpoint may take its time."""
-        self._is_hurried = False
+    def restore_timeout(self) -> None:
+        """Called when all ranks have agreed on what to do next: a checkpoint may take as long as it needs."""
+        self._is_short = False
 
     @property
     def limit_s(self) -> float:
-        """Longest silence that is borne at this moment."""
-        if not self._is_hurried:
+        """Maximum time without a heartbeat, at this moment."""
+        if not self._is_short:
             return self.timeout_s
-        return min(self.timeout_s, max(HURRIED_S, HURRIED_FACTOR * self._longest_s))
+        return min(self.timeout_s, max(SHORT_TIMEOUT_S, SHORT_TIMEOUT_FACTOR * self._longest_s))
 
     def around(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward step that is a sign of life."""
+        """`forward_step` with a heartbeat before each micro-batch."""
 
         def beating(*arguments: Any) -> Any:
             self.beat("a micro-batch")
@@ -124,18 +127,18 @@ class Watchdog:
             silent_s = time.monotonic() - self._last
             with suppress(AttributeError, ValueError, OSError):  # stderr may be something without a descriptor
                 faulthandler.dump_traceback_later(self.timeout_s + COLLECT_S + FROZEN_S, exit=True, file=sys.__stderr__)
-            # While training goes on nobody asks the store anything.
+            # A healthy rank never queries the store.
             if silent_s > self.limit_s or (silent_s > self.timeout_s / 2 and self._is_asked()):
                 self._end(silent_s)
 
     def _is_asked(self) -> bool:
-        """Whether another rank has given up already."""
+        """Whether another rank has timed out already."""
         with suppress(Exception):
             return self._store is not None and self._store.check([f"{self._prefix}/any"])
         return False
 
     def _end(self, silent_s: float) -> None:
-        own = Testimony(self._rank, socket.gethostname(), self._doing, self._beats, round(silent_s, 1), stacks())
+        own = RankReport(self._rank, socket.gethostname(), self._doing, self._beats, round(silent_s, 1), stacks())
         everyone = self._collect(own)
         if everyone[0].rank == self._rank:
             text = report(everyone, self._world_size, self.limit_s)
@@ -146,8 +149,8 @@ class Watchdog:
             Failure(self._rank, f"rank {self._rank}: ended by the watchdog; another rank reports why", "echo").write()
         os._exit(EXIT_CODE)
 
-    def _collect(self, own: Testimony) -> list[Testimony]:
-        """What all ranks that can speak say, in order of rank; this rank's own if the store is lost."""
+    def _collect(self, own: RankReport) -> list[RankReport]:
+        """Reports of all ranks that can still write one, in order of rank; only this rank's own if the store is lost."""
         found = {self._rank: own}
         with suppress(Exception):
             self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(own)))
@@ -156,19 +159,19 @@ class Watchdog:
             while len(found) < self._world_size and time.monotonic() < deadline:
                 for rank in set(range(self._world_size)) - set(found):
                     if self._store.check([f"{self._prefix}/{rank}"]):
-                        found[rank] = Testimony(**json.loads(self._store.get(f"{self._prefix}/{rank}")))
+                        found[rank] = RankReport(**json.loads(self._store.get(f"{self._prefix}/{rank}")))
                 time.sleep(0.1)
         return [found[rank] for rank in sorted(found)]
 
 
 def job_store() -> Store | None:
-    """A connection of its own to the store that torchrun or rank 0 serves; None where there is none."""
+    """A separate connection to the store that torchrun or rank 0 serves; None where there is none."""
     if "MASTER_PORT" not in os.environ:
         return None
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=COLLECT_S))
-    except Exception as error:  # a watchdog that cannot start must not end a sound run
+    except Exception as error:  # a watchdog that cannot start must not end a healthy run
         logger.warning("the watchdog has no store (%s): each rank will report its own stack only", error)
         return None
 
@@ -181,17 +184,19 @@ def stacks() -> str:
         return file.read()
 
 
-def report(everyone: list[Testimony], world_size: int, timeout_s: float) -> str:
-    """The text for the log: who is behind, who is silent, and every stack."""
+def report(everyone: list[RankReport], world_size: int, timeout_s: float) -> str:
+    """The text for the log: ranks that are missing or behind, and every stack."""
     lines = [f"megatron-mtp: no progress for {timeout_s:g} s (dist.watchdog_s): the job hangs and is ended."]
     silent = sorted(set(range(world_size)) - {one.rank for one in everyone})
     if silent:
-        lines.append(f"ranks that said nothing, dead or frozen: {', '.join(map(str, silent))}")
+        lines.append(f"ranks without a report, dead or frozen: {', '.join(map(str, silent))}")
     furthest = max(one.beats for one in everyone)
     behind = [one for one in everyone if one.beats < furthest]
     lines += [f"behind the others: rank {one.rank} on {one.host}, at: {one.doing}" for one in behind]
     if not silent and not behind:
         lines.append("no rank is behind: all wait at the same place.")
     for one in everyone:
-        lines.append(f"---- rank {one.rank} on {one.host}, silent for {one.silent_s} s, at: {one.doing}\n{one.stack}")
+        lines.append(
+            f"---- rank {one.rank} on {one.host}, no heartbeat for {one.silent_s} s, at: {one.doing}\n{one.stack}"
+        )
     return "\n".join(lines)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mtp.errors import ConfigError, ReplicaError
+from megatron_mtp.training.callbacks.replicas import check_replicas, fingerprint
 from megatron_mtp.training.guards import node_check
 from megatron_mtp.training.guards.node_check import Node, bandwidth_report, check_nodes, version_problems
-from megatron_mtp.training.guards.replicas import check_replicas, fingerprint
 from tests.checkpoint.rig import DENSE, EP2, MOE, make_config, rig
 from tests.gloo_pool import GlooPool
 

@@ -12,8 +12,8 @@ import pytest
 from megatron_mtp.launch import local as launch_module
 from megatron_mtp.launch.local import run_ranks
 from megatron_mtp.observe.jsonl import read_metrics
-from megatron_mtp.training.guards.stragglers import stragglers
-from megatron_mtp.training.guards.watchdog import EXIT_CODE, Testimony, report
+from megatron_mtp.training.callbacks.stragglers import stragglers
+from megatron_mtp.training.guards.watchdog import EXIT_CODE, RankReport, report
 
 
 def hang(folder: Path, how: str) -> int:
@@ -30,13 +30,13 @@ def test_a_hung_job_ends_with_the_stacks(tmp_path: Path, capfd, monkeypatch: pyt
     assert code == EXIT_CODE, err[-3000:]
     assert "no progress for 6 s (dist.watchdog_s)" in err
     assert "---- rank 0" in err
-    assert "at: iteration 3: asking all ranks whether to save or leave" in err
+    assert "at: iteration 3: agreeing with all ranks whether to save or leave" in err
     assert re.search(r'preemption\.py", line \d+ in orders', err), "where rank 0 waits"
     if how == "asleep":
         assert re.search(r"behind the others: rank 1 on .*, at: (a micro-batch|iteration 3: the step)", err)
         assert re.search(r'hanging_rank\.py", line \d+ in on_step_end', err), "where rank 1 is"
     else:
-        assert "ranks that said nothing, dead or frozen: 1" in err
+        assert "ranks without a report, dead or frozen: 1" in err
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last["iteration"] == 3
     # The watchdog's time, the collection of stacks, and the launcher's patience with the others.
@@ -62,8 +62,8 @@ def test_who_is_a_straggler():
 
 @pytest.mark.unit
 def test_the_report_says_who_holds_the_job_up():
-    def one(rank: int, beats: int) -> Testimony:
-        return Testimony(rank, "h", f"step of {rank}", beats, 6.5, f"stack of {rank}")
+    def one(rank: int, beats: int) -> RankReport:
+        return RankReport(rank, "h", f"step of {rank}", beats, 6.5, f"stack of {rank}")
 
     text = report([one(0, 7), one(1, 5), one(3, 7)], 4, 6.0)
     assert "dead or frozen: 2" in text

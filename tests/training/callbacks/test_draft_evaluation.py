@@ -28,13 +28,13 @@ def config():
 
 
 def evaluate_both_ways(cfg):
-    """(training's chain counts, the decoder's on the same samples, the watch's figures)."""
+    """(training's chain counts, the decoder's on the same samples, the callback's metrics)."""
     from megatron_mtp.decode.measure import TextCounts, acceptance_on_text
     from megatron_mtp.decode.model import Decoder
-    from megatron_mtp.drafting.watch import callbacks_of
     from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.model.sharded import unwrap
     from megatron_mtp.parallel.resolve import resolve
+    from megatron_mtp.training.callbacks.draft_evaluation import DraftEvaluation
     from megatron_mtp.training.evaluation import evaluate
     from megatron_mtp.training.setup import setup
     from megatron_mtp.training.state import TrainState
@@ -51,7 +51,7 @@ def evaluate_both_ways(cfg):
                 for tokens, last in zip(micro.tokens.tolist(), micro.labels[0, :, -1].tolist(), strict=True):
                     counts.add(acceptance_on_text(decoder, [*tokens, last], 2))
         stream.close()
-        [watch] = callbacks_of(cfg)
+        watch = DraftEvaluation.from_config(cfg)
         return results["valid"].acceptance, counts, watch.on_evaluation(run, TrainState(), results)
     finally:
         run.data.close()
@@ -68,13 +68,13 @@ def test_acceptance_is_that_of_training_evaluation(one):
 
 
 def test_layouts_that_cannot_decode_are_refused():
-    from megatron_mtp.drafting.watch import callbacks_of
+    from megatron_mtp.training.callbacks.draft_evaluation import DraftEvaluation
 
     cfg = config()
     cfg.model.pipeline_model_parallel_size = 2
     cfg.model.mtp_num_layers = 0
     with pytest.raises(UnsupportedError) as error:
-        callbacks_of(cfg)
+        DraftEvaluation.from_config(cfg)
     assert len(error.value.problems) == 2
     cfg.validation.draft_prompts = 0
-    assert callbacks_of(cfg) == []
+    assert DraftEvaluation.from_config(cfg) is None

@@ -1,4 +1,4 @@
-"""Compares the weights of data-parallel replicas, which must be equal to the last bit: a difference is a defect of memory or of software."""
+"""Compares the weights of data-parallel replicas. They must be equal to the last bit: a difference is a defect of memory or software."""
 
 from __future__ import annotations
 
@@ -11,10 +11,32 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_mtp.checkpoint.checkpointer import gather_weights
+from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ReplicaError
 from megatron_mtp.model.sharded import unwrap
+from megatron_mtp.training.callbacks.base import ConfiguredCallback
+from megatron_mtp.training.setup import Run
+from megatron_mtp.training.state import TrainState
+from megatron_mtp.training.step import StepResult
 
 SHOWN = 3
+
+
+class ReplicaCheck(ConfiguredCallback):
+    """Runs `check_replicas` every `interval` steps."""
+
+    def __init__(self, interval: int):
+        self.interval = interval
+
+    @classmethod
+    def from_config(cls, cfg: ConfigContainer) -> ReplicaCheck | None:
+        """Asked for by train.check_replicas_interval."""
+        return cls(cfg.train.check_replicas_interval) if cfg.train.check_replicas_interval else None
+
+    def on_step_end(self, run: Run, state: TrainState, result: StepResult) -> None:
+        """Checks where the interval divides the iteration."""
+        if state.iteration % self.interval == 0:
+            check_replicas(run.engine.chunks, run.groups)
 
 
 def check_replicas(chunks: list[nn.Module], groups: ProcessGroupCollection) -> None:
@@ -41,8 +63,8 @@ def check_replicas(chunks: list[nn.Module], groups: ProcessGroupCollection) -> N
         raise ReplicaError(
             "replicas of the weights differ: "
             + "; ".join(found)
-            + ". Memory or an interconnect is failing, or an update was lost. The run stops; "
-            "started again it resumes from the last checkpoint. Take that machine out if it happens twice."
+            + ". Memory or an interconnect is failing, or an update was lost. The run stops; start it again to resume "
+            "from the last checkpoint. If it happens twice, remove that machine from the job."
         )
 
 

@@ -1,0 +1,123 @@
+"""The extension point of the training loop: a closed set of events.
+
+The loop knows nothing about what its callbacks do. Every rank calls every callback at the same points and in the same
+order, so a callback may use collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import ConfigError
+from megatron_mtp.observe.health import Sign
+from megatron_mtp.training.evaluation import EvaluationResult
+from megatron_mtp.training.setup import Run
+from megatron_mtp.training.state import TrainState
+from megatron_mtp.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+"""Name -> value. Names with a slash, `area/thing_unit`, group in TensorBoard and W&B."""
+
+
+class Callback:
+    """Override what you need. An exception ends the run; `run.request_stop(reason)` ends it in order, with a checkpoint.
+
+    Metrics that an event returns are recorded on the console, in TensorBoard, W&B and JSONL. Rank 0 writes them, so a
+    value that other ranks know must be brought there first: see `mean_over_ranks`.
+    """
+
+    @property
+    def name(self) -> str:
+        """Key of this callback's state in the checkpoint; two callbacks of one class need different ones."""
+        return type(self).__name__
+
+    def on_train_start(self, run: Run, state: TrainState) -> None:
+        """Called once: model, state and callbacks are restored; this process has done no step."""
+
+    def on_step_end(self, run: Run, state: TrainState, result: StepResult) -> Metrics | None:
+        """Called when a step is counted in `state`, before it is recorded or saved.
+
+        Returns:
+            Metrics of this step. Console and W&B show their mean over the logging interval.
+        """
+
+    def on_evaluation(self, run: Run, state: TrainState, results: dict[str, EvaluationResult]) -> Metrics | None:
+        """Called when all validation sets were evaluated. Returned metrics are recorded with those of the first set."""
+
+    def on_save(self, run: Run, state: TrainState) -> None:
+        """Called before a checkpoint is written; `state_dict` is asked for afterwards."""
+
+    def on_train_end(self, run: Run, state: TrainState) -> None:
+        """Called when the loop has ended in order; process groups and data still exist."""
+
+    def health_signs(self) -> dict[str, Sign]:
+        """Warning signs to look for in the metrics of the run, by name, in addition to the built-in ones.
+
+        Asked for once, before training starts.
+        """
+        return {}
+
+    def close(self) -> None:
+        """Called last, after an exception too: give back what the callback holds. No collectives here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know, as JSON values; the same on every rank. Kept in every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned when the checkpoint was written."""
+
+
+class ConfiguredCallback(Callback):
+    """A callback that a field of the config switches on."""
+
+    @classmethod
+    def from_config(cls, cfg: ConfigContainer) -> Callback | None:
+        """The callback that `cfg` asks for; None: it asks for none.
+
+        Raises:
+            ConfigError: it asks for one that this run cannot have.
+        """
+        raise NotImplementedError
+
+
+def unique(callbacks: list[Callback]) -> list[Callback]:
+    """`callbacks`, if each that keeps state has a name of its own.
+
+    Raises:
+        ConfigError: two would share their state in the checkpoint.
+    """
+    names = Counter(c.name for c in callbacks if type(c).state_dict is not Callback.state_dict)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ConfigError(
+            f"callbacks: {', '.join(twice)} is given more than once, and its state in the checkpoint goes by that name. "
+            "Override `name` so that each has its own."
+        )
+    return callbacks
+
+
+def restore(callbacks: list[Callback], state: TrainState) -> None:
+    """Hands each callback its state of the checkpoint. State of a callback that this run lacks stays in the checkpoint."""
+    for callback in callbacks:
+        if callback.name in state.callbacks:
+            callback.load_state_dict(state.callbacks[callback.name])
+    if unknown := sorted(set(state.callbacks) - {callback.name for callback in callbacks}):
+        logger.warning("the checkpoint has state of callbacks that this run lacks: %s. It is kept.", ", ".join(unknown))
+
+
+def mean_over_ranks(run: Run, value: float | None) -> float | None:
+    """A collective over all ranks: the mean in fp64 of the values of those that have one; None where nobody has.
+
+    Example: the MTP stage passes its value and the other stages pass None; every rank, rank 0 too, gets the value.
+    """
+    total = torch.tensor([value or 0.0, value is not None], dtype=torch.float64, device=run.device.torch_device)
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item() if total[1] else None

@@ -1,0 +1,137 @@
+"""What a callback can do: metrics in every record, state in the checkpoint, stop the run, signs of its own; built-in ones too."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_mtp import pretrain
+from megatron_mtp.errors import ConfigError, UnsupportedError
+from megatron_mtp.observe.health import Window
+from megatron_mtp.observe.jsonl import read_metrics
+from megatron_mtp.training.callbacks import Callback
+from tests.training.test_pretrain import tiny
+
+pytestmark = pytest.mark.dist
+
+
+class TokensSeen(Callback):
+    """Counts tokens over all sessions of a run."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.closed = 0
+
+    def on_step_end(self, run: Any, state: Any, result: Any) -> dict[str, float]:
+        self.tokens += int(result.depth_counts[0])
+        return {"data/targets": self.tokens}
+
+    def on_evaluation(self, run: Any, state: Any, results: Any) -> dict[str, float]:
+        return {"data/targets_at_evaluation": self.tokens}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens = state["tokens"]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class StopAfter(Callback):
+    """Asks to stop after some steps."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def on_step_end(self, run: Any, state: Any, result: Any) -> None:
+        if state.iteration == self.iteration:
+            run.request_stop("the target was reached")
+
+
+def short(folder: Path, **train: int):
+    cfg = tiny(folder, train_iters=4, **train)
+    cfg.model.num_layers, cfg.model.mtp_num_layers = 2, 1
+    cfg.validation.eval_iters = 1
+    return cfg
+
+
+def test_a_metric_reaches_every_record_and_survives_a_resume(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    cfg = short(tmp_path / "log")
+    cfg.checkpoint.save = cfg.checkpoint.load = str(tmp_path / "run")
+    cfg.logger.tensorboard_dir = str(tmp_path / "tb")
+    stopped = pretrain(cfg, callbacks=[TokensSeen(), StopAfter(2)])
+    assert (stopped.state.iteration, stopped.exit_code) == (2, 0)
+    assert stopped.stop_reason == "the target was reached"
+    counter = TokensSeen()
+    done = pretrain(cfg, callbacks=[counter])
+    assert (done.state.iteration, done.stop_reason, counter.closed) == (4, None, 1)
+    per_step = cfg.train.global_batch_size * cfg.model.seq_length
+    expected = [per_step * step for step in (1, 2, 3, 4)]
+    assert [step["data/targets"] for step in read_metrics(tmp_path / "log" / "metrics.jsonl")] == expected
+    evaluations = read_metrics(tmp_path / "log" / "metrics.jsonl", "evaluation")
+    assert evaluations[-1]["data/targets_at_evaluation"] == expected[-1]
+    lines = [line for line in "".join(capfd.readouterr()).splitlines() if "elapsed time" in line]
+    assert [f"data/targets: {value}" in line for value, line in zip(expected, lines, strict=True)] == [True] * 4
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("data/targets")] == expected
+
+
+def test_state_of_a_callback_that_is_gone_is_kept(tmp_path: Path):
+    cfg = short(tmp_path / "log")
+    cfg.checkpoint.save = cfg.checkpoint.load = str(tmp_path / "run")
+    pretrain(cfg, callbacks=[TokensSeen(), StopAfter(1)])
+    pretrain(cfg, callbacks=[StopAfter(2)])
+    kept = json.loads((tmp_path / "run" / "iter_0000002" / "train_state.json").read_text())
+    assert kept["train"]["callbacks"] == {"TokensSeen": {"tokens": cfg.train.global_batch_size * cfg.model.seq_length}}
+
+
+def test_two_callbacks_of_one_name_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="TokensSeen is given more than once"):
+        pretrain(short(tmp_path), callbacks=[TokensSeen(), TokensSeen()])
+
+
+def test_a_sign_of_a_callback_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    class Watch(Callback):
+        def health_signs(self) -> dict[str, Any]:
+            def high(history: Sequence[Window], now: Window) -> str | None:
+                return "the learning rate was logged" if "learning-rate" in now.metrics else None
+
+            return {"learning rate": high}
+
+    cfg = short(tmp_path)
+    cfg.train.train_iters = 20
+    pretrain(cfg, callbacks=[Watch()])
+    assert "iteration 20: the learning rate was logged" in "".join(capfd.readouterr())
+
+
+def test_what_a_config_asks_for_is_made_by_pretrain(tmp_path: Path):
+    cfg = short(tmp_path)
+    cfg.validation.draft_prompts = 2
+    pretrain(cfg)
+    (evaluation,) = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
+    assert evaluation["drafting/tokens_per_pass"] >= 1
+    cfg.model.mtp_num_layers = 0
+    with pytest.raises(UnsupportedError, match=r"validation.draft_prompts = 2: drafts"):
+        pretrain(cfg)
+
+
+def test_the_collector_runs_again_after_a_run(tmp_path: Path):
+    seen = []
+
+    class Look(Callback):
+        def on_step_end(self, run: Any, state: Any, result: Any) -> None:
+            seen.append(gc.isenabled())
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        pretrain(short(tmp_path), callbacks=[Look()])
+    assert (seen, gc.isenabled()) == ([False], True)
