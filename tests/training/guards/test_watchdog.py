@@ -31,7 +31,7 @@ def test_a_hung_job_ends_with_the_stacks(tmp_path: Path, capfd, monkeypatch: pyt
     assert "no progress for 6 s (dist.watchdog_s)" in err
     assert "---- rank 0" in err
     assert "at: iteration 3: agreeing with all ranks whether to save or leave" in err
-    assert re.search(r'preemption\.py", line \d+ in orders', err), "where rank 0 waits"
+    assert re.search(r'preemption\.py", line \d+ in decide', err), "where rank 0 waits"
     if how == "asleep":
         assert re.search(r"behind the others: rank 1 on .*, at: (a micro-batch|iteration 3: the step)", err)
         assert re.search(r'hanging_rank\.py", line \d+ in on_step_end', err), "where rank 1 is"
