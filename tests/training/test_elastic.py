@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(580)]
 AGAIN_S = 30.0
 """From the restart of the ranks to the first step."""
 RESTARTED_S = 60.0
-"""From the kill to the restart: the other rank must notice, or end when it is asked to; see Watchdog.shorten_timeout."""
+"""From the kill to the restart: the other rank must notice, or end when asked to (Watchdog.shorten_timeout)."""
 NETWORK_S = 90.0
 """From the return of the network to the next step."""
 FIGURES = ("lm loss", "mtp_1 loss", "mtp_2 loss", "grad-norm", "mtp_1/accepted")

@@ -28,7 +28,7 @@ Metrics = dict[str, float]
 
 
 class Callback:
-    """Override what you need. An exception ends the run; `run.request_stop(reason)` ends it in order, with a checkpoint.
+    """Override what you need. An exception ends the run; `run.request_stop(reason)` ends it with a checkpoint.
 
     Metrics that an event returns are recorded on the console, in TensorBoard, W&B and JSONL. Rank 0 writes them, so a
     value that other ranks know must be brought there first: see `mean_over_ranks`.
@@ -98,19 +98,21 @@ def unique(callbacks: list[Callback]) -> list[Callback]:
     names = Counter(c.name for c in callbacks if type(c).state_dict is not Callback.state_dict)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ConfigError(
-            f"callbacks: {', '.join(twice)} is given more than once, and its state in the checkpoint goes by that name. "
+            f"callbacks: {', '.join(twice)} is given more than once, and its state in the checkpoint has that name. "
             "Override `name` so that each has its own."
         )
     return callbacks
 
 
 def restore(callbacks: list[Callback], state: TrainState) -> None:
-    """Hands each callback its state of the checkpoint. State of a callback that this run lacks stays in the checkpoint."""
+    """Hands each callback its state in the checkpoint. State of callbacks that this run lacks is kept."""
     for callback in callbacks:
         if callback.name in state.callbacks:
             callback.load_state_dict(state.callbacks[callback.name])
     if unknown := sorted(set(state.callbacks) - {callback.name for callback in callbacks}):
-        logger.warning("the checkpoint has state of callbacks that this run lacks: %s. It is kept.", ", ".join(unknown))
+        logger.warning(
+            "the checkpoint has state of callbacks that are not in this run: %s. It is kept.", ", ".join(unknown)
+        )
 
 
 def mean_over_ranks(run: Run, value: float | None) -> float | None:

@@ -1,4 +1,7 @@
-"""Compares the weights of data-parallel replicas. They must be equal to the last bit: a difference is a defect of memory or software."""
+"""Compares the weights of data-parallel replicas, which must be equal to the last bit.
+
+A difference is a defect of memory or software.
+"""
 
 from __future__ import annotations
 

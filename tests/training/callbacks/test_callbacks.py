@@ -1,4 +1,4 @@
-"""What a callback can do: metrics in every record, state in the checkpoint, stop the run, signs of its own; built-in ones too."""
+"""Callbacks: metrics in every record, state in the checkpoint, stopping the run, health signs, and the built-in ones."""
 
 from __future__ import annotations
 
