@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_mtp.errors import CheckpointError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def from_first[T](produce: Callable[[], T]) -> T:
@@ -27,7 +27,7 @@ def from_first[T](produce: Callable[[], T]) -> T:
         except CheckpointError as error:
             found[1] = str(error)
         except Exception as error:
-            log.exception("unexpected error")
+            logger.exception("unexpected error")
             found[1] = describe_error(error)
     dist.broadcast_object_list(found, src=0)
     if found[1] is not None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +23,7 @@ from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Mani
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import find_checkpoint, load_checkpoint
+from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.checkpoint.writer import (
     BackgroundWrite,
     RankFile,
@@ -37,18 +36,10 @@ from megatron_mtp.checkpoint.writer import (
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.mcore.optimizer import gather_weights
+from megatron_mtp.observe.env import package_versions
 
-log = logging.getLogger(__name__)
-
-
-class Resumable(Protocol):
-    """The train state as this room sees it: training.state.TrainState."""
-
-    iteration: int
-    consumed_samples: int
-
-    def to_dict(self) -> dict[str, Any]: ...
-    def restore(self, values: dict[str, Any]) -> None: ...
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -96,11 +87,11 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(f"checkpoint.save = {path}: cannot be made ({describe_error(error)}).") from error
         for name in self.directory.clear_remains():
-            log.info("removed %s, left behind by a save that did not finish", path / name)
+            logger.info("removed %s, left behind by a save that did not finish", path / name)
 
     # ---- resuming ----
 
-    def resume(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: Resumable) -> bool:
+    def resume(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> bool:
         """Takes everything from the newest whole checkpoint of checkpoint.load, whatever layout saved it.
 
         Returns:
@@ -120,10 +111,10 @@ class Checkpointer:
         if self.directory and found.path.parent.resolve() == self.directory.path.resolve():
             self.last_saved = found.manifest.iteration
         if self.rank == 0:
-            log.info("resumed from %s", found.path)
+            logger.info("resumed from %s", found.path)
         return True
 
-    def roll_back(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: Resumable) -> None:
+    def roll_back(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> None:
         """Takes everything from the newest whole checkpoint of checkpoint.save, within the run.
 
         Raises:
@@ -135,7 +126,7 @@ class Checkpointer:
         train_state.restore(load_checkpoint(self.cfg, found, chunks, optimizer, self.groups.dp_cp, load_optim=True))
         self.last_saved = found.manifest.iteration
         if self.rank == 0:
-            log.info("went back to %s", found.path)
+            logger.info("went back to %s", found.path)
 
     def start_from_pretrained(self, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
         """Takes the weights of checkpoint.pretrained_checkpoint, if it is set, whatever layout saved them.
@@ -149,7 +140,7 @@ class Checkpointer:
         load_model_weights(folder, chunks, self.groups.dp_cp)
         optimizer.reload_model_params()
         if self.rank == 0:
-            log.info("started from the weights of %s", folder)
+            logger.info("started from the weights of %s", folder)
 
     # ---- saving ----
 
@@ -157,7 +148,7 @@ class Checkpointer:
         self,
         chunks: list[nn.Module],
         optimizer: MegatronOptimizer,
-        train_state: Resumable,
+        train_state: TrainState,
         reason: str = "interval",
         validation_loss: float | None = None,
     ) -> None:
@@ -220,18 +211,13 @@ class Checkpointer:
         self._complete(pending, pending.writing.result())
         return pending.manifest.iteration
 
-    @property
-    def is_saving(self) -> bool:
-        """Whether an asynchronous save is under way."""
-        return self._pending is not None
-
     def close(self) -> None:
         """Waits for a save that is under way; its failure is logged, for nobody is there to handle it. Nothing half removed is left."""
         try:
             self.maybe_finalize(blocking=True)
         except CheckpointError as error:
             if self.rank == 0:
-                log.error("%s", error)
+                logger.error("%s", error)
         if self.directory:
             self.directory.finish_removal()
 
@@ -241,7 +227,7 @@ class Checkpointer:
         except OSError as error:
             raise self._failure(iteration, f"{self.directory.path}: {describe_error(error)}") from error
 
-    def _manifest(self, train_state: Resumable, reason: str, validation_loss: float | None) -> Manifest:
+    def _manifest(self, train_state: TrainState, reason: str, validation_loss: float | None) -> Manifest:
         return Manifest(
             iteration=train_state.iteration,
             files=[],
@@ -251,7 +237,7 @@ class Checkpointer:
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             validation_loss=validation_loss,
             tokenizer=self._tokenizer,
-            versions=_versions(),
+            versions=package_versions(),
         )
 
     def _complete(self, pending: _Pending, written: Written) -> None:
@@ -285,27 +271,10 @@ class Checkpointer:
             rules = self.cfg.checkpoint
             self.directory.retain(rules.most_recent_k, rules.keep_every, rules.keep_best)
         except OSError as error:
-            log.warning("%s: an old checkpoint cannot be removed (%s)", self.directory.path, describe_error(error))
+            logger.warning("%s: an old checkpoint cannot be removed (%s)", self.directory.path, describe_error(error))
 
     def _failure(self, iteration: int, cause: str) -> CheckpointError:
         return CheckpointError(
             f"checkpoint.save = {self.directory.path}: the checkpoint of iteration {iteration} was not saved ({cause}). "
             "Earlier checkpoints are unharmed. Make room or mend the directory; the next save tries again."
         )
-
-
-def gather_weights(chunks: list[nn.Module]) -> None:
-    """With overlap_param_gather the last update of the shards of other ranks arrives with the next forward pass; a checkpoint needs it now."""
-    for chunk in chunks:
-        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
-            chunk.start_param_sync(force_sync=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("megatron-mtp", "megatron-core", "torch", "transformer-engine"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

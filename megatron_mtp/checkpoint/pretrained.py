@@ -16,7 +16,7 @@ from megatron_mtp.checkpoint.resuming import _check_keys
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: ProcessGroup) -> None:
@@ -40,7 +40,7 @@ def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: Proce
     except MegatronMTPError as failure:
         error = str(failure)
     except Exception as failure:  # any cause on one rank must reach raise_any, or the others wait for it
-        log.debug("loading failed", exc_info=failure)
+        logger.debug("loading failed", exc_info=failure)
         error = f"{folder}: cannot be loaded ({describe_error(failure)})."
     raise_any(error)
 

@@ -26,7 +26,7 @@ from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
 from megatron_mtp.mcore.optimizer import copy_master_weights_to_model
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # A rank's random state belongs to its place; any of these moves the places.
 _PLACE_FIELDS = (
@@ -68,7 +68,7 @@ def find_checkpoint(cfg: ConfigContainer, path: str | Path | None = None) -> Fou
             from_first(lambda manifest=manifest: _check_config(cfg, directory, manifest))
             return Found(directory.whole_path(iteration), manifest)
         for problem in problems if dist.get_rank() == 0 else ():
-            log.warning("the checkpoint of iteration %d is damaged and skipped: %s", iteration, problem)
+            logger.warning("the checkpoint of iteration %d is damaged and skipped: %s", iteration, problem)
         damaged += problems
     from_first(lambda: check_missing(cfg, damaged))
     return None
@@ -99,7 +99,7 @@ def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manif
     if comparison.refusals:
         raise CheckpointError(refusal_text(str(directory.path), manifest.iteration, comparison))
     for change in comparison.changes:
-        log.warning("the curve changes from iteration %d on: %s", manifest.iteration, change)
+        logger.warning("the curve changes from iteration %d on: %s", manifest.iteration, change)
 
 
 def load_checkpoint(
@@ -129,7 +129,7 @@ def load_checkpoint(
     except MegatronMTPError as failure:
         error = str(failure)
     except Exception as failure:
-        log.debug("loading failed", exc_info=failure)
+        logger.debug("loading failed", exc_info=failure)
         error = f"{found.path}: cannot be loaded ({describe_error(failure)})."
     raise_any(error)
     return saved["train"]

@@ -12,6 +12,7 @@ import torch
 
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.streaming import WeightsWriter
+from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.accounts import Accounts, hold
@@ -98,7 +99,7 @@ def import_hf(
                 writer.add(link.key, link.whole, link.offset, source.grow(link, copies, mtp_init))
             report.files = [f"{KEPT_FOLDER}/{name}" for name in keep(source.folder, kept)]
             final = _with_tokenizer(source.cfg, kept)
-            writer.complete(final, _fresh_train_state(), reason="imported", tokenizer=tokenizer_fingerprint(final))
+            writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))
     except BaseException:
         if not existed:
             shutil.rmtree(kept, ignore_errors=True)
@@ -235,11 +236,6 @@ def _with_tokenizer(cfg: ConfigContainer, kept: Path) -> ConfigContainer:
         final.tokenizer.tokenizer_model = str(kept.absolute())
         final.tokenizer.vocab_size = None
     return final.finalize(None)
-
-
-def _fresh_train_state() -> dict[str, Any]:
-    """training.state.TrainState of a run that has not begun; that room lies above this one."""
-    return {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}
 
 
 def _account(source: HFModel, report: Report) -> None:

@@ -166,3 +166,13 @@ def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[
             single._copy_main_params_to_model_params()
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
+
+
+def gather_weights(chunks: list[torch.nn.Module]) -> None:
+    """Fetches the last update of the shards of other ranks now.
+
+    With overlap_param_gather it would arrive with the next forward pass.
+    """
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)

@@ -1,10 +1,12 @@
-"""Environment variables that change the results or the speed of a run."""
+"""Versions and environment variables that change the results or the speed of a run."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 
 # Prefixes of libraries that compute or communicate. MASTER_ADDR and the like only name machines.
 PREFIXES = (
@@ -40,6 +42,20 @@ BOOKKEEPING = ("TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR")
 
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
+
+
+PACKAGES = ("megatron-mtp", "megatron-core", "torch", "transformer-engine", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of PACKAGES, without those that are not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def effective_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:

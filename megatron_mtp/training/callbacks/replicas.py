@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
-from megatron_mtp.checkpoint.checkpointer import gather_weights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ReplicaError
+from megatron_mtp.mcore.optimizer import gather_weights
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.training.callbacks.base import ConfiguredCallback
 from megatron_mtp.training.setup import Run

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import socket
 import statistics
 import time
@@ -16,7 +15,6 @@ import uuid
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,10 @@ import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
+from megatron_mtp.observe.env import package_versions
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("megatron-mtp", "megatron-core", "torch", "transformer-engine", "numpy")
 PROBE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 SLOW_SHARE = 0.5
 """A link below this share of the median of its kind is named."""
@@ -76,12 +74,7 @@ def version_problems(nodes: list[Node]) -> list[str]:
 
 
 def _versions(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found = package_versions()
     if device.type == "cuda":
         found |= {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}
     return found

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.errors import CheckpointError
-from megatron_mtp.training.state import TrainState
 
 pytestmark = pytest.mark.unit
 
@@ -31,6 +31,7 @@ def test_every_field_survives_json():
         acceptance={"matches_target": [2**63, 1]},
         wandb_run_id="abc",
         health={"gap": {"mtp_1": 0.5}},
+        callbacks={"replicas": {"checks": 3}},
     )
     default = TrainState()
     assert all(getattr(state, f.name) != getattr(default, f.name) for f in fields(state)), "give each field a value"
