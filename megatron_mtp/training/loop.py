@@ -151,7 +151,7 @@ class Trainer:
     ) -> StepRecord:
         cfg, state = self.run.cfg, self.state
         num_depths = self.run.engine.num_depths
-        extra = acceptance_rates(result.acceptance) | self.saver.figures()
+        extra = acceptance_rates(result.acceptance) | self.saver.metrics()
         for name, count in zip(loss_names(num_depths), result.depth_counts.tolist(), strict=True):
             extra[f"{name.removesuffix(' loss')}/num_targets"] = count
         if num_depths:

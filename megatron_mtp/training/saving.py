@@ -1,4 +1,4 @@
-"""When checkpoints are taken, and what a failed one means to the run: training goes on without it."""
+"""Saves checkpoints and goes back to them. After a failed save, training goes on."""
 
 from __future__ import annotations
 
@@ -14,24 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves, completes and goes back. Every method is a collective.
+    """Starts saves, completes them, and rolls back. Every method is a collective.
 
     Args:
-        checkpointer: of this run.
-        state: of this run; what is saved, and what a rollback changes in place.
+        state: saved with each checkpoint; a rollback changes it in place.
+        checkpointer: reads and writes the files.
     """
 
     def __init__(self, run: Run, state: TrainState, checkpointer: Checkpointer):
         self._run, self._state, self._checkpointer = run, state, checkpointer
         self._validation: tuple[int, float] | None = None
-        self._figures: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
 
     def evaluated(self, main_loss: float) -> bool:
-        """Takes in the main set's loss at this iteration.
-
-        Returns:
-            Whether it is the lowest so far.
-        """
+        """Remembers the main loss of the first validation set at this iteration; whether it is the lowest so far."""
         state = self._state
         self._validation = (state.iteration, main_loss)
         is_best = state.best_validation_loss is None or main_loss < state.best_validation_loss
@@ -41,48 +37,44 @@ class Saver:
 
     @property
     def is_due(self) -> bool:
-        """Whether this iteration can be saved and is not yet."""
+        """Whether this iteration can be saved and has not been saved yet."""
         has_place = self._run.cfg.checkpoint.save is not None
         return has_place and self._checkpointer.last_saved != self._state.iteration
 
     def save(self, reason: str) -> bool:
-        """Saves. A save that fails is reported and training goes on: the next may find room.
-
-        Returns:
-            Whether the checkpoint is whole or under way.
-        """
+        """Saves; whether the checkpoint is complete or being written. A failure is logged: a later save may succeed."""
         state, engine = self._state, self._run.engine
-        is_of_now = self._validation is not None and self._validation[0] == state.iteration
-        loss = self._validation[1] if is_of_now else None
+        is_current = self._validation is not None and self._validation[0] == state.iteration
+        loss = self._validation[1] if is_current else None
         try:
             self._checkpointer.save(engine.chunks, engine.optimizer, state, reason, loss)
         except CheckpointError as error:
             logger.error("%s", error)
             return False
-        self._figures["checkpoint/stall_ms"] = self._checkpointer.last_stall_s * 1e3
+        self._metrics["checkpoint/stall_ms"] = self._checkpointer.last_stall_s * 1e3
         return True
 
-    def figures(self) -> dict[str, float]:
-        """What saves have cost since the last call: the time for which training stood still, and that until a checkpoint was whole."""
-        figures, self._figures = self._figures, {}
-        return figures
+    def metrics(self) -> dict[str, float]:
+        """Cost of saves since the last call: time during which training stood still, and time until a checkpoint was complete."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
 
     def finalize(self, *, blocking: bool = False) -> None:
         """Completes an asynchronous save if its files are written, or waits for them."""
         try:
             if self._checkpointer.maybe_finalize(blocking) is not None:
-                self._figures["checkpoint/save_ms"] = self._checkpointer.last_save_s * 1e3
+                self._metrics["checkpoint/save_ms"] = self._checkpointer.last_save_s * 1e3
         except CheckpointError as error:
             logger.error("%s", error)
 
     def roll_back(self, samples: int) -> None:
-        """Goes back to the newest whole checkpoint of this run and passes over the data up to and including the present step.
+        """Goes back to the newest complete checkpoint of this run and skips the data up to and including the current step.
 
         Args:
-            samples: in the present step, which is not counted in the state yet.
+            samples: samples of the current step, which the state does not count yet.
 
         Raises:
-            CheckpointError: on every rank: no checkpoint is whole.
+            CheckpointError: on every rank: no checkpoint is complete.
         """
         state, engine = self._state, self._run.engine
         end = state.data_position + samples

@@ -26,8 +26,8 @@ MIN_INTERVAL = 10
 class StragglerReport(ConfiguredCallback):
     """Compares the time that each rank takes to have its own gradients, averaged over some steps.
 
-    Afterwards ranks wait for each other, so a complete step takes the same time on all of them. Pipeline stages wait for
-    each other before that too: the report names the slow data-parallel replica.
+    Afterwards ranks wait for each other, so a complete step takes the same time on all. Pipeline stages wait for each
+    other before that too: the report names the slow data-parallel replica.
 
     Args:
         factor: a rank is named if it takes this many times the median.

@@ -1,6 +1,6 @@
-"""Bad numbers: losses and gradients that are not finite, and spikes. What they are, and what becomes of the step.
+"""Bad steps: losses and gradients that are not finite, and spikes. Detects them and decides what to do about them.
 
-Losses and gradient norm are global figures, the same on every rank, so every rank comes to the same decision without asking.
+Losses and gradient norm are global values, the same on every rank, so every rank decides the same without a message.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Action = Literal["go on", "roll back"]
 class Fault:
     """What is wrong with a step.
 
-    Args:
+    Attributes:
         kind: nan for anything that is not finite.
-        signs: one phrase for each figure, such as `mtp_1 loss is nan`.
+        signs: one phrase for each bad value, such as `mtp_1 loss is nan`.
     """
 
     kind: Literal["nan", "spike"]
@@ -32,22 +32,23 @@ class Fault:
 
 
 class FaultWatch:
-    """Looks at the figures of each step before its update is applied.
+    """Checks the losses and the gradient norm of each step before its update is applied.
 
-    A spike lies `spike_sigmas` standard deviations above the mean of the last `spike_window` good steps, as in OLMo-core's
-    SkipStepOptimizer. The history is kept in the train state, so that a resumed run decides as the run itself would have.
+    A spike is more than `spike_sigmas` standard deviations above the mean of the last `spike_window` good steps, as in
+    OLMo-core's SkipStepOptimizer. The history is kept in the train state, so that a resumed run decides as the
+    uninterrupted run would have.
     """
 
     def __init__(self, options: TrainConfig, state: TrainState):
         self._options, self._state = options, state
 
     def of_losses(self, losses: dict[str, float]) -> Fault | None:
-        """Args: losses: nats per token by name, those with valid targets only."""
+        """Checks the losses of the depths that have valid targets: name -> nats per token."""
         bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
         return Fault("nan", bad) if bad else self._spike(losses)
 
     def of_gradient(self, norm: float | None) -> Fault | None:
-        """Args: norm: of the whole gradient before clipping; None: not known."""
+        """Checks the norm of the complete gradient before clipping; None: it is not known."""
         if norm is None:
             return None
         if not math.isfinite(norm):
@@ -55,20 +56,20 @@ class FaultWatch:
         return self._spike({GRADIENT: norm})
 
     def lets_pass(self, fault: Fault | None) -> bool:
-        """Whether the update is applied all the same."""
+        """Whether the update is applied despite the fault."""
         return fault is None or (fault.kind == "spike" and self._options.on_spike == "report")
 
     def remember(self, losses: dict[str, float], norm: float | None) -> None:
-        """Takes in a step whose update was applied."""
-        figures = losses if norm is None else {**losses, GRADIENT: norm}
+        """Adds a step whose update was applied to the history."""
+        values = losses if norm is None else {**losses, GRADIENT: norm}
         history = self._state.health.setdefault("spikes", {})
-        for name, value in figures.items():
+        for name, value in values.items():
             if math.isfinite(value):
                 history[name] = [*history.get(name, []), value][-self._options.spike_window :]
 
-    def _spike(self, figures: dict[str, float]) -> Fault | None:
+    def _spike(self, values: dict[str, float]) -> Fault | None:
         history, signs = self._state.health.get("spikes", {}), []
-        for name, value in figures.items():
+        for name, value in values.items():
             past = history.get(name, [])
             if len(past) < self._options.spike_window // 2:
                 continue
@@ -87,10 +88,10 @@ def policy_of(fault: Fault, options: TrainConfig) -> str:
 
 
 def decide(fault: Fault, options: TrainConfig, state: TrainState, place: str) -> tuple[Action, str]:
-    """What to do about a fault, and the report. Counts skips; a rollback is counted by who does it.
+    """Decides what to do about a fault, and writes the report. Counts skips; the rollback itself counts rollbacks.
 
     Args:
-        place: where the fault came from, for the report.
+        place: origin of the fault, for the report.
 
     Raises:
         NumericsError: the policy is to stop, or its limit is reached.
@@ -106,14 +107,17 @@ def decide(fault: Fault, options: TrainConfig, state: TrainState, place: str) ->
         state.skips_in_row += 1
         if state.skips_in_row > options.skip_limit:
             raise NumericsError(
-                f"{found} {field}: {options.skip_limit} steps in a row were left out (train.skip_limit), so the run stops. {REMEDIES}"
+                f"{found} {field}: {options.skip_limit} updates in a row were skipped (train.skip_limit), so the run "
+                f"stops. {REMEDIES}"
             )
         return "go on", (
-            f"{found} {field}: the update is left out, {state.skips_in_row} in a row of at most {options.skip_limit}. {REMEDIES}"
+            f"{found} {field}: the update is skipped, {state.skips_in_row} in a row of at most {options.skip_limit}. "
+            f"{REMEDIES}"
         )
     if state.rollbacks >= options.rollback_limit:
         raise NumericsError(
-            f"{found} {field}: {state.rollbacks} rollbacks were done (train.rollback_limit), so the run stops. {REMEDIES}"
+            f"{found} {field}: {state.rollbacks} rollbacks were done (train.rollback_limit), so the run stops. "
+            f"{REMEDIES}"
         )
     return (
         "roll back",

@@ -1,7 +1,7 @@
-"""Looks at the machines of a job before the first step: what would otherwise show hours later, or as a hang.
+"""Checks the machines of a job before the first step, for mistakes that would otherwise show hours later or as a hang.
 
-Versions must be equal on all ranks, and the folder of the checkpoints must be one folder. Bandwidth is measured and told; a slow link is no
-mistake of the user, but often the reason of a slow run.
+Versions must be equal on all ranks, and all ranks must share the checkpoint folder. Bandwidth is measured and logged: a slow
+link is not a mistake of the user, but often the reason for a slow run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ VISIBLE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one rank says of its place."""
+    """Host and versions of one rank."""
 
     host: str
     versions: dict[str, str]
 
 
 def check_nodes(cfg: ConfigContainer, device: torch.device) -> None:
-    """A collective; nothing is done in a job of one process.
+    """A collective; does nothing in a job of one process.
 
     Raises:
         ConfigError: on every rank: versions differ, or checkpoint.save is not one folder for all.
@@ -69,7 +69,7 @@ def version_problems(nodes: list[Node]) -> list[str]:
             found[node.versions.get(package, "none")].append(rank)
         if len(found) > 1:
             where = "; ".join(f"{v} on {_ranks(ranks, nodes)}" for v, ranks in found.items())
-            problems.append(f"{package}: versions differ between ranks ({where}). Install the same everywhere.")
+            problems.append(f"{package}: versions differ between ranks ({where}). Install the same version everywhere.")
     return problems
 
 
@@ -81,7 +81,7 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 
 def _sharing_problems(folder: Path, nodes: list[Node]) -> list[str]:
-    """Rank 0 writes a file; who does not see it has another folder under that name."""
+    """Rank 0 writes a file; a rank that does not see it has another folder of that name."""
     name = [f".node-check-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
     path, error = folder / name[0], ""
@@ -100,8 +100,8 @@ def _sharing_problems(folder: Path, nodes: list[Node]) -> list[str]:
     if not blind:
         return []
     return [
-        f"checkpoint.save = {folder}: {_ranks(blind, nodes)} do not see what rank 0 on {nodes[0].host} writes there. Checkpoints need a file "
-        "system that all machines share."
+        f"checkpoint.save = {folder}: {_ranks(blind, nodes)} do not see what rank 0 on {nodes[0].host} writes there. "
+        "Checkpoints need a file system that all machines share."
     ]
 
 
@@ -111,7 +111,7 @@ def _appears(path: Path) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            os.listdir(path.parent)  # makes NFS look again
+            os.listdir(path.parent)  # makes NFS refresh its cache
         time.sleep(0.1)
     return True
 
@@ -150,8 +150,8 @@ def bandwidth_report(bandwidths: list[float], hosts: list[str]) -> list[str]:
         median = statistics.median(bandwidths[rank] for rank in ranks)
         lines.append(f"bandwidth {kind}: {median / 1e9:.2f} GB/s from each rank to the next (median of {len(ranks)})")
         lines += [
-            f"slow link {kind}: rank {rank} on {hosts[rank]} to rank {(rank + 1) % len(hosts)} on {hosts[(rank + 1) % len(hosts)]}, "
-            f"{bandwidths[rank] / 1e9:.2f} GB/s"
+            f"slow link {kind}: rank {rank} on {hosts[rank]} to rank {(rank + 1) % len(hosts)} on "
+            f"{hosts[(rank + 1) % len(hosts)]}, {bandwidths[rank] / 1e9:.2f} GB/s"
             for rank in ranks
             if bandwidths[rank] < SLOW_SHARE * median
         ]

@@ -1,4 +1,4 @@
-"""What to say when memory does not suffice: who ran out, what was planned and used, and what each remedy would save."""
+"""The message when a rank runs out of memory: which rank, what was planned and used, and what each remedy would save."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_mtp.errors import ConfigError, OutOfMemoryError, PlanError
 from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
 from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 
-# What torch's CPU allocator, the C++ library and the operating system say, in RuntimeErrors.
+# Messages of torch's CPU allocator, the C++ library and the operating system: their RuntimeErrors have no own type.
 TEXTS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory")
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """Changes to a config, and the planned peak of its fullest stage with them."""
+    """Changes to a config, and the planned peak of its fullest stage after them."""
 
     changes: str
     peak_bytes: int
@@ -31,14 +31,14 @@ class Remedy:
 
 @contextmanager
 def explained_out_of_memory(run: ResolvedRun, rank: int) -> Iterator[None]:
-    """Turns running out of memory inside into an error for the user.
+    """Turns an out-of-memory error inside the block into an error for the user.
 
     Args:
         run: the resolved run.
         rank: of this process.
 
     Raises:
-        OutOfMemoryError: in place of torch's and Python's errors about memory; every other error passes.
+        OutOfMemoryError: instead of the errors of torch and Python; other errors pass.
     """
     try:
         yield
@@ -58,11 +58,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explanation(run: ResolvedRun, rank: int, cause: str, used: str, *, is_cpu: bool) -> str:
-    """The text for the user.
+    """The message for the user.
 
     Args:
-        cause: first words of the error.
-        used: what this process had taken.
+        cause: text of the original error; its first line is quoted.
+        used: memory that this process had allocated, as text.
     """
     layout, stage = run.layout, run.grid.coords(rank).pp
     planned = predict_memory(run.cfg, layout, stage, run.world_size, is_cpu=is_cpu)
@@ -139,7 +139,7 @@ def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
 
 
 def _follow(trial: ConfigContainer, cfg: ConfigContainer) -> None:
-    """Values that stand for another one's must not hold it back."""
+    """Adjusts fields of `trial` that were derived from a field that has changed."""
     model = trial.model
     if model.mtp_depth_weights:
         model.mtp_depth_weights = model.mtp_depth_weights[: model.mtp_num_layers] or None

@@ -1,4 +1,4 @@
-"""Callbacks: metrics in every record, state in the checkpoint, stopping the run, health signs, and the built-in ones."""
+"""Callbacks: metrics in every record, state in the checkpoint, a stop, health signs, and the built-in ones."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_a_rollback_goes_back_and_passes_over_the_batches(tmp_path: Path, depth:
 
 @pytest.mark.dist
 def test_limits_end_the_run(tmp_path: Path):
-    with pytest.raises(NumericsError, match="2 steps in a row were left out"):
+    with pytest.raises(NumericsError, match="2 updates in a row were skipped"):
         run(tmp_path / "skip", Injection(1, steps=(3, 4, 5)), skip_limit=2)
     with pytest.raises(NumericsError, match="2 rollbacks were done"):
         run(tmp_path / "back", Injection(1, steps=(5, 6, 7)), on_nan="rollback", rollback_limit=2)
