@@ -76,6 +76,8 @@ def names_of(node: ast.stmt) -> set[str]:
             return {name}
         case ast.ImportFrom() | ast.Import():
             return {alias.asname or alias.name for alias in node.names}
+        case ast.If():
+            return {name for inner in node.body for name in names_of(inner)}
     return set()
 
 
