@@ -1,4 +1,7 @@
-"""Saves and resumes runs at any layout. `Checkpointer` is imported on first use, so that the checks before a run need no torch."""
+"""Saves and resumes runs at any layout.
+
+`Checkpointer` is imported on first use, so that the checks before a run need no torch.
+"""
 
 from __future__ import annotations
 

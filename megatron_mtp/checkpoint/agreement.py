@@ -1,5 +1,5 @@
-"""Small collectives by which all ranks come to the same answer, errors included: a rank that raises alone leaves the
-others waiting. Every function must be called by all ranks."""
+"""Small collectives that give all ranks the same answer, errors included: a rank that raises alone leaves the others
+waiting. Every function must be called by all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def from_first[T](produce: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank.
+    """The result of rank 0, on every rank.
 
     Raises:
         CheckpointError: on every rank, whatever `produce` raised on rank 0.
@@ -55,7 +55,7 @@ def first_known(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception in a few words; the operating system's for an OSError, an error addressed to the user as it is."""
+    """An exception in a few words: the text of the operating system for an OSError, a CheckpointError as it is."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

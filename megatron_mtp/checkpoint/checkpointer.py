@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Pending:
-    """A checkpoint that is planned on all ranks and not yet whole."""
+    """A checkpoint that is planned on all ranks and not yet complete."""
 
     manifest: Manifest
     train_state: dict[str, Any]
@@ -74,7 +74,7 @@ class Checkpointer:
         self.last_stall_s = 0.0
         """Seconds for which the last save kept the training step waiting."""
         self.last_save_s = 0.0
-        """Seconds from the start of the last save until the checkpoint was whole."""
+        """Seconds from the start of the last save until the checkpoint was complete."""
         self._pending: _Pending | None = None
         self._tokenizer = tokenizer_fingerprint(cfg) if self.directory and self.rank == 0 else None
         if self.directory:
@@ -87,19 +87,19 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(f"checkpoint.save = {path}: cannot be made ({describe_error(error)}).") from error
         for name in self.directory.clear_remains():
-            logger.info("removed %s, left behind by a save that did not finish", path / name)
+            logger.info("removed %s, the remains of a save that did not finish", path / name)
 
     # ---- resuming ----
 
     def resume(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> bool:
-        """Takes everything from the newest whole checkpoint of checkpoint.load, whatever layout saved it.
+        """Restores everything from the newest complete checkpoint of checkpoint.load, whatever layout saved it.
 
         Returns:
             Whether there was one; False: a fresh start.
 
         Raises:
-            CheckpointError: on every rank: there are checkpoints and none is whole, the newest whole one belongs to a
-                run with another config, or it cannot be loaded.
+            CheckpointError: on every rank: there are checkpoints and none is complete, the newest complete one belongs
+                to a run with another config, or it cannot be loaded.
         """
         found = find_checkpoint(self.cfg) if self.cfg.checkpoint.load else None
         if found is None:
@@ -115,10 +115,10 @@ class Checkpointer:
         return True
 
     def roll_back(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> None:
-        """Takes everything from the newest whole checkpoint of checkpoint.save, within the run.
+        """Restores everything from the newest complete checkpoint of checkpoint.save, within the run.
 
         Raises:
-            CheckpointError: on every rank: there is none that is whole.
+            CheckpointError: on every rank: there is no complete one.
         """
         found = find_checkpoint(self.cfg, self.directory.path)
         if found is None:
@@ -129,7 +129,7 @@ class Checkpointer:
             logger.info("went back to %s", found.path)
 
     def start_from_pretrained(self, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
-        """Takes the weights of checkpoint.pretrained_checkpoint, if it is set, whatever layout saved them.
+        """Loads the weights of checkpoint.pretrained_checkpoint, if it is set, whatever layout saved them.
 
         Raises:
             CheckpointError: on every rank: it is damaged, or not of this model.
@@ -152,7 +152,7 @@ class Checkpointer:
         reason: str = "interval",
         validation_loss: float | None = None,
     ) -> None:
-        """Saves everything. With checkpoint.async_save it returns when the state is copied, and `maybe_finalize` does the rest.
+        """Saves everything. With checkpoint.async_save it returns when the state is copied; `maybe_finalize` finishes.
 
         Args:
             reason: why, for the manifest.
@@ -160,7 +160,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on every rank, with the first cause. Earlier checkpoints stay, no partial one is left, and
-                training may go on.
+                training can continue.
         """
         if self.directory is None:
             return
@@ -188,13 +188,13 @@ class Checkpointer:
         self.last_stall_s = time.monotonic() - started_s
 
     def maybe_finalize(self, blocking: bool = False) -> int | None:
-        """Completes an asynchronous save whose files are written. Call it once a step; it costs nothing where none is under way.
+        """Completes an asynchronous save whose files are written. Call it once a step; without a save it does nothing.
 
         Args:
             blocking: wait for the files.
 
         Returns:
-            The iteration of the checkpoint that became whole, or None.
+            The iteration of the checkpoint that was completed, or None.
 
         Raises:
             CheckpointError: on every rank; as `save`.
@@ -212,7 +212,10 @@ class Checkpointer:
         return pending.manifest.iteration
 
     def close(self) -> None:
-        """Waits for a save that is under way; its failure is logged, for nobody is there to handle it. Nothing half removed is left."""
+        """Waits for a save that is under way. Its failure is logged, since no caller can handle it.
+
+        Retired checkpoints are removed completely.
+        """
         try:
             self.maybe_finalize(blocking=True)
         except CheckpointError as error:
@@ -241,17 +244,17 @@ class Checkpointer:
         )
 
     def _complete(self, pending: _Pending, written: Written) -> None:
-        """Rank 0 makes the checkpoint whole once every rank has written its file."""
+        """Rank 0 completes the checkpoint once every rank has written its file."""
         reports: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(written, reports, dst=0)
         try:
-            from_first(lambda: self._make_whole(pending, reports))
+            from_first(lambda: self._finish(pending, reports))
         except CheckpointError:
             self.last_saved = None
             raise
         self.last_save_s = time.monotonic() - pending.started_s
 
-    def _make_whole(self, pending: _Pending, reports: list[Written]) -> None:
+    def _finish(self, pending: _Pending, reports: list[Written]) -> None:
         iteration = pending.manifest.iteration
         try:
             failures = [report.error for report in reports if report.error]
@@ -275,6 +278,6 @@ class Checkpointer:
 
     def _failure(self, iteration: int, cause: str) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint.save = {self.directory.path}: the checkpoint of iteration {iteration} was not saved ({cause}). "
-            "Earlier checkpoints are unharmed. Make room or mend the directory; the next save tries again."
+            f"checkpoint.save = {self.directory.path}: iteration {iteration} was not saved ({cause}). "
+            "Earlier checkpoints are intact. Free disk space or repair the directory; the next save tries again."
         )

@@ -156,7 +156,7 @@ _OF_TRAINING = frozenset({"seq_length"})
 
 
 def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Why weights that were saved with one config are not those of another's model, one sentence each. Arguments as `compare`."""
+    """Why weights of one config do not fit the model of another, one sentence each. Arguments as `compare`."""
     ours, theirs, default = present["model"], saved.get("model") or {}, defaults["model"]
     refusals = []
     # One stored layer may be a first depth, or what is applied at every depth.
@@ -176,7 +176,9 @@ def _stored_mtp_layers(model: dict[str, Any]) -> int:
 
 
 _MTP_COUNT = frozenset({"mtp_num_layers", "mtp_use_repeated_layer"})
-_MTP_ADVICE = " New MTP layers are made when a model is imported: megatron-mtp convert import --mtp-depths N --mtp-init last_layer."
+_MTP_ADVICE = (
+    " Importing a model makes new MTP layers: megatron-mtp convert import --mtp-depths N --mtp-init last_layer."
+)
 
 
 def same(section: str, name: str, old: Any, new: Any) -> bool:
@@ -206,8 +208,8 @@ def _frozen_refusals(saved: dict[str, Any], present: dict[str, Any]) -> list[str
     if old == new or not (present.get("checkpoint") or {}).get("load_optim", True):
         return []
     return [
-        f"model.mtp_freeze_trunk = {new}: the checkpoint was saved with {old}. It can change with checkpoint.load_optim=false "
-        "only, since a frozen trunk has no optimizer state."
+        f"model.mtp_freeze_trunk = {new}: the checkpoint was saved with {old}. It can change with "
+        "checkpoint.load_optim=false only, since a frozen trunk has no optimizer state."
     ]
 
 

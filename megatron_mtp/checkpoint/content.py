@@ -1,7 +1,7 @@
 """What a checkpoint holds of model, optimizer and random numbers, as shards that any layout can read.
 
-Only tensors are kept here. An optimizer's scalars (step count, loss scale) go to train_state.json, and its learning rates
-and parameter groups nowhere: groups differ between pipeline stages, and rates follow from the schedule.
+Only tensors are saved as shards. An optimizer's scalars (step count, loss scale) go to train_state.json. Its learning
+rates and parameter groups are not saved: groups differ between pipeline stages, and rates follow from the schedule.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMON_KEY = "common_state"  # Megatron-Core's own object; holds nothing of ours
 OPTIMIZER_PREFIX = "optimizer."
 EXTRA_STATE = "_extra_state"
 
-# Where the tensors lie in what each kind of optimizer returns; everything beside them is rebuilt, not stored.
+# Where the tensors are in the state of each kind of optimizer; everything else in it is rebuilt, not stored.
 _TENSOR_PATHS: dict[type, tuple[tuple[str, ...], ...]] = {
     DistributedOptimizer: (("param_state",),),
     Float16OptimizerWithFloat16Params: (("optimizer", "state"), ("fp32_from_fp16_params",)),
@@ -46,7 +46,7 @@ _TENSOR_PATHS: dict[type, tuple[tuple[str, ...], ...]] = {
 class Content:
     """Model chunks and optimizer of this rank.
 
-    Args:
+    Attributes:
         chunks: one for each virtual stage; wrapped or bare.
         optimizer: None if its state is neither saved nor loaded.
         dp_cp_group: ranks that hold the same weights.
@@ -57,7 +57,7 @@ class Content:
     dp_cp_group: ProcessGroup
 
     def for_saving(self) -> ShardedStateDict:
-        """Shards of everything, as views of the live tensors where they are ones."""
+        """Shards of everything; those of live tensors are views."""
         state = self._model_state()
         for index, single in enumerate(self.singles()):
             state[f"optimizer{index}"] = _take(
@@ -69,7 +69,7 @@ class Content:
         return state
 
     def for_loading(self, *, with_random_state: bool) -> LoadPlan:
-        """Shards to fill, and what is needed to hand them back to their owners."""
+        """Shards to fill, with what is needed to give them to model and optimizer."""
         state = self._model_state()
         states = [_optimizer_state(single, state, self._metadata(), is_loading=True) for single in self.singles()]
         for index, (single, full) in enumerate(zip(self.singles(), states, strict=True)):
@@ -84,7 +84,7 @@ class Content:
         return [] if self.optimizer is None else single_optimizers(self.optimizer)
 
     def live_storages(self) -> set[int]:
-        """Addresses of the memory that training goes on writing to."""
+        """Addresses of the memory that training continues to write to."""
         models = [unwrap(chunk) for chunk in self.chunks]  # DDP's `buffers` are something else
         tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
         for single in self.singles():
@@ -124,11 +124,11 @@ class LoadPlan:
     optimizer_states: list[dict[str, Any]]
 
     def adopt(self, loaded: dict[str, Any], scalars: dict[str, Any]) -> None:
-        """Hands what was read to the model and the optimizer.
+        """Gives the loaded tensors to the model and the optimizer.
 
         Args:
             loaded: `state` with tensors in place of shards.
-            scalars: of the optimizer, as `optimizer_scalars` gave them when the checkpoint was saved.
+            scalars: result of `optimizer_scalars` when the checkpoint was saved.
         """
         for name, model in self.content.named_chunks().items():
             odd = model.load_state_dict(loaded[name], strict=False)
@@ -151,13 +151,13 @@ class LoadPlan:
 
 
 def _without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
-    """Leaves out what Transformer Engine's modules keep for FP8: it is unused in other dtypes, ties a checkpoint to one
-    backend, and is unpickled without limits when it is loaded."""
+    """Leaves out the FP8 state of Transformer Engine's modules: it is unused in other dtypes, ties a checkpoint to one
+    backend, and is unpickled without restrictions when it is loaded."""
     return {name: shard for name, shard in state.items() if not name.endswith(EXTRA_STATE)}
 
 
 def optimizer_scalars(content: Content) -> dict[str, Any]:
-    """Step count of the update rule and state of the loss scale, as JSON values; the same on every rank that has them."""
+    """Step count of the optimizer and state of the loss scale, as JSON values; equal on every rank that has them."""
     scalars: dict[str, Any] = {"step": None, "grad_scaler": None}
     for single in content.singles():
         if (step := _step_count(single)) is not None:
@@ -169,7 +169,7 @@ def optimizer_scalars(content: Content) -> dict[str, Any]:
 
 
 def _step_count(single: MegatronOptimizer) -> int | None:
-    """Updates done so far, which skipped steps are not; None for rules that do not count, or without parameters here."""
+    """Number of updates, without skipped steps; None for optimizers that do not count, or without parameters here."""
     for state in single.optimizer.state.values():
         if "step" in state:
             return int(state["step"])
@@ -209,7 +209,7 @@ def _take(full: dict[str, Any], single: MegatronOptimizer) -> dict[str, Any]:
 
 
 def _put_back(full: dict[str, Any], loaded: dict[str, Any], single: MegatronOptimizer) -> None:
-    """The inverse of `_take`: puts tensors in place of shards, and unwraps what was never to be stored."""
+    """The inverse of `_take`: puts tensors in place of shards, and unwraps what is never stored."""
     for path in _paths(single):
         owner = full
         for name in path[:-1]:
@@ -231,7 +231,7 @@ def _set_scalars(full: dict[str, Any], scalars: dict[str, Any], single: Megatron
     if scaler := getattr(single, "grad_scaler", None):
         saved = scalars["grad_scaler"]
         present = scaler.state_dict()
-        if saved is not None and saved.keys() == present.keys():  # another kind of scaler starts anew
+        if saved is not None and saved.keys() == present.keys():  # another kind of scaler starts from its initial state
             full["grad_scaler"] = {
                 name: torch.tensor([value]) if isinstance(present[name], torch.Tensor) else value
                 for name, value in saved.items()

@@ -1,7 +1,7 @@
-"""A run directory: one folder for each whole checkpoint, made aside and renamed when complete.
+"""A run directory: one folder for each checkpoint, written under another name and renamed when it is complete.
 
-    iter_0000100/                       whole: its manifest lists every file
-    iter_0000200.partial/               being written, or left behind by a process that died
+    iter_0000100/                       complete: its manifest lists every file
+    iter_0000200.partial/               being written, or left over from a process that died
     latest_checkpointed_iteration.txt   for people and tools; never read here
 
 Imports neither torch nor megatron.
@@ -22,7 +22,7 @@ from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, SMALL_NAMES, Manifes
 from megatron_mtp.errors import CheckpointError
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
-_WHOLE = re.compile(r"iter_(\d{7,})")
+_COMPLETE = re.compile(r"iter_(\d{7,})")
 _REMAINS = re.compile(r"iter_\d{7,}\.(partial|replaced|retired)")
 
 
@@ -33,12 +33,12 @@ class RunDirectory:
         self.path = Path(path)
         self._removal: threading.Thread | None = None
 
-    def whole_path(self, iteration: int) -> Path:
-        """Where a whole checkpoint lies."""
+    def final_path(self, iteration: int) -> Path:
+        """Folder of a complete checkpoint."""
         return self.path / f"iter_{iteration:07d}"
 
     def partial_path(self, iteration: int) -> Path:
-        """Where it is written until it is whole."""
+        """Folder of a checkpoint that is being written."""
         return self.path / f"iter_{iteration:07d}.partial"
 
     def iterations(self) -> list[int]:
@@ -53,24 +53,26 @@ class RunDirectory:
             return []
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be listed ({error.strerror}).") from error
-        found = (_WHOLE.fullmatch(name) for name in names)
+        found = (_COMPLETE.fullmatch(name) for name in names)
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def read(self, iteration: int) -> Manifest:
         """The manifest of a checkpoint whose files are all there at their sizes.
 
         Raises:
-            CheckpointError: it is not whole; names the file.
+            CheckpointError: it is not complete; names the file.
         """
-        manifest = read_manifest(self.whole_path(iteration))
+        manifest = read_manifest(self.final_path(iteration))
         if manifest.iteration != iteration:
-            path = self.whole_path(iteration) / MANIFEST_NAME
+            path = self.final_path(iteration) / MANIFEST_NAME
             raise CheckpointError(f"{path}: belongs to iteration {manifest.iteration}.")
         return manifest
 
     def newest_listed(self) -> tuple[Manifest | None, list[str]]:
-        """The newest checkpoint whose files are all there at their sizes and whose small files are intact, and what is
-        wrong with each newer one. The large files are compared when they are about to be read."""
+        """The newest checkpoint with all files at their sizes and intact small files, and the problems of newer ones.
+
+        The checksums of large files are compared before they are read.
+        """
         problems = []
         for iteration in self.iterations():
             try:
@@ -87,20 +89,22 @@ class RunDirectory:
     def damages(
         self, manifest: Manifest, *, share: int = 0, num_shares: int = 1, only: Collection[str] | None = None
     ) -> list[str]:
-        """Compares checksums of every num_shares-th file from `share` on; what is wrong with each damaged one."""
-        directory = self.whole_path(manifest.iteration)
+        """Compares checksums of every num_shares-th file from `share` on; returns one problem for each damaged file."""
+        directory = self.final_path(manifest.iteration)
         entries = [entry for entry in manifest.files if only is None or entry.name in only]
         found = (damage(directory, entry) for entry in entries[share::num_shares])
         return [problem for problem in found if problem]
 
     def begin(self, iteration: int) -> Path:
-        """Makes an empty partial folder. The run directory must exist: one that vanished is not made anew, because a
-        checkpoint on the wrong disk is worse than none.
+        """Makes an empty partial folder.
+
+        The run directory must exist. One that vanished is not created again: a checkpoint on the wrong disk is worse
+        than none.
 
         Raises:
             OSError: no permission, no space, or the run directory is gone.
         """
-        self.finish_removal()  # its room is needed
+        self.finish_removal()  # its disk space is needed
         partial = self.partial_path(iteration)
         if partial.exists():
             shutil.rmtree(partial)
@@ -110,30 +114,30 @@ class RunDirectory:
     def complete(self, manifest: Manifest) -> Path:
         """Writes the manifest into the partial folder, makes all of it durable, and renames it to its final name.
 
-        A folder of that name that is there already (a damaged one that was skipped at resume) is replaced.
+        An existing folder of that name (a damaged checkpoint that was skipped at resume) is replaced.
 
         Raises:
             OSError: the disk refused; the partial folder is still there.
         """
-        partial, whole = self.partial_path(manifest.iteration), self.whole_path(manifest.iteration)
+        partial, final = self.partial_path(manifest.iteration), self.final_path(manifest.iteration)
         write_durably(partial / MANIFEST_NAME, manifest.to_bytes())
         _sync_directory(partial)
-        replaced = self.path / f"{whole.name}.replaced"
-        if whole.exists():
+        replaced = self.path / f"{final.name}.replaced"
+        if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
-            whole.rename(replaced)
-        partial.rename(whole)
+            final.rename(replaced)
+        partial.rename(final)
         _sync_directory(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
         self._write_latest(manifest.iteration)
-        return whole
+        return final
 
     def abandon(self, iteration: int) -> None:
-        """Removes a partial folder as far as the disk allows."""
+        """Removes a partial folder. Errors are ignored."""
         shutil.rmtree(self.partial_path(iteration), ignore_errors=True)
 
     def clear_remains(self) -> list[str]:
-        """Removes what processes that died left behind; no other process may be saving. Returns the names."""
+        """Removes what processes that died left over; no other process may be saving. Returns the names."""
         try:
             names = sorted(name for name in os.listdir(self.path) if _REMAINS.fullmatch(name))
         except OSError:
@@ -143,36 +147,37 @@ class RunDirectory:
         return names
 
     def retain(self, most_recent_k: int, keep_every: int | None = None, keep_best: int = 0) -> list[int]:
-        """Removes whole checkpoints that no rule keeps. Returns their iterations. They are renamed at once; their files, which may be
-        thousands on a slow file system, go in a thread while training goes on.
+        """Removes complete checkpoints that no rule keeps, and returns their iterations.
 
-        Damaged folders do not count and stay: they are evidence, and the newest whole one must not go because of them.
+        They are renamed at once. A thread deletes their files, which may be thousands on a slow file system, while
+        training continues. Damaged folders do not count and stay: they are evidence, and they must not cause the newest
+        complete checkpoint to be removed.
 
         Args:
             most_recent_k: the newest are kept, at least one; -1 keeps all.
             keep_every: iterations divisible by it are kept.
-            keep_best: so many with the lowest validation loss are kept.
+            keep_best: number of checkpoints with the lowest validation loss that are kept.
         """
         if most_recent_k < 0:
             return []
-        whole: list[Manifest] = []
+        found: list[Manifest] = []
         for iteration in self.iterations():
             try:
-                whole.append(self.read(iteration))
+                found.append(self.read(iteration))
             except CheckpointError:
                 continue
-        kept = {manifest.iteration for manifest in whole[: max(1, most_recent_k)]}
+        kept = {manifest.iteration for manifest in found[: max(1, most_recent_k)]}
         if keep_every:
-            kept |= {manifest.iteration for manifest in whole if manifest.iteration % keep_every == 0}
-        evaluated = [manifest for manifest in whole if manifest.validation_loss is not None]
+            kept |= {manifest.iteration for manifest in found if manifest.iteration % keep_every == 0}
+        evaluated = [manifest for manifest in found if manifest.validation_loss is not None]
         evaluated.sort(key=lambda manifest: (manifest.validation_loss, manifest.iteration))
         kept |= {manifest.iteration for manifest in evaluated[:keep_best]}
-        surplus = [manifest.iteration for manifest in whole if manifest.iteration not in kept]
+        surplus = [manifest.iteration for manifest in found if manifest.iteration not in kept]
         retired = []
         for iteration in surplus:
             # Renamed first, so that one that is half removed is not taken for a damaged checkpoint.
             retired.append(self.path / f"iter_{iteration:07d}.retired")
-            self.whole_path(iteration).rename(retired[-1])
+            self.final_path(iteration).rename(retired[-1])
         if retired:
             self.finish_removal()
             self._removal = threading.Thread(target=_remove, args=(retired,), name="checkpoint-remover", daemon=True)
@@ -180,13 +185,13 @@ class RunDirectory:
         return surplus
 
     def finish_removal(self) -> None:
-        """Waits until the files of retired checkpoints are gone. What a process that dies leaves of them is cleared at the next start."""
+        """Waits until the files of retired checkpoints are deleted. The next start clears what a dead process left."""
         if self._removal is not None:
             self._removal.join()
             self._removal = None
 
     def _write_latest(self, iteration: int) -> None:
-        """The file is a courtesy: the checkpoint is whole already, so a failure here does not fail the save."""
+        """Errors are ignored: nothing here reads the file, and the checkpoint is complete without it."""
         target = self.path / LATEST_NAME
         temporary = self.path / f".{LATEST_NAME}.new"
         try:
@@ -207,19 +212,19 @@ def checkpoint_folder(path: Path) -> Path:
     """The folder of one checkpoint: `path` itself, or the newest one in the run directory `path`.
 
     Raises:
-        CheckpointError: there is none that is whole.
+        CheckpointError: there is no complete one.
     """
     if (path / MANIFEST_NAME).exists():
         return path
     directory = RunDirectory(path)
     manifest, problems = directory.newest_listed()
     if manifest is None:
-        raise CheckpointError("\n".join([f"{path}: holds no whole checkpoint.", *problems]))
-    return directory.whole_path(manifest.iteration)
+        raise CheckpointError("\n".join([f"{path}: holds no complete checkpoint.", *problems]))
+    return directory.final_path(manifest.iteration)
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until the disk has it. A link of that name is not followed: it could lead anywhere.
+    """Writes a new file and waits until it is on the disk. An existing link of that name is not followed.
 
     Raises:
         FileExistsError: there is a file of that name.
@@ -231,7 +236,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable; file systems that cannot do it say so by EINVAL, which is no failure."""
+    """Makes the names in a directory durable. File systems that cannot do it answer EINVAL, which is no error."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: every file with size and checksum, and what one must know before reading any of them.
+"""The manifest of a checkpoint: every file with size and checksum, and what must be known before any of them is read.
 
-A directory is a whole checkpoint if and only if its manifest is intact and every file it lists is. Nothing but JSON is
+A directory is a complete checkpoint if and only if its manifest is intact and every file it lists is. Only JSON is
 parsed to find that out. Imports neither torch nor megatron.
 """
 
@@ -23,7 +23,7 @@ TRAIN_STATE_NAME = "train_state.json"
 SMALL_NAMES = (CONFIG_NAME, TRAIN_STATE_NAME)
 
 MAX_BYTES = 64 << 20
-"""Of a manifest. It holds a line or two for each file; whatever is longer was not written here."""
+"""Maximum size of a manifest. It holds a line or two for each file; a longer file was not written here."""
 
 # Loaders of older formats read these if they exist, whether or not we wrote them.
 _FORBIDDEN_NAMES = ("common.pt",)
@@ -96,19 +96,19 @@ class Manifest:
         return found
 
     def _check(self) -> None:
-        """Whoever wrote it wrote the checksum too, so the values are looked at before anything relies on them."""
+        """Checks the values: an attacker who writes a manifest writes its checksum too."""
         for name in ("iteration", "consumed_samples", "world_size"):
             if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} = {getattr(self, name)!r} is no count")
+                raise ValueError(f"{name} = {getattr(self, name)!r} is not a count")
         if not isinstance(self.validation_loss, int | float | None) or isinstance(self.validation_loss, bool):
-            raise ValueError(f"validation_loss = {self.validation_loss!r} is no number")
+            raise ValueError(f"validation_loss = {self.validation_loss!r} is not a number")
         if not isinstance(self.tokenizer, str | None):
-            raise ValueError(f"tokenizer = {self.tokenizer!r} is no text")
+            raise ValueError(f"tokenizer = {self.tokenizer!r} is not a string")
         for entry in self.files:
             if not _FILE_NAME.fullmatch(entry.name) or entry.name in (".", "..", MANIFEST_NAME):
                 raise ValueError(f"file name {entry.name!r} leads out of the directory")
             if not _is_count(entry.size) or not _DIGEST.fullmatch(entry.sha256):
-                raise ValueError(f"size or checksum of {entry.name} is none")
+                raise ValueError(f"size or checksum of {entry.name} is invalid")
 
 
 def _is_count(value: Any) -> bool:
@@ -125,7 +125,7 @@ def read_manifest(directory: Path) -> Manifest:
     Checksums are not compared: `damage` does that, file by file, so that ranks can share the work.
 
     Raises:
-        CheckpointError: the directory is no whole checkpoint; names the file.
+        CheckpointError: the directory is not a complete checkpoint; names the file.
     """
     path = directory / MANIFEST_NAME
     try:
@@ -149,7 +149,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def damage(directory: Path, entry: FileEntry) -> str | None:
-    """What is wrong with one file, compared byte for byte through its checksum; None: nothing."""
+    """The problem of one file, whose size and checksum are compared with the manifest; None: it is intact."""
     if problem := _size_problem(directory, entry):
         return problem
     path = directory / entry.name

@@ -1,6 +1,6 @@
-"""Decides, before any process group exists, whether a run starts afresh, resumes, or must not start at all.
+"""Decides, before any process group exists, whether a run starts fresh, resumes, or must not start.
 
-Reads manifests and the saved config, leaves nothing behind, imports neither torch nor megatron.
+Reads manifests and the saved config, leaves no files, imports neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron_mtp.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where a run goes on."""
+    """Where a run resumes."""
 
     iteration: int
     consumed_samples: int
     damaged: list[str]
-    """What is wrong with each newer checkpoint that is skipped."""
+    """The problem of each newer checkpoint that is skipped."""
     changes: list[str]
-    """Config changes that are allowed and move the curve."""
+    """Config changes that are allowed and change the loss curve."""
 
 
 def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
@@ -40,8 +40,8 @@ def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
         cfg: finalized.
 
     Raises:
-        CheckpointError: `save` cannot be written or holds another run; `load` holds nothing that is whole, or a run
-            whose config does not fit.
+        CheckpointError: `save` cannot be written or holds another run; `load` holds no complete checkpoint, or
+            a run with an incompatible config.
     """
     save, load = cfg.checkpoint.save, cfg.checkpoint.load
     if save is not None:
@@ -69,7 +69,7 @@ def is_same_directory(save: str | None, load: str | None) -> bool:
 
 
 def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
-    """Returns if a `load` without a whole checkpoint is a fresh start: when it is the empty or absent `save`.
+    """Returns if a `load` without a complete checkpoint is a fresh start: when it is the empty or absent `save`.
 
     Raises:
         CheckpointError: it is not; names every damaged checkpoint.
@@ -77,13 +77,14 @@ def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
     load = cfg.checkpoint.load
     if damaged:
         raise CheckpointError(
-            f"checkpoint.load = {load}: none of its checkpoints is whole, so there is nothing to resume from, and a fresh "
-            "start there could lose what is left. Restore one, or choose another directory.\n" + "\n".join(damaged)
+            f"checkpoint.load = {load}: none of its checkpoints is complete, so there is nothing to resume from, and a "
+            "fresh start there could lose what is left. Restore one, or choose another directory.\n"
+            + "\n".join(damaged)
         )
     if cfg.checkpoint.exit_on_missing_checkpoint or not is_same_directory(cfg.checkpoint.save, load):
         raise CheckpointError(
-            f"checkpoint.load = {load}: the directory holds no checkpoint. Set checkpoint.load to a run's directory, or leave it "
-            "unset for a fresh start; a run that is to resume by itself sets it to the same directory as checkpoint.save."
+            f"checkpoint.load = {load}: the directory holds no checkpoint. Set checkpoint.load to a run's directory, "
+            "or leave it unset for a fresh start. For automatic resumes set it to the directory of checkpoint.save."
         )
 
 
@@ -93,22 +94,22 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
     Raises:
         CheckpointError: the checkpoint holds no config.
     """
-    path = directory.whole_path(manifest.iteration) / CONFIG_NAME
+    path = directory.final_path(manifest.iteration) / CONFIG_NAME
     if CONFIG_NAME not in (entry.name for entry in manifest.files):
-        raise CheckpointError(f"{path}: is not part of the checkpoint, so it cannot be told whose run this is.")
+        raise CheckpointError(f"{path}: is not part of the checkpoint, so the run it belongs to is unknown.")
     saved = read_saved_config(path)
     comparison = compare(saved, to_dict(cfg), to_dict(ConfigContainer()))
     tokenizer = tokenizer_fingerprint(cfg)
     if tokenizer != manifest.tokenizer:
         comparison.refusals.append(
-            f"tokenizer.tokenizer_model = {cfg.tokenizer.tokenizer_model!r}: is another tokenizer ({tokenizer}) than the "
-            f"checkpoint's ({manifest.tokenizer}). It cannot change within a run."
+            f"tokenizer.tokenizer_model = {cfg.tokenizer.tokenizer_model!r}: is another tokenizer ({tokenizer}) than "
+            f"the checkpoint's ({manifest.tokenizer}). It cannot change within a run."
         )
     return comparison
 
 
 def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
-    """The config in a checkpoint, section by section, as plain data; the values are not looked at.
+    """The config in a checkpoint, section by section, as plain data; the values are not checked.
 
     Raises:
         CheckpointError: it cannot be read, or has another form.
@@ -127,13 +128,13 @@ def _is_mapping(value: Any) -> bool:
 
 
 def tokenizer_fingerprint(cfg: ConfigContainer) -> str | None:
-    """A hash of what the run's tokenizer maps to what; None where the run has none."""
+    """A hash of the vocabulary and rules of the run's tokenizer; None where the run has none."""
     tokenizer = configured_tokenizer(cfg)
     return None if tokenizer is None else tokenizer.fingerprint()
 
 
 def check_pretrained(cfg: ConfigContainer) -> None:
-    """Returns if the weights of checkpoint.pretrained_checkpoint, if it is set, are those of this model.
+    """Checks that checkpoint.pretrained_checkpoint, if it is set, holds weights of this model.
 
     Raises:
         CheckpointError: there are none, or the model or the tokenizer is another.
@@ -155,8 +156,8 @@ def check_pretrained(cfg: ConfigContainer) -> None:
 def refusal_text(load: str, iteration: int, comparison: Comparison) -> str:
     """One message for all fields that do not fit."""
     return (
-        f"checkpoint.load = {load}: iteration {iteration} belongs to a run with another config. Set these fields back, or start a "
-        "new run in another directory.\n" + "\n".join(comparison.refusals)
+        f"checkpoint.load = {load}: iteration {iteration} belongs to a run with another config. Set these fields back, "
+        "or start a new run in another directory.\n" + "\n".join(comparison.refusals)
     )
 
 
@@ -170,8 +171,8 @@ def _check_unused(save: str, load: str | None) -> None:
         else f"checkpoint.load = {load} is another run, whose checkpoints would mix with them"
     )
     raise CheckpointError(
-        f"checkpoint.save = {save}: the directory holds checkpoints already, the newest of iteration {iterations[0]}, and {what}. "
-        f"To go on with that run set checkpoint.load={save}; for a new run choose another directory."
+        f"checkpoint.save = {save}: the directory holds checkpoints already, the newest of iteration {iterations[0]}, "
+        f"and {what}. To continue that run set checkpoint.load={save}; for a new run choose another directory."
     )
 
 

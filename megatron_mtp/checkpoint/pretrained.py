@@ -1,4 +1,4 @@
-"""The weights of a checkpoint for a model that starts anew from them: no optimizer, no counters, any layout."""
+"""Loads only the weights of a checkpoint, for a run that starts from them: no optimizer, no counters, any layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: Proce
         dp_cp_group: ranks that hold the same weights.
 
     Raises:
-        CheckpointError: on every rank; the checkpoint is damaged, or its tensors are not the model's, by name.
+        CheckpointError: on every rank; the checkpoint is damaged, or its tensors are not the model's; names them.
     """
     from_first(lambda: _check(folder))
     error = None
@@ -46,7 +46,7 @@ def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: Proce
 
 
 def _check(folder: Path) -> None:
-    """Every byte against the manifest, and what is pickled before anything unpickles it."""
+    """Compares every byte with the manifest, and checks pickled parts before anything unpickles them."""
     problems = [text for entry in read_manifest(folder).files if (text := damage(folder, entry))]
     if problems:
         raise CheckpointError("\n".join(problems))

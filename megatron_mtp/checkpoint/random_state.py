@@ -1,7 +1,7 @@
 """State of every random number generator of one rank, as tensors and numbers that a safe loader can read.
 
-It matters to dropout and to nothing else: weights, data order and schedules do not draw from generators. A rank's state
-belongs to its place in the layout, so it is restored at the layout that saved it only.
+Only dropout needs it: weights, data order and schedules do not draw from generators. A rank's state belongs to its
+place in the layout, so it is restored only at the layout that saved it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the newest whole checkpoint and loads it, on all ranks together."""
+"""Finds the newest complete checkpoint and loads it, on all ranks together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_mtp.mcore.optimizer import copy_master_weights_to_model
 
 logger = logging.getLogger(__name__)
 
-# A rank's random state belongs to its place; any of these moves the places.
+# A rank's random state belongs to its place in the layout; a change of any of these fields moves the places.
 _PLACE_FIELDS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -42,23 +42,24 @@ _PLACE_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A checkpoint that is whole and fits the config."""
+    """A checkpoint that is complete and fits the config."""
 
     path: Path
     manifest: Manifest
 
 
 def find_checkpoint(cfg: ConfigContainer, path: str | Path | None = None) -> Found | None:
-    """The newest whole checkpoint of checkpoint.load; None where a fresh start is allowed.
+    """The newest complete checkpoint of checkpoint.load; None where a fresh start is allowed.
 
-    Every byte is compared with the manifest before any file is parsed, each rank reading its share, and what is pickled is
-    looked through by rank 0 before any rank loads it. A damaged checkpoint is named and the one before it taken.
+    Every byte is compared with the manifest before any file is parsed, each rank reading its share. Rank 0 checks
+    pickled parts before any rank loads them. A damaged checkpoint is named and the one before it is used.
 
     Args:
         path: in place of checkpoint.load.
 
     Raises:
-        CheckpointError: on every rank: no checkpoint is whole, or the newest whole one is of a run with another config.
+        CheckpointError: on every rank: no checkpoint is complete, or the newest complete one is of a run with another
+            config.
     """
     directory = RunDirectory(path or cfg.checkpoint.load)
     damaged: list[str] = []
@@ -66,7 +67,7 @@ def find_checkpoint(cfg: ConfigContainer, path: str | Path | None = None) -> Fou
         manifest, problems = _examine(directory, iteration)
         if manifest is not None and not problems:
             from_first(lambda manifest=manifest: _check_config(cfg, directory, manifest))
-            return Found(directory.whole_path(iteration), manifest)
+            return Found(directory.final_path(iteration), manifest)
         for problem in problems if dist.get_rank() == 0 else ():
             logger.warning("the checkpoint of iteration %d is damaged and skipped: %s", iteration, problem)
         damaged += problems
@@ -81,9 +82,9 @@ def _examine(directory: RunDirectory, iteration: int) -> tuple[Manifest | None, 
         except CheckpointError as error:
             return None, [str(error)]
 
-    def look_through() -> list[str]:
+    def check_pickled() -> list[str]:
         try:
-            read_metadata(directory.whole_path(iteration))
+            read_metadata(directory.final_path(iteration))
         except CheckpointError as error:
             return [str(error)]
         return []
@@ -91,7 +92,7 @@ def _examine(directory: RunDirectory, iteration: int) -> tuple[Manifest | None, 
     manifest, problems = from_first(read)
     if manifest is not None:
         problems = joined(directory.damages(manifest, share=dist.get_rank(), num_shares=dist.get_world_size()))
-    return manifest, problems or (from_first(look_through) if manifest is not None else [])
+    return manifest, problems or (from_first(check_pickled) if manifest is not None else [])
 
 
 def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> None:
@@ -120,7 +121,7 @@ def load_checkpoint(
         The saved train state.
 
     Raises:
-        CheckpointError: on every rank. Weights may be half loaded; the process must not train on.
+        CheckpointError: on every rank. Weights may be partly loaded; the process must not continue to train.
     """
     error, saved = None, {}
     try:
@@ -160,7 +161,7 @@ def _load(
 
 
 def _check_keys(path: Path, requested: set[str], load_optim: bool) -> None:
-    """Compares what all ranks want with what the checkpoint holds, both ways, so that nothing is left out silently."""
+    """Compares what all ranks request with what the checkpoint holds, both ways: nothing is skipped silently."""
     wanted = set(joined(sorted(requested))) - {RNG_KEY}
     stored = {key.split("/shard_")[0] for key in read_metadata(path).state_dict_metadata} - {RNG_KEY, COMMON_KEY}
     if not load_optim:
@@ -172,7 +173,7 @@ def _check_keys(path: Path, requested: set[str], load_optim: bool) -> None:
     if missing := wanted - stored:
         raise CheckpointError(f"{path}: lacks {_some(missing)}, which the model needs.")
     if surplus := stored - wanted:
-        raise CheckpointError(f"{path}: holds {_some(surplus)}, for which the model has no place.")
+        raise CheckpointError(f"{path}: holds {_some(surplus)}, which the model does not have.")
 
 
 def _place(config: dict[str, Any]) -> list[Any]:

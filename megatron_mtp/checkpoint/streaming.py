@@ -1,7 +1,7 @@
-"""Weights into and out of a checkpoint, box by box, in one process without process groups or a model.
+"""Reads and writes the weights of a checkpoint box by box, in one process without process groups or a model.
 
-For what does not train: exchange with other formats. What is written here, a run loads at any layout; what any layout wrote is
-read here.
+Conversion to and from other formats uses it. A run loads what is written here at any layout, and checkpoints of any
+layout are read here.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class _File:
 
 @dataclass(slots=True)
 class WeightsWriter:
-    """Writes a checkpoint of weights alone. Used in a `with` block: left by an exception, it leaves nothing behind.
+    """Writes a checkpoint of weights only. Use it in a `with` block: after an exception no files are left.
 
-    Args:
+    Attributes:
         path: run directory; made if it is missing, and must hold no checkpoint.
-        file_bytes: a file that has grown beyond this is followed by another.
+        file_bytes: a file that exceeds this is followed by another.
 
     Raises:
         CheckpointError: the directory cannot be written or holds a checkpoint.
@@ -102,17 +102,17 @@ class WeightsWriter:
         if isinstance(error, OSError):
             raise CheckpointError(f"{self.path}: the checkpoint was not written ({describe_error(error)}).") from error
 
-    def add(self, key: str, whole: tuple[int, ...], offset: tuple[int, ...], box: Tensor) -> None:
+    def add(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], box: Tensor) -> None:
         """Writes one box of a tensor.
 
         Args:
-            whole: shape of the whole tensor.
-            offset: where the box begins; boxes of one tensor do not overlap, and fill it in the end.
+            shape: of the full tensor.
+            offset: where the box begins. Boxes of one tensor do not overlap; in total they fill it.
         """
         stored = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=box.dtype), torch.Size(whole), [])
+            key, TensorStorageMetadata(TensorProperties(dtype=box.dtype), torch.Size(shape), [])
         )
-        assert (stored.properties.dtype, tuple(stored.size)) == (box.dtype, whole), f"{key} changes its form"
+        assert (stored.properties.dtype, tuple(stored.size)) == (box.dtype, shape), f"{key} changes its form"
         stored.chunks.append(ChunkStorageMetadata(torch.Size(offset), box.shape))
         file = self._current_file()
         start = file.stream.position
@@ -122,11 +122,11 @@ class WeightsWriter:
     def complete(
         self, cfg: ConfigContainer, train_state: dict[str, Any], *, reason: str, tokenizer: str | None = None
     ) -> Path:
-        """Makes the checkpoint whole; returns its folder.
+        """Completes the checkpoint; returns its folder.
 
         Args:
             cfg: finalized config of the model.
-            train_state: as training.state.TrainState.to_dict gives it.
+            train_state: of `TrainState.to_dict`.
             tokenizer: fingerprint of the run's tokenizer.
         """
         file = self._current_file()
@@ -144,7 +144,7 @@ class WeightsWriter:
         write_durably(partial / TRAIN_STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
         files = [describe_file(partial / name) for name in (CONFIG_NAME, TRAIN_STATE_NAME)]
         files += write_metadata(partial, metadata, written) + self._entries
-        # No world has size 0: random state is taken over by none.
+        # No run has world size 0, so that none restores random state from here.
         manifest = Manifest(iteration=self.iteration, files=files, world_size=0, reason=reason, tokenizer=tokenizer)
         return directory.complete(replace(manifest, consumed_samples=train_state["consumed_samples"]))
 
@@ -171,14 +171,14 @@ class WeightsWriter:
 
 
 class StoredWeights:
-    """The tensors of a whole checkpoint, whatever layout wrote it.
+    """The tensors of a complete checkpoint, whatever layout wrote it.
 
     Args:
         path: a run directory (its newest checkpoint is taken), or the folder of one checkpoint.
         verify: compare every byte with the manifest first.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged; all that is wrong is named.
+        CheckpointError: there is no checkpoint, or it is damaged; names all problems.
     """
 
     def __init__(self, path: Path, *, verify: bool = True):
@@ -191,7 +191,7 @@ class StoredWeights:
         self._stacks: set[str] = set()
         self.tensors: dict[str, TensorStorageMetadata] = {}
         self.left_out: dict[str, int] = {}
-        """What is no weight: "optimizer state" and the like -> number of tensors or objects."""
+        """What is not a weight: "optimizer state" and the like -> number of tensors or objects."""
         for key, stored in metadata.state_dict_metadata.items():
             kind = _other_kind(key)
             if kind is not None:
@@ -207,27 +207,27 @@ class StoredWeights:
                     self._stacks.add(key)
 
     def config(self) -> ConfigContainer:
-        """The config that is saved with the weights, not finalized."""
+        """The config that was saved with the weights, not finalized."""
         path = self.folder / CONFIG_NAME
         return from_dict(load_yaml(path.read_text(encoding="utf-8"), str(path)))
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a whole tensor."""
+        """Shape of a full tensor."""
         return tuple(self.tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of a tensor."""
+        """Dtype of a tensor."""
         return self.tensors[key].properties.dtype
 
     def boxes(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(offset, size) of the pieces in which a tensor is stored."""
+        """(offset, size) of each stored part of a tensor."""
         return [(box.offset, box.size) for boxes in self._boxes[key].values() for box in boxes]
 
     def read(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """One box, put together from what is stored.
+        """One box, assembled from the stored parts.
 
         Raises:
-            CheckpointError: a part of it is stored nowhere.
+            CheckpointError: a part of it is not stored.
         """
         hits = [(box, shared) for box in self._candidates(key, offset, size) if (shared := box.overlap(offset, size))]
         if len(hits) == 1 and (hits[0][0].offset, hits[0][0].size) == (offset, size):
@@ -243,11 +243,11 @@ class StoredWeights:
         return target
 
     def whole(self, key: str) -> Tensor:
-        """A whole tensor."""
+        """The full tensor."""
         return self.read(key, (0,) * len(self.shape(key)), self.shape(key))
 
     def _candidates(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> list[_Box]:
-        """Boxes that may be hit. A stack of layers and experts has tens of thousands, each one layer thick."""
+        """Boxes that may overlap. A stack of layers and experts has tens of thousands, each one layer thick."""
         by_first = self._boxes[key]
         if key in self._stacks and size[0] == 1:
             return by_first.get(offset[0], [])
@@ -279,7 +279,7 @@ class _Box:
     def overlap(
         self, offset: tuple[int, ...], size: tuple[int, ...]
     ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-        """What it shares with another box, as seen from that one and from this; None: nothing."""
+        """The overlap with another box, as slices of that box and of this one; None: they do not overlap."""
         theirs, ours = [], []
         for o, n, p, m in zip(offset, size, self.offset, self.size, strict=True):
             low, high = max(o, p), min(o + n, p + m)

@@ -1,7 +1,7 @@
-"""Looks through the pickled parts of a checkpoint before anything loads them: a checkpoint made by an enemy runs no code.
+"""Checks the pickled parts of a checkpoint before anything loads them: a malicious checkpoint cannot execute code.
 
-Checksums do not help here, an enemy computes them as well. Megatron-Core and torch unpickle the metadata and every
-stored object without limits, so each is read once by a reader that knows a few harmless names only.
+Checksums do not help here, since an attacker computes them as well. Megatron-Core and torch unpickle the metadata and
+every stored object without restrictions, so each is first read by an unpickler that accepts a few harmless names only.
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Rehearsal(_Unpickler):
-    """Reads with stand-ins that cannot be written to. A pickle may set attributes of whatever it names: a class of torch's
-    would be another one for the rest of this process, and for the checkpoints that it saves."""
+    """Reads with stand-ins whose attributes cannot be set.
+
+    A pickle may set attributes of whatever it names. A changed class of torch would stay changed for this process and
+    for the checkpoints that it saves.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name)
@@ -83,10 +86,10 @@ def _ignore(_: Any, __: Any) -> None:
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """The metadata of a checkpoint, after a look through it and through every object it points to.
+    """The metadata of a checkpoint, after it and every object it points to were checked.
 
     Raises:
-        CheckpointError: something that does not belong into a checkpoint.
+        CheckpointError: something does not belong in a checkpoint.
     """
     path = directory / METADATA_NAME
     try:
@@ -106,17 +109,17 @@ def read_metadata(directory: Path) -> Metadata:
         raise CheckpointError(f"{path}: is not a checkpoint's metadata ({error}).") from error
     for key, info in places:
         if key in objects:
-            _look_through(directory / info.relative_path, key, info.offset, info.length)
+            _check_object(directory / info.relative_path, key, info.offset, info.length)
     return metadata
 
 
-def _look_through(path: Path, key: str, offset: int, length: int) -> None:
+def _check_object(path: Path, key: str, offset: int, length: int) -> None:
     try:
         with path.open("rb") as stream:
             stream.seek(offset)
             torch.load(io.BytesIO(stream.read(length)), weights_only=True, map_location="cpu")
     except Exception as error:
-        # torch's text goes on to recommend loading it without limits.
+        # The rest of torch's text recommends loading it without restrictions.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it names {found[1]}" if found else type(error).__name__
         raise CheckpointError(f"{path}: the object {key!r} is not plain data ({reason}).") from error

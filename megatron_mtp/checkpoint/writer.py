@@ -1,9 +1,9 @@
 """Writes one rank's shards to one file in torch's distributed checkpoint format, planned by Megatron-Core.
 
 Megatron-Core's own writer starts a multiprocessing Manager, which imports the entry script again and hangs where that
-script has no `__main__` guard; and when rank 0 cannot write the metadata, its other ranks wait for ever. Here the plan is
-Megatron-Core's, each rank writes in a thread of its own, and nothing that can fail on one rank alone stands between
-collectives. Checkpoints are read back by Megatron-Core's loader.
+script has no `__main__` guard; and when rank 0 cannot write the metadata, its other ranks wait forever. Here the plan
+is Megatron-Core's, each rank writes in a thread of its own, and nothing that can fail on one rank alone is done between
+collectives. Megatron-Core's loader reads the checkpoints.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Payload = torch.Tensor | io.BytesIO
 
 @dataclass(slots=True)
 class RankFile:
-    """What one rank writes, and on rank 0 the metadata of all ranks, whose places in the files are filled in later."""
+    """What one rank writes, and on rank 0 the metadata of all ranks; places in the files are filled in later."""
 
     items: list[tuple[WriteItem, Payload]]
     metadata: Metadata | None
@@ -52,7 +52,7 @@ class RankFile:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of one rank's file; `error` None: it is on the disk. A rank without main replicas writes none."""
+    """Result of writing one rank's file; `error` None: it is on the disk. A rank without main replicas writes none."""
 
     results: list[WriteResult]
     entry: FileEntry | None
@@ -91,12 +91,12 @@ class PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def plan_save(state: ShardedStateDict, directory: Path) -> RankFile:
-    """What this rank has to write; payloads are views of live tensors. A collective."""
+    """What this rank writes; payloads are views of live tensors. A collective."""
     return dist_checkpointing.save(state, str(directory), PlanOnly(), async_sharded_save=True, async_strategy="mcore")
 
 
 def snapshot(file: RankFile, live_storages: set[int]) -> None:
-    """Copies every payload whose memory training goes on writing to; afterwards the file may be written at leisure."""
+    """Copies every payload whose memory training continues to write to, so that the file can be written later."""
     file.items = [
         (item, _copied(payload, live_storages) if isinstance(payload, torch.Tensor) else payload)
         for item, payload in file.items
@@ -142,12 +142,12 @@ def _write_item(stream: HashedStream, file_name: str, item: WriteItem, payload: 
 def save_tensor(tensor: torch.Tensor, stream: HashedStream) -> None:
     """Appends one tensor on the CPU in the form that loaders of distributed checkpoints read."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # torch.save writes the whole storage behind a view
+        tensor = tensor.clone()  # torch.save writes the full storage of a view
     torch.save(tensor, stream)
 
 
 class HashedStream:
-    """Counts and hashes what passes through, so that the manifest tells what was meant, not what arrived."""
+    """Counts and hashes the bytes that are written, so that the manifest holds what was meant, not what arrived."""
 
     def __init__(self, raw: io.BufferedWriter):
         self.raw, self.position, self.digest = raw, 0, hashlib.sha256()
@@ -163,7 +163,7 @@ class HashedStream:
 
 
 def write_metadata(directory: Path, metadata: Metadata, written: list[Written]) -> list[FileEntry]:
-    """Writes what tells a loader where each shard lies; rank 0 only.
+    """Writes the metadata by which a loader finds each shard; rank 0 only.
 
     Args:
         written: of every rank.
@@ -183,12 +183,12 @@ def write_metadata(directory: Path, metadata: Metadata, written: list[Written]) 
 
 
 NICENESS = 10
-"""Of the writing thread. Hashing and copying take a core for seconds; where no core is free, training goes first. Not 19, since a
-thread that hardly ever runs could keep the interpreter's lock for long."""
+"""Niceness of the writing thread. Hashing and copying take a core for seconds; where no core is free, training has
+priority. Not 19, since a thread that hardly ever runs could keep the interpreter's lock for long."""
 
 
 class BackgroundWrite:
-    """`write` in a thread. The thread dies with the process: a file that is not finished is in no manifest."""
+    """`write` in a thread. The thread ends with the process: a file that is not finished is in no manifest."""
 
     def __init__(self, file: RankFile, directory: Path, rank: int):
         self._written: Written | None = None
@@ -213,7 +213,7 @@ class BackgroundWrite:
 
 
 def _give_way() -> None:
-    """Lowers the priority of this thread, where threads have one of their own."""
+    """Lowers the priority of this thread, on systems where threads have their own."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

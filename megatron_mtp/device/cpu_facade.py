@@ -157,7 +157,7 @@ def replacements(device: torch.device) -> list[Replacement]:
             dist,
             "all_gather",
             _with_uneven_parts_gathered(dist.all_gather),
-            "tensor_parallel/mappings.py gathers different numbers of tokens over expert-TP ranks; gloo needs equal parts",
+            "tensor_parallel/mappings.py gathers unequal parts over expert-TP ranks; gloo needs equal parts",
         ),
         Replacement(
             dist, "reduce_scatter", _with_uneven_parts_scattered(dist.reduce_scatter), "as all_gather, the other way"
@@ -339,8 +339,8 @@ def _with_uneven_parts_gathered(original: Callable[..., Any]) -> Callable[..., A
         longest = max(part.shape[0] for part in tensor_list)
         padded = [tensor.new_empty(longest, *tensor.shape[1:]) for _ in tensor_list]
         original(padded, _padded(tensor, longest), group)
-        for part, whole in zip(tensor_list, padded, strict=True):
-            part.copy_(whole[: part.shape[0]])
+        for part, received in zip(tensor_list, padded, strict=True):
+            part.copy_(received[: part.shape[0]])
         return None
 
     return all_gather

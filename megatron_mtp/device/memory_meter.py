@@ -1,4 +1,4 @@
-"""How much memory tensors take, now and at most, on any device."""
+"""Current and peak memory of tensors, on any device."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class MemoryMeter(Protocol):
 
     @property
     def now_bytes(self) -> int:
-        """Held at this moment."""
+        """Bytes held now."""
 
     @property
     def peak_bytes(self) -> int:
-        """Most that was held at once since the beginning or the last `reset_peak`."""
+        """Largest number of bytes held at once since the start or the last `reset_peak`."""
 
     def reset_peak(self) -> None:
-        """The peak starts again at what is held now."""
+        """Sets the peak to the bytes held now."""
 
     def __enter__(self) -> Self: ...
 
@@ -31,12 +31,12 @@ class MemoryMeter(Protocol):
 
 
 def memory_meter(device: torch.device) -> MemoryMeter:
-    """The meter for a device: live tensor storage on a CPU, the allocator's figures on a GPU."""
+    """The meter for a device: live tensor storage on a CPU, the allocator's counters on a GPU."""
     return AllocatorMeter(device) if device.type == "cuda" else LiveStorage()
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident set of this process so far: libraries, Python's objects and freed memory that was kept included."""
+    """Peak resident set of this process, with libraries, Python's objects and freed memory that was kept."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -44,8 +44,8 @@ def peak_resident_bytes() -> int:
 class LiveStorage(TorchDispatchMode):
     """Bytes of the storages made by operations of this thread while it is active and not yet freed.
 
-    A storage that several tensors share counts once. Scratch space inside one operation is not seen, nor are tensors that
-    other threads or numpy made. Each operation costs some microseconds more: nothing is to be timed meanwhile.
+    A storage that several tensors share counts once. Scratch space inside one operation is not counted, nor are tensors
+    of other threads or numpy. Each operation takes some microseconds longer: do not measure times meanwhile.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class LiveStorage(TorchDispatchMode):
 
 
 class AllocatorMeter:
-    """What the caching allocator of a GPU handed out to tensors, without what it keeps for later."""
+    """Memory that the caching allocator of a GPU gave to tensors, without its cache."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -114,4 +114,4 @@ class AllocatorMeter:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """The figures stay readable."""
+        """The counters stay readable."""

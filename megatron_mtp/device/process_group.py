@@ -15,11 +15,10 @@ from megatron_mtp.device.select import Device, local_rank, local_world_size, pic
 
 
 def init_distributed(config: DistConfig) -> Device:
-    """Picks the device of this process and joins the process group that torchrun describes; without torchrun, a group of one.
+    """Picks the device of this process and joins the process group that torchrun describes, or a group of one.
 
-    A process that has joined a group already (a worker of `device/worker_pool.py`) stays in it.
-
-    On a CPU it also installs the facade over torch.cuda and divides the cores between the local ranks.
+    A process that has joined a group already (a worker of `device/worker_pool.py`) stays in it. On a CPU the function
+    also installs the facade over torch.cuda and divides the cores between the local ranks.
 
     Args:
         config: device, timeout of collectives in minutes, threads of each rank.
@@ -49,10 +48,10 @@ def init_distributed(config: DistConfig) -> Device:
 
 
 def _own_store(timeout: timedelta) -> dict[str, Any]:
-    """Arguments of init_process_group that keep the keys of this start of the ranks apart from those of earlier ones.
+    """Arguments of init_process_group that separate the keys of this start of the ranks from those of earlier starts.
 
-    By default all starts under one torchrun share its store, and torch 2.15 gives their keys no prefix: after `--max-restarts` ranks then
-    find the addresses of dead ones and connect to nobody.
+    By default all starts under one torchrun share its store, and torch 2.15 gives their keys no prefix: after a restart
+    ranks find the addresses of dead ranks and cannot connect.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -67,11 +66,10 @@ def _own_store(timeout: timedelta) -> dict[str, Any]:
 
 
 def destroy_distributed() -> None:
-    """Leaves the process group and takes the facade away. Does nothing where neither is there."""
+    """Leaves the process group and uninstalls the facade, where they exist."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    if cpu_facade.installed() is not None:
-        cpu_facade.uninstall()
+    cpu_facade.uninstall()
 
 
 def launched_by_torchrun() -> bool:

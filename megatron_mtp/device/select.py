@@ -1,4 +1,4 @@
-"""Which device a process works on."""
+"""Picks the device of a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Device:
     Attributes:
         torch_device: cuda:N or cpu.
         name: as the vendor writes it ("NVIDIA H100 80GB HBM3"), or "cpu"; the key of the table of peak speeds.
-        backend: of torch.distributed. Tensors on a GPU travel by NCCL (RCCL on AMD), those on the CPU by gloo.
+        backend: of torch.distributed. NCCL (RCCL on AMD) for tensors on a GPU, gloo for tensors on the CPU.
     """
 
     torch_device: torch.device
@@ -27,7 +27,7 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether it is a GPU; AMD's are called cuda in torch too."""
+        """Whether it is a GPU; torch calls AMD's cuda too."""
         return self.torch_device.type == "cuda"
 
 

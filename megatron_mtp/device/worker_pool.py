@@ -1,4 +1,4 @@
-"""Worker processes that have joined one gloo group and stay alive from one piece of work to the next.
+"""Worker processes that have joined one gloo group and stay alive between calls.
 
 with WorkerPool(2, preload=["megatron_mtp.training.setup"]) as pool:
     assert pool.run(sum_of_ranks, 10) == [11, 11]   # sum_of_ranks is a function of a module
@@ -21,7 +21,7 @@ COLLECTIVE_TIMEOUT_S = 60.0
 
 
 class WorkerError(Exception):
-    """A worker raised, ended, or did not answer in time; the text holds its traceback. The pool is closed."""
+    """A worker raised, ended, or did not answer in time. The text holds its traceback; the pool is closed."""
 
 
 class WorkerPool:
@@ -29,7 +29,7 @@ class WorkerPool:
 
     Args:
         size: number of processes.
-        timeout_s: longest time that one `run` may take.
+        timeout_s: maximum time of one `run`.
         preload: modules that the fork server imports once, so that a worker starts in a tenth of a second. Only the
             first pool of a process can choose them.
         collective_timeout_s: a collective that waits longer raises.

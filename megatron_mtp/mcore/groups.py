@@ -61,7 +61,7 @@ def init_model_parallel(
 
 
 def destroy_model_parallel() -> None:
-    """Forgets the groups of a layout and every global of Megatron-Core that outlives a model.
+    """Destroys the groups of a layout and clears every global of Megatron-Core that outlives a model.
 
     Groups of gloo stay for the next layout of this process and end with the default group.
     """
@@ -87,7 +87,7 @@ def _gloo_groups_made_once() -> AbstractContextManager[None]:
 
     Megatron-Core makes about thirty groups of a few ranks, most of them over the same sets. Each gloo group polls with
     two threads until nothing refers to it any more: two ranks had 57 threads, and a process that went through a dozen
-    layouts a thousand, which starved the machine. NCCL's groups stay apart: its communicators order their work by group.
+    layouts a thousand, which starved the machine. NCCL's groups stay separate: its communicators order work by group.
     """
     global _gloo_world
     if dist.get_backend() != "gloo":

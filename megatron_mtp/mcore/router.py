@@ -11,7 +11,7 @@ from torch import nn
 
 
 def router_losses(num_layers: int) -> dict[str, torch.Tensor]:
-    """Takes and clears what routers recorded in this step on this rank: name -> [num_layers] sums over micro-batches."""
+    """Returns and clears what the routers of this rank recorded: name -> [num_layers] sums over micro-batches."""
     tracker = get_moe_metrics_tracker()
     recorded = {name: entry.values.clone() for name, entry in tracker.metrics.items()}
     for entry in tracker.metrics.values():

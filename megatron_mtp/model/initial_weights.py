@@ -1,7 +1,7 @@
 """Initial weights that depend on the seed and the parameter's name only, so every layout starts from the same model.
 
-A parameter's place in the whole tensor is read from the model's sharded state dict: key, global shape, offset. Values are drawn
-in blocks of rows, each from its own generator, so that a rank draws its own rows only.
+A parameter's place in the full tensor is read from the model's sharded state dict: key, global shape, offset. Values
+are drawn in blocks of rows, each from its own generator, so that a rank draws its own rows only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fill_initial_weights(chunks: list[nn.Module], *, seed: int, std: float, num_
         chunks: the model chunks of this rank, before DDP and the optimizer copy their weights.
         seed: of the run.
         std: standard deviation; outputs into the residual stream get std / sqrt(2 * num_layers).
-        num_layers: decoder layers of the whole model.
+        num_layers: decoder layers of the full model.
     """
     with torch.no_grad():
         for chunk in chunks:
@@ -70,25 +70,25 @@ def std_of(key: str, std: float, num_layers: int) -> float:
 
 def draw_box(
     key: str,
-    whole: tuple[int, ...],
+    shape: tuple[int, ...],
     offset: tuple[int, ...],
     size: tuple[int, ...],
     lead: int,
     seed: int,
     draw: Callable[..., Tensor] = torch.randn,
 ) -> Tensor:
-    """Values of a box of a whole tensor in fp32, standard normal ones unless `draw` says otherwise; the same at every layout.
+    """Values of a box of a full tensor in fp32, from `draw` (standard normal); the same at every layout.
 
     Args:
         key: of the tensor in the sharded state dict.
-        whole: its shape, `lead` prepended axes (layer, expert) included.
+        shape: of the full tensor, `lead` prepended axes (layer, expert) included.
         offset: where the box begins, on as many axes.
-        size: of the box behind the prepended axes, of which it takes one step each.
+        size: of the box after the prepended axes, of which it takes one step each.
 
     Rows are the first axis after the prepended ones; the rest is one row.
     """
     outer = offset[:lead]
-    rows, *inner = whole[lead:]
+    rows, *inner = shape[lead:]
     first_row, *inner_offset = offset[lead:]
     local_rows, *inner_local = size
     blocks = []

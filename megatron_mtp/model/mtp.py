@@ -28,7 +28,7 @@ class DepthInputs(Protocol):
 
 
 class MTPLayer(MultiTokenPredictionLayer):
-    """One depth: norm the hidden state and the embedding of the token k ahead, project, one transformer layer.
+    """One depth: norms of the hidden state and of the embedding of the token k ahead, projection, transformer layer.
 
     Takes a stack of shifted ids, uses the first and returns the rest, where Megatron-Core rolls one row of ids.
     """
@@ -58,7 +58,7 @@ class MTPLayer(MultiTokenPredictionLayer):
         return embedded.detach() if self.config.mtp_detach_heads else embedded
 
     def _checkpointed_forward(self, hidden_states: Tensor, decoder_input: Tensor, **kwargs: Any) -> Tensor:
-        """Recomputes the whole layer in the backward pass, for `uniform` and for `block`.
+        """Recomputes the layer in the backward pass, for `uniform` and for `block`.
 
         Megatron-Core skips `block` with a warning; the block method's budget counts decoder layers, and an MTP layer is
         always recomputed here when layers are recomputed at all. Source: MultiTokenPredictionLayer in Megatron-Core.
@@ -85,9 +85,10 @@ class MTPLayer(MultiTokenPredictionLayer):
 class ParallelMTPLayer(MTPLayer):
     """A depth of the parallel variant: one transformer layer on the trunk's hidden state, no token is looked at.
 
-    With several depths each one is recomputed in the backward pass, whatever the config recomputes elsewhere: of all depths one
-    holds its activations at a time, as in the paper's order (one head's forward and backward after the other). That costs one more
-    forward pass of each depth's layer, which the paper's order saves by knowing each head's weight in the total beforehand.
+    With several depths each one is recomputed in the backward pass, whatever the config recomputes elsewhere. Only one
+    depth holds its activations at a time, as in the paper's order (forward and backward of one head after the other).
+    That costs one more forward pass of each depth's layer. The paper's order saves it, because it knows each head's
+    weight in the total beforehand.
 
     Source: Gloeckle et al. 2024, arXiv 2404.19737, section 2.
     """
@@ -122,7 +123,7 @@ class MTPModel(GPTModel):
     """One pipeline chunk of the model.
 
     Args:
-        hidden_source: what depth 1 reads; see ModelConfig.mtp_hidden_source.
+        hidden_source: what depth 1 reads, "post_final_norm" or "pre_final_norm"; see ModelConfig.mtp_hidden_source.
         mtp_variant: see ModelConfig.mtp_variant.
         others: as GPTModel.
     """

@@ -1,7 +1,7 @@
-"""The parameters of a chunk as parts of whole tensors: key, global shape, offset, and a view of the local part.
+"""The parameters of a chunk as parts of full tensors: key, global shape, offset, and a view of the local part.
 
-Megatron-Core's sharded state dict knows this for every parallelism; initial weights and the comparison of gradients between
-layouts are built on it.
+Megatron-Core's sharded state dict gives this for every parallelism. Initial weights and the comparison of gradients
+between layouts are built on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def sharded_tensors(chunk: nn.Module) -> list[ShardedTensor]:
-    """Every tensor of a chunk, sorted by key and offset; fused ones (gate and up projection) are taken apart."""
+    """Every tensor of a chunk, sorted by key and offset; fused ones (gate and up projection) are split."""
     found: list[ShardedTensor] = []
     pending: list[object] = [chunk.sharded_state_dict()]
     while pending:
@@ -35,9 +35,10 @@ def sharded_tensors(chunk: nn.Module) -> list[ShardedTensor]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a whole tensor, held by some rank.
+    """A part of a full tensor, held by some rank.
 
-    `name` is the key, with the index on prepended axes (layer, expert) behind an @: "decoder.layers.mlp.linear_fc1.weight@3".
+    `name` is the key, followed by @ and the index on prepended axes (layer, expert):
+    "decoder.layers.mlp.linear_fc1.weight@3".
     """
 
     name: str
@@ -81,7 +82,7 @@ def _gradients_in_place_of_weights(chunk: nn.Module) -> Iterator[list[nn.Paramet
     parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:
-        # A storage of its own for each, so that the tensors of the state dict can be told from weights and buffers.
+        # A storage of its own for each, so that they can be distinguished from weights and buffers in the state dict.
         parameter.data = parameter.main_grad.detach().to(parameter.dtype).clone()
     try:
         yield parameters
@@ -91,7 +92,7 @@ def _gradients_in_place_of_weights(chunk: nn.Module) -> Iterator[list[nn.Paramet
 
 
 def _gather_sharded_gradients(chunk: nn.Module) -> None:
-    """With the distributed optimizer a rank holds the reduced gradients of its shard only; this fetches the others'."""
+    """With the distributed optimizer a rank holds the reduced gradients of its shard only; this gathers the others'."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
     for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
@@ -102,13 +103,13 @@ def _gather_sharded_gradients(chunk: nn.Module) -> None:
 
 
 def whole_tensors(parts: list[Part]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Puts parts from all ranks together.
+    """Assembles parts from all ranks.
 
     Returns:
-        name -> whole tensor, and name -> largest difference between two copies of the same part (0 where all agree).
+        name -> full tensor, and name -> largest difference between two copies of the same part (0 where all agree).
 
     Raises:
-        ValueError: a whole tensor has a hole.
+        ValueError: no rank holds some part of a tensor.
     """
     whole: dict[str, Tensor] = {}
     filled: dict[str, Tensor] = {}

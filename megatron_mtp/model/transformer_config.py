@@ -91,8 +91,8 @@ def _engine_value(name: str, value: Any) -> Any:
 def _communication(cfg: ConfigContainer, device_type: str) -> dict[str, Any]:
     """How stages talk. Measured, not chosen: other settings compute wrong numbers or deadlock.
 
-    gloo matches messages of two ranks in posting order, so a batch of sends and receives between two stages with virtual
-    chunks delivers the wrong tensor, silently. An interleaved schedule with a standalone MTP stage deadlocks
+    gloo matches messages of two ranks in posting order, so a batch of sends and receives between two stages with
+    virtual chunks delivers the wrong tensor, silently. An interleaved schedule with a standalone MTP stage deadlocks
     without the overlapped form.
     """
     interleaved = (cfg.model.virtual_pipeline_model_parallel_size or 1) > 1

@@ -110,7 +110,7 @@ def setup_logging(rank: int = 0, level: int | str | None = None) -> None:
 
 
 def silence_noise() -> None:
-    """Filters warnings and log lines of other packages that a user cannot act on; each has its reason in the tables above.
+    """Filters warnings and log lines of other packages that a user cannot act on; the tables above give the reasons.
 
     Entry points call it, before they import torch and megatron: some packages warn while they are imported.
     """

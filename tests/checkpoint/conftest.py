@@ -1,4 +1,4 @@
-"""Ranks for all modules of this folder: pools of two and of four, made when first used and again after a test that broke one."""
+"""Ranks for all modules of this folder: pools of two and four, made at first use and again after a test broke one."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def every_case(fast: list[Case]) -> pytest.MarkDecorator:
 
 
 class SavedRuns:
-    """Runs that were never stopped, each made once: (what `make` returned for model and layout, the directory with its checkpoint).
+    """Runs that were never stopped, each made once: (result of `make`, the directory with its checkpoint).
 
     Args:
         make: (config values, directory) -> what is kept of the run.

@@ -1,4 +1,4 @@
-"""Every file of a real checkpoint damaged in turn, and checkpoints made by an enemy."""
+"""Every file of a real checkpoint damaged in turn, and malicious checkpoints."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_where_nothing_is_whole_every_rank_stops_and_every_file_is_named(pool, s
     damage_file(path / "iter_0000001" / "__0_0.distcp", "bit-flipped")
     damage_file(path / "iter_0000002" / ".metadata", "bit-flipped")
     for message in pool.run(refused, str(path)):
-        assert "none of its checkpoints is whole" in message
+        assert "none of its checkpoints is complete" in message
         assert "iter_0000001/__0_0.distcp" in message
         assert "iter_0000002/.metadata" in message
 
@@ -128,7 +128,7 @@ class Attack:
 
 
 def forge(whole: Path) -> None:
-    """Gives a changed checkpoint a manifest with correct checksums, as an enemy would."""
+    """Gives a changed checkpoint a manifest with correct checksums, as an attacker would."""
     manifest = read_manifest_of_changed(whole)
     files = [describe_file(whole / entry.name) for entry in manifest.files]
     (whole / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
@@ -158,7 +158,7 @@ def pickled_by_torch(value: object) -> bytes:
 
 
 @pytest.mark.parametrize("where", ["metadata", "metadata inside", "common_state", "rng_state"])
-def test_a_checkpoint_made_by_an_enemy_runs_nothing(pool, saved, tmp_path, where):
+def test_a_malicious_checkpoint_executes_nothing(pool, saved, tmp_path, where):
     path, target = shutil.copytree(saved[0], tmp_path / "run"), tmp_path / "owned"
     whole = path / "iter_0000002"
     if where == "metadata":

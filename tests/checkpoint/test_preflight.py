@@ -69,7 +69,9 @@ def test_a_damaged_one_is_named_and_skipped(tmp_path):
 def test_only_damaged_ones_is_no_fresh_start(tmp_path):
     cfg = make_config(tmp_path, tmp_path)
     damage_file(write_checkpoint(tmp_path, 200, cfg) / "__0_0.distcp", "truncated")
-    with pytest.raises(CheckpointError, match=r"none of its checkpoints is whole[\s\S]*__0_0.distcp: has 1023 bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"none of its checkpoints is complete[\s\S]*__0_0.distcp: has 1023 bytes"
+    ):
         check_run_directory(cfg)
 
 

@@ -1,8 +1,8 @@
-"""On four ranks, with real data and real gradients: saved at each layout and resumed at each other one, the losses of the
-next steps are those of the run that was never stopped.
+"""On four ranks, with real data and real gradients: a run saved at each layout and resumed at each other one has the
+losses of the run that was never stopped.
 
-`test_reshard_four` draws its gradients and compares weights bit for bit; here everything that a step needs must have come
-back: weights, optimizer, counters, learning rate, router biases and the position in the data.
+`test_reshard_four` draws its gradients and compares weights bit for bit; here everything that a step needs must be
+restored: weights, optimizer, counters, learning rate, router biases and the position in the data.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_random_streams_are_not_carried_to_other_places(pool, tmp_path):
 
 
 def change_dtype(old: dict, new: dict, directory: str) -> tuple:
-    """Masters before and after a resume in another dtype; the model's weights then, and what the masters say they are."""
+    """Masters before and after a resume in another dtype; the model's weights then, and the masters cast to it."""
     with rig(make_config(old, dist.get_world_size(), directory)) as run:
         run.steps(2)
         run.save()

@@ -1,4 +1,4 @@
-"""Checkpoints made by an enemy who knows the format and writes correct checksums: nothing runs, nothing else is written,
+"""Malicious checkpoints in the right format with correct checksums: nothing runs, nothing else is written,
 nothing is read for ever, and the file is named."""
 
 from __future__ import annotations

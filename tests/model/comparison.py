@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.model.parity import Figures
 
-# fp32 against fp64, MoE included: with fp32 weights Megatron-Core casts nothing below fp32. Measured: losses 6e-8, the gradient
-# as one vector 4e-7 to 1.1e-6, single tensors up to 1.9e-6.
+# fp32 against fp64, MoE included: with fp32 weights Megatron-Core casts nothing below fp32. Measured: losses 6e-8, the
+# gradient as one vector 4e-7 to 1.1e-6, single tensors up to 1.9e-6.
 LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-6
 

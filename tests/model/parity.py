@@ -1,4 +1,4 @@
-"""Runs one training step of the real program on one rank and of the plain model in fp64, on the same weights and tokens."""
+"""Runs one training step of the program on one rank and of the plain model in fp64, on the same weights and tokens."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Figures:
 def judge(plain: PlainConfig) -> PlainMTPModel:
     """The plain model in fp64."""
     model = PlainMTPModel(plain)
-    # Drawn in fp32, so that both sides have the same weights. At this scale, near that of initial weights, fp32 holds every
-    # gradient to 2e-6; from 0.1 on, gradients of head norms cancel so strongly that the plain model in fp32 misses it too.
+    # Drawn in fp32, so that both sides have the same weights. At this scale, near that of initial weights, fp32 holds
+    # every gradient to 2e-6; from 0.1 on, gradients of head norms cancel so strongly that the plain model in
+    # fp32 misses it too.
     model.randomize(seed=3, std=0.05)
     return model.double()
 

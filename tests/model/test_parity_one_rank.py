@@ -1,7 +1,7 @@
-"""One rank of the program in fp32 equals the plain model in fp64: loss of every depth, counts, acceptance, every gradient.
+"""One rank of the program in fp32 equals the plain model in fp64: losses of all depths, counts, acceptance, gradients.
 
-Each case takes a step through `training.setup` and `Engine.train` on a global batch of four micro-batches: all targets valid, padded
-ends, random holes, and one without a single valid target.
+Each case takes a step through `training.setup` and `Engine.train` on a global batch of four micro-batches: all targets
+valid, padded ends, random holes, and one without a single valid target.
 """
 
 from __future__ import annotations

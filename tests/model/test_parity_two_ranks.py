@@ -1,4 +1,4 @@
-"""Two pipeline stages against the plain model in fp64: trunk layers beside the MTP layers, as in the demo, and without."""
+"""Two pipeline stages against the plain model in fp64: MTP layers with trunk layers on their stage, and without."""
 
 from __future__ import annotations
 

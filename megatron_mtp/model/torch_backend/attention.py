@@ -1,4 +1,4 @@
-"""Core attention on `torch.nn.functional.scaled_dot_product_attention`: causal, grouped queries, documents, context parallel.
+"""Core attention on torch's scaled_dot_product_attention: causal, grouped queries, documents, context parallel.
 
 Megatron-Core's own `DotProductAttention` materialises every score, refuses context parallelism and packing, and has no
 `k_channels`/`v_channels`, which multi-latent attention passes.
@@ -30,7 +30,7 @@ TILE_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 class TorchCoreAttention(MegatronModule):
-    """softmax(q k^T * scale) v, where a query sees the keys at or before it, of its own document where documents are given.
+    """softmax(q k^T * scale) v, where a query sees the keys at or before it, of its own document if there are several.
 
     Args:
         config: of the layer. Sliding windows and attention sinks are refused.
@@ -85,7 +85,7 @@ class TorchCoreAttention(MegatronModule):
             query: [s/cp, b, heads/tp, k_channels], zigzag-sharded over the cp group (chunks r and 2*cp-1-r of 2*cp).
             key: [s/cp, b, groups/tp, k_channels], sharded alike.
             value: [s/cp, b, groups/tp, v_channels], sharded alike.
-            attention_mask: None, or segment ids [b, s], int, of the whole sequence: a query sees the keys with its id.
+            attention_mask: None, or segment ids [b, s], int, of the full sequence: a query sees the keys with its id.
             attn_mask_type: causal; part of Megatron-Core's interface.
             attention_bias: None.
             packed_seq_params: None.
@@ -113,7 +113,7 @@ class TorchCoreAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)  # -> [s/cp, b, heads * v_channels]
 
     def _dropout_rng(self) -> contextlib.AbstractContextManager:
-        # Heads are sharded over TP, so each rank needs its own random numbers. Under sequence parallelism the whole
+        # Heads are sharded over TP, so each rank needs its own random numbers. Under sequence parallelism the full
         # block runs in this fork already.
         if self.dropout == 0.0 or not self.training or self.config.sequence_parallel:
             return contextlib.nullcontext()
@@ -155,7 +155,7 @@ class TorchCoreAttention(MegatronModule):
         first = 0
         if segment_ids is not None and query.device.type == "cpu":
             # Documents before the first one that these queries belong to need no work. A GPU would have to wait for
-            # the answer.
+            # the result.
             first = int(mask.flatten(0, -2).any(dim=0).to(torch.uint8).argmax())
         return self._sdpa(query, key[:, :, first:stop], value[:, :, first:stop], mask=mask[..., first:])
 
@@ -189,7 +189,7 @@ def visible_keys(start: int, stop: int, segment_ids: Tensor | None, device: torc
     Args:
         start: position of the first query.
         stop: position after the last query.
-        segment_ids: [b, s] of the whole sequence, or None for one document.
+        segment_ids: [b, s] of the full sequence, or None for one document.
 
     Returns:
         Booleans [stop - start, stop], or [b, 1, stop - start, stop] with segments; True where a key is seen.

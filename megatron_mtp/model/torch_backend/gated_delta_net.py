@@ -2,14 +2,14 @@
 
 Four things differ from Megatron-Core 0.19.2:
 
-1. It refuses to be built without flash-linear-attention, whose kernels need a GPU, though it holds a path in plain PyTorch for
-   `deterministic_mode`. On CPUs that path is used here, and on GPUs when train.deterministic asks for it.
-2. The output norm is shared by all heads, and each tensor-parallel rank holds some of them. Without sequence parallelism its
-   gradient is never summed over the ranks.
-3. With `layernorm_zero_centered_gamma` the output norm would be stored as (weight - 1) too. Released weights hold the weight
-   itself (Qwen3-Next), so that it is stored plain here and carried without rounding.
-4. The recurrence in plain PyTorch is written anew: upstream's loses the gradient of the decay to rounding (2e-4 relative in fp32
-   where this one has 2e-7), and loops over the rows of a chunk where this one solves a triangular system.
+1. Upstream refuses to build it without flash-linear-attention, whose kernels need a GPU, though it has a path in plain
+   PyTorch for `deterministic_mode`. That path is used here on CPUs, and on GPUs when train.deterministic asks for it.
+2. The output norm is shared by all heads, and each tensor-parallel rank holds some of them. Without sequence
+   parallelism upstream never sums its gradient over the ranks.
+3. With `layernorm_zero_centered_gamma` upstream stores the output norm as (weight - 1) too. Released weights hold the
+   weight itself (Qwen3-Next), so it is stored plain here and kept without rounding.
+4. The recurrence in plain PyTorch is our own. Upstream's loses the gradient of the decay to rounding (2e-4 relative in
+   fp32, 2e-7 here), and loops over the rows of a chunk where this one solves a triangular system.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PlainNorm(TorchNorm):
 class ExactGatedDeltaNet(GatedDeltaNet):
     """Linear attention with the gated delta rule: a state of [key, value] for each head is decayed, corrected and read.
 
-    Heads are sharded over TP, and over CP inside the layer, where each rank sees the whole sequence.
+    Heads are sharded over TP, and over CP inside the layer, where each rank sees the full sequence.
 
     Source: Yang et al. 2024, arXiv 2412.06464; Qwen3-Next in transformers 5.23.
     """
@@ -57,7 +57,7 @@ class ExactGatedDeltaNet(GatedDeltaNet):
     def _prepare_input_for_gated_delta_rule(
         self, qkv: Tensor, gate: Tensor, batch: int, seq_len: int, *gate_feats: Tensor
     ) -> tuple[Tensor, ...]:
-        """Queries, keys and values as heads, of length 1 where queries and keys are, and repeated over a group's value heads.
+        """Queries, keys and values as heads: queries and keys have length 1, repeated over a group's value heads.
 
         Args:
             qkv: [b, s, (2 * keys + values)/(tp*cp)], after the convolution.
@@ -77,7 +77,7 @@ class ExactGatedDeltaNet(GatedDeltaNet):
         return query, key, value.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
 
     def _apply_gated_norm(self, x: Tensor, gate: Tensor) -> Tensor:
-        """RMSNorm over each head times silu(gate), in fp32: [b, s, heads, value width] -> [b * s * heads, value width]."""
+        """RMSNorm of heads times silu(gate), in fp32: [b, s, heads, value width] -> [b * s * heads, value width]."""
         weight = self.out_norm.weight
         if not self.config.sequence_parallel:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
@@ -89,16 +89,16 @@ class ExactGatedDeltaNet(GatedDeltaNet):
 def chunked_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, chunk: int = 64, **unused: object
 ) -> tuple[Tensor, None]:
-    """S_t = a_t S_{t-1} (1 - b_t k_t k_t^T) + b_t v_t k_t^T and o_t = S_t q_t / sqrt(key width), with a = exp(g), chunk by chunk.
+    """S_t = a_t S_{t-1} (1 - b_t k_t k_t^T) + b_t v_t k_t^T and o_t = S_t q_t / sqrt(key width), a = exp(g), by chunks.
 
-    Logarithms of decays are summed in fp64: they reach hundreds within a chunk, and only their differences are wanted.
+    Logarithms of decays are summed in fp64: they reach hundreds within a chunk, and only their differences are used.
 
     Args:
         query, key: [b, s, heads, key width], of length 1.
         value: [b, s, heads, value width].
         g: [b, s, heads], at most 0.
         beta: [b, s, heads], from 0 to 1.
-        chunk: tokens that are worked on at once.
+        chunk: tokens of one chunk.
 
     Returns:
         [b, s, heads, value width] in query's dtype, computed in fp32; and None in place of the last state.
@@ -110,7 +110,7 @@ def chunked_gated_delta_rule(
     total = g.double().cumsum(-1)  # [b, heads, chunks, chunk]
     decay = (total[..., :, None] - total[..., None, :]).tril().exp().tril().float()
     from_start, to_end = total.exp().float()[..., None], (total[..., -1:] - total).exp().float()[..., None]
-    whole = total[..., -1, None, None].exp().float()
+    chunk_decay = total[..., -1, None, None].exp().float()
     weighted = key * beta[..., None]
     system = (weighted @ key.mT * decay).tril(-1)
     both = torch.cat([value * beta[..., None], weighted * from_start], dim=-1)
@@ -122,13 +122,13 @@ def chunked_gated_delta_rule(
     for idx in range(key.shape[2]):
         new = writes[:, :, idx] - reads[:, :, idx] @ state
         outputs.append(query[:, :, idx] @ state + scores[:, :, idx] @ new)
-        state = state * whole[:, :, idx] + key[:, :, idx].mT @ new
+        state = state * chunk_decay[:, :, idx] + key[:, :, idx].mT @ new
     out = torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :seq_len]
     return out.transpose(1, 2).to(dtype), None
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """[b, s, heads, ...] -> [b, heads, chunks, chunk, ...] in fp32, filled up with zeros: no decay and nothing written."""
+    """[b, s, heads, ...] -> [b, heads, chunks, chunk, ...] in fp32, padded with zeros: no decay, nothing written."""
     x = x.transpose(1, 2).float()
     return F.pad(x, (0, 0) * (x.dim() - 3) + (0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk))
 
@@ -144,7 +144,7 @@ def _uses_kernels(config: TransformerConfig) -> bool:
     if not has_flash_linear_attention():
         raise UnsupportedError(
             "model.experimental_attention_variant = 'gated_delta_net': on a GPU its kernels come from "
-            "flash-linear-attention, which is not installed. Install flash-linear-attention, or set train.deterministic = "
-            "True for the slow form in plain PyTorch."
+            "flash-linear-attention, which is not installed. Install flash-linear-attention, or set "
+            "train.deterministic = True for the slow form in plain PyTorch."
         )
     return True

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 class ExactMLASelfAttention(MLASelfAttention):
-    """MLASelfAttention with both reductions mended, and with a key/value norm where queries have no latent.
+    """MLASelfAttention with both reductions corrected, and with a key/value norm where queries have no latent.
 
     It fits the specs of both backends: Transformer Engine's layers have the first defect without sequence parallelism.
     """
@@ -57,7 +57,7 @@ class ExactMLASelfAttention(MLASelfAttention):
         q, kv = super()._qkv_down_projection(hidden_states)
         if self.tp_group.size() == 1:
             return q, kv
-        # The width is whole when this returns, so the base class takes the branch it has for projections that are not
+        # The width is complete when this returns, so the base class takes its branch for projections that are not
         # sharded. Under sequence parallelism that branch gathers the rope key with a backward pass that sums.
         widths = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
         if kv.shape[-1] != sum(widths):  # our linear layers shard it, Transformer Engine's does not
@@ -79,7 +79,7 @@ class ExactMLASelfAttention(MLASelfAttention):
 
 
 def mark_whole_weight(linear: nn.Module, width: int) -> None:
-    """Says of a weight that every tensor-parallel rank holds whole that it is not sharded, so that a gradient norm counts it once.
+    """Marks a weight that every tensor-parallel rank holds in full as not sharded, so that a norm counts it once.
 
     Transformer Engine marks the weights of all its linear layers as sharded, those it duplicates too.
 

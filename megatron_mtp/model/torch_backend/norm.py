@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class TorchNorm(torch.nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight (RMSNorm), or (x - mean(x)) / sqrt(var(x) + eps) * weight + bias (LayerNorm).
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight. LayerNorm: (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
 
     Statistics are over the last dimension, in fp32 where the input is bf16 or fp16. With
     `config.layernorm_zero_centered_gamma` the parameter holds weight - 1.

@@ -1,4 +1,4 @@
-"""The gated delta net and gated attention against transformers' Qwen3-Next modules, and against a recurrence token by token.
+"""The gated delta net and gated attention against transformers' Qwen3-Next modules and a recurrence token by token.
 
 The maps between the two sets of weights are written out here; the converter has its own.
 """
