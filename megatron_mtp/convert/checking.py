@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_mtp.convert.accounts import hold
 from megatron_mtp.convert.exporting import HF_DTYPES, plan_checkpoint
+from megatron_mtp.convert.inventory import check_inventory
 from megatron_mtp.convert.links import duplicates
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.side_files import read_config
@@ -17,7 +17,7 @@ from megatron_mtp.convert.tensor_files import TensorFiles
 
 @dataclass(slots=True)
 class Comparison:
-    """Result of `check_hf`. `different`: name -> largest absolute difference; 0 where only dtypes differ."""
+    """Result of `check_hf`. `different`: name -> largest absolute difference; 0 if only the dtypes differ."""
 
     num_equal: int = 0
     different: dict[str, float] = field(default_factory=dict)
@@ -39,13 +39,13 @@ def check_hf(
         family, mtp_depths: as `export_hf`.
 
     Raises:
-        ConversionError, CheckpointError: the two are not the same model; what is missing or left over is named.
+        ConversionError, CheckpointError: they are different models; names what is missing or left over.
     """
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, None)
     files = TensorFiles(Path(hf_dir))
     shared = model.cfg.model.share_embeddings_and_output_weights
     config = read_config(Path(hf_dir))
-    hold(
+    check_inventory(
         files,
         model.links,
         declared_dtype=config.get("dtype") or config.get("torch_dtype") or HF_DTYPES[model.dtype],

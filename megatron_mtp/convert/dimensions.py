@@ -1,4 +1,4 @@
-"""What the tables of `names` leave open: sizes behind the symbols, and which tensors a model has. Pure arithmetic."""
+"""Values of the symbols in the tables of `names`, and which tensors a model has. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_mtp.config.sections import ModelConfig
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """What the symbols of the tables' shapes stand for."""
+    """Symbol in the tables' shapes -> size."""
     heads, head = model.num_attention_heads, model.kv_channels or 0
     queries = heads * head
     return {
@@ -51,7 +51,7 @@ def _delta_net_sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def features(model: ModelConfig) -> set[str]:
-    """Features by which tensors exist or not."""
+    """The features of a model on which the existence of tensors depends."""
     shared = model.moe_shared_expert_intermediate_size is not None
     present = {
         "qkv_bias": model.add_qkv_bias,

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout -> a Hugging Face folder. One tensor is in memory at a time."""
+"""Converts a checkpoint of any layout to a Hugging Face folder, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 
 from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.convert.accounts import FP32_ENDINGS
-from megatron_mtp.convert.hf_config import family_of, hf_config_dict
-from megatron_mtp.convert.links import Link, check_form, duplicates, links, own_depths
+from megatron_mtp.config.depths import Depths
+from megatron_mtp.convert.hf_config import hf_config_dict
+from megatron_mtp.convert.hf_families import family_of
+from megatron_mtp.convert.inventory import FP32_ENDINGS
+from megatron_mtp.convert.links import TensorLink, check_form, duplicates, links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import (
@@ -38,13 +40,13 @@ HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16
 
 @dataclass(slots=True)
 class _Joined:
-    """A tensor of theirs that several of ours make."""
+    """A tensor of theirs that is made of several of ours."""
 
     tensor: torch.Tensor
     num_filled: int = 0
 
-    def add(self, link: Link, box: torch.Tensor) -> bool:
-        """Puts one of them in; whether that was the last."""
+    def add(self, link: TensorLink, box: torch.Tensor) -> bool:
+        """Copies one of them into its place. Returns whether it was the last."""
         place = rows_of(self.tensor, link)
         place.copy_(box.reshape(place.shape))
         self.num_filled += box.numel()
@@ -53,19 +55,19 @@ class _Joined:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointModel:
-    """A checkpoint as far as it was planned: the links of every tensor that is exported."""
+    """A checkpoint whose config and metadata were read, with a link for every exported tensor."""
 
     weights: StoredWeights
     cfg: ConfigContainer
     family: str
-    links: list[Link]
+    links: list[TensorLink]
     num_depths: int
     dtype: torch.dtype
     dropped: list[str]
-    """Keys of MTP layers that the caller leaves out."""
+    """Keys of MTP layers that are not exported."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of theirs with its name, in the dtype in which it is stored."""
+        """Every tensor of theirs with its name, in its stored dtype."""
         joined: dict[str, _Joined] = {}
         for link in self.links:
             if not link.sources:
@@ -79,10 +81,10 @@ class CheckpointModel:
             target = joined.setdefault(source.name, _Joined(torch.empty(source.shape, dtype=box.dtype)))
             if target.add(link, box):
                 yield source.name, joined.pop(source.name).tensor
-        assert not joined, f"never whole: {sorted(joined)[:5]}"
+        assert not joined, f"incomplete: {sorted(joined)[:5]}"
 
     def dtype_of(self, name: str, stored: torch.dtype) -> torch.dtype:
-        """What a tensor is exported as."""
+        """Dtype of an exported tensor."""
         return stored if name.endswith(FP32_ENDINGS) else self.dtype
 
 
@@ -99,26 +101,26 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
 ) -> Report:
-    """Writes weights, config, tokenizer and generation settings in the form of a family.
+    """Writes weights, config, tokenizer and generation settings as files of a family.
 
     Args:
         checkpoint: run directory (its newest checkpoint), or the folder of one checkpoint.
-        hf_dir: made; must be empty if it is there.
-        family: form to write; None: the one that has this architecture.
-        mtp_depths: MTP layers to write; None: all. Others are left out and named in the report.
-        mtp_duplicates: write the copies of embedding and head that released files of the family hold beside each depth.
+        hf_dir: folder to create; if it exists it must be empty.
+        family: family of the files; None: the one that fits the architecture.
+        mtp_depths: MTP layers to write; None: all. The report names the others.
+        mtp_duplicates: write copies of embedding and head for each depth, as in the family's released files.
         dtype: fp32, bf16 or fp16; None: as stored.
         tokenizer: folder or tokenizer.json; None: the run's.
-        with_tokenizer: False: none is written.
-        shard_bytes: weights in one file.
-        verify: compare every byte of the checkpoint with its manifest first.
+        with_tokenizer: whether to write a tokenizer.
+        shard_bytes: most bytes per file.
+        verify: first compare every byte of the checkpoint with its manifest.
 
     Raises:
-        ConversionError, CheckpointError: all that does not fit, by name; nothing is left behind.
+        ConversionError, CheckpointError: names everything that does not fit; nothing is left behind.
     """
     target = Path(hf_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target}: is there already and not empty. Choose another folder.")
+        raise ConversionError(f"{target}: exists and is not empty. Choose another folder.")
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, dtype, verify=verify)
     chosen = tokenizer_folder(model.cfg, Path(tokenizer) if tokenizer else None) if with_tokenizer else None
     config = _config(model, chosen)
@@ -140,18 +142,18 @@ def export_hf(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _account(model, copies, report)
+    _fill_report(model, copies, report)
     return report
 
 
 def plan_checkpoint(
     path: Path, family: str | None, mtp_depths: int | None, dtype: str | None, *, verify: bool = True
 ) -> CheckpointModel:
-    """Reads config and metadata of a checkpoint and checks them against each other. Arguments and errors as `export_hf`."""
+    """Reads config and metadata of a checkpoint and compares them. Arguments and errors as `export_hf`."""
     weights = StoredWeights(path, verify=verify)
     cfg = weights.config()
     name = family or family_of(cfg.model)
-    own = own_depths(cfg.model)
+    own = Depths.of(cfg.model).distinct
     depths = own if mtp_depths is None else mtp_depths
     if depths > own:
         raise ConversionError(f"--mtp-depths {depths}: {weights.folder} holds {own} MTP layers.")
@@ -168,7 +170,7 @@ def _depth_of(key: str) -> int | None:
     return int(key.split(".")[2]) if key.startswith("mtp.layers.") else None
 
 
-def _check_keys(weights: StoredWeights, found: list[Link], dropped: list[str]) -> None:
+def _check_keys(weights: StoredWeights, found: list[TensorLink], dropped: list[str]) -> None:
     shapes = {link.key: link.whole for link in found}
     problems = [f"{key} is missing." for key in sorted(shapes.keys() - weights.tensors.keys())]
     problems += [
@@ -184,15 +186,15 @@ def _check_keys(weights: StoredWeights, found: list[Link], dropped: list[str]) -
         raise ConversionError("\n".join([f"{weights.folder}: nothing was written.", *problems[:20]]))
 
 
-def _stored_dtype(weights: StoredWeights, found: list[Link]) -> torch.dtype:
-    """Of the weights; tensors that stay in fp32 beside them are left out."""
+def _stored_dtype(weights: StoredWeights, found: list[TensorLink]) -> torch.dtype:
+    """Dtype of the weights, without tensors that always stay in fp32."""
     kinds: dict[torch.dtype, str] = {}
     for link in found:
         if link.sources and not link.sources[0].name.endswith(FP32_ENDINGS):
             kinds.setdefault(weights.dtype(link.key), link.key)
     if len(kinds) != 1 or next(iter(kinds)) not in HF_DTYPES:
         shown = ", ".join(f"{key} is {dtype}" for dtype, key in kinds.items())
-        raise ConversionError(f"{weights.folder}: weights are of one dtype, fp32, bf16 or fp16; here {shown}.")
+        raise ConversionError(f"{weights.folder}: all weights must be fp32, bf16 or fp16; here {shown}.")
     return next(iter(kinds))
 
 
@@ -223,7 +225,7 @@ def _config(model: CheckpointModel, tokenizer: Path | None) -> dict[str, Any]:
 
 
 def _kept(model: CheckpointModel, tokenizer: Path | None) -> Path | None:
-    """The folder of the files that came with an imported model, if this run still points to it."""
+    """The folder of the files that came with an imported model, if this run still has it."""
     candidates = [tokenizer, model.weights.folder.parent / KEPT_FOLDER]
     return next((path for path in candidates if path is not None and (path / CONFIG_NAME).is_file()), None)
 
@@ -234,7 +236,7 @@ def _end_of_document(cfg: ConfigContainer, tokenizer: Path | None) -> tuple[int,
     try:
         opened = configured_tokenizer(cfg)
     except DataError:
-        return None  # the run's tokenizer has moved; the caller named another
+        return None  # the run's tokenizer is gone; the caller named another
     return None if opened is None else (opened.eod, opened.decode([opened.eod]))
 
 
@@ -252,7 +254,7 @@ def _write_side_files(
     return [*names, GENERATION_NAME]
 
 
-def _account(model: CheckpointModel, copies: dict[str, str], report: Report) -> None:
+def _fill_report(model: CheckpointModel, copies: dict[str, str], report: Report) -> None:
     carried = [link for link in model.links if link.sources]
     report.read = sorted({link.key for link in carried})
     report.written = sorted({s.name for link in carried for s in link.sources})

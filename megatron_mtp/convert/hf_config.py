@@ -1,50 +1,36 @@
-"""config.json <-> ModelConfig, for every family in hf_families. Imports neither torch nor megatron.
+"""config.json <-> ModelConfig, for every family in hf_families. Needs no torch.
 
-Nothing is carried in silence: a config is written only if reading it back gives the same architecture, and a file that asks
-for something that is not computed here is refused by the name of its key.
+Nothing is lost silently: a config is written only if reading it back gives the same architecture, and a file that needs
+something unsupported is refused by the name of its key.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from megatron_mtp.config.mcore.effects import changed_function
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.convert.hf_families import ALIASES, ARCHITECTURE, DEFAULTS, FAMILIES, REFUSED, Family
+from megatron_mtp.convert.hf_families import ARCHITECTURE, DEFAULTS, Family, family_of, find_family
 from megatron_mtp.convert.hf_rope import rope_from_hf, rope_to_hf
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 
 PRETRAINING_LENGTH = 4096
-"""seq_length of an imported model whose positions reach farther."""
-
-
-def family_of(model: ModelConfig) -> str:
-    """The family that writes this architecture: a key of hf_families.FAMILIES. Whether it can is hf_config_dict's to say."""
-    if model.experimental_attention_variant == "gated_delta_net":
-        return "qwen3_next"
-    if model.multi_latent_attention:
-        return "deepseek_v3" if model.moe_router_score_function == "sigmoid" else "deepseek_v2"
-    if model.num_moe_experts is not None:
-        if model.moe_router_score_function == "sigmoid":
-            return "glm4_moe"
-        return "qwen3_moe" if model.qk_layernorm else "mixtral"
-    if model.qk_layernorm:
-        return "qwen3"
-    return "mimo" if model.add_qkv_bias else "llama"
+"""Largest seq_length of an imported model."""
 
 
 def hf_config_dict(model: ModelConfig, family: str | None = None) -> dict[str, Any]:
-    """What config.json says about the architecture, in the form of transformers 5; dtype and special tokens are not in it.
+    """The architecture as in config.json of transformers 5, without dtype and special tokens.
 
     Args:
         model: finalized, with a known vocabulary size.
         family: None: `family_of(model)`.
 
     Raises:
-        ConversionError: the family has no form for this model; every field that it cannot carry is named.
+        ConversionError: names every field that the family cannot hold.
     """
     name = family or family_of(model)
-    form = _family(name)
+    form = find_family(name)
     config: dict[str, Any] = {"architectures": [form.architecture], "model_type": name, "hidden_act": "silu"}
     config |= {key: getattr(model, ours) for key, ours in form.keys.items()}
     config |= form.theirs
@@ -59,17 +45,17 @@ def hf_config_dict(model: ModelConfig, family: str | None = None) -> dict[str, A
 
 
 def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json describes, at one rank. Balancing losses and MTP's weights are left at our defaults.
+    """The model that a config.json describes, for one rank. Balancing losses and MTP's weights have our defaults.
 
     Args:
-        config: its content; the older form with rope_theta and rope_scaling is read too.
+        config: content of config.json, also in the older form with rope_theta and rope_scaling.
 
     Raises:
-        ConversionError: the family is unknown, a key is missing, or a key asks for what is not built here.
+        ConversionError: the family is unknown, a key is missing, or a key needs something that is not supported.
     """
     model_type = config.get("model_type")
-    form = _family(str(model_type))
-    if "num_experts" in form.keys and "num_local_experts" in config:  # so transformers 5 saves it, and reads both
+    form = find_family(str(model_type))
+    if "num_experts" in form.keys and "num_local_experts" in config:  # transformers 5 writes this and reads both
         config = {"num_experts": config["num_local_experts"], **config}
     _refuse_unsupported(config, form)
     model = ModelConfig(**form.ours)
@@ -92,22 +78,13 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
 
 
 _DERIVED = ("num_key_value_heads", "head_dim")
-"""Keys that follow from others where they are missing or null."""
-
-
-def _family(name: str) -> Family:
-    name = ALIASES.get(name, name)
-    if name in REFUSED:
-        raise ConversionError(f"family {name!r}: {REFUSED[name]}.")
-    if name not in FAMILIES:
-        raise ConversionError(f"family {name!r}: is not known. Known are {', '.join([*FAMILIES, *ALIASES])}.")
-    return FAMILIES[name]
+"""Keys that follow from others if they are missing or null."""
 
 
 def _refuse_unsupported(config: dict[str, Any], form: Family) -> None:
     wanted = form.theirs | {"hidden_act": "silu", "quantization_config": None, "attention_dropout": 0.0}
     wrong = [
-        f"{key} = {config[key]!r}, and only {value!r} is built"
+        f"{key} = {config[key]!r}, and only {value!r} is supported"
         for key, value in wanted.items()
         if config.get(key, value) != value and config[key] is not None
     ]
@@ -157,11 +134,12 @@ def _experts_from_hf(config: dict[str, Any], model: ModelConfig, form: Family) -
 
 
 def _require_two_best_of_group(num_groups: int, group_topk: int, topk: int) -> None:
-    """transformers scores a group of experts by its two best, Megatron-Core by its best topk / group_topk."""
+    """transformers scores a group of experts by its best two, Megatron-Core by its best topk / group_topk."""
     if num_groups > 1 and topk // group_topk != 2:
         raise ConversionError(
-            f"num_experts_per_tok = {topk} with topk_group = {group_topk}: Megatron-Core scores each of the {num_groups} groups "
-            f"by its best {topk // group_topk}, the Hugging Face class by its best 2. Only twice as many experts as groups agree."
+            f"num_experts_per_tok = {topk} with topk_group = {group_topk}: Megatron-Core scores each of the "
+            f"{num_groups} groups by its best {topk // group_topk} experts, the Hugging Face class by its best 2. "
+            "They agree only if num_experts_per_tok is twice topk_group."
         )
 
 
@@ -172,17 +150,20 @@ def _linear_layers(config: dict[str, Any]) -> int | list[int]:
 
 
 def _require_carried(model: ModelConfig, read_back: ModelConfig, family: str) -> None:
-    lost = []
+    lost = [
+        f"model.mcore.{name} = {value!r}: config.json has no such key."
+        for name, value in changed_function(model).items()
+    ]
     for name in ARCHITECTURE:
         ours, theirs = _meaning(model, name), _meaning(read_back, name)
         if ours != theirs:
-            lost.append(f"model.{name} = {ours!r}: the {family} form has {theirs!r} here.")
+            lost.append(f"model.{name} = {ours!r}: files of {family} have {theirs!r}.")
     if lost:
-        raise ConversionError(" ".join([*lost, "Another family may fit, or the model cannot be exported."]))
+        raise ConversionError(" ".join([*lost, "Try another --family; if none fits, the model cannot be exported."]))
 
 
 def _meaning(model: ModelConfig, name: str) -> Any:
-    """A field's value as far as it means anything beside the others."""
+    """A field's value, or None if the other fields make it meaningless."""
     if name == "moe_layer_freq":
         return moe_pattern(model)
     if name == "linear_attention_freq":
@@ -192,7 +173,7 @@ def _meaning(model: ModelConfig, name: str) -> Any:
     if name == "moe_router_topk_scaling_factor":
         return getattr(model, name) or 1.0
     if (name, model.moe_router_num_groups) in (("moe_router_num_groups", 1), ("moe_router_group_topk", 1)):
-        return None  # one group is no groups
+        return None  # one group means no groups
     if name in ("mtp_variant", "mtp_hidden_source") and not model.mtp_num_layers:
         return None
     switch = next((on for prefixes, on in _SWITCHES if name.startswith(prefixes)), None)
@@ -213,4 +194,4 @@ _SWITCHES = (
     (("linear_",), lambda model: model.experimental_attention_variant is not None),
     (("moe_", "num_moe"), lambda model: model.num_moe_experts is not None),
 )
-"""Fields, by the beginning of their names, and when they mean anything."""
+"""Prefixes of field names, and the condition under which those fields have a meaning."""

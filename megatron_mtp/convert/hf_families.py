@@ -1,15 +1,19 @@
-"""How each Hugging Face family writes its architecture in config.json, as data. Imports neither torch nor megatron.
+"""The Hugging Face families, one value each in `FAMILIES`: config.json, tensor names and MTP layers. Needs no torch.
 
-Names are those of transformers 5.23 (models/*/configuration_*.py). MiMo has no class there: its file is Qwen2's, with another
-name and a count of MTP layers (FastMTP's config.json, Tencent-BAC/FastMTP 5875b708).
+Names are those of transformers 5.23 (models/*/configuration_*.py). MiMo has no class there: its file is Qwen2's with
+another name and a count of MTP layers (FastMTP's config.json, Tencent-BAC/FastMTP 5875b708).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-# key in config.json -> our field of the same meaning
+from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.convert.names import DEEPSEEK_MTP, MIMO_MTP, QWEN_MTP, MTPForm
+from megatron_mtp.errors import ConversionError
+
+# Key in config.json -> our field with the same meaning.
 COMMON = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -39,7 +43,7 @@ ROUTED = {"num_experts_per_tok": "moe_router_topk", "moe_intermediate_size": "mo
 DEEPSEEK_ROUTED = ROUTED | {"n_routed_experts": "num_moe_experts"}
 QWEN_ROUTED = ROUTED | {"num_experts": "num_moe_experts"}
 
-# Files on the hub leave these out; transformers then means the value given here.
+# Files on the hub omit these; transformers then uses the value given here.
 DEFAULTS: dict[str, Any] = {"tie_word_embeddings": False, "initializer_range": 0.02, "q_lora_rank": None}
 
 SIGMOID_ROUTER = {
@@ -52,25 +56,45 @@ LATENT_NORMS = {"multi_latent_attention": True, "qk_layernorm": True, "latent_no
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One `model_type` of config.json."""
+    """One `model_type` of config.json, and the tensors in its files."""
 
     architecture: str
     """The class in `architectures`."""
     keys: dict[str, str]
+    """Key of config.json -> our field with the same meaning."""
     ours: dict[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that are always so in this family, where that is not our default."""
+    """Values of ModelConfig fields that this family fixes, other than our defaults."""
     theirs: dict[str, Any] = field(default_factory=dict)
-    """Keys of config.json that are written so, and refused with another value."""
+    """Keys of config.json with a fixed value; other values are refused."""
     dense_layers: Literal["none", "first", "listed"] = "none"
-    """How layers without experts are named: there is no choice; first_k_dense_replace; mlp_only_layers."""
+    """Key that names layers without experts: none; first_k_dense_replace; mlp_only_layers."""
     shared_experts: Literal["count", "width"] | None = None
-    """n_shared_experts of the routed width, or shared_expert_intermediate_size."""
+    """Key of the shared experts: n_shared_experts (of the routed width), or shared_expert_intermediate_size."""
     has_routing_groups: bool = False
-    """n_group and topk_group."""
+    """Whether there are keys n_group and topk_group."""
     rotary_percent: float = 1.0
-    """Where config.json does not say."""
+    """Default of partial_rotary_factor."""
     mtp_key: str = "mtp_num_hidden_layers"
-    """The count of MTP layers. Families that were released without any take Qwen3.5's name."""
+    """Key of the number of MTP layers. Families that were released without any use Qwen3.5's name."""
+    mtp_form: MTPForm = QWEN_MTP
+    """Tensor names of MTP layers. Qwen's cannot collide with other names, so families without MTP layers use them."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Part of a name in the tables of `names` -> how this family writes it."""
+    aliases: tuple[str, ...] = ()
+    """Other values of `model_type` with the same files."""
+
+    def name_of(self, name: str) -> str:
+        """A name of the tables in `names` as this family writes it."""
+        for part, theirs in self.renamed.items():
+            name = name.replace(part, theirs)
+        return name
+
+    def agrees(self, model: ModelConfig, name: str) -> bool:
+        """Whether this family's files can hold the model's value of a field in TELLING."""
+        is_read = name in self.keys.values()
+        if name == "num_moe_experts":
+            return is_read == (model.num_moe_experts is not None)
+        return is_read or getattr(model, name) == self.ours.get(name, getattr(ModelConfig(), name))
 
 
 NO_BIAS = {"attention_bias": False}
@@ -86,6 +110,8 @@ FAMILIES: dict[str, Family] = {
         shared_experts="count",
         has_routing_groups=True,
         mtp_key="num_nextn_predict_layers",
+        mtp_form=DEEPSEEK_MTP,
+        aliases=("kimi_k2",),
     ),
     "deepseek_v2": Family(
         architecture="DeepseekV2ForCausalLM",
@@ -110,6 +136,7 @@ FAMILIES: dict[str, Family] = {
         has_routing_groups=True,
         rotary_percent=0.5,
         mtp_key="num_nextn_predict_layers",
+        mtp_form=DEEPSEEK_MTP,
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -139,6 +166,7 @@ FAMILIES: dict[str, Family] = {
         shared_experts="width",
         rotary_percent=0.25,
         mtp_key="num_nextn_predict_layers",
+        renamed={"mlp.shared_experts.": "mlp.shared_expert."},
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -151,6 +179,12 @@ FAMILIES: dict[str, Family] = {
         | GROUPED_QUERIES
         | {"num_local_experts": "num_moe_experts", "num_experts_per_tok": "moe_router_topk"},
         theirs={"sliding_window": None, "router_jitter_noise": 0.0},
+        renamed={
+            "mlp.gate.": "block_sparse_moe.gate.",
+            "mlp.experts.{e}.gate_proj.": "block_sparse_moe.experts.{e}.w1.",
+            "mlp.experts.{e}.down_proj.": "block_sparse_moe.experts.{e}.w2.",
+            "mlp.experts.{e}.up_proj.": "block_sparse_moe.experts.{e}.w3.",
+        },
     ),
     "mimo": Family(
         architecture="MiMoForCausalLM",
@@ -158,29 +192,53 @@ FAMILIES: dict[str, Family] = {
         ours={"add_qkv_bias": True},
         theirs={"attention_bias": True, "use_sliding_window": False},
         mtp_key="num_nextn_predict_layers",
+        mtp_form=MIMO_MTP,
     ),
 }
 
-# Other names of the same file.
-ALIASES = {"kimi_k2": "deepseek_v3"}
-
-# model_type -> why it is not read
 REFUSED = {
-    "nemotron_h": "Mamba layers and Megatron-Core's HybridModel are not built here (docs/decisions.md, 'Model families')",
+    "nemotron_h": "Mamba layers (Megatron-Core's HybridModel) are not supported; docs/decisions.md, 'Model families'",
 }
+"""model_type -> why it is not read."""
 
-# What a family's file fixes. Sizes of a run, training settings and MTP's objective are not among them.
-ARCHITECTURE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
-    "share_embeddings_and_output_weights position_embedding_type rotary_base rotary_percent rope_scaling "
-    "rope_scaling_factor normalization layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias "
-    "gated_linear_unit activation_func qk_layernorm attention_output_gate multi_latent_attention q_lora_rank "
-    "kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
-    "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim latent_norm_epsilon "
-    "experimental_attention_variant linear_attention_freq linear_conv_kernel_dim linear_key_head_dim "
-    "linear_value_head_dim linear_num_key_heads linear_num_value_heads num_moe_experts moe_layer_freq "
-    "moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk "
-    "moe_router_score_function moe_router_pre_softmax moe_router_num_groups moe_router_group_topk "
-    "moe_router_topk_scaling_factor moe_router_enable_expert_bias moe_expert_capacity_factor mtp_num_layers mtp_variant "
-    "mtp_hidden_source"
+TELLING = (
+    "experimental_attention_variant multi_latent_attention num_moe_experts moe_router_score_function qk_layernorm "
+    "add_qkv_bias"
 ).split()
+"""Fields of ModelConfig by which families differ, the most telling first."""
+NOT_ARCHITECTURE = frozenset(
+    """seq_length make_vocab_size_divisible_by init_method_std attention_dropout hidden_dropout moe_router_dtype
+    moe_router_bias_update_rate moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff
+    moe_token_dispatcher_type moe_grouped_gemm mtp_loss_scaling_factor mtp_depth_weights mtp_use_repeated_layer
+    mtp_detach_heads mtp_freeze_trunk tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size
+    virtual_pipeline_model_parallel_size pipeline_model_parallel_layout context_parallel_size
+    expert_model_parallel_size expert_tensor_parallel_size recompute_granularity recompute_method recompute_num_layers
+    recompute_modules logits_chunk_tokens logits_z_loss_coeff backend mcore""".split()
+)
+"""Fields of ModelConfig that config.json need not hold; `mcore` is checked field by field."""
+ARCHITECTURE = [field.name for field in fields(ModelConfig) if field.name not in NOT_ARCHITECTURE]
+"""Fields of ModelConfig that config.json must hold: all others, so that a new field is not lost silently."""
+
+
+def find_family(name: str) -> Family:
+    """The family of a `model_type`, or of an alias.
+
+    Raises:
+        ConversionError: it is unknown, or refused for a reason.
+    """
+    if name in REFUSED:
+        raise ConversionError(f"family {name!r}: {REFUSED[name]}.")
+    if canonical(name) not in FAMILIES:
+        known = [alias for name, family in FAMILIES.items() for alias in (name, *family.aliases)]
+        raise ConversionError(f"family {name!r}: is not known. Known families: {', '.join(known)}.")
+    return FAMILIES[canonical(name)]
+
+
+def canonical(name: str) -> str:
+    """The key in FAMILIES of a name or an alias."""
+    return next((key for key, family in FAMILIES.items() if name in family.aliases), name)
+
+
+def family_of(model: ModelConfig) -> str:
+    """Name of the family that fits the model best. `hf_config_dict` checks whether it can hold the model."""
+    return min(FAMILIES, key=lambda name: [not FAMILIES[name].agrees(model, field) for field in TELLING])

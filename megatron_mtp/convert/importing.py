@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> a checkpoint that a run of any layout loads. One tensor is in memory at a time."""
+"""Converts a Hugging Face folder to a checkpoint for any layout, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.convert.accounts import Accounts, hold
-from megatron_mtp.convert.hf_config import family_of, hf_config_dict, model_config_from_hf
-from megatron_mtp.convert.hf_families import ALIASES
-from megatron_mtp.convert.links import Link, duplicates, grown_links, links, own_depths
+from megatron_mtp.convert.hf_config import hf_config_dict, model_config_from_hf
+from megatron_mtp.convert.hf_families import canonical
+from megatron_mtp.convert.inventory import Inventory, check_inventory
+from megatron_mtp.convert.links import TensorLink, duplicates, links, new_depth_links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import KEPT_FOLDER, keep, read_config
@@ -29,40 +30,40 @@ from megatron_mtp.errors import ConversionError
 from megatron_mtp.recipes.common import pretrain_common
 
 DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-# What config.json says and a recipe may say otherwise: it does not change what the weights mean.
+# Keys of config.json that a recipe may change: they do not affect the meaning of the weights.
 _OF_TRAINING = ("initializer_range", "router_aux_loss_coef", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
 class HFModel:
-    """A folder that was read as far as needed to plan: config, links, and what its tensors are.
+    """A folder whose config and headers were read.
 
     Args:
         cfg: finalized, with as many depths as the result will have.
-        links: of every tensor that comes from the files.
-        grown: links of new MTP layers, and whether they copy.
+        links: every tensor that comes from the files.
+        new_links: tensors of new MTP layers, and whether each can be copied from the trunk.
     """
 
     folder: Path
     family: str
     cfg: ConfigContainer
     files: TensorFiles
-    accounts: Accounts
-    links: list[Link]
-    grown: list[tuple[Link, bool]]
+    inventory: Inventory
+    links: list[TensorLink]
+    new_links: list[tuple[TensorLink, bool]]
 
-    def read(self, link: Link) -> torch.Tensor:
-        """The box of `link`, from the files; zeros where it has no sources."""
+    def read(self, link: TensorLink) -> torch.Tensor:
+        """The box of `link` from the files; zeros if it has no sources."""
         if not link.sources:
-            return torch.zeros(link.size, dtype=DTYPES[self.accounts.dtype])
+            return torch.zeros(link.size, dtype=DTYPES[self.inventory.dtype])
         tensors = [self.files.read(source.name) for source in link.sources]
         return to_ours(link, tensors, self.cfg.model)
 
-    def grow(self, link: Link, copies: bool, init: MTPInit | None) -> torch.Tensor:
-        """The box of a link of a new MTP layer."""
+    def initial(self, link: TensorLink, copies: bool, init: MTPInit | None) -> torch.Tensor:
+        """The box of `link` in a new MTP layer."""
         if copies and init == "last_layer":
             return self.read(link)
-        return new_value(link, self.cfg, DTYPES[self.accounts.dtype])
+        return new_value(link, self.cfg, DTYPES[self.inventory.dtype])
 
 
 def import_hf(
@@ -76,15 +77,15 @@ def import_hf(
     """Writes a checkpoint of iteration 0 with the weights of a Hugging Face folder.
 
     Args:
-        hf_dir: config.json, safetensors and what lies beside them.
-        out_dir: run directory, without checkpoints.
-        cfg: a recipe whose architecture is that of config.json; it is saved with the weights. None: defaults.
+        hf_dir: folder with config.json, safetensors and tokenizer files.
+        out_dir: run directory without checkpoints.
+        cfg: a recipe with the architecture of config.json, saved with the weights. None: defaults.
         mtp_depths: depths of the result; None: those of `cfg`, or of the files.
-        mtp_init: how depths beyond those in the files are made; None: there must be none.
+        mtp_init: how to initialise depths beyond those in the files; None: there must be none.
 
     Raises:
-        ConversionError: everything that does not fit, by name; nothing is left behind.
-        CheckpointError: `out_dir` cannot be written or holds a checkpoint.
+        ConversionError: names everything that does not fit; nothing is left behind.
+        CheckpointError: `out_dir` is not writable or holds a checkpoint.
     """
     out = Path(out_dir)
     source = plan_hf(Path(hf_dir), cfg, mtp_depths=mtp_depths, mtp_init=mtp_init)
@@ -95,8 +96,8 @@ def import_hf(
         with WeightsWriter(out) as writer:
             for link in source.links:
                 writer.add(link.key, link.whole, link.offset, source.read(link))
-            for link, copies in source.grown:
-                writer.add(link.key, link.whole, link.offset, source.grow(link, copies, mtp_init))
+            for link, copies in source.new_links:
+                writer.add(link.key, link.whole, link.offset, source.initial(link, copies, mtp_init))
             report.files = [f"{KEPT_FOLDER}/{name}" for name in keep(source.folder, kept)]
             final = _with_tokenizer(source.cfg, kept)
             writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))
@@ -106,7 +107,7 @@ def import_hf(
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         raise
-    _account(source, report)
+    _fill_report(source, report)
     return report
 
 
@@ -117,24 +118,22 @@ def plan_hf(
     mtp_depths: int | None = None,
     mtp_init: MTPInit | None = None,
 ) -> HFModel:
-    """Reads config and headers of a folder and checks them against each other. Arguments and errors as `import_hf`."""
+    """Reads config and headers of a folder and compares them. Arguments and errors as `import_hf`."""
     values = read_config(folder)
     model = model_config_from_hf(values)
-    family = ALIASES.get(str(values["model_type"]), str(values["model_type"]))
+    family = canonical(str(values["model_type"]))
     files = TensorFiles(folder)
-    present = own_depths(model)
+    present = Depths.of(model).distinct
     if present and not _holds_depths(files, model, family):
-        present = 0  # transformers saves the count and not the layers
-    cfg = _resolved(
-        model, family, values, cfg, present if mtp_depths is None else mtp_depths, keep_depths=mtp_depths is None
-    )
-    wanted = own_depths(cfg.model)
+        present = 0  # transformers saves the count but not the layers
+    cfg = _resolved(model, family, cfg, present if mtp_depths is None else mtp_depths, keep_depths=mtp_depths is None)
+    wanted = Depths.of(cfg.model).distinct
     _check_depths(folder, present, wanted, mtp_depths, mtp_init)
     used = min(present, wanted)
     found = links(cfg.model, family, used)
     everything = {source.name for link in links(model, family, present) for source in link.sources}
     needed = {source.name for link in found for source in link.sources}
-    accounts = hold(
+    inventory = check_inventory(
         files,
         found,
         declared_dtype=values.get("dtype") or values.get("torch_dtype"),
@@ -143,36 +142,34 @@ def plan_hf(
         dropped=everything - needed,
     )
     final = cfg.copy()
-    final.precision.dtype = DTYPE_NAMES[accounts.dtype]
+    final.precision.dtype = DTYPE_NAMES[inventory.dtype]
     final.finalize(None)
-    grown = [pair for depth_idx in range(used, wanted) for pair in grown_links(final.model, family, depth_idx)]
-    return HFModel(folder, family, final, files, accounts, links(final.model, family, used), grown)
+    new_links = [pair for depth_idx in range(used, wanted) for pair in new_depth_links(final.model, family, depth_idx)]
+    return HFModel(folder, family, final, files, inventory, links(final.model, family, used), new_links)
 
 
 def _holds_depths(files: TensorFiles, model: ModelConfig, family: str) -> bool:
     of_trunk = {source.name for link in links(model, family, 0) for source in link.sources}
-    of_depths = {s.name for link in links(model, family, own_depths(model)) for s in link.sources} - of_trunk
+    of_depths = {s.name for link in links(model, family, Depths.of(model).distinct) for s in link.sources} - of_trunk
     return bool(of_depths & files.entries.keys())
 
 
 def _check_depths(folder: Path, present: int, wanted: int, chosen: int | None, init: MTPInit | None) -> None:
     if wanted > present and init is None:
         raise ConversionError(
-            f"model.mtp_num_layers = {wanted}: {folder} holds {present or 'no'} MTP layers. Make the others with --mtp-init "
-            "last_layer or fresh, or import with --mtp-depths "
-            f"{present}."
+            f"model.mtp_num_layers = {wanted}: {folder} holds {present or 'no'} MTP layers. Initialise the others with "
+            f"--mtp-init last_layer or fresh, or import with --mtp-depths {present}."
         )
     if wanted < present and chosen is None:
         raise ConversionError(
-            f"model.mtp_num_layers = {wanted}: {folder} holds {present} MTP layers. Set it to {present}, or leave them out with "
-            f"--mtp-depths {wanted}."
+            f"model.mtp_num_layers = {wanted}: {folder} holds {present} MTP layers. Set it to {present}, or drop the "
+            f"others with --mtp-depths {wanted}."
         )
 
 
 def _resolved(
     model: ModelConfig,
     family: str,
-    values: dict[str, Any],
     recipe: ConfigContainer | None,
     depths: int,
     *,
@@ -190,28 +187,28 @@ def _resolved(
         cfg.model.mtp_num_layers = depths
     cfg.finalize(None)
     if recipe is not None:
-        _check_recipe(cfg, model, family, values)
+        _check_recipe(cfg, model, family)
     return cfg
 
 
-def _check_recipe(cfg: ConfigContainer, model: ModelConfig, family: str, values: dict[str, Any]) -> None:
-    other = family_of(cfg.model)
-    if other != family and not (cfg.model.num_moe_experts is None and model.num_moe_experts is None):
-        raise ConversionError(
-            f"The recipe is a {other} model, and config.json describes {family}. Choose another recipe."
-        )
-    ours, theirs = (_declared(side, family) for side in (cfg.model, _finalized(model)))
+def _check_recipe(cfg: ConfigContainer, model: ModelConfig, family: str) -> None:
+    title = "The recipe is another model than config.json describes. Choose another recipe."
+    try:
+        ours = _declared(cfg.model, family)
+    except ConversionError as error:  # config.json of this family cannot describe the recipe
+        raise ConversionError(f"{title}\n{error}") from error
+    theirs = _declared(_finalized(model), family)
     wrong = [
         f"{key}: the recipe has {ours.get(key)!r}, config.json means {theirs.get(key)!r}."
         for key in sorted(ours.keys() | theirs.keys())
         if not _same(ours.get(key), theirs.get(key))
     ]
     if wrong:
-        raise ConversionError("\n".join(["The recipe is another model than config.json describes.", *wrong]))
+        raise ConversionError("\n".join([title, *wrong]))
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Equal, or numbers that some format has rounded to fp32."""
+    """Whether two values are equal, up to rounding to fp32."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     return ours == theirs
@@ -238,16 +235,16 @@ def _with_tokenizer(cfg: ConfigContainer, kept: Path) -> ConfigContainer:
     return final.finalize(None)
 
 
-def _account(source: HFModel, report: Report) -> None:
-    """Fills the lists of the report and checks that no tensor of the files is in none of them."""
-    accounts = source.accounts
+def _fill_report(source: HFModel, report: Report) -> None:
+    """Fills the lists of the report and checks that every tensor of the files is in one of them."""
+    inventory = source.inventory
     report.read = sorted({s.name for link in source.links for s in link.sources})
-    report.written = sorted({link.key for link in source.links} | {link.key for link, _ in source.grown})
+    report.written = sorted({link.key for link in source.links} | {link.key for link, _ in source.new_links})
     report.padded = sorted({link.key for link in source.links if not link.sources})
-    report.made = sorted({link.key for link, _ in source.grown})
-    report.tied, report.duplicated, report.left_out = accounts.tied, accounts.duplicated, accounts.ignored
+    report.made = sorted({link.key for link, _ in source.new_links})
+    report.tied, report.duplicated, report.left_out = inventory.tied, inventory.duplicated, inventory.ignored
     if source.cfg.model.share_embeddings_and_output_weights and not report.tied:
         report.tied = [f"{HEAD} (is {EMBEDDING})"]
-    named = {*report.read, *accounts.tied, *accounts.duplicated, *accounts.ignored}
+    named = {*report.read, *inventory.tied, *inventory.duplicated, *inventory.ignored}
     left_over = source.files.entries.keys() - named
     assert not left_over, f"neither read nor named: {sorted(left_over)[:5]}"

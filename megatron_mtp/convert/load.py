@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder or from a checkpoint into model chunks that are built, at any layout."""
+"""Loads weights of a Hugging Face folder or a checkpoint into built model chunks, at any layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.hf_config import model_config_from_hf
 from megatron_mtp.convert.importing import HFModel, plan_hf
-from megatron_mtp.convert.links import Link
+from megatron_mtp.convert.links import TensorLink
 from megatron_mtp.convert.side_files import CONFIG_NAME, read_config
 from megatron_mtp.convert.warm_start import MTPInit
 from megatron_mtp.model.sharded import sharded_tensors, unwrap
@@ -23,18 +23,18 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def is_hf_folder(source: str | Path) -> bool:
-    """Whether a folder is in Hugging Face form: it has a config.json."""
+    """Whether a folder is a Hugging Face model: it has a config.json."""
     return (Path(source) / CONFIG_NAME).is_file()
 
 
 def config_of(source: str | Path) -> ConfigContainer:
-    """The config to build the model of a folder from, at one rank and not finalized.
+    """The config of the model in a folder, for one rank and not finalized.
 
     Args:
         source: Hugging Face folder, run directory, or the folder of one checkpoint.
 
     Raises:
-        ConversionError, CheckpointError: it is none of these, or asks for what is not built.
+        ConversionError, CheckpointError: it is none of these, or needs something that is not supported.
     """
     if is_hf_folder(source):
         cfg = pretrain_common()
@@ -58,26 +58,26 @@ def load_weights(
     *,
     mtp_init: MTPInit | None = None,
 ) -> None:
-    """Overwrites every weight of this rank's chunks, in the dtype that they have.
+    """Overwrites every weight of this rank's chunks, in their dtype.
 
     Args:
-        chunks: of `build_model`, bare or wrapped. An optimizer made before keeps its own copies.
+        chunks: from `build_model`, bare or wrapped. An existing optimizer keeps its own copies.
         source: Hugging Face folder, run directory, or the folder of one checkpoint.
-        cfg: finalized; of the chunks.
-        groups: of the layout. A checkpoint is loaded by all ranks together, a Hugging Face folder by each for itself.
-        mtp_init: how MTP layers are made that a Hugging Face folder lacks.
+        cfg: finalized config of the chunks.
+        groups: process groups. All ranks load a checkpoint together; each loads a Hugging Face folder by itself.
+        mtp_init: how to initialise MTP layers that a Hugging Face folder lacks.
 
     Raises:
-        ConversionError, CheckpointError: what does not fit, by name. Weights may be half loaded.
+        ConversionError, CheckpointError: names what does not fit. Weights may be partly loaded.
     """
     if not is_hf_folder(source):
         load_model_weights(checkpoint_folder(Path(source)), chunks, groups.dp_cp)
         return
     plan = plan_hf(Path(source), cfg, mtp_init=mtp_init)
-    by_key: dict[str, list[tuple[Link, bool | None]]] = {}
+    by_key: dict[str, list[tuple[TensorLink, bool | None]]] = {}
     for link in plan.links:
         by_key.setdefault(link.key, []).append((link, None))
-    for link, copies in plan.grown:
+    for link, copies in plan.new_links:
         by_key.setdefault(link.key, []).append((link, copies))
     with torch.no_grad():
         for chunk in chunks:
@@ -86,7 +86,7 @@ def load_weights(
 
 
 def _fill(
-    shard: ShardedTensor, sources: list[tuple[Link, bool | None]], plan: HFModel, mtp_init: MTPInit | None
+    shard: ShardedTensor, sources: list[tuple[TensorLink, bool | None]], plan: HFModel, mtp_init: MTPInit | None
 ) -> None:
     lead = shard.prepend_axis_num
     size = (1,) * lead + tuple(shard.data.shape[-len(shard.global_shape) + lead :])
@@ -100,7 +100,7 @@ def _fill(
             theirs.append(slice(low - p, high - p))
         if any(part.start >= part.stop for part in ours):
             continue
-        box = plan.read(link) if copies is None else plan.grow(link, copies, mtp_init)
+        box = plan.read(link) if copies is None else plan.initial(link, copies, mtp_init)
         part = box[tuple(theirs)]
         target[tuple(ours)] = part.to(target.dtype).to(target.device)
         filled += part.numel()

@@ -1,7 +1,8 @@
-"""Where each tensor of ours lies in each family's files: tables, as data. Imports neither torch nor megatron.
+"""Tables of tensor names: ours, those in Hugging Face files, and how one is made of the other. Needs no torch.
 
-Our names are keys of Megatron-Core's sharded state dict, as checkpoints hold them, behind the prefix of a layer. Theirs are
-names in safetensors files, behind the prefix of their layer. Shapes are theirs, in symbols that `dimensions.sizes` resolves.
+Our names are keys of Megatron-Core's sharded state dict, as in checkpoints, after the prefix of a layer. Theirs are
+names in safetensors files, after the prefix of their layer. Shapes are theirs, in symbols that `dimensions.sizes`
+resolves.
 
 Sources: transformers 5.23 models/*/modeling_*.py and conversion_mapping.py; of MTP names, Megatron-Bridge 067f987d
 models/{deepseek,glm,mimo,qwen}, vllm 0.33 model_executor/models/*_mtp.py.
@@ -15,15 +16,16 @@ from typing import Literal
 Layout = Literal["copy", "stacked", "by_group", "by_group_gated", "swap_halves", "part"]
 """How a tensor of ours is made of theirs.
 
-copy: it is theirs. stacked: their rows, one tensor after the other. by_group: query, key and value rows, in turn for each
-key/value head. by_group_gated: the same, where their query rows are query and gate in turn for each head, and ours first all
-queries of a group, then all its gates. swap_halves: the two halves of the columns change places. part: some rows of theirs.
+copy: unchanged. stacked: their rows, one tensor after the other. by_group: for each key/value head its query, key and
+    value
+rows. by_group_gated: the same; their query rows alternate between query and gate for each head, ours hold all queries
+of a group before all its gates. swap_halves: the two halves of the columns are swapped. part: some of their rows.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Rows of a tensor of theirs that lies as `groups` equal blocks, each cut into `widths` rows: the cut number `index`."""
+class RowCut:
+    """Some rows of a tensor with `groups` equal blocks, each cut into `widths` rows: cut number `index` of each."""
 
     groups: str
     widths: tuple[str, ...]
@@ -35,12 +37,12 @@ class Row:
     """One tensor of a layer.
 
     Args:
-        ours: key behind our layer prefix.
-        theirs: names behind their layer prefix; {e} is the expert.
-        shapes: of theirs.
+        ours: key after our layer prefix.
+        theirs: names after their layer prefix; {e} is the expert.
+        shapes: shapes of `theirs`.
         layout: see `Layout`.
-        needs: the tensor exists if the model has this feature; see `dimensions.features`.
-        part: of layout `part`.
+        needs: the tensor exists if the model has this feature; see `dimensions.features`. None: always.
+        cut: which rows, for layout `part`.
     """
 
     ours: str
@@ -48,7 +50,7 @@ class Row:
     shapes: tuple[str, ...]
     layout: Layout = "copy"
     needs: str | None = None
-    part: Part | None = None
+    cut: RowCut | None = None
 
 
 QKV = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
@@ -71,7 +73,7 @@ GROUPED_ATTENTION = (
     Row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), ("head",), needs="qk_norm"),
     Row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), ("head",), needs="qk_norm"),
 )
-# Rotary channels are interleaved in these files, and so Megatron-Core reads them under multi-latent attention.
+# Rotary channels are interleaved in these files, as Megatron-Core expects with multi-latent attention.
 LATENT_ATTENTION = (
     Row("input_layernorm.weight", ("input_layernorm.weight",), ("h",)),
     Row("self_attention.linear_q_proj.weight", ("self_attn.q_proj.weight",), ("qk_heads h",), needs="whole_query"),
@@ -103,23 +105,23 @@ _BA = ("heads_of_key", "heads_of_key")
 _CONVOLUTION = ("key_rows", "key_rows", "value_rows")
 
 
-def _delta_net_part(ours: str, theirs: str, shape: str, part: Part) -> Row:
-    return Row(f"self_attention.{ours}", (f"linear_attn.{theirs}.weight",), (shape,), "part", part=part)
+def _delta_net_row(ours: str, theirs: str, shape: str, cut: RowCut) -> Row:
+    return Row(f"self_attention.{ours}", (f"linear_attn.{theirs}.weight",), (shape,), "part", cut=cut)
 
 
-# Both projections of the files lie key head by key head; the convolution as query, key, value.
+# Both projections in the files are ordered by key head, the convolution by query, key, value.
 DELTA_NET = (
     Row("self_attention.in_proj.layer_norm_weight", ("input_layernorm.weight",), ("h",)),
     *(
-        _delta_net_part(f"in_proj.weight.{name}", "in_proj_qkvz", "qkvz_rows h", Part("key_heads", _QKVZ, index))
+        _delta_net_row(f"in_proj.weight.{name}", "in_proj_qkvz", "qkvz_rows h", RowCut("key_heads", _QKVZ, index))
         for index, name in enumerate(("query", "key", "value", "z"))
     ),
     *(
-        _delta_net_part(f"in_proj.weight.{name}", "in_proj_ba", "ba_rows h", Part("key_heads", _BA, index))
+        _delta_net_row(f"in_proj.weight.{name}", "in_proj_ba", "ba_rows h", RowCut("key_heads", _BA, index))
         for index, name in enumerate(("beta", "alpha"))
     ),
     *(
-        _delta_net_part(f"conv1d.weight.{name}", "conv1d", "convolved_rows 1 taps", Part("1", _CONVOLUTION, index))
+        _delta_net_row(f"conv1d.weight.{name}", "conv1d", "convolved_rows 1 taps", RowCut("1", _CONVOLUTION, index))
         for index, name in enumerate(("query", "key", "value"))
     ),
     Row("self_attention.dt_bias", ("linear_attn.dt_bias",), ("value_heads",)),
@@ -165,28 +167,17 @@ EXPERTS = (
 )
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-# A family that writes a part of a name differently.
-RENAMED: dict[str, dict[str, str]] = {
-    "mixtral": {
-        "mlp.gate.": "block_sparse_moe.gate.",
-        "mlp.experts.{e}.gate_proj.": "block_sparse_moe.experts.{e}.w1.",
-        "mlp.experts.{e}.down_proj.": "block_sparse_moe.experts.{e}.w2.",
-        "mlp.experts.{e}.up_proj.": "block_sparse_moe.experts.{e}.w3.",
-    },
-    "qwen3_next": {"mlp.shared_experts.": "mlp.shared_expert."},
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MTPForm:
-    """How a family writes its MTP layers. {n} counts layers on from the trunk's, {k} depths from 0.
+    """Names of MTP layers in a family's files. {n} continues the trunk's layer numbers, {k} counts depths from 0.
 
     Args:
-        prefix: of the names below.
-        block_prefix: of the transformer layer.
-        max_depths: depths with weights of their own; None: any number.
-        projection_layout: swap_halves where their projection reads the hidden state first, and ours the embedding.
-        duplicates: copies of embedding and head that released files hold beside each depth, and what each repeats.
+        prefix: prefix of the names below.
+        block_prefix: prefix of the transformer layer.
+        max_depths: most depths with weights of their own; None: any number.
+        projection_layout: swap_halves if their projection reads the hidden state first; ours reads the embedding first.
+        duplicates: copies of embedding and head that released files hold for each depth, and what each repeats.
     """
 
     prefix: str
@@ -200,50 +191,33 @@ class MTPForm:
     duplicates: tuple[tuple[str, str], ...] = ()
 
 
-MTP_FORMS = {
-    "deepseek": MTPForm(
-        prefix="model.layers.{n}.",
-        block_prefix="model.layers.{n}.",
-        enorm="enorm.weight",
-        hnorm="hnorm.weight",
-        projection="eh_proj.weight",
-        norm="shared_head.norm.weight",
-        duplicates=(("embed_tokens.weight", EMBEDDING), ("shared_head.head.weight", HEAD)),
-    ),
-    # One projection and one set of norms for the whole file, so one depth.
-    "qwen": MTPForm(
-        prefix="mtp.",
-        block_prefix="mtp.layers.{k}.",
-        enorm="pre_fc_norm_embedding.weight",
-        hnorm="pre_fc_norm_hidden.weight",
-        projection="fc.weight",
-        norm="norm.weight",
-        max_depths=1,
-    ),
-    "mimo": MTPForm(
-        prefix="model.mtp_layers.{k}.",
-        block_prefix="model.mtp_layers.{k}.",
-        enorm="token_layernorm.weight",
-        hnorm="hidden_layernorm.weight",
-        projection="input_proj.weight",
-        norm="final_layernorm.weight",
-        projection_layout="swap_halves",
-    ),
-}
-# Families that were released without MTP layers take the Qwen form, which nothing else in their files can collide with.
-MTP_FORM_OF = {"deepseek_v3": "deepseek", "glm4_moe": "deepseek", "mimo": "mimo"}
-
-# Buffers that old files hold and every loader computes anew.
+DEEPSEEK_MTP = MTPForm(
+    prefix="model.layers.{n}.",
+    block_prefix="model.layers.{n}.",
+    enorm="enorm.weight",
+    hnorm="hnorm.weight",
+    projection="eh_proj.weight",
+    norm="shared_head.norm.weight",
+    duplicates=(("embed_tokens.weight", EMBEDDING), ("shared_head.head.weight", HEAD)),
+)
+# One projection and one set of norms per file, so one depth.
+QWEN_MTP = MTPForm(
+    prefix="mtp.",
+    block_prefix="mtp.layers.{k}.",
+    enorm="pre_fc_norm_embedding.weight",
+    hnorm="pre_fc_norm_hidden.weight",
+    projection="fc.weight",
+    norm="norm.weight",
+    max_depths=1,
+)
+MIMO_MTP = MTPForm(
+    prefix="model.mtp_layers.{k}.",
+    block_prefix="model.mtp_layers.{k}.",
+    enorm="token_layernorm.weight",
+    hnorm="hidden_layernorm.weight",
+    projection="input_proj.weight",
+    norm="final_layernorm.weight",
+    projection_layout="swap_halves",
+)
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
-
-
-def mtp_form(family: str) -> MTPForm:
-    """The form of a family's MTP layers."""
-    return MTP_FORMS[MTP_FORM_OF.get(family, "qwen")]
-
-
-def their_name(family: str, name: str) -> str:
-    """A name of the tables above as `family` writes it."""
-    for part, theirs in RENAMED.get(family, {}).items():
-        name = name.replace(part, theirs)
-    return name
+"""Buffers in old files, which every loader recomputes."""

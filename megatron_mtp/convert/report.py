@@ -1,4 +1,4 @@
-"""What a conversion did with every tensor. Imports neither torch nor megatron."""
+"""What a conversion did with every tensor. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Report:
 
     Args:
         source, target: folders.
-        family: form of the Hugging Face side.
-        read: tensors that were read, under the source's names.
-        written: tensors that were written, under the target's names; several may come from one, and one from several.
-        tied: weights that are not stored because they are another tensor.
-        duplicated: copies that one side holds on purpose, checked to hold the same bits or written so.
+        family: family of the Hugging Face side.
+        read: tensors that were read, by the source's names.
+        written: tensors that were written, by the target's names; several may come from one, and one from several.
+        tied: weights that are not stored because they are tied to another tensor.
+        duplicated: intended copies of another tensor, with the same bits.
         padded: tensors of ours with rows of padding, which are zero and not exported.
-        made: tensors that the source lacks and that were made: new MTP layers.
-        left_out: what was not carried, because the caller asked for that or because it is no weight, with the reason.
+        made: initialised tensors that the source lacks: new MTP layers.
+        left_out: what was not converted, because the caller asked for it or because it is no weight.
         files: tokenizer, config and other files that were written.
     """
 
@@ -37,17 +37,17 @@ class Report:
     files: list[str] = field(default_factory=list)
 
     def to_json(self, path: Path) -> None:
-        """All lists, for programs."""
+        """Writes all lists, for programs."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def lines(self) -> list[str]:
-        """For people: counts, and by name whatever is neither read nor written as it is."""
+        """For people: counts, and the names of all tensors that were not simply read or written."""
         text = [f"{self.family}: {len(self.read)} tensors read, {len(self.written)} written to {self.target}"]
         for title, names in (
             ("tied, not stored", self.tied),
-            ("duplicates on purpose", self.duplicated),
+            ("intended duplicates", self.duplicated),
             ("padded with zeros", self.padded),
-            ("made anew", self.made),
+            ("initialised", self.made),
             ("left out", self.left_out),
             ("files", self.files),
         ):

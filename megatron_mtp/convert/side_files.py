@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside weights: config, tokenizer, settings of generation. Imports neither torch nor megatron."""
+"""The other files of a Hugging Face folder: config, tokenizer, generation settings. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,16 @@ TOKENIZER_NAMES = (
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KEPT_FOLDER = "hf"
-"""Folder beside an imported checkpoint with the files that came with it."""
+"""Folder next to an imported checkpoint with the files that came with it."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder.
 
     Raises:
-        ConversionError: it is missing or no JSON object.
+        ConversionError: it is missing or not a JSON object.
     """
-    return _read_json(folder / CONFIG_NAME, "Give the folder of a model in Hugging Face form")
-
-
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -44,11 +41,11 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
         return values
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConversionError(f"{path}: cannot be read ({reason}). {advice}.") from error
+        raise ConversionError(f"{path}: cannot be read ({reason}). Give the folder of a Hugging Face model.") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """One object, keys in the given order."""
+    """Writes one object, keys in the given order."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -62,10 +59,10 @@ def keep(source: Path, target: Path) -> list[str]:
 
 
 def tokenizer_folder(cfg: ConfigContainer, chosen: Path | None) -> Path | None:
-    """Where the tokenizer of an export comes from: the caller's choice, or what the run used.
+    """Path of the tokenizer to export: the caller's choice, or the run's.
 
     Raises:
-        ConversionError: the named tokenizer is not there, or has no form that transformers reads.
+        ConversionError: it does not exist, or transformers cannot read it.
     """
     if chosen is None and cfg.tokenizer.tokenizer_type == "huggingface" and cfg.tokenizer.tokenizer_model:
         chosen = Path(cfg.tokenizer.tokenizer_model)
@@ -77,14 +74,14 @@ def tokenizer_folder(cfg: ConfigContainer, chosen: Path | None) -> Path | None:
         if others:
             return chosen
         raise ConversionError(
-            f"tokenizer {chosen}: is not there. Name its tokenizer.json or its folder with --tokenizer, or export without "
-            "(--no-tokenizer)."
+            f"tokenizer {chosen}: does not exist. Name its tokenizer.json or its folder with --tokenizer, or export "
+            "without a tokenizer (--no-tokenizer)."
         )
     return chosen
 
 
 def write_tokenizer(source: Path, target: Path, eod: tuple[int, str] | None) -> list[str]:
-    """Copies a tokenizer; a bare tokenizer.json gets the tokenizer_config.json that transformers asks for.
+    """Copies a tokenizer. A tokenizer.json alone gets the tokenizer_config.json that transformers needs.
 
     Args:
         source: folder, or a tokenizer.json.
@@ -107,10 +104,11 @@ def write_tokenizer(source: Path, target: Path, eod: tuple[int, str] | None) -> 
 
 
 def token_ids(kept: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
-    """Ids of special tokens for config.json: of the imported model, or the run's own end of document.
+    """Ids of special tokens for config.json: the imported model's, or the run's end of document.
 
     Args:
         kept: folder of the files that came with an imported model.
+        eod: id and text of the token that ends a document.
     """
     if kept is not None and (kept / CONFIG_NAME).is_file():
         imported = read_config(kept)

@@ -1,7 +1,7 @@
 """Safetensors files of a Hugging Face folder, read and written one tensor at a time.
 
-The library maps whole files into memory, and pages that were touched count as the process's own; a bounded reader has to
-read what it wants and no more. So header and offsets are read here (format: huggingface/safetensors README).
+The safetensors library maps files into memory, and touched pages count as the process's own. To bound memory, this
+reader parses the header itself and reads one tensor at a time (format: huggingface/safetensors README).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SLICE_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies. `dtype` is the format's code."""
+    """Place of a tensor in a file, in bytes. `dtype` is the format's code."""
 
     path: Path
     dtype: str
@@ -38,7 +38,7 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of a code in DTYPES."""
+        """`dtype` as torch's; it must be in DTYPES."""
         return DTYPES[self.dtype]
 
 
@@ -46,7 +46,7 @@ class TensorFiles:
     """The tensors of one folder, by name.
 
     Raises:
-        ConversionError: a file is missing, truncated or malformed, or the index and the files differ; all of it is named.
+        ConversionError: a file is missing, truncated or malformed, or index and files differ; names all problems.
     """
 
     def __init__(self, folder: Path):
@@ -61,7 +61,7 @@ class TensorFiles:
                 problems.append(str(error))
                 continue
             twice = found.keys() & self.entries.keys()
-            problems += [f"{folder / name}: {tensor} lies in {self.entries[tensor].path.name} too." for tensor in twice]
+            problems += [f"{folder / name}: {tensor} is also in {self.entries[tensor].path.name}." for tensor in twice]
             self.entries |= found
             if index is not None:
                 problems += _index_problems(folder, name, index, found)
@@ -69,7 +69,7 @@ class TensorFiles:
             raise ConversionError("\n".join(problems))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its own dtype, in memory of its own."""
+        """Reads one tensor, in its own dtype, into new memory."""
         entry = self.entries[name]
         raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         with entry.path.open("rb", buffering=0) as stream:
@@ -78,7 +78,7 @@ class TensorFiles:
         return raw.view(entry.torch_dtype).reshape(entry.shape)
 
     def are_equal(self, left: str, right: str) -> bool:
-        """Whether two tensors hold the same bits, compared slice by slice."""
+        """Whether two tensors have the same bits, compared in slices."""
         one, two = self.entries[left], self.entries[right]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return False
@@ -95,7 +95,7 @@ class TensorFiles:
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name; None where one file holds everything."""
+    """Tensor name -> file name; None if there is a single file."""
     path = folder / INDEX_NAME
     if not path.exists():
         if (folder / SINGLE_NAME).exists():
@@ -106,7 +106,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(Path(file).name == file for file in weight_map.values()):
-            raise ValueError("it leads out of the folder")
+            raise ValueError("it names files outside the folder")
         return weight_map
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{path}: cannot be read ({error}).") from error
@@ -123,10 +123,10 @@ def _index_problems(folder: Path, name: str, index: dict[str, str], found: dict[
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file, which must be as long as its header says.
+    """The tensors of one file, whose length must match its header.
 
     Raises:
-        ConversionError: it is not a whole safetensors file.
+        ConversionError: it is not a complete safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -146,8 +146,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     if size != end:
         last = max(entries, key=lambda name: entries[name].end, default="the header")
         raise ConversionError(
-            f"{path}: has {size} bytes where its header describes {end}, it is {'truncated' if size < end else 'too long'} "
-            f"(the last tensor is {last}). Fetch it again."
+            f"{path}: has {size} bytes and its header describes {end}: it is "
+            f"{'truncated' if size < end else 'too long'} (the last tensor is {last}). Download it again."
         )
     return entries
 
@@ -166,7 +166,7 @@ def _fill(stream: Any, raw: Tensor, path: Path) -> None:
     while view:
         count = stream.readinto(view)  # at most 2 GiB at a time
         if not count:
-            raise ConversionError(f"{path}: ended while it was read.")
+            raise ConversionError(f"{path}: ended while it was being read.")
         view = view[count:]
 
 
@@ -180,17 +180,17 @@ class Planned:
 
     @property
     def num_bytes(self) -> int:
-        """Of its data."""
+        """Size of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class TensorWriter:
-    """Writes tensors in any order into files that are laid out beforehand.
+    """Writes tensors in any order into files whose layout is fixed beforehand.
 
     Args:
         folder: an empty folder.
         planned: every tensor, in the order of the files.
-        shard_bytes: data in one file; a single larger tensor has a file to itself.
+        shard_bytes: most data per file; a larger tensor gets its own file.
     """
 
     def __init__(self, folder: Path, planned: list[Planned], shard_bytes: int = SHARD_BYTES):
@@ -210,7 +210,7 @@ class TensorWriter:
     def _lay_out(self, path: Path, shard: list[Planned]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
-        # Wide elements first keeps every tensor aligned to its own.
+        # Wide elements first keep every tensor aligned to its element size.
         ordered = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
         offsets = []
         for tensor in ordered:
@@ -231,10 +231,10 @@ class TensorWriter:
             self._places[tensor.name] = (path, 8 + len(text) + offset, tensor)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """One planned tensor, in its planned dtype and shape."""
+        """Writes one planned tensor, in its planned dtype and shape."""
         path, offset, planned = self._places[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), f"{name} is not as it was planned"
-        assert name not in self.written, f"{name} was written before"
+        assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), f"{name} differs from its plan"
+        assert name not in self.written, f"{name} was already written"
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         with path.open("r+b", buffering=0) as stream:
             stream.seek(offset)
@@ -244,7 +244,7 @@ class TensorWriter:
         self.written.add(name)
 
     def close(self) -> None:
-        """Waits until the disk has everything; every planned tensor must have been written."""
+        """Flushes all files to disk. Every planned tensor must have been written."""
         missing = self._places.keys() - self.written
         assert not missing, f"never written: {sorted(missing)[:5]}"
         for path in {path for path, _, _ in self._places.values()}:

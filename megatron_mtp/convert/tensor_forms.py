@@ -1,4 +1,4 @@
-"""Tensors of theirs <-> one tensor of ours, for each `Layout`. Every function is a permutation: its inverse gives the same bits."""
+"""Tensors of theirs <-> one tensor of ours, for each `Layout`. All are permutations, so the bits do not change."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.convert.links import Link
+from megatron_mtp.convert.links import TensorLink
 
 
-def to_ours(link: Link, tensors: list[Tensor], model: ModelConfig) -> Tensor:
+def to_ours(link: TensorLink, tensors: list[Tensor], model: ModelConfig) -> Tensor:
     """Their tensors -> the box of `link`, with its leading axes.
 
     Args:
-        tensors: of `link.sources`, in order.
+        tensors: those of `link.sources`, in order.
         model: finalized.
 
     Example: by_group with two groups: q = [q0 q1 q2 q3], k = [k0 k1], v = [v0 v1] (heads of rows) ->
@@ -34,23 +34,23 @@ def to_ours(link: Link, tensors: list[Tensor], model: ModelConfig) -> Tensor:
     return box.reshape(link.size)
 
 
-def to_theirs(link: Link, box: Tensor, model: ModelConfig) -> list[Tensor]:
-    """The inverse of `to_ours`, for every layout but `part`, whose box does not fill its source."""
-    whole = box.reshape(link.size[len(link.size) - len(link.sources[0].shape) :])
+def to_theirs(link: TensorLink, box: Tensor, model: ModelConfig) -> list[Tensor]:
+    """The inverse of `to_ours`, except for layout `part`, whose box does not fill its source."""
+    full = box.reshape(link.size[len(link.size) - len(link.sources[0].shape) :])
     if link.layout in ("by_group", "by_group_gated"):
         groups = model.num_query_groups or 1
         rows = [source.shape[0] // groups for source in link.sources]
-        parts = [part.flatten(0, 1) for part in whole.unflatten(0, (groups, -1)).split(rows, dim=1)]
+        parts = [part.flatten(0, 1) for part in full.unflatten(0, (groups, -1)).split(rows, dim=1)]
         if link.layout == "by_group_gated":
             parts[0] = _heads(parts[0], model, (2, -1)).transpose(1, 2).flatten(0, 3)
         return parts
     if link.layout == "swap_halves":
-        return [swap_halves(whole)]
-    return [whole]
+        return [swap_halves(full)]
+    return [full]
 
 
-def rows_of(source: Tensor, link: Link) -> Tensor:
-    """What a link of layout `part` takes of its source, as a view: [groups, rows, ...]."""
+def rows_of(source: Tensor, link: TensorLink) -> Tensor:
+    """The rows that a link of layout `part` uses of its source, as a view: [groups, rows, ...]."""
     assert link.rows is not None
     return source.unflatten(0, (link.rows.groups, -1))[:, link.rows.start : link.rows.stop]
 

@@ -1,4 +1,4 @@
-"""MTP layers for a trunk that was trained without: from its last layer, or fresh."""
+"""New MTP layers for a trunk that was trained without them: copied from its last layer, or random."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.convert.links import Link
+from megatron_mtp.convert.links import TensorLink
 from megatron_mtp.model.initial_weights import draw_box, std_of
 
 MTPInit = Literal["last_layer", "fresh"]
-"""last_layer: the transformer layer is a copy of the trunk's last one and the final norm one of the trunk's; the norms of both
-inputs and the projection are as in a new model. fresh: everything is."""
+"""last_layer: transformer layer and final norm are copies of the trunk's last ones; input norms and projection are
+initialised as in a new model. fresh: everything is initialised as in a new model."""
 
 _NORM_ENDINGS = ("norm.weight", "layer_norm_weight")
 
 
-def new_value(link: Link, cfg: ConfigContainer, dtype: torch.dtype) -> Tensor:
-    """The box of a tensor as a new model with this config and seed has it.
+def new_value(link: TensorLink, cfg: ConfigContainer, dtype: torch.dtype) -> Tensor:
+    """The box of a tensor as initialised in a new model with this config and seed.
 
     Args:
-        link: of an MTP layer.
+        link: a tensor of an MTP layer.
         cfg: finalized.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     model = cfg.model
     lead = len(link.size) - len(link.sources[0].shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from megatron_mtp.config.mcore.table import MCORE_FIELDS
+from megatron_mtp.config.mcore.effects import changed_function
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import UnsupportedError
 
@@ -31,17 +31,12 @@ WITHOUT_EFFECT = frozenset(
     recompute_modules backend linear_attention_freq linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
     linear_num_key_heads linear_num_value_heads mcore""".split()
 )
-"""Fields that matter in training only, or together with a refused one. `mcore` has its own list."""
+"""Fields that matter in training only, or together with a refused one. `mcore` is checked field by field."""
 REFUSED = {
     "attention_output_gate": "decoding does not compute gated attention.",
     "experimental_attention_variant": "decoding has no linear attention.",
 }
 """Fields that decoding supports at their default only, and why."""
-MCORE_WITHOUT_EFFECT = frozenset(
-    """apply_rope_fusion attention_backend attention_softmax_in_fp32 bias_activation_fusion
-    gradient_accumulation_fusion masked_softmax_fusion memory_efficient_layer_norm persist_layer_norm""".split()
-)
-"""Fields of model.mcore that change how the training model computes, not what."""
 
 
 def refuse_unsupported(model: ModelConfig) -> None:
@@ -57,9 +52,7 @@ def refuse_unsupported(model: ModelConfig) -> None:
         value = getattr(model, field.name)
         if field.name not in COMPUTED | WITHOUT_EFFECT and value != _default(field):
             problems.append(f"model.{field.name} = {value!r}: {REFUSED.get(field.name, unknown)}")
-    for name, value in model.mcore.items():
-        if name not in MCORE_WITHOUT_EFFECT and value != MCORE_FIELDS[name][1]:
-            problems.append(f"model.mcore.{name} = {value!r}: {unknown}")
+    problems += [f"model.mcore.{name} = {value!r}: {unknown}" for name, value in changed_function(model).items()]
     if problems:
         raise UnsupportedError(problems)
 

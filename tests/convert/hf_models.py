@@ -31,7 +31,8 @@ LATENT = {
 DEEPSEEK_MOE = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
-    # The two best of a group score it here, the best topk / topk_group ones in Megatron-Core; as in the released model, they are two.
+    # The two best of a group score it here, the best topk / topk_group ones in Megatron-Core; as in the released model,
+    # they are two.
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 16,
     "n_shared_experts": 1,

@@ -1,9 +1,10 @@
-"""MTP layers of released files, read independently: names and equations are written out here, not taken from the package.
+"""MTP layers of released files, read independently: names and equations are written out here, not taken from the
+package.
 
     h_k = norm( block( M [enorm(Emb(t[i+k])); hnorm(h_{k-1})] ) ),   logits_k = Head(h_k),   h_0 after the final norm
 
-MiMo's M reads [hidden; embedding] (vllm 0.33 mimo_mtp.py: torch.cat([previous_hidden_states, inputs_embeds])); the others read
-[embedding; hidden] (deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py).
+MiMo's M reads [hidden; embedding] (vllm 0.33 mimo_mtp.py: torch.cat([previous_hidden_states, inputs_embeds])); the
+others read [embedding; hidden] (deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py).
 """
 
 from __future__ import annotations

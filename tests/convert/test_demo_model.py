@@ -1,4 +1,4 @@
-"""A short run of the demo on two stages: exported, transformers loads it with its tokenizer and writes the same text."""
+"""A short demo run on two stages, exported: transformers loads it with its tokenizer and writes the same text."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
-from megatron_mtp.convert.hf_config import family_of, hf_config_dict, model_config_from_hf
-from megatron_mtp.convert.hf_families import ARCHITECTURE, FAMILIES
+from megatron_mtp.convert.hf_config import hf_config_dict, model_config_from_hf
+from megatron_mtp.convert.hf_families import ARCHITECTURE, FAMILIES, family_of
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.recipes import get_recipe
 
@@ -72,7 +73,7 @@ def make(recipe: str, overrides: list[str]) -> ConfigContainer:
 
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back(case):
-    """The file, as JSON, read as a model whose own file is the same; and finalized, the model is the same where it matters."""
+    """A config, written as JSON and read, gives the same config, and the same finalized architecture."""
     model = make(*CASES[case]).model
     family = case.split(",")[0]
     assert family_of(model) == family
@@ -87,6 +88,17 @@ def test_there_and_back(case):
     assert hf_config_dict(read) == config
     same = set(ARCHITECTURE) - {"moe_layer_freq", "linear_attention_freq", "latent_norm_epsilon"}
     assert {name: getattr(read, name) for name in same} == {name: getattr(model, name) for name in same}
+
+
+def test_a_family_with_a_name_of_its_own_needs_one_entry(monkeypatch):
+    """An entry in FAMILIES is read and written; a model is never guessed to be of a family that says nothing new."""
+    llama = FAMILIES["llama"]
+    monkeypatch.setitem(FAMILIES, "plain", replace(llama, architecture="PlainForCausalLM", aliases=("plainer",)))
+    model = make(*CASES["llama"]).model
+    config = hf_config_dict(model, "plain")
+    assert (config["architectures"], config["model_type"]) == (["PlainForCausalLM"], "plain")
+    assert model_config_from_hf(config | {"model_type": "plainer"}).hidden_size == model.hidden_size
+    assert family_of(model) == "llama"
 
 
 def test_every_family_is_covered():
@@ -108,6 +120,7 @@ def test_every_family_is_covered():
         ("deepseek_v3", "moe_shared_expert_intermediate_size=96", "moe_shared_expert_intermediate_size = 96"),
         ("deepseek_v3", "moe_router_topk=2", "num_experts_per_tok = 2 with topk_group = 2"),
         ("deepseek_v2", "mscale=2.0", "mscale = 2.0"),
+        ("llama", "mcore.window_size=[4, 0]", "mcore.window_size = .4, 0."),
         ("mixtral", "moe_ffn_hidden_size=64", "moe_ffn_hidden_size = 64"),
         ("glm4_moe", "moe_router_enable_expert_bias=false", "moe_router_enable_expert_bias = False"),
     ],
@@ -132,7 +145,11 @@ def test_what_a_family_cannot_carry_is_named(case, override, named):
         ("qwen3", {"model_type": "gpt2"}, "gpt2"),
         ("qwen3", {"model_type": "nemotron_h"}, "HybridModel"),
         ("qwen3", {"hidden_size": None, "rope_parameters": {}}, "rope_theta"),
-        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn' is not built"),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "'yarn' is not supported",
+        ),
         ("llama", {"rope_scaling": {"rope_type": "dynamic"}, "rope_parameters": None, "rope_theta": 1e4}, "dynamic"),
         ("deepseek_v3", {"num_experts_per_tok": 6}, "scores each of the 4 groups by its best 3"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = False"),

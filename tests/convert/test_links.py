@@ -1,4 +1,4 @@
-"""The tables, expanded for every recipe: each tensor of the model is covered once, and each name of the files used once."""
+"""The tables, expanded for every recipe: they cover each tensor of the model once and use each file name once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from math import prod
 
 import pytest
 
-from megatron_mtp.convert.hf_config import family_of
-from megatron_mtp.convert.links import grown_links, links, own_depths
-from megatron_mtp.convert.names import mtp_form
+from megatron_mtp.config.depths import Depths
+from megatron_mtp.convert.hf_families import family_of, find_family
+from megatron_mtp.convert.links import links, new_depth_links
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.parallel.params import count_parameters
 from megatron_mtp.recipes import RECIPES, get_recipe
@@ -23,7 +23,8 @@ def planned(recipe):
     cfg.model.vocab_size = cfg.model.vocab_size or 1000
     model = cfg.finalize(None).model
     family = family_of(model)
-    depths = min(own_depths(model), mtp_form(family).max_depths or own_depths(model))
+    own = Depths.of(model).distinct
+    depths = min(own, find_family(family).mtp_form.max_depths or own)
     return model, family, depths, links(model, family, depths)
 
 
@@ -31,7 +32,7 @@ def planned(recipe):
 def test_links_are_the_parameters_of_the_model(recipe):
     model, _, depths, found = planned(recipe)
     count = count_parameters(model)
-    of_mtp = count.mtp * depths // own_depths(model) if depths else 0
+    of_mtp = count.mtp * depths // Depths.of(model).distinct if depths else 0
     # Biases of routers are buffers, which the count leaves out.
     values = sum(prod(link.size) for link in found if not link.key.endswith("expert_bias"))
     assert values == count.main + of_mtp
@@ -59,8 +60,8 @@ def test_every_tensor_is_covered_once(recipe):
 @pytest.mark.parametrize("recipe", ["deepseek_v3", "tiny_mla_moe", "qwen3_30b_a3b", "smollm2_135m", "tiny_qwen3_next"])
 def test_a_new_depth_has_the_tensors_of_a_depth(recipe):
     model, family, _, found = planned(recipe)
-    grown = {(link.key, link.offset, link.size) for link, _ in grown_links(model, family, 0)}
-    assert grown == {(link.key, link.offset, link.size) for link in found if link.key.startswith("mtp.layers.0.")}
+    new = {(link.key, link.offset, link.size) for link, _ in new_depth_links(model, family, 0)}
+    assert new == {(link.key, link.offset, link.size) for link in found if link.key.startswith("mtp.layers.0.")}
 
 
 def test_released_names_of_deepseek_v3():

@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a real model: its logits, its greedy text, its export, and training on from it. `make real-model` fetches it."""
+"""SmolLM2-135M, a real model (`make real-model` downloads it): logits, greedy text, export, continued training."""
 
 from __future__ import annotations
 

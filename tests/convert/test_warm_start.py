@@ -73,7 +73,7 @@ def test_missing_layers_are_named_and_nothing_is_written(trunk, tmp_path):
 
 
 def train(source: str, frozen: bool) -> tuple[list[float], list[float], bool]:
-    """On two ranks: five steps from the weights; main and MTP losses, and whether the trunk stayed equal bit for bit."""
+    """Five steps on two ranks: main and MTP losses, and whether the trunk kept its bits."""
     from unittest import mock
 
     from megatron_mtp.checkpoint.preflight import check_run_directory

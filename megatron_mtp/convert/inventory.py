@@ -1,4 +1,4 @@
-"""Holds the tensors of a folder against what a model needs, before anything is written. Imports no megatron."""
+"""Compares the tensors of a folder with those that a model needs, before anything is written. Needs no megatron."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_mtp.convert.links import Link
+from megatron_mtp.convert.links import TensorLink
 from megatron_mtp.convert.names import IGNORED_ENDINGS
 from megatron_mtp.convert.tensor_files import CODES, DTYPES, TensorFiles
 from megatron_mtp.errors import ConversionError
 
 _MOST_SHOWN = 20
 FP32_ENDINGS = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weight")
-"""Tensors that stay in fp32 beside weights of another dtype."""
+"""Tensors that stay in fp32 whatever the dtype of the weights."""
 _CODE_OF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
 @dataclass(frozen=True, slots=True)
-class Accounts:
-    """What becomes of each tensor in the files that is not read through a link.
+class Inventory:
+    """The tensors in the files that are not read through a link.
 
     Args:
         dtype: code of the weights' dtype.
-        tied: repeats a weight that it is tied to.
-        duplicated: repeats a weight as released files do.
-        ignored: buffers that everybody computes anew, and what the caller leaves out.
+        tied: repeat a weight that they are tied to.
+        duplicated: repeat a weight, as in released files.
+        ignored: buffers that every loader recomputes, and what the caller drops.
     """
 
     dtype: str
@@ -35,33 +35,34 @@ class Accounts:
     ignored: list[str]
 
 
-def hold(
+def check_inventory(
     files: TensorFiles,
-    links: list[Link],
+    links: list[TensorLink],
     *,
     declared_dtype: str | None,
     duplicates: dict[str, str],
     tied: dict[str, str],
     dropped: Iterable[str] = (),
-) -> Accounts:
+) -> Inventory:
     """Checks names, shapes, dtypes and repeated tensors.
 
     Args:
-        declared_dtype: what config.json says, such as "bfloat16"; None: the dtype of most tensors.
-        duplicates: names that may be there -> the tensor that they must equal.
-        tied: the same of tied weights.
+        declared_dtype: dtype in config.json, such as "bfloat16"; None: the dtype of most tensors.
+        duplicates: optional names -> the tensor that they must equal.
+        tied: the same for tied weights.
         dropped: names that the caller leaves out.
 
     Raises:
-        ConversionError: all that is missing, left over, misshapen, of a wrong dtype, or repeated with other values.
+        ConversionError: names all tensors that are missing, left over, of a wrong shape or dtype, or repeated with
+            other values.
     """
     needed = {source.name: source.shape for link in links for source in link.sources}
     found = files.entries
     ignored = {name for name in found if name.endswith(IGNORED_ENDINGS)} | (set(dropped) & set(found))
     known = set(needed) | set(duplicates) | set(tied) | ignored
     missing, surplus = sorted(set(needed) - set(found)), sorted(set(found) - known)
-    problems = [f"{name} is missing.{_meant(name, surplus)}" for name in missing]
-    problems += [f"{name} has no place in the model.{_meant(name, missing)}" for name in surplus]
+    problems = [f"{name} is missing.{_renamed(name, surplus)}" for name in missing]
+    problems += [f"{name} has no place in the model.{_renamed(name, missing)}" for name in surplus]
     dtype = _dtype(files, declared_dtype, [name for name in needed if name in found])
     for name in sorted(set(needed) & set(found)):
         entry = found[name]
@@ -80,7 +81,7 @@ def hold(
         shown = problems[:_MOST_SHOWN]
         more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
         raise ConversionError("\n".join([f"{files.folder}: nothing was written.", *shown, *more]))
-    return Accounts(
+    return Inventory(
         dtype=dtype,
         tied=sorted(name for name in tied if name in found),
         duplicated=sorted(name for name in duplicates if name in found),
@@ -88,7 +89,7 @@ def hold(
     )
 
 
-def _meant(name: str, others: list[str]) -> str:
+def _renamed(name: str, others: list[str]) -> str:
     close = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
     return f" Is it {close[0]}, renamed?" if close else ""
 
