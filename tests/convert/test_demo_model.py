@@ -52,7 +52,7 @@ def test_transformers_continues_the_same_way(trained, one, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint, _ = trained
-    with pytest.raises(ConversionError, match=r"mtp_num_layers = 2: the form of qwen3 holds 1"):
+    with pytest.raises(ConversionError, match=r"mtp_num_layers = 2: files of qwen3 hold 1"):
         export_hf(checkpoint, tmp_path / "hf")
     report = export_hf(checkpoint, tmp_path / "hf", mtp_depths=1)
     assert "mtp.fc.weight" in report.written

@@ -112,7 +112,7 @@ def test_the_qwen_form_holds_one_depth(tmp_path):
     make("deepseek_v3", tmp_path / "hf")
     make("qwen3", tmp_path / "qwen")
     import_hf(tmp_path / "qwen", tmp_path / "two", mtp_depths=2, mtp_init="fresh")
-    with pytest.raises(ConversionError, match=r"mtp_num_layers = 2: the form of qwen3 holds 1"):
+    with pytest.raises(ConversionError, match=r"mtp_num_layers = 2: files of qwen3 hold 1"):
         export_hf(tmp_path / "two", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     report = export_hf(tmp_path / "two", tmp_path / "out", mtp_depths=1)
