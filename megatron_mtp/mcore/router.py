@@ -10,13 +10,13 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 
-def router_losses(num_layers: int) -> dict[str, torch.Tensor]:
-    """Returns and clears what the routers of this rank recorded: name -> [num_layers] sums over micro-batches."""
+def router_losses() -> dict[str, torch.Tensor]:
+    """Returns and clears what the routers of this rank recorded: name -> [layers] sums over micro-batches."""
     tracker = get_moe_metrics_tracker()
     recorded = {name: entry.values.clone() for name, entry in tracker.metrics.items()}
     for entry in tracker.metrics.values():
         entry.values.zero_()
-    return {name: values[:num_layers] for name, values in recorded.items()}
+    return recorded
 
 
 def share_z_loss(block: nn.Module, num_depths: int) -> None:

@@ -160,10 +160,10 @@ class MTPModel(GPTModel):
         packed_seq_params: Any = None,
         sequence_len_offset: Tensor | None = None,
         extra_block_kwargs: dict | None = None,
-        output_processor: Callable[..., Tensor] | None = None,
+        output_processor: Callable[..., Any] | None = None,
         output_processor_context: Any = None,
         **unused: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Runs the MTP layers and, on the last stage, the output processor.
 
         Args:

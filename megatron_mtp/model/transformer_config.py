@@ -61,7 +61,7 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
         "transformer_impl": "transformer_engine" if use_te else "local",
-        # The loss function divides by the global counts itself (objective/total.py).
+        # The loss function divides by the global counts itself (objective/objective.py).
         "calculate_per_token_loss": False,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,

@@ -15,7 +15,6 @@ from megatron_mtp.device.process_group import job_size
 from megatron_mtp.mcore.optimizer import guarded_step
 from megatron_mtp.mcore.schedules import watch_calls
 from megatron_mtp.model.sharded import unwrap
-from megatron_mtp.objective.heads import DepthBatch
 from megatron_mtp.parallel.planner.cost import layer_kinds
 from megatron_mtp.parallel.planner.part_costs import ZERO, Link, PartCosts, PartTime
 from megatron_mtp.parallel.resolve import resolve
@@ -53,7 +52,9 @@ class PartMeasurement:
         self._chunk, self._clock = unwrap(self.run.engine.chunks[0]), Clock(self.run.device.torch_device)
         self._kinds = layer_kinds(cfg.model)
         self._timer = PartTimer(self._chunk, self._kinds, self._clock)
-        self._engine = replace(self.run.engine, heads=self._timer.watch_heads(self.run.engine.heads))
+        objective = self.run.engine.objective
+        timed = replace(objective, heads=self._timer.watch_heads(objective.heads))
+        self._engine = replace(self.run.engine, objective=timed)
         self._factor = self.run.resolved.loss_factor.at(0)
         self._batches = self.run.data.train()
         self._finish = _Stopwatch(self._chunk.config.finalize_model_grads_func, self._clock)
@@ -74,7 +75,7 @@ class PartMeasurement:
     def costs(self) -> PartCosts:
         """Medians over all calls and steps so far; the links are not measured here."""
         forward, backward = _medians(self._timer.forward), _medians(self._timer.backward)
-        depths = self.run.engine.num_depths
+        depths = self.run.engine.objective.num_depths
 
         def part(name: str, count: float = 1) -> PartTime:
             return PartTime(forward.get(name, 0.0), backward.get(name, 0.0)) * (1 / count)
@@ -126,15 +127,15 @@ class PartMeasurement:
         """One pass of depth 0 through the heads, and one of all depths."""
         engine, clock, group = self.run.engine, self._clock, self.run.groups.tp
         batch = next(self._batches).micro_batches[0].to(engine.device)
-        weight, depths = self._chunk.head_weight(), engine.num_depths
+        weight, depths = self._chunk.head_weight(), engine.objective.num_depths
         rows = batch.tokens.shape[1] // (group.size() if self.run.cfg.model.sequence_parallel else 1)
         shape = (1 + depths, rows, batch.tokens.shape[0], weight.shape[1])
         states = torch.randn(shape, dtype=weight.dtype, device=engine.device)
         for count in {1, 1 + depths}:
             part = states[:count].clone().requires_grad_()
-            inputs = DepthBatch(batch.shifted_ids, batch.labels[:count], batch.loss_mask[:count])
+            inputs = replace(batch, labels=batch.labels[:count], loss_mask=batch.loss_mask[:count])
             start = clock.now()
-            sums = engine.heads(part, weight, inputs)[0].sum()
+            sums = engine.objective.heads(part, weight, inputs).sums[0].sum()
             middle = clock.now()
             sums.backward()
             times = (clock.ms(start, middle), clock.ms(middle, clock.now()))

@@ -79,10 +79,10 @@ class PartTimer:
         (self.forward if self._is_forward else self.backward).append(self._segments())
         self._is_forward = False
 
-    def watch_heads(self, heads: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def watch_heads(self, heads: Callable[..., Any]) -> Callable[..., Any]:
         """The output processor, timed as "head"."""
 
-        def call(states: Tensor, weight: Tensor, batch: Any) -> Tensor:
+        def call(states: Tensor, weight: Tensor, batch: Any) -> Any:
             self._mark("other")
             self._watch_gradient(states, "head")
             return heads(states, weight, batch)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mtp.data.batch import GlobalBatch
+from megatron_mtp.objective.metrics import loss_names
 from megatron_mtp.observe.metrics import StepRecord
 from megatron_mtp.observe.recorder import Recorder
 from megatron_mtp.training.callbacks import Callback, Metrics
 from megatron_mtp.training.callbacks.base import restore
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
-from megatron_mtp.training.figures import acceptance_by_depth, acceptance_rates, loss_names, named_losses
 from megatron_mtp.training.guards.attribution import locate
 from megatron_mtp.training.guards.faults import Action, FaultWatch, decide
 from megatron_mtp.training.guards.preemption import Decision, StepBoundary
@@ -113,7 +113,7 @@ class Trainer:
         if self._judge(batch, result) == "roll back":
             return "roll back"
         state.advance(len(batch.sample_ids), cfg.model.seq_length)
-        state.add_acceptance(acceptance_by_depth(result.acceptance))
+        state.add_acceptance(result.acceptance_by_depth())
         metrics = self._call("on_step_end", result)
         self.recorder.step(self._record(result, len(batch.sample_ids), rate, loss_factor, elapsed_s, metrics))
         return "go on"
@@ -123,9 +123,8 @@ class Trainer:
         if result.fault is None:
             self.state.skips_in_row = 0
             return "go on"
-        names = loss_names(self.run.engine.num_depths)
         place = (
-            locate(self.run, batch, result, names)
+            locate(self.run.groups, self.run.engine.gradients, batch, result)
             if result.fault.kind == "nan"
             else f"step of {len(batch.sample_ids)} samples"
         )
@@ -150,8 +149,8 @@ class Trainer:
         metrics: Metrics,
     ) -> StepRecord:
         cfg, state = self.run.cfg, self.state
-        num_depths = self.run.engine.num_depths
-        extra = acceptance_rates(result.acceptance) | self.saver.metrics()
+        num_depths = self.run.engine.objective.num_depths
+        extra = result.acceptance_rates() | self.saver.metrics()
         for name, count in zip(loss_names(num_depths), result.depth_counts.tolist(), strict=True):
             extra[f"{name.removesuffix(' loss')}/num_targets"] = count
         if num_depths:
@@ -164,7 +163,7 @@ class Trainer:
             elapsed_ms=elapsed_s * 1e3,
             learning_rate=rate,
             global_batch_size=batch_size,
-            losses=named_losses(result.losses, result.router),
+            losses=result.named_losses(),
             loss_scale=float(self.run.engine.optimizer.get_loss_scale()),
             grad_norm=result.grad_norm,
             num_zeros=result.num_zeros,
@@ -185,8 +184,8 @@ class Trainer:
         extra = self._call("on_evaluation", self.evaluations)
         for index, (name, result) in enumerate(self.evaluations.items()):
             label = "validation" if index == 0 else name
-            figures = acceptance_rates(result.acceptance) | (extra if index == 0 else {})
-            self.recorder.evaluation(label, state.iteration, named_losses(result.losses, {}), figures)
+            figures = result.acceptance_rates() | (extra if index == 0 else {})
+            self.recorder.evaluation(label, state.iteration, result.named_losses(), figures)
         is_best = self.saver.evaluated(next(iter(self.evaluations.values())).losses[0])
         if is_best and cfg.checkpoint.keep_best:
             self._save("lowest validation loss")

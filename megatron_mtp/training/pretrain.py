@@ -24,6 +24,7 @@ from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore, unique
 from megatron_mtp.training.callbacks.configured import configured_callbacks
 from megatron_mtp.training.evaluation import EvaluationResult
+from megatron_mtp.training.gpt_step import ForwardStep
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.guards.faults import FaultWatch
 from megatron_mtp.training.guards.node_check import check_nodes
@@ -34,7 +35,6 @@ from megatron_mtp.training.loop import Trainer
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run, leave_groups, setup
 from megatron_mtp.training.state import TrainState
-from megatron_mtp.training.step import ForwardStep
 from megatron_mtp.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)

@@ -20,13 +20,14 @@ from megatron_mtp.device.select import Device
 from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import unwrap
-from megatron_mtp.objective.heads import DepthHeads
+from megatron_mtp.objective.objective import Objective
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.resolve import ResolvedRun
+from megatron_mtp.training.gpt_step import ForwardStep
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.guards.attribution import GradientWatch
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
-from megatron_mtp.training.step import Engine, ForwardStep
+from megatron_mtp.training.step import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def setup(resolved: ResolvedRun, forward_step: ForwardStep | None = None) -> Run
         forward_step: in place of `gpt_step.forward_step`.
     """
     device, groups = join_groups(resolved)
-    cfg, model = resolved.cfg, resolved.cfg.model
+    cfg = resolved.cfg
     num_depths = resolved.depths.count
     data = build_data(
         cfg,
@@ -138,27 +139,6 @@ def setup(resolved: ResolvedRun, forward_step: ForwardStep | None = None) -> Run
     chunks[0].config.finalize_model_grads_func = gradients.before(chunks[0].config.finalize_model_grads_func)
     if num_depths and not any(unwrap(chunk).mtp_process for chunk in chunks):
         logger.debug("this rank holds no MTP layer", extra={"all_ranks": True})
-    engine = Engine(
-        chunks=chunks,
-        optimizer=optimizer,
-        groups=groups,
-        heads=DepthHeads(
-            vocab_size=model.vocab_size,
-            tp_group=groups.tp,
-            sequence_parallel=model.sequence_parallel,
-            detach_depths=model.mtp_detach_heads,
-            chunk_tokens=model.logits_chunk_tokens,
-            frozen_trunk=model.mtp_freeze_trunk,
-        ),
-        device=device.torch_device,
-        forward_step=forward_step or default_forward_step,
-        seq_length=model.seq_length,
-        num_depths=num_depths,
-        num_layers=model.num_layers,
-        num_moe_layers=resolved.num_moe_layers,
-        router_loss_names=resolved.router_loss_names,
-        depth_weights=model.mtp_depth_weights,
-        z_loss_coeff=model.logits_z_loss_coeff,
-        gradients=gradients,
-    )
+    objective = Objective.of(resolved, groups, device.torch_device)
+    engine = Engine(chunks, optimizer, groups, objective, forward_step or default_forward_step, gradients)
     return Run(resolved=resolved, device=device, groups=groups, engine=engine, data=data)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
+
+
+class Rates(TypedDict):
+    """Rates of each device, under the names of StepRecord's fields."""
+
+    tokens_per_s_per_device: float
+    tflops_per_device: float
+    mfu: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +23,9 @@ class Throughput:
     """Turns samples and seconds into rates for each device.
 
     Args:
-        flops_per_token: of forward and backward pass, recomputation not counted.
+        flops_per_token: FLOPs of forward and backward pass without recomputation.
+        seq_length: tokens in a sample.
+        num_devices: devices of the run.
         peak_tflops: dense peak of one device in the training dtype; None where unknown.
     """
 
@@ -30,11 +41,11 @@ class Throughput:
         return cls(train_flops_per_token(cfg.model), cfg.model.seq_length, num_devices, peak)
 
     def flops(self, samples: int) -> float:
-        """Of one step."""
+        """Model FLOPs of a step over these samples."""
         return self.flops_per_token * self.seq_length * samples
 
-    def rates(self, samples: int, elapsed_s: float) -> dict[str, float | None]:
-        """Fields of StepRecord."""
+    def rates(self, samples: int, elapsed_s: float) -> Rates:
+        """Rates of a step over these samples that took `elapsed_s` seconds."""
         tflops = self.flops(samples) / elapsed_s / self.num_devices / 1e12
         return {
             "tokens_per_s_per_device": samples * self.seq_length / elapsed_s / self.num_devices,

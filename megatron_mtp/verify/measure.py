@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.device.process_group import job_size
 from megatron_mtp.model.sharded import gather_parts, gradient_parts, parameter_parts, unwrap, whole_tensors
+from megatron_mtp.objective.metrics import BatchMetrics
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.setup import Run, setup
-from megatron_mtp.training.step import StepResult
 from megatron_mtp.verify.batches import BatchSpec, seeded_samples
 from megatron_mtp.verify.routing import RouterCall, RoutingRecorder, gather_routing
 
@@ -99,7 +99,9 @@ def _measure(run: Run, spec: BatchSpec, curve_steps: int) -> Measurement | None:
     return found
 
 
-def _pass(run: Run, spec: BatchSpec, step: int, *, update: bool) -> tuple[StepResult, dict[RouterCall, Tensor] | None]:
+def _pass(
+    run: Run, spec: BatchSpec, step: int, *, update: bool
+) -> tuple[BatchMetrics, dict[RouterCall, Tensor] | None]:
     cfg, engine = run.cfg, run.engine
     builder = run.data.builder(seeded_samples(spec, step), cfg.train.micro_batch_size)
     batch = builder.build(step, np.arange(spec.num_samples))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,21 +64,19 @@ def with_model(cfg, work, *arguments):
 
 def training_and_decoding_logits(cfg, chunk, decoder):
     """Logits of depths 0..D of the training model and of the decoder on the same tokens, [1+D, s, v]."""
-    from megatron_mtp.objective.heads import DepthBatch
     from tests.decode.test_forward import run_pieces
 
     depths, length = cfg.model.mtp_num_layers, 12
     tokens = random_tokens(1, length)
     padded = torch.nn.functional.pad(tokens, (0, depths))
     shifted = torch.stack([padded[:, k : k + length] for k in range(1, depths + 1)])
-    batch = DepthBatch(shifted_ids=shifted, labels=None, loss_mask=None)
     with torch.no_grad():
         states, weight = chunk(
             input_ids=tokens,
             position_ids=torch.arange(length)[None],
             attention_mask=None,
             output_processor=lambda states, weight, _: (states, weight),
-            output_processor_context=batch,
+            output_processor_context=SimpleNamespace(shifted_ids=shifted),
         )
         trained = decoder.tp.gather(states[:, :, 0] @ weight.t(), dim=-1)[..., : cfg.model.vocab_size]
     with torch.inference_mode():

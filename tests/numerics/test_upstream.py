@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import pytest
 import torch
 
+from megatron_mtp.data.batch import MicroBatch
 from tests.gloo_pool import GlooPool
 from tests.numerics.runs import SMALL, Step, assert_same_step, masked_step, opened, relative_errors, small_config
+
+if TYPE_CHECKING:
+    from megatron_mtp.objective.metrics import BatchMetrics
 
 pytestmark = pytest.mark.dist
 
@@ -83,32 +89,33 @@ def test_nothing_is_rolled_packed_or_padded_in_the_model(pool):
 
 
 def test_the_mask_is_mandatory():
-    from megatron_mtp.objective.heads import DepthBatch
-
-    parameters = inspect.signature(DepthBatch).parameters
+    parameters = inspect.signature(MicroBatch).parameters
     assert parameters["loss_mask"].default is inspect.Parameter.empty
 
 
-def evaluated() -> tuple[list[float], list[float], list[int], list[int]]:
-    """Evaluation over two batches, and by hand: sums over counts of the same batches."""
+def evaluated() -> tuple[BatchMetrics, list[BatchMetrics], BatchMetrics, BatchMetrics]:
+    """A validation set of two batches, each batch alone, and both joined to one: evaluated, and as a training step."""
     from megatron_mtp.training.evaluation import evaluate
 
     # End-of-document targets are masked, so the batches have different numbers of targets.
     overrides = (*DENSE, "validation.eval_iters=2", "validation.eval_global_batch_size=2", "dataset.eod_mask_loss=true")
     with opened(small_config("tiny_dense", overrides, 1)) as run:
         (result,) = evaluate(run.engine, run.data, 0.1).values()
-        name = run.data.valid_names[0]
-        batches = [run.engine.evaluate(batch, 0.1) for batch in run.data.valid(name)]
-    sums = sum(batch.depth_sums for batch in batches)
-    counts = sum(batch.depth_counts for batch in batches)
-    return result.losses, (sums / counts).tolist(), result.acceptance[0].tolist(), counts.tolist()
+        first, second = run.data.valid(run.data.valid_names[0])
+        micro_batches = [*first.micro_batches, *second.micro_batches]
+        joined = replace(first, micro_batches=micro_batches, num_targets=first.num_targets + second.num_targets)
+        alone = [run.engine.evaluate(batch, 0.1) for batch in (first, second)]
+        return result, alone, run.engine.evaluate(joined, 0.7), run.engine.forward_backward(joined, 0.1)
 
 
 def test_evaluation_has_every_depth_as_sum_over_count(pool):
-    losses, by_hand, valid, counts = pool.run(evaluated)[0]
-    assert losses == by_hand
-    assert len(losses) == 3
-    assert valid == counts
+    result, alone, joined, trained = pool.run(evaluated)[0]
+    counts = sum(batch.depth_counts for batch in alone)
+    assert alone[0].depth_counts.tolist() != alone[1].depth_counts.tolist()
+    assert result.losses == (sum(batch.depth_sums for batch in alone) / counts).tolist()
+    assert result.acceptance[0].tolist() == counts.tolist()
+    assert result.losses == joined.losses == trained.losses
+    assert result.acceptance_rates() == joined.acceptance_rates() == trained.acceptance_rates()
 
 
 RECOMPUTE = {

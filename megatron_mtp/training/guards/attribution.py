@@ -1,7 +1,7 @@
 """Where bad numbers came from: which rank, which samples, which parameters.
 
-By the time a step is known to be bad its gradient has been summed over ranks, and every rank has it. So each rank notes which
-of its own gradients are not finite just before they are reduced; nobody looks at the notes unless a step is bad.
+When a step is known to be bad, its gradient has already been summed over ranks, and every rank has it. So each rank notes
+which of its own gradients are not finite just before they are reduced. The notes are read only if a step is bad.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.model.sharded import unwrap
-
-if TYPE_CHECKING:
-    from megatron_mtp.training.setup import Run
-    from megatron_mtp.training.step import StepResult
+from megatron_mtp.objective.metrics import BatchMetrics, loss_names
 
 SHOWN = 3
 
@@ -36,7 +34,7 @@ class GradientWatch:
     """
 
     def __init__(self, chunks: list[nn.Module], is_overlapped: bool):
-        self._parameters = [
+        self._parameters: list[tuple[str, Any]] = [  # parameters have Megatron-Core's `main_grad`
             (name, parameter)
             for chunk in chunks
             for name, parameter in unwrap(chunk).named_parameters()
@@ -56,7 +54,7 @@ class GradientWatch:
         On a GPU it is the device's time, to be read when the step's losses have been read.
         """
         if self._events is not None:
-            return self._events[0].elapsed_time(self._events[1]) / 1e3
+            return float(self._events[0].elapsed_time(self._events[1])) / 1e3
         return self._done - self._started
 
     def begin(self) -> None:
@@ -103,26 +101,30 @@ class _Notes:
     samples: list[int]
 
 
-def locate(run: Run, batch: GlobalBatch, result: StepResult, loss_names: list[str]) -> str:
+def locate(groups: ProcessGroupCollection, watch: GradientWatch, batch: GlobalBatch, metrics: BatchMetrics) -> str:
     """Says where a step that is not finite came from. A collective; every rank gets the text.
+
+    Args:
+        groups: process groups of the layout.
+        watch: of this rank's gradients in the step.
+        batch, metrics: of the step.
 
     Returns:
         Such as `mtp_1 loss on rank 1 (dp 1, host a) in samples 4, 5`.
     """
-    watch, groups = run.engine.gradients, run.groups
-    bad = (~torch.isfinite(result.local_sums)).tolist()
+    bad = (~torch.isfinite(metrics.local_sums)).tolist()
     places = {"dp": groups.dp, "tp": groups.tp, "pp": groups.pp, "cp": groups.cp}
     coordinates = [f"{name} {group.rank()}" for name, group in places.items() if group.size() > 1]
     notes = _Notes(
         rank=dist.get_rank(),
         where=", ".join([*coordinates, f"host {socket.gethostname()}"]),
-        losses=[name for name, is_bad in zip(loss_names, bad, strict=True) if is_bad],
-        parameters=watch.bad_parameters() if watch else [],
+        losses=[name for name, is_bad in zip(loss_names(len(bad) - 1), bad, strict=True) if is_bad],
+        parameters=watch.bad_parameters(),
         samples=np.asarray(batch.sample_ids)[np.asarray(batch.places)].flatten().tolist(),
     )
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, notes)
-    return "; ".join(_in_words(everyone, watch is not None and watch.is_overlapped))
+    return "; ".join(_in_words(everyone, watch.is_overlapped))
 
 
 def _in_words(everyone: list[_Notes], is_overlapped: bool) -> list[str]:
