@@ -28,7 +28,7 @@ from megatron_mtp.device.process_group import job_size
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.part_costs import PartCosts
-from megatron_mtp.parallel.planner.planner import predict_step
+from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.profile.job import PRELOAD, CpuProfiler
 from megatron_mtp.recipes import get_recipe
@@ -98,7 +98,7 @@ def config(depths: int, split: tuple[int, ...]) -> ConfigContainer:
 def outcome(cfg: ConfigContainer, depths: int, split: tuple[int, ...], costs: PartCosts, times: list[float]) -> Outcome:
     """Median, its interval, and the plan."""
     low, high = interval_of_median(times)
-    step = predict_step(cfg, PipelineLayout.from_config(cfg.model), costs, 2, frees_outputs=False)
+    step = Planner(cfg, costs, 2, is_cpu=True).step(PipelineLayout.from_config(cfg.model))
     return Outcome(depths=depths, split=split, planned=step.total_ms, measured=median(times), low=low, high=high)
 
 

@@ -15,7 +15,7 @@ from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.auto_layout import even_layout, is_planned, machine_of, make_planner, memory_limit
 from megatron_mtp.parallel.planner.machines import Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
-from megatron_mtp.parallel.planner.planner import Plan, Planner, layout_of
+from megatron_mtp.parallel.planner.planner import Plan, Planner
 from megatron_mtp.parallel.planner.search_sizes import Candidate, search_sizes
 from megatron_mtp.parallel.planner.search_split import SplitChoice
 
@@ -137,7 +137,7 @@ def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | 
             choice = planner.choose(limit)
         except PlanError as error:
             raise PlanError(f"{error}{_nearest_fit(planner, limit)}") from None
-        plan = planner.plan(layout_of(planner.problem(), choice.split))
+        plan = planner.plan(planner.problem().layout(choice.split))
     if limit is not None and plan.peak_bytes > limit:
         raise PlanError(
             f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, and a device has "

@@ -141,7 +141,7 @@ def reason(plans: Plans) -> str:
     }
     parts = [f"{name} {(t.forward_ms + t.backward_ms) / layer:.1f}" for name, t in weights.items() if t.forward_ms]
     loads = [sum(t.forward_ms + t.backward_ms for t in stage.chunks) for stage in chosen.stages]
-    slowest = max(range(len(loads)), key=loads.__getitem__)
+    slowest = max(range(len(loads)), key=lambda stage: round(loads[stage], 9))  # of equal stages the first
     text = f"counted in decoder layers, {', '.join(parts)}; so stage {slowest} is the slowest with {loads[slowest] / layer:.1f}"
     if plans.choice is None:
         return f"{text}. The layout is the config's; pipeline_model_parallel_layout=auto would look for a better one."

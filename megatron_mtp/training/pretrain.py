@@ -191,7 +191,7 @@ def _log_plan(run: Run) -> None:
             "no split fits the memory of %s by estimate; this is the fastest one. `megatron-mtp plan` shows each stage.",
             name,
         )
-    if found.machine.device_name.lower() not in run.device.name.lower():
+    if name not in run.device.name.lower():
         logger.info(
             "this device is %s: dist.hardware names what to plan for, or `megatron-mtp profile` measures it for "
             "`plan --profile`",

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.parallel.flops import train_flops_per_token
-from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
+from megatron_mtp.parallel.planner.machines import dense_peak_tflops
 
 
 class Rates(TypedDict):

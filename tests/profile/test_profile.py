@@ -12,7 +12,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.planner.part_costs import Link, PartTime, Profile
-from megatron_mtp.parallel.planner.planner import predict_step
+from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.profile.job import CpuProfiler, block_size, mean_costs, on_cpu, profile_config
 from megatron_mtp.profile.measure import PartMeasurement
 from megatron_mtp.profile.part_timer import Clock
@@ -75,7 +75,7 @@ def test_the_parts_add_up_to_what_a_step_takes(changes):
     try:
         measurement = measured(cfg, steps=4)
         costs, run = measurement.costs(), measurement.run
-        step = predict_step(run.cfg, run.resolved.layout, costs, 1, frees_outputs=False)
+        step = Planner(run.cfg, costs, 1, is_cpu=True).step(run.resolved.layout)
         batch, times = next(run.data.train()), []
         for _ in range(7):
             start = time.perf_counter()

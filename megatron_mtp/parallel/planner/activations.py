@@ -1,7 +1,8 @@
-"""How many bytes autograd keeps of each part of a model between its forward and its backward pass. Pure arithmetic.
+"""Bytes that autograd keeps of each part of a model between its forward and its backward pass. Pure arithmetic.
 
-Counted tensor by tensor on the torch backend (hooks on saved tensors, fp32 and bf16); for Transformer Engine, which was not run, its
-fused activation keeps one tensor less of each kind. Figures are bytes of one micro-batch on one rank.
+All sizes are bytes of one micro-batch on one rank. They were counted tensor by tensor on the torch backend (hooks on
+saved tensors, fp32 and bf16). Transformer Engine was never run: its fused activation is assumed to keep one tensor less
+of each kind.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from dataclasses import dataclass, field
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.parallel.params import moe_pattern
-from megatron_mtp.parallel.planner.cost import DTYPE_BYTES
+from megatron_mtp.parallel.planner.cost import DTYPE_BYTES, mtp_kind
 
 ROUTER_BYTES = 22
 """For each token and expert: scores, maps, indices."""
+
+
+def hidden_bytes(cfg: ConfigContainer) -> float:
+    """One hidden state on one rank: what goes from layer to layer and from stage to stage."""
+    model = cfg.model
+    shards = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    tokens = cfg.train.micro_batch_size * model.seq_length / model.context_parallel_size
+    return tokens * model.hidden_size * DTYPE_BYTES[cfg.precision.dtype] / shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +32,10 @@ class Activations:
 
     Args:
         is_cpu: torch's CPU norms keep two fp32 copies of their input; a GPU's keep the input.
-        uses_te: Transformer Engine's modules do the work.
     """
 
     cfg: ConfigContainer
     is_cpu: bool
-    uses_te: bool
     _known: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
 
     def _once(self, name: str, kind: str, compute: Callable[[str], float]) -> float:
@@ -44,27 +50,31 @@ class Activations:
         return self.cfg.model
 
     @property
+    def uses_te(self) -> bool:
+        """Whether Transformer Engine's modules do the work."""
+        return not self.is_cpu and self.model.backend != "torch"
+
+    @property
     def item(self) -> int:
-        """Bytes of one activation."""
+        """Bytes of one number."""
         return DTYPE_BYTES[self.cfg.precision.dtype]
 
     @property
     def tokens(self) -> float:
-        """Of one micro-batch on a tensor-parallel group."""
+        """Tokens of one micro-batch on a tensor-parallel group."""
         return self.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
 
     @property
     def stream(self) -> float:
-        """One hidden state: what goes from layer to layer and from stage to stage."""
-        shards = self.model.tensor_model_parallel_size if self.model.sequence_parallel else 1
-        return self.tokens * self.model.hidden_size * self.item / shards
+        """See `hidden_bytes`."""
+        return hidden_bytes(self.cfg)
 
     def norm(self, stream: float) -> float:
-        """A norm over a tensor of these bytes, and its output, which the next product keeps."""
+        """A norm over a tensor of `stream` bytes, and its output, which the next product keeps."""
         return stream + (8 * stream / self.item if self.is_cpu else stream)
 
     def attention(self, is_linear: bool) -> float:
-        """With the norm before it."""
+        """The attention block with the norm before it."""
         model, tp = self.model, self.model.tensor_model_parallel_size
         if is_linear:
             return self.norm(self.stream) + self._linear_attention()
@@ -73,7 +83,7 @@ class Activations:
             return self.norm(self.stream) + self._latent_attention() + tables * model.qk_pos_emb_head_dim
         queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
         kept = queries * (2 if model.attention_output_gate else 1) + 2 * keys  # the product's output
-        kept += 2 * queries + keys  # turned queries and keys, and the result
+        kept += 2 * queries + keys  # rotated queries and keys, and the result
         per_token = kept * self.item + 4 * model.num_attention_heads
         if model.qk_layernorm:
             copies = (4 if self.item == 4 else 8) if self.is_cpu else 0
@@ -99,7 +109,7 @@ class Activations:
         return self.tokens * self.item * (8 * keys + 10 * values) / model.tensor_model_parallel_size
 
     def feed_forward(self, is_moe: bool) -> float:
-        """With the norm before it."""
+        """The feed-forward block with the norm before it."""
         model = self.model
         if not is_moe:
             return self.norm(self.stream) + self._inner(
@@ -108,12 +118,12 @@ class Activations:
         return self.norm(self.stream) + self.experts()
 
     def _inner(self, width: int, tokens: float, shards: int, extra: int = 0) -> float:
-        """What lies between the two products of a feed-forward block, in widths of it."""
+        """What a feed-forward block keeps between its two products."""
         widths = (3 if self.uses_te else 5) if self.model.gated_linear_unit else 2
         return tokens * (widths + extra) * width * self.item / shards
 
     def experts(self) -> float:
-        """Routed tokens, spread evenly over experts, and the shared expert."""
+        """Routed tokens, assumed to be spread evenly over experts, and the shared expert."""
         model = self.model
         tp, etp = model.tensor_model_parallel_size, model.expert_tensor_parallel_size or 1
         routed = self.tokens * model.moe_router_topk * etp / tp
@@ -125,15 +135,15 @@ class Activations:
         return kept
 
     def layer(self, kind: str) -> float:
-        """A decoder layer as it is run: recomputed whole, in part, or not. `kind` as in `cost.layer_kinds`."""
+        """A decoder layer as it is run: fully recomputed, in part, or not at all. `kind`: see `cost.layer_kinds`."""
         if self.model.recompute_granularity == "full":
             return self.stream
-        return self._once("layer", kind, lambda kind: self.whole_layer(kind) - self._dropped(kind))
+        return self._once("layer", kind, lambda kind: self.complete_layer(kind) - self._dropped(kind))
 
-    def whole_layer(self, kind: str) -> float:
-        """A decoder layer of which nothing is recomputed."""
+    def complete_layer(self, kind: str) -> float:
+        """A decoder layer without recomputation."""
         return self._once(
-            "whole", kind, lambda kind: self.attention("linear" in kind) + self.feed_forward("moe" in kind)
+            "complete", kind, lambda kind: self.attention("linear" in kind) + self.feed_forward("moe" in kind)
         )
 
     def _dropped(self, kind: str) -> float:
@@ -158,19 +168,19 @@ class Activations:
         return dropped
 
     def mtp_layer(self) -> float:
-        """One depth: two norms, the joined input of the projection, a layer, a norm."""
+        """One depth: two norms, the concatenated input of the projection, a layer, a norm."""
         model = self.model
-        kind = "moe" if moe_pattern(model)[-1] else "dense"
+        kind = mtp_kind(model)
         after = self.norm(self.stream) - self.stream
         if model.mtp_variant == "parallel":
-            return after + (self.stream if (model.mtp_num_layers or 0) > 1 else self.layer(kind))
+            return after + (self.stream if model.mtp_num_layers > 1 else self.layer(kind))
         if model.recompute_granularity == "full":
             return 3 * self.stream
         before = 2 * (self.norm(self.stream) - self.stream)
         return before + 2 * self.stream + self.layer(kind) + after
 
     def head(self, num_states: int) -> float:
-        """The hidden states of all depths, gathered over TP, and for each token targets and the log-sum-exp."""
+        """Hidden states of `num_states` depths, gathered over TP, and for each token targets and the log-sum-exp."""
         return num_states * self.tokens * (self.model.hidden_size * self.item + 24)
 
     def chunk(self, symbols: str, kinds: list[str]) -> float:
@@ -178,7 +188,7 @@ class Activations:
 
         Args:
             symbols: such as "Ettt".
-            kinds: of its decoder layers.
+            kinds: kinds of its decoder layers.
         """
         model = self.model
         depths, total = symbols.count("m"), 0.0
@@ -189,44 +199,44 @@ class Activations:
         if "E" not in symbols and (
             model.recompute_granularity == "full" or (self.is_cpu and self.item < 4) or not kinds
         ):
-            total += self.stream  # the received state, where no norm keeps it
+            total += self.stream  # the received state, if no norm keeps it
         if depths or ("L" in symbols and not model.mtp_num_layers):
             total += self.norm(self.stream) - self.stream  # final norm
         total += depths * self.mtp_layer()
         if "L" in symbols:
-            total += self.head(1 + (model.mtp_num_layers or 0))
+            total += self.head(1 + model.mtp_num_layers)
         elif self.is_cpu:  # on GPUs an output is freed once it is sent
             total += self.stream * (1 + depths)
         return total
 
     def _recomputed_layers(self, kinds: list[str]) -> float:
-        """uniform: the input of each group of layers; block: of each of the first layers, the others keep everything."""
+        """uniform: the input of each group of layers. block: the input of each of the first layers; the others keep
+        everything."""
         model, count = self.model, self.model.recompute_num_layers or 1
         if model.recompute_method == "block":
-            return min(count, len(kinds)) * self.stream + sum(self.whole_layer(kind) for kind in kinds[count:])
+            return min(count, len(kinds)) * self.stream + sum(self.complete_layer(kind) for kind in kinds[count:])
         return -(-len(kinds) // count) * self.stream
 
     def transient(self, symbols: str, kinds: list[str]) -> float:
-        """Most that a forward or backward call of this chunk needs for a while beyond what it keeps."""
+        """The most that a call of this chunk needs temporarily, in addition to what is kept."""
         model, tp = self.model, self.model.tensor_model_parallel_size
         widest = max((self._once("gradients", kind, self._gradients) for kind in set(kinds)), default=0.0)
         if "m" in symbols:
-            kind = "moe" if moe_pattern(model)[-1] else "dense"
-            widest = max(widest, self._gradients(kind))
+            widest = max(widest, self._gradients(mtp_kind(model)))
         if model.recompute_granularity == "full" and (kinds or "m" in symbols):
             group = (model.recompute_num_layers or 1) if model.recompute_method == "uniform" else 1
-            names = kinds or ["moe" if moe_pattern(model)[-1] else "dense"]
-            widest += max(self.whole_layer(kind) for kind in names) * min(group, max(1, len(kinds)))
+            names = kinds or [mtp_kind(model)]
+            widest += max(self.complete_layer(kind) for kind in names) * min(group, max(1, len(kinds)))
         if "L" not in symbols:
             return widest
         rows = -(-(model.vocab_size or 0) // tp)
-        states = (1 + (model.mtp_num_layers or 0)) * self.tokens
+        states = (1 + model.mtp_num_layers) * self.tokens
         logits = min(model.logits_chunk_tokens, states) * rows * (4 if self.item == 4 else 4 + 2 * self.item)
         weight = rows * model.hidden_size * (4 if self.item == 4 else 4 + self.item)
         return max(widest, logits + weight + states * model.hidden_size * self.item)
 
     def _gradients(self, kind: str) -> float:
-        """Gradients that live at once in the backward pass of a layer: of the stream twice, and of the widest inner product."""
+        """Gradients that live at once in a layer's backward pass: of the residual stream, and of the widest product."""
         model, tp = self.model, self.model.tensor_model_parallel_size
         inner = self.tokens * model.ffn_hidden_size / tp
         weight = model.hidden_size * model.ffn_hidden_size / tp

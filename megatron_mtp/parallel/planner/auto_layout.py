@@ -16,10 +16,9 @@ from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.cost import estimate_costs
-from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
 from megatron_mtp.parallel.planner.machines import DEFAULT_MACHINE, USABLE, Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
-from megatron_mtp.parallel.planner.planner import Planner, layout_of
+from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.shape import RunShape
 
 VOCAB_SIZE = 65_536
@@ -64,7 +63,7 @@ def auto_layout(shape: RunShape) -> AutoLayout:
         choice = planner.choose(memory_limit(machine))
     except PlanError:
         fits, choice = False, planner.choose()
-    return AutoLayout(layout_of(planner.problem(), choice.split), machine, fits, choice.gap)
+    return AutoLayout(planner.problem().layout(choice.split), machine, fits, choice.gap)
 
 
 def machine_of(cfg: ConfigContainer) -> Machine:
@@ -81,15 +80,12 @@ def make_planner(cfg: ConfigContainer, world_size: int, machine: Machine, profil
     """A planner on measured part times, or on estimated ones."""
     if profile is not None:
         profile.check_fits(cfg)
-    dtype = cfg.precision.dtype
-    peak = cfg.logger.device_peak_tflops or machine.peak_tflops or dense_peak_tflops(machine.device_name, dtype)
-    on_cpu = machine.name == "cpu" or (profile is not None and profile.device.lower() == "cpu")
+    on_cpu = machine.is_cpu or (profile is not None and profile.device.lower() == "cpu")
     return Planner(
         cfg=cfg,
         costs=estimate_costs(cfg, machine, world_size) if profile is None else profile.costs,
         world_size=world_size,
-        frees_outputs=not on_cpu,
-        peak_tflops=peak,
+        peak_tflops=cfg.logger.device_peak_tflops or machine.peaks.of(cfg.precision.dtype),
         is_cpu=on_cpu,
     )
 

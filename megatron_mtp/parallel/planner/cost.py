@@ -1,8 +1,9 @@
 """Estimates how long each part of a model takes on a known device: operations, bytes and messages against its rates.
 
-A part's time is that of its matrix products, plus that of the memory traffic between them, plus that of the messages it waits for.
-A backward pass is two forward passes of products and traffic, and the messages once more; recomputation adds what is run again.
-Absolute times are estimates of some tens of percent. What a split is chosen by is their proportions.
+A part's time is that of its matrix products, plus that of the memory traffic between them, plus that of the messages
+that it waits for. A backward pass takes twice the products and traffic of a forward pass, and the messages once more;
+recomputation adds what is run again. Absolute times can be off by some tens of percent. The choice of a split depends
+on their proportions only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
-from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime
@@ -20,13 +20,18 @@ from megatron_mtp.parallel.rank_params import layer_rank_parameters
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STEP_MS = 5.0
-"""Batch, counts and logs of a step."""
+"""Once per step: batch, counts and logs."""
 
 
 def layer_kinds(model: ModelConfig) -> list[str]:
-    """Of each decoder layer: "dense" or "moe", with "linear " before it where its attention is linear."""
+    """Kind of each decoder layer: "dense" or "moe", after "linear " if its attention is linear."""
     pairs = zip(moe_pattern(model), linear_pattern(model), strict=True)
     return [("linear " if linear else "") + ("moe" if is_moe else "dense") for is_moe, linear in pairs]
+
+
+def mtp_kind(model: ModelConfig) -> str:
+    """Kind of the MTP layers: that of the last decoder layer, always with full attention."""
+    return "moe" if moe_pattern(model)[-1] else "dense"
 
 
 def estimate_costs(cfg: ConfigContainer, machine: Machine, world_size: int) -> PartCosts:
@@ -59,7 +64,7 @@ class _Estimate:
 
     @property
     def tokens(self) -> float:
-        """Of one micro-batch on a tensor-parallel group."""
+        """Tokens of one micro-batch on a tensor-parallel group."""
         return self.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
 
     @property
@@ -68,7 +73,7 @@ class _Estimate:
 
     def costs(self) -> PartCosts:
         model = self.model
-        kinds = set(layer_kinds(model)) | {"moe" if moe_pattern(model)[-1] else "dense"}
+        kinds = {*layer_kinds(model), mtp_kind(model)}
         layers = {kind: self.layer(kind) for kind in kinds}
         norm = self.both(0.0, 4 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
         is_frozen = model.mtp_freeze_trunk
@@ -96,7 +101,7 @@ class _Estimate:
         return self.tp if self.model.sequence_parallel else 1
 
     def link(self, span: int) -> Link:
-        """Between ranks of a group that spans so many neighbouring ranks."""
+        """The slowest link between ranks of a group that spans `span` neighbouring ranks."""
         machine = self.machine
         if span <= machine.node_size:
             return Link(latency_ms=machine.node_latency_ms, gb_per_s=machine.node_gb_per_s * machine.memory_fraction)
@@ -111,7 +116,7 @@ class _Estimate:
         return num_bytes / (self.machine.memory_gb_per_s * self.machine.memory_fraction * 1e6)
 
     def both(self, compute_ms: float, num_bytes: float, messages_ms: float = 0.0, launch_ms: float = 0.0) -> PartTime:
-        """A part from its forward pass."""
+        """A part's time from that of its forward pass."""
         forward = compute_ms + self.traffic(num_bytes)
         return PartTime(forward + messages_ms + launch_ms, 2 * forward + messages_ms + launch_ms)
 
@@ -128,7 +133,7 @@ class _Estimate:
         return self.link(self.tp).ms(num_bytes * (self.tp - 1) / self.tp)
 
     def layer(self, kind: str) -> PartTime:
-        """A decoder layer, with what is recomputed of it in its backward pass."""
+        """A decoder layer, recomputation in its backward pass included."""
         attention, block = self.attention("linear" in kind), self.feed_forward("moe" in kind)
         time = attention + block
         share = self.recomputed_share(kind)
@@ -136,7 +141,10 @@ class _Estimate:
         return time + PartTime(0.0, extra)
 
     def recomputed_share(self, kind: str) -> float:
-        """Share of the layers that are recomputed whole. With `block` the first few of each chunk are; all layers share that here."""
+        """Share of the layers that are fully recomputed.
+
+        `block` recomputes the first few of each chunk; here that is averaged over all layers.
+        """
         model = self.model
         if model.recompute_granularity != "full":
             return 0.0
@@ -155,7 +163,7 @@ class _Estimate:
         return self.tokens * s * model.num_attention_heads * widths / self.tp
 
     def attention_flops(self, is_linear: bool) -> float:
-        """Of the attention block of one layer on one rank."""
+        """Operations of one layer's attention block on one rank."""
         dense = 2 * self.model.hidden_size * self.model.ffn_hidden_size * self.matrices
         return self.tokens * (forward_flops_layer(self.model, False, is_linear=is_linear) - dense) / self.tp
 
@@ -171,7 +179,7 @@ class _Estimate:
         num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 2 * width)
         messages = 2 * self.collective(self.tokens * model.hidden_size * self.num_bytes)
         cp = model.context_parallel_size
-        if cp > 1:  # keys and values go round the ring; about half of it is hidden behind the scores
+        if cp > 1:  # keys and values go around the ring; about half of it is hidden by the scores
             keys = 2 * (model.kv_channels or 0) * model.num_query_groups / self.tp
             messages += 0.5 * self.link(self.tp * cp).ms(self.tokens * keys * self.num_bytes * (cp - 1))
         return self.both(compute, num_bytes, messages, machine.launch_ms)
@@ -187,7 +195,8 @@ class _Estimate:
         return self.both(self.compute(flops, self.machine.matmul_fraction), num_bytes, messages, self.machine.launch_ms)
 
     def experts(self) -> PartTime:
-        """Routed experts: their products, at least their weights' traffic; permutation; two exchanges over the expert-parallel group."""
+        """Routed experts: products or weights' traffic, whichever takes longer; permutation; two exchanges over the
+        expert-parallel group; and the shared expert."""
         model, machine = self.model, self.machine
         routed = self.tokens * model.moe_router_topk / self.tp
         flops = 2 * model.hidden_size * model.moe_ffn_hidden_size * self.matrices * routed
@@ -201,7 +210,7 @@ class _Estimate:
         return time
 
     def all_to_all(self, routed: float) -> float:
-        """One exchange of the chosen tokens; the slower of what stays in the node and what leaves it."""
+        """One exchange of the routed tokens: the slower of what stays in the node and what leaves it."""
         model, machine = self.model, self.machine
         ep = model.expert_model_parallel_size
         if ep == 1:
@@ -240,9 +249,9 @@ class _Estimate:
         return extra
 
     def mtp_layer(self, layers: dict[str, PartTime]) -> PartTime:
-        """Lookup, norms and projection before a layer of the last decoder layer's kind, and a norm after it."""
+        """Lookup, norms and projection, then a layer of the last decoder layer's kind, then a norm."""
         model = self.model
-        layer = layers["moe" if moe_pattern(model)[-1] else "dense"]
+        layer = layers[mtp_kind(model)]
         if model.mtp_variant == "parallel":
             is_rerun = model.mtp_num_layers > 1 and model.recompute_granularity != "full"
             return layer + PartTime(0.0, layer.forward_ms * is_rerun)
@@ -258,7 +267,10 @@ class _Estimate:
         return self.embedding() + joint + layer
 
     def head(self, backward_products: int) -> PartTime:
-        """Logits and loss in chunks. The backward pass computes the logits again, then the gradients of hidden states and weight."""
+        """Logits and loss, computed for a part of the tokens at a time.
+
+        The backward pass computes the logits again, then the gradients of hidden states and weight.
+        """
         model = self.model
         product = self.compute(forward_flops_logits(model) * self.tokens / self.tp, self.machine.matmul_fraction)
         passes = self.traffic(4 * 4 * self.tokens * padded_vocab_size(model) / self.tp)  # fp32 logits, four passes
@@ -271,33 +283,11 @@ def _forward_only(time: PartTime) -> PartTime:
 
 
 def layer_times(costs: PartCosts, model: ModelConfig) -> list[PartTime]:
-    """Of every decoder layer. A profile knows two kinds; a layer with linear attention takes the time of its kind with full attention there."""
+    """Time of every decoder layer.
+
+    A profile may lack layers with linear attention; they then take the time of their kind with full attention.
+    """
     return [
         costs.layer[kind] if kind in costs.layer else costs.layer[kind.removeprefix("linear ")]
         for kind in layer_kinds(model)
     ]
-
-
-def chunk_times(costs: PartCosts, model: ModelConfig, layout: PipelineLayout) -> list[list[PartTime]]:
-    """Times of one micro-batch, `[pp_rank][vp_rank]`."""
-    layers = layer_times(costs, model)
-    return [
-        [_chunk_time(costs, model, layout.chunks[p][v], layers, layout.decoder_layers(p, v)) for v in range(layout.vp)]
-        for p in range(layout.pp)
-    ]
-
-
-def _chunk_time(
-    costs: PartCosts, model: ModelConfig, symbols: tuple[str, ...], layers: list[PartTime], held: range
-) -> PartTime:
-    time = sum((layers[idx] for idx in held), costs.chunk)
-    depths = symbols.count("m")
-    if "E" in symbols:
-        time = time + costs.embedding
-    if (model.num_layers - 1 in held) if model.mtp_num_layers else "L" in symbols:
-        time = time + costs.final_norm
-    if depths:
-        time = time + costs.mtp_layer * depths
-    if "L" in symbols:
-        time = time + costs.head + costs.mtp_head * (model.mtp_num_layers or 0)
-    return time

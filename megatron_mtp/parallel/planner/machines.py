@@ -1,44 +1,116 @@
-"""What known devices can do, for estimates before anything was measured.
+"""What known devices can do: dense peak rates, and for the planner's estimates also memory, links and efficiency.
 
-Peaks are those of hardware.py. Fractions of the peak are what large matrix products, attention and grouped expert products
-reach in practice; they are estimates, the same for all devices, and `megatron-mtp profile` replaces them by measurements.
+Dense means without structured sparsity, which data sheets quote at twice the rate. Half precision accumulates in fp32;
+fp32 is the rate of the ordinary cores, because torch does not use TF32 for matrix products unless asked to.
 
-Sources: NVIDIA and AMD data sheets: memory size and bandwidth, links in one direction for each device; the network is one
-400 Gbit/s port for each device (200 for A100, 100 for PCIe cards).
+Sources: NVIDIA and AMD data sheets of each device: peaks, memory size and bandwidth, links in one direction; the network
+is one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards).
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from megatron_mtp.errors import PlanError
-from megatron_mtp.parallel.planner.hardware import Dtype, dense_peak_tflops
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+class Peaks(NamedTuple):
+    """Dense peak rates of one device in TFLOP/s; None: the device has no units for this dtype."""
+
+    bf16: float | None
+    fp16: float
+    fp32: float
+
+    def of(self, dtype: Dtype) -> float | None:
+        """The peak for matrix products in `dtype`."""
+        return self._asdict()[dtype]
+
+
+PEAKS = {
+    "GB200": Peaks(2500.0, 2500.0, 80.0),
+    "B200": Peaks(2250.0, 2250.0, 75.0),
+    "H200 NVL": Peaks(835.5, 835.5, 60.0),
+    "H200": Peaks(989.4, 989.4, 66.9),
+    "GH200": Peaks(989.4, 989.4, 66.9),
+    "H100 NVL": Peaks(835.5, 835.5, 60.0),
+    "H100 PCIE": Peaks(756.0, 756.0, 51.2),
+    "H100": Peaks(989.4, 989.4, 66.9),
+    "H800 PCIE": Peaks(756.0, 756.0, 51.2),
+    "H800": Peaks(989.4, 989.4, 66.9),
+    "H20": Peaks(148.0, 148.0, 44.0),
+    "A100": Peaks(312.0, 312.0, 19.5),
+    "A800": Peaks(312.0, 312.0, 19.5),
+    "A30": Peaks(165.0, 165.0, 10.3),
+    "A40": Peaks(149.7, 149.7, 37.4),
+    "A10": Peaks(125.0, 125.0, 31.2),
+    "L40S": Peaks(362.0, 362.0, 91.6),
+    "L40": Peaks(181.0, 181.0, 90.5),
+    "L4": Peaks(121.0, 121.0, 30.3),
+    "RTX 5090": Peaks(209.5, 209.5, 104.8),
+    "RTX 4090": Peaks(165.2, 165.2, 82.6),
+    "RTX 3090": Peaks(71.0, 71.0, 35.6),
+    "V100 PCIE": Peaks(None, 112.0, 14.0),
+    "V100": Peaks(None, 125.0, 15.7),
+    "T4": Peaks(None, 65.0, 8.1),
+    "MI355X": Peaks(2516.6, 2516.6, 157.3),
+    "MI350X": Peaks(2306.9, 2306.9, 144.2),
+    "MI325X": Peaks(1307.4, 1307.4, 163.4),
+    "MI300X": Peaks(1307.4, 1307.4, 163.4),
+    "MI250X": Peaks(191.5, 191.5, 23.9),  # one of its two dies, which is one device to torch
+}
+"""By the words that the device's name contains; the first entry that matches counts."""
+OTHER_CHIPS = (" LAPTOP ", " MAX Q ", " MIG ", " D ")
+"""Words that mark another chip under a known name, or a part of one."""
+
+
+def dense_peak_tflops(device_name: str, dtype: Dtype) -> float | None:
+    """The dense peak of one device, the denominator of MFU.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` returns it, such as "NVIDIA H100 80GB HBM3".
+        dtype: of the matrix products.
+
+    Returns:
+        TFLOP/s. None for a CPU, for a dtype that the device has no units for, and for a device that is not in the table:
+        no MFU is better than a wrong one, and logger.device_peak_tflops sets the peak.
+    """
+    name = f" {device_name.upper().replace('-', ' ')} "
+    if any(word in name for word in OTHER_CHIPS):
+        return None
+    for device, peaks in PEAKS.items():
+        if set(device.split()) <= set(name.split()):
+            return peaks.of(dtype)
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One kind of device and what connects it.
+    """One kind of device, and what connects it to others, for estimates before anything is measured.
+
+    Fractions of the peak are what large matrix products, attention and grouped expert products reach in practice. They
+    are estimates, the same for all devices; `megatron-mtp profile` replaces them by measurements.
 
     Args:
-        device_name: as hardware.py knows it.
-        memory_gib: of one device.
-        memory_gb_per_s: its bandwidth.
+        name: for `dist.hardware` and `--hardware`.
+        memory_gib: memory of one device.
+        memory_gb_per_s: memory bandwidth.
         node_gb_per_s: link to a device of the same node, one direction.
         network_gb_per_s: link to a device of another node, one direction.
         node_size: devices of one node.
-        peak_tflops: only for devices that are not in hardware.py.
-        launch_ms: time to start one layer's kernels from Python, where the device has nothing else to do meanwhile.
+        launch_ms: time to start one layer's kernels from Python while the device has nothing else to do.
     """
 
     name: str
-    device_name: str
+    peaks: Peaks
     memory_gib: float
     memory_gb_per_s: float
     node_gb_per_s: float
     network_gb_per_s: float
     node_size: int = 8
-    peak_tflops: float | None = None
     launch_ms: float = 0.03
     matmul_fraction: float = 0.62
     expert_fraction: float = 0.45
@@ -48,9 +120,9 @@ class Machine:
     network_latency_ms: float = 0.03
 
     @property
-    def frees_outputs(self) -> bool:
-        """Whether stages free what they have sent, which is done on GPUs only (model/transformer_config.py)."""
-        return self.name != "cpu"
+    def is_cpu(self) -> bool:
+        """Whether it computes on a CPU."""
+        return self.name == "cpu"
 
     def peak_flops_per_ms(self, dtype: Dtype) -> float:
         """Dense peak.
@@ -58,100 +130,53 @@ class Machine:
         Raises:
             PlanError: the device has no units for this dtype.
         """
-        peak = self.peak_tflops or dense_peak_tflops(self.device_name, dtype)
+        peak = self.peaks.of(dtype)
         if peak is None:
             raise PlanError(
-                f"precision.dtype = {dtype}: hardware {self.name!r} has no units for it. Use another dtype or another --hardware."
+                f"precision.dtype = {dtype}: hardware {self.name!r} has no units for it. "
+                "Use another dtype or another --hardware."
             )
         return peak * 1e9
 
 
-MACHINES = {
-    machine.name: machine
-    for machine in (
-        Machine(
-            name="h100",
-            device_name="H100",
-            memory_gib=79.6,
-            memory_gb_per_s=3350,
-            node_gb_per_s=450,
-            network_gb_per_s=50,
-        ),
-        Machine(
-            name="h200",
-            device_name="H200",
-            memory_gib=140,
-            memory_gb_per_s=4800,
-            node_gb_per_s=450,
-            network_gb_per_s=50,
-        ),
-        Machine(
-            name="h800",
-            device_name="H800",
-            memory_gib=79.6,
-            memory_gb_per_s=3350,
-            node_gb_per_s=200,
-            network_gb_per_s=50,
-        ),
-        Machine(
-            name="h20", device_name="H20", memory_gib=95, memory_gb_per_s=4000, node_gb_per_s=450, network_gb_per_s=50
-        ),
-        Machine(
-            name="b200",
-            device_name="B200",
-            memory_gib=178,
-            memory_gb_per_s=8000,
-            node_gb_per_s=900,
-            network_gb_per_s=50,
-        ),
-        Machine(
-            name="gb200",
-            device_name="GB200",
-            memory_gib=184,
-            memory_gb_per_s=8000,
-            node_gb_per_s=900,
-            network_gb_per_s=50,
-            node_size=72,
-        ),
-        Machine(
-            name="a100",
-            device_name="A100",
-            memory_gib=79.2,
-            memory_gb_per_s=2039,
-            node_gb_per_s=300,
-            network_gb_per_s=25,
-        ),
-        Machine(
-            name="l40s",
-            device_name="L40S",
-            memory_gib=44.4,
-            memory_gb_per_s=864,
-            node_gb_per_s=25,
-            network_gb_per_s=12.5,
-        ),
-        Machine(
-            name="mi300x",
-            device_name="MI300X",
-            memory_gib=191,
-            memory_gb_per_s=5300,
-            node_gb_per_s=310,
-            network_gb_per_s=50,
-        ),
-        # One core of a server in fp32, a process for each: for first tries. `megatron-mtp profile` knows better.
-        Machine(
-            name="cpu",
-            device_name="CPU",
-            memory_gib=4,
-            memory_gb_per_s=8,
-            node_gb_per_s=1.5,
-            network_gb_per_s=1.0,
-            peak_tflops=0.08,
-            launch_ms=0.5,
-            node_latency_ms=0.1,
-            network_latency_ms=0.2,
-        ),
+def _gpu(name: str, memory_gib: float, memory: float, node: float, network: float, node_size: int = 8) -> Machine:
+    return Machine(
+        name=name,
+        peaks=PEAKS[name.upper()],
+        memory_gib=memory_gib,
+        memory_gb_per_s=memory,
+        node_gb_per_s=node,
+        network_gb_per_s=network,
+        node_size=node_size,
     )
-}
+
+
+_MACHINES = (
+    #     name, memory in GiB; GB/s of memory, node and network
+    _gpu("h100", 79.6, 3350, 450, 50),
+    _gpu("h200", 140, 4800, 450, 50),
+    _gpu("h800", 79.6, 3350, 200, 50),
+    _gpu("h20", 95, 4000, 450, 50),
+    _gpu("b200", 178, 8000, 900, 50),
+    _gpu("gb200", 184, 8000, 900, 50, node_size=72),
+    _gpu("a100", 79.2, 2039, 300, 25),
+    _gpu("l40s", 44.4, 864, 25, 12.5),
+    _gpu("mi300x", 191, 5300, 310, 50),
+    # One core of a server, one process each, in fp32: for first tries. `megatron-mtp profile` is closer.
+    Machine(
+        name="cpu",
+        peaks=Peaks(0.08, 0.08, 0.08),
+        memory_gib=4,
+        memory_gb_per_s=8,
+        node_gb_per_s=1.5,
+        network_gb_per_s=1.0,
+        launch_ms=0.5,
+        node_latency_ms=0.1,
+        network_latency_ms=0.2,
+    ),
+)
+MACHINES = {machine.name: machine for machine in _MACHINES}
+"""By name; `dist.hardware` accepts the same names."""
 DEFAULT_MACHINE = "h100"
 USABLE = 0.94
 """Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""

@@ -28,6 +28,11 @@ class PartTime:
     forward_ms: float
     backward_ms: float
 
+    @property
+    def total_ms(self) -> float:
+        """Forward and backward pass."""
+        return self.forward_ms + self.backward_ms
+
     def __add__(self, other: PartTime) -> PartTime:
         return PartTime(self.forward_ms + other.forward_ms, self.backward_ms + other.backward_ms)
 

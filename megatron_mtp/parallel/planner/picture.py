@@ -1,13 +1,14 @@
-"""Draws the schedule of a plan as SVG: ranks from top to bottom, time from left to right. Text only, no library."""
+"""Draws the schedule of a plan as SVG: ranks from top to bottom, time from left to right."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html import escape
 
 from megatron_mtp.parallel.planner.part_costs import PartTime
 from megatron_mtp.parallel.planner.planner import Plan, Planner
-from megatron_mtp.parallel.planner.schedule import ScheduleKind
 from megatron_mtp.parallel.planner.simulate import Event, Timeline, simulate
+from megatron_mtp.parallel.planner.split import Split, SplitProblem
 
 WIDTH, LEFT, TOP, ROW, GAP = 1400, 128, 78, 26, 6
 COLOURS = {
@@ -25,20 +26,19 @@ NAMES = {
     "loss": "head and loss",
 }
 MOST_ROUNDS = 2
-"""Rounds of pp micro-batches that are drawn of a longer step: its beginning, a part of its steady run, and its end look the same."""
+"""Rounds of pp micro-batches that are drawn; the beginning and the end of a longer step look the same."""
 
 
 def draw(planner: Planner, plan: Plan, title: str) -> str:
     """The schedule of a plan as SVG text.
 
-    A step of many micro-batches is drawn as a short one, which begins, runs and ends alike. A backward call is drawn in its parts in the order in which they run:
-    head and loss first, then MTP layers, then decoder layers.
+    A step of many micro-batches is drawn as a short one. The parts of a backward call are drawn in the order in which
+    they run: head and loss, then MTP layers, then decoder layers.
     """
-    layout = plan.layout
+    layout, problem = plan.layout, planner.problem()
     count = min(plan.num_microbatches, MOST_ROUNDS * layout.pp)
-    kind = ScheduleKind(pp=layout.pp, vp=layout.vp, num_microbatches=count, sends_block=planner.frees_outputs)
-    line = simulate(kind, planner.work(layout))
-    parts = [[_parts(planner, layout.chunks[p][v]) for v in range(layout.vp)] for p in range(layout.pp)]
+    line = simulate(replace(problem.kind, num_microbatches=count), problem.work(Split.of(layout)))
+    parts = [[_parts(problem, layout.chunks[p][v]) for v in range(layout.vp)] for p in range(layout.pp)]
     scale = (WIDTH - LEFT - 24) / line.total_ms
     height = TOP + layout.pp * (ROW + GAP) + 44
     note = "" if count == plan.num_microbatches else f", drawn with {count} of {plan.num_microbatches} micro-batches"
@@ -46,14 +46,16 @@ def draw(planner: Planner, plan: Plan, title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="12" y="24" font-size="16" font-weight="bold" fill="#222222">{escape(title)}: pipeline schedule{note}</text>',
+        f'<text x="12" y="24" font-size="16" font-weight="bold" fill="#222222">{escape(title)}: '
+        f"pipeline schedule{note}</text>",
         *_legend(),
     ]
     for p in range(layout.pp):
         y = TOP + p * (ROW + GAP)
         body.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH - LEFT - 24}" height="{ROW}" fill="#f1f1f1"/>')
         body.append(
-            f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end" fill="#222222">stage {p} ({plan.stages[p].idle:.0%} idle)</text>'
+            f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end" fill="#222222">'
+            f"stage {p} ({plan.stages[p].idle:.0%} idle)</text>"
         )
     for event in line.events:
         body += _call(event, parts[event.pp_rank][event.vp_rank], scale)
@@ -61,21 +63,14 @@ def draw(planner: Planner, plan: Plan, title: str) -> str:
     return "\n".join(body) + "\n"
 
 
-def _parts(planner: Planner, symbols: tuple[str, ...]) -> dict[str, PartTime]:
-    """Times of what a chunk holds beside decoder layers, by colour."""
-    costs, depths = planner.costs, symbols.count("m")
-    parts: dict[str, PartTime] = {}
-    if "E" in symbols:
-        parts["embedding"] = costs.embedding
-    if depths:
-        parts["mtp"] = costs.mtp_layer * depths
-    if "L" in symbols:
-        parts["loss"] = costs.head + costs.mtp_head * (planner.cfg.model.mtp_num_layers or 0)
-    return parts
+def _parts(problem: SplitProblem, symbols: tuple[str, ...]) -> dict[str, PartTime]:
+    """Time of what a chunk holds in addition to decoder layers, by colour."""
+    parts = {"E": ("embedding", problem.embedding), "m": ("mtp", problem.mtp), "L": ("loss", problem.loss)}
+    return dict(part for symbol, part in parts.items() if symbol in symbols)
 
 
 def _call(event: Event, parts: dict[str, PartTime], scale: float) -> list[str]:
-    """One call as a row of boxes with one frame, and its micro-batch where there is room."""
+    """One call as a row of boxes in a frame, with the number of its micro-batch if there is room."""
     y = TOP + event.pp_rank * (ROW + GAP)
     middle = "forward" if event.is_forward else "backward"
     times = {name: time.forward_ms if event.is_forward else time.backward_ms for name, time in parts.items()}
@@ -90,19 +85,23 @@ def _call(event: Event, parts: dict[str, PartTime], scale: float) -> list[str]:
         if elapsed > 0:
             faded = ' fill-opacity="0.62"' if not event.is_forward and name != "backward" else ""
             out.append(
-                f'<rect x="{x:.2f}" y="{y}" width="{elapsed * scale:.2f}" height="{ROW}" fill="{COLOURS[name]}"{faded}/>'
+                f'<rect x="{x:.2f}" y="{y}" width="{elapsed * scale:.2f}" height="{ROW}" '
+                f'fill="{COLOURS[name]}"{faded}/>'
             )
             x += elapsed * scale
     if event.vp_rank % 2:
         out.append(
-            f'<rect x="{left:.2f}" y="{y + ROW - 4}" width="{x - left:.2f}" height="4" fill="#222222" fill-opacity="0.35"/>'
+            f'<rect x="{left:.2f}" y="{y + ROW - 4}" width="{x - left:.2f}" height="4" '
+            'fill="#222222" fill-opacity="0.35"/>'
         )
     out.append(
-        f'<rect x="{left:.2f}" y="{y}" width="{x - left:.2f}" height="{ROW}" fill="none" stroke="#ffffff" stroke-width="1"/>'
+        f'<rect x="{left:.2f}" y="{y}" width="{x - left:.2f}" height="{ROW}" '
+        'fill="none" stroke="#ffffff" stroke-width="1"/>'
     )
     if x - left > 15:
         out.append(
-            f'<text x="{(left + x) / 2:.2f}" y="{y + 17}" text-anchor="middle" fill="#ffffff" font-size="11">{event.micro_batch}</text>'
+            f'<text x="{(left + x) / 2:.2f}" y="{y + 17}" text-anchor="middle" fill="#ffffff" font-size="11">'
+            f"{event.micro_batch}</text>"
         )
     return out
 
@@ -119,7 +118,7 @@ def _legend() -> list[str]:
 
 
 def _axis(line: Timeline, scale: float, height: int) -> list[str]:
-    """Round numbers of milliseconds below the ranks."""
+    """The time axis, below the ranks."""
     raw = line.total_ms / 8
     power = 10 ** (len(f"{raw:.0f}") - 1) if raw >= 1 else 0.1
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)

@@ -1,7 +1,8 @@
 """Ranks parallel sizes, micro-batch sizes and recomputation for a number of devices, each with its best split that fits.
 
-Every combination that divides evenly has a floor for its step, and with the time to fill and drain the pipeline a guess. They are planned
-in the order of the guess, those left out whose floor is above the best so far, until the effort is spent.
+Each combination that divides evenly has a lower bound on its step time, and an estimate that adds the time to fill and
+drain the pipeline. Combinations are planned in the order of the estimate until the effort is spent. Those whose lower
+bound is above the best ones so far are left out.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import ConfigError, PlanError
 from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.parallel.planner.activations import Activations
-from megatron_mtp.parallel.planner.cost import DTYPE_BYTES, estimate_costs, layer_kinds, layer_times
-from megatron_mtp.parallel.planner.hardware import dense_peak_tflops
+from megatron_mtp.parallel.planner.auto_layout import make_planner
+from megatron_mtp.parallel.planner.cost import estimate_costs, layer_kinds, layer_times
 from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import PartCosts
-from megatron_mtp.parallel.planner.planner import Plan, Planner, layout_of
-from megatron_mtp.parallel.planner.stage_memory import MOMENT_BYTES
+from megatron_mtp.parallel.planner.planner import Plan
+from megatron_mtp.parallel.planner.stage_memory import GIB, parameter_bytes
 from megatron_mtp.parallel.rank_params import RankParameters, layer_rank_parameters, mtp_rank_parameters
 
 MOST_PLANNED = 40
-"""Combinations whose splits are looked at; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
+"""Combinations that are planned; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
 NEAR = 1.05
-"""Combinations whose guess is above the last row of the table by this factor are not looked at. A guess is rarely above what the simulation comes to."""
+"""The search ends once estimates exceed the last row of the table by this factor. Estimates rarely exceed simulations."""
 SPLITS_EACH, FEW_EACH = 12, 3000
 """Effort for each of them, see `best_split`."""
 REFINED, SPLITS_REFINED = 4, 40
-"""So many of the best are planned again with this effort; the caller plans the very best with full effort."""
+"""The top REFINED are planned again with this effort; the caller plans the best one with full effort."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +68,10 @@ class _Sizes:
 def search_sizes(
     cfg: ConfigContainer, machine: Machine, world_size: int, limit_bytes: float | None, top: int = 10
 ) -> list[Candidate]:
-    """The fastest combinations that fit, best first; one row for each set of sizes, with its cheapest recomputation that fits.
+    """The fastest combinations that fit, best first; each set of sizes once, with its fastest recomputation that fits.
 
     Args:
-        cfg: not finalized; its model, sequence length and global batch are kept, its parallel sizes are not.
+        cfg: not finalized; model, sequence length and global batch size are kept, parallel sizes are not.
         limit_bytes: memory of one device; None: no limit.
 
     Raises:
@@ -92,28 +93,25 @@ def search_sizes(
 class _Search:
     def __init__(self, base: ConfigContainer, machine: Machine, world_size: int, limit_bytes: float | None):
         self.base, self.machine, self.world_size, self.limit = base, machine, world_size, limit_bytes
-        self.peak = base.logger.device_peak_tflops or machine.peak_tflops
-        self.peak = self.peak or dense_peak_tflops(machine.device_name, base.precision.dtype)
-        self.least = float("inf")
-        self.tried = 0
+        self.lowest = float("inf")
         self.parts = cache(self._parts)
 
     def run(self, top: int) -> list[Candidate]:
-        """Best first."""
-        ranked = sorted((self.guess(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
+        """The best combinations, fastest first."""
+        ranked = sorted((self.estimate(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
         found: dict[tuple, Candidate] = {}
         sizes_of: dict[tuple, _Sizes] = {}
         planned = 0
-        for guess_ms, _, sizes in ranked:
+        for estimate_ms, _, sizes in ranked:
             times = sorted(candidate.plan.step.total_ms for candidate in found.values())
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.pp, sizes.vp, sizes.micro)
-            if len(times) >= top and guess_ms >= NEAR * times[top - 1]:
+            if len(times) >= top and estimate_ms >= NEAR * times[top - 1]:
                 break
-            if key in found or (len(times) >= top and self.floor(sizes) >= times[top - 1]) or not self.may_fit(sizes):
+            if key in found or (len(times) >= top and self.bound(sizes) >= times[top - 1]) or not self.may_fit(sizes):
                 continue
             planned += 1
-            slowest_ms = times[top - 1] if len(times) >= top else float("inf")
-            if (candidate := self.candidate(sizes, SPLITS_EACH, slowest_ms)) is not None:
+            to_beat_ms = times[top - 1] if len(times) >= top else float("inf")
+            if (candidate := self.candidate(sizes, SPLITS_EACH, to_beat_ms)) is not None:
                 found[key], sizes_of[key] = candidate, sizes
             if planned >= MOST_PLANNED:
                 break
@@ -124,7 +122,7 @@ class _Search:
         return sorted(found.values(), key=lambda candidate: candidate.plan.step.total_ms)[:top]
 
     def combinations(self) -> Iterator[_Sizes]:
-        """Everything that divides evenly."""
+        """All combinations that divide evenly."""
         model, world, batch = self.base.model, self.world_size, self.base.train.global_batch_size
         chunks_at_most = model.num_layers + 2 + (1 if model.mtp_num_layers else 0)
         tps = [tp for tp in _powers(self.machine.node_size) if model.num_attention_heads % tp == 0]
@@ -160,13 +158,10 @@ class _Search:
     def _parts(
         self, tp: int, cp: int, ep: int, micro: int, recompute: str
     ) -> tuple[PartCosts, float, RankParameters, float]:
-        """(part times, work of a micro-batch, parameters on a block, kept activations), whatever the pipeline.
-
-        The block is one replica's ranks over all stages together; activations are those of all layers.
-        """
+        """(part times, time of a micro-batch, parameters, kept activations) of all stages together."""
         sizes = _Sizes(tp=tp, cp=cp, ep=ep, pp=1, vp=1, dp=1, micro=micro, count=1, recompute=recompute)
         trial = self.trial(sizes)
-        model, depths = trial.model, trial.model.mtp_num_layers or 0
+        model, depths = trial.model, trial.model.mtp_num_layers
         costs = estimate_costs(trial, self.machine, self.world_size)
         times = [*layer_times(costs, model), costs.embedding, costs.head]
         times += [costs.mtp_layer] * depths + [costs.mtp_head] * depths
@@ -176,77 +171,67 @@ class _Search:
             held += layer_rank_parameters(model, "moe" in kind, is_linear="linear" in kind)
         for _ in range(min(1, depths) if model.mtp_use_repeated_layer else depths):
             held += mtp_rank_parameters(model)
-        on_cpu = self.machine.name == "cpu"
-        activations = Activations(trial, on_cpu, uses_te=not on_cpu and model.backend != "torch")
+        activations = Activations(trial, self.machine.is_cpu)
         kept = sum(activations.layer(kind) for kind in kinds)
-        return costs, sum(t.forward_ms + t.backward_ms for t in times), held, kept
+        return costs, sum(time.total_ms for time in times), held, kept
 
     def of(self, sizes: _Sizes) -> tuple[PartCosts, float, RankParameters, float]:
         """`_parts` of a combination."""
         return self.parts(sizes.tp, sizes.cp, sizes.ep, sizes.micro, sizes.recompute)
 
-    def floor(self, sizes: _Sizes) -> float:
-        """No split is faster: the work of a step spread over its stages, of which one holds at least its share of whole layers."""
+    def bound(self, sizes: _Sizes) -> float:
+        """A lower bound on the step: some stage has at least the mean work, and one at least its share of the layers."""
         costs, work_ms, _, _ = self.of(sizes)
-        layer_ms = min(time.forward_ms + time.backward_ms for time in costs.layer.values())
+        layer_ms = min(time.total_ms for time in costs.layer.values())
         return sizes.count * max(work_ms / sizes.pp, layer_ms * -(-self.base.model.num_layers // sizes.pp))
 
-    def guess(self, sizes: _Sizes) -> float:
-        """About the step: the floor, and the time to fill and drain the pipeline."""
-        return self.floor(sizes) * (1 + (sizes.pp - 1) / (sizes.vp * sizes.count))
+    def estimate(self, sizes: _Sizes) -> float:
+        """Approximate step time: the lower bound, and the time to fill and drain the pipeline."""
+        return self.bound(sizes) * (1 + (sizes.pp - 1) / (sizes.vp * sizes.count))
 
     def may_fit(self, sizes: _Sizes) -> bool:
-        """Whether an average stage's weights, and the layers' activations that the first stage keeps, leave room. About right, cheap."""
+        """A quick estimate: whether an average stage's weights and the first stage's activations fit."""
         if self.limit is None:
             return True
         cfg, (_, _, held, kept) = self.base, self.of(sizes)
-        item = DTYPE_BYTES[cfg.precision.dtype]
-        state = MOMENT_BYTES[cfg.optimizer.optimizer] + (0 if item == 4 else 4)
-        each = item + (4 if cfg.precision.grad_reduce_in_fp32 else item)
+        weight, gradient, optimizer = parameter_bytes(cfg)
         sharded = cfg.ddp.use_distributed_optimizer
         dense_dp = sizes.dp * sizes.cp if sharded else 1
         expert_dp = max(1, self.world_size // (sizes.pp * sizes.ep)) if sharded else 1
-        weights = held.dense * (each + state / dense_dp) + held.expert * (each + state / expert_dp)
-        # A first stage holds pp micro-batches of its layers, and with interleaving up to one more round of one chunk.
+        weights = held.dense * (weight + gradient + optimizer / dense_dp)
+        weights += held.expert * (weight + gradient + optimizer / expert_dp)
+        # A first stage keeps pp micro-batches of its layers, and with interleaving up to one more round of one chunk.
         in_flight = min(sizes.count, sizes.pp) / sizes.pp + (sizes.vp > 1) * (sizes.pp - 1) / (sizes.pp * sizes.vp)
         estimate = weights / sizes.pp + kept * in_flight
-        self.least = min(self.least, estimate)
+        self.lowest = min(self.lowest, estimate)
         return 0.9 * estimate <= self.limit
 
-    def candidate(self, sizes: _Sizes, effort: int, slowest_ms: float = float("inf")) -> Candidate | None:
-        """The combination's plan; None if it is refused or does not fit, or is proven to be slower."""
+    def candidate(self, sizes: _Sizes, effort: int, to_beat_ms: float = float("inf")) -> Candidate | None:
+        """The combination with its plan; None if it is refused, does not fit, or is proven to be slower."""
         cfg = self.trial(sizes)
         try:
             cfg.finalize(self.world_size)
-            planner = Planner(
-                cfg=cfg,
-                costs=estimate_costs(cfg, self.machine, self.world_size),
-                world_size=self.world_size,
-                frees_outputs=self.machine.frees_outputs,
-                peak_tflops=self.peak,
-                is_cpu=self.machine.name == "cpu",
-            )
-            choice = planner.choose(self.limit, effort, FEW_EACH, slowest_ms)
+            planner = make_planner(cfg, self.world_size, self.machine)
+            choice = planner.choose(self.limit, effort, FEW_EACH, to_beat_ms)
         except (ConfigError, PlanError):
             return None
-        plan = planner.plan(layout_of(planner.problem(), choice.split))
+        plan = planner.plan(planner.problem().layout(choice.split))
         if self.limit is not None and plan.peak_bytes > self.limit:
             return None
         return Candidate(cfg=cfg, plan=plan, dp=sizes.dp, recompute=sizes.recompute)
 
     def nothing_fits(self) -> str:
-        """The message when no combination is left."""
-        batch, limit = self.base.train.global_batch_size, (self.limit or 0) / 2**30
-        if self.least == float("inf"):
+        """The message if no combination is left."""
+        if self.limit is None or self.lowest == float("inf"):
             return (
-                f"--devices {self.world_size}: no parallel sizes divide both the model and train.global_batch_size = {batch} evenly over "
-                f"them. {self._nearest_number()}"
+                f"--devices {self.world_size}: no parallel sizes divide both the model and train.global_batch_size = "
+                f"{self.base.train.global_batch_size} evenly over them. {self._nearest_number()}"
             )
-        more = self.world_size
+        limit, lowest = self.limit / GIB, self.lowest / GIB
         return (
-            f"--devices {more}: no sizes fit {limit:.1f} GiB; the best that divides evenly needs about {self.least / 2**30:.1f} GiB "
-            f"on a device. Use more devices (at least about {_rounded_up(more * self.least / 2**30 / max(limit, 1e-9))}), "
-            "devices with more memory, or a smaller model."
+            f"--devices {self.world_size}: no sizes fit {limit:.1f} GiB; the best that divides evenly needs about "
+            f"{lowest:.1f} GiB on a device. Use more devices (at least about "
+            f"{_rounded_up(self.world_size * lowest / max(limit, 1e-9))}), devices with more memory, or a smaller model."
         )
 
     def _nearest_number(self) -> str:

@@ -1,4 +1,4 @@
-"""What each pipeline stage will hold in memory, before anything is built. Pure arithmetic."""
+"""Memory of each pipeline stage, predicted before anything is built. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import le
+from typing import NamedTuple
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.parallel.grid import RankGrid
@@ -25,10 +26,10 @@ class RankMemory:
 
     Attributes:
         weights: parameters as the forward pass reads them.
-        gradients: the buffers they are reduced in.
+        gradients: the buffers that they are reduced in.
         optimizer: fp32 copies and moments that this rank owns.
-        activations: what autograd keeps of all micro-batches under way, at its peak.
-        workspace: what a backward call needs for a while beyond that.
+        activations: what autograd keeps of all micro-batches in flight, at its peak.
+        workspace: what a backward call needs temporarily in addition.
     """
 
     weights: int
@@ -39,7 +40,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes in total."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
@@ -49,12 +50,29 @@ def num_microbatches(cfg: ConfigContainer, world_size: int) -> int:
     return max(1, cfg.train.global_batch_size // (cfg.train.micro_batch_size * replicas))
 
 
+class ParameterBytes(NamedTuple):
+    """Bytes for each parameter: its weight and its gradient, and for each that a rank owns, its optimizer state."""
+
+    weight: int
+    gradient: int
+    optimizer: int
+
+
+def parameter_bytes(cfg: ConfigContainer) -> ParameterBytes:
+    """Bytes for each parameter; below fp32 the optimizer keeps an fp32 copy of the weight."""
+    item = DTYPE_BYTES[cfg.precision.dtype]
+    return ParameterBytes(
+        weight=item,
+        gradient=4 if cfg.precision.grad_reduce_in_fp32 else item,
+        optimizer=MOMENT_BYTES[cfg.optimizer.optimizer] + (0 if item == 4 else 4),
+    )
+
+
 def predict_memory(
     cfg: ConfigContainer,
     layout: PipelineLayout,
     stage: int,
     world_size: int,
-    num_microbatches: int | None = None,
     *,
     is_cpu: bool | None = None,
 ) -> RankMemory:
@@ -64,11 +82,10 @@ def predict_memory(
         cfg: finalized, with a known vocabulary size.
         layout: of this model.
         stage: pipeline rank.
-        world_size: of the job.
-        num_microbatches: of one step; None: from the global batch size.
-        is_cpu: count as torch's CPU kernels do; None: as dist.device says, a GPU unless it is "cpu".
+        world_size: ranks of the job.
+        is_cpu: count what torch's CPU kernels keep; None: if dist.device is "cpu".
     """
-    return MemoryModel(cfg, world_size, num_microbatches, is_cpu).rank(layout, stage)
+    return MemoryModel(cfg, world_size, num_microbatches(cfg, world_size), is_cpu).rank(layout, stage)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,9 +94,9 @@ class ChunkMemory:
 
     Args:
         held: parameters.
-        trained: those of them that have gradients.
-        kept: bytes that a micro-batch under way keeps.
-        transient: bytes that a call needs for a while.
+        trained: parameters with gradients.
+        kept: bytes that each micro-batch in flight keeps.
+        transient: bytes that a call needs temporarily.
     """
 
     held: RankParameters
@@ -89,13 +106,12 @@ class ChunkMemory:
 
 
 class MemoryModel:
-    """`predict_memory` for many layouts of one config. Chunks that hold the same are weighed once."""
+    """`predict_memory` for many layouts of one config. Chunks that hold the same are computed once."""
 
-    def __init__(self, cfg: ConfigContainer, world_size: int, count: int | None = None, is_cpu: bool | None = None):
-        self.cfg, self.grid = cfg, RankGrid.from_config(cfg, world_size)
-        self.count = num_microbatches(cfg, world_size) if count is None else count
+    def __init__(self, cfg: ConfigContainer, world_size: int, count: int, is_cpu: bool | None = None):
+        self.cfg, self.grid, self.count = cfg, RankGrid.from_config(cfg, world_size), count
         on_cpu = cfg.dist.device == "cpu" if is_cpu is None else is_cpu
-        self.parts = Activations(cfg, on_cpu, uses_te=not on_cpu and cfg.model.backend != "torch")
+        self.parts, self.bytes = Activations(cfg, on_cpu), parameter_bytes(cfg)
         self.kinds = tuple(layer_kinds(cfg.model))
         self._chunks: dict[tuple, ChunkMemory] = {}
 
@@ -108,18 +124,16 @@ class MemoryModel:
 
     def stage(self, pp: int, stage: int, chunks: Sequence[ChunkMemory]) -> RankMemory:
         """Memory of every rank of a stage that holds these chunks, in the order of its virtual stages."""
-        cfg, item = self.cfg, DTYPE_BYTES[self.cfg.precision.dtype]
         held = sum((chunk.held for chunk in chunks), RankParameters(dense=0))
         trained = sum((chunk.trained for chunk in chunks), RankParameters(dense=0))
         owned: float = trained.total
-        if cfg.ddp.use_distributed_optimizer:
-            replicas = self.grid.dp_size * cfg.model.context_parallel_size
+        if self.cfg.ddp.use_distributed_optimizer:
+            replicas = self.grid.dp_size * self.grid.cp
             owned = trained.dense / replicas + trained.expert / self.grid.expert_dp_size
-        state = MOMENT_BYTES[cfg.optimizer.optimizer] + (0 if item == 4 else 4)
         return RankMemory(
-            weights=held.total * item,
-            gradients=trained.total * (4 if cfg.precision.grad_reduce_in_fp32 else item),
-            optimizer=round(owned * state),
+            weights=held.total * self.bytes.weight,
+            gradients=trained.total * self.bytes.gradient,
+            optimizer=round(owned * self.bytes.optimizer),
             activations=round(self.peak(pp, len(chunks), stage, [chunk.kept for chunk in chunks])),
             workspace=round(max(chunk.transient for chunk in chunks)),
         )
@@ -152,14 +166,17 @@ class MemoryModel:
         return mtp_rank_parameters(model) * copies if copies else RankParameters(dense=0)
 
     def peak(self, pp: int, vp: int, stage: int, kept: list[float]) -> float:
-        """Most bytes of activations at once, when a micro-batch under way holds kept[v] in chunk v."""
+        """Most bytes of activations at once, if each micro-batch in flight keeps kept[v] bytes in chunk v."""
         moments = _in_flight(pp, vp, stage, min(self.count, 3 * pp + self.count % pp))  # later rounds repeat
         return max(sum(n * size for n, size in zip(counts, kept, strict=True)) for counts in moments)
 
 
 @lru_cache(maxsize=4096)
 def _in_flight(pp: int, vp: int, stage: int, rounds: int) -> list[tuple[int, ...]]:
-    """How many micro-batches are held in each chunk, at every moment of a step at which not all chunks hold fewer than at another."""
+    """Micro-batches that each chunk holds, at the moments of a step that may be the worst.
+
+    A moment is left out if at another one every chunk holds at least as many.
+    """
     counts, seen = [0] * vp, {(0,) * vp}
     for call in compute_order(ScheduleKind(pp=pp, vp=vp, num_microbatches=rounds), stage):
         counts[call.vp_rank] += 1 if call.is_forward else -1
