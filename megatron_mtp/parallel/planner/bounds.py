@@ -20,7 +20,7 @@ from megatron_mtp.parallel.planner.split import Split, SplitProblem
 
 INFINITE = float("inf")
 MAX_CHEAPER_LAYERS = 6
-"""With more layers that are cheaper than the most expensive one, `lowest_by_loads` counts every layer as the cheapest."""
+"""If more layers are cheaper than the most expensive one, `lowest_by_loads` counts every layer as the cheapest."""
 
 StageFits = Callable[[int, int, int, bool], bool]
 """Whether a stage (rank, first layer, last layer + 1, is_standalone) fits the memory, without interleaving."""
@@ -105,7 +105,7 @@ class RankBounds:
 
 
 def lowest_by_stages(bounds: RankBounds, fits: StageFits | None = None) -> list[list[float]]:
-    """Without interleaving: the lowest that the highest bound of the last ranks can be, over all ways to deal out layers.
+    """Without interleaving: the lowest value of the last ranks' highest bound, over all ways to deal out layers.
 
     Dynamic program from the last rank to the first: ranks p.. with n layers before them choose where p ends, and the
     worst of p's bound and of the rest counts. `[0][0]` is below every split.
@@ -205,7 +205,7 @@ def splits_below(bounds: RankBounds, limit_ms: float) -> list[tuple[float, Split
     found: list[tuple[float, Split]] = []
 
     def fill(chunk: int, start: int, passed_ms: float, reached_ms: float) -> None:
-        """Tries every number of layers in a chunk; chunks before it take `passed_ms` and have a bound of `reached_ms`."""
+        """Tries all sizes of a chunk. The chunks before it take `passed_ms` and have the bound `reached_ms`."""
         rank, before = chunk % pp, loads[chunk % pp]
         if chunk < pp:
             upstream[rank] = passed_ms
@@ -234,7 +234,7 @@ def splits_below(bounds: RankBounds, limit_ms: float) -> list[tuple[float, Split
 
 
 def blocking_exchanges(kind: ScheduleKind, rank: int) -> tuple[int, int, int]:
-    """Blocking exchanges of a rank: between its first and last call, after its first backward and before its last forward.
+    """Blocking exchanges of a rank between its first and last call, after its first backward, before its last forward.
 
     Each further round of pp micro-batches adds equally many, so a long step is extrapolated from two short ones.
     """

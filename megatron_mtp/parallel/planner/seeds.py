@@ -24,7 +24,7 @@ def seeds(problem: SplitProblem) -> list[Split]:
 
 
 def neighbours(problem: SplitProblem, split: Split) -> Iterator[Split]:
-    """The splits with one layer moved, from the chunks that set the pace first, and to those with the most room first."""
+    """The splits with one layer moved: first from chunks that set the pace, and first to those with the most room."""
     pp, vp = problem.kind.pp, problem.kind.vp
     totals = [time.total_ms for time in problem.chunk_times(split)]
     loads = [sum(totals[rank::pp]) for rank in range(pp)]
@@ -52,7 +52,7 @@ def _pace_ms(problem: SplitProblem, split: Split) -> float:
 def _uniform(problem: SplitProblem) -> Iterator[Split]:
     """Splits in which all chunks of one virtual stage hold about equally many layers, those at the ends fewer.
 
-    Under interleaving the ranks pass the same virtual stage at the same time, so the largest chunk of each sets the pace.
+    Under interleaving the ranks pass the same virtual stage at the same time, so its largest chunk sets the pace.
     """
     pp, vp, num_layers = problem.kind.pp, problem.kind.vp, len(problem.layers)
     base = -(-num_layers // (pp * vp))
