@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mtp.config.depths import distinct_layers
+
 _ALL = frozenset({"*"})
 
 FREE: dict[str, frozenset[str]] = {
@@ -171,8 +173,7 @@ def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: di
 
 
 def _stored_mtp_layers(model: dict[str, Any]) -> int:
-    depths = model["mtp_num_layers"] or 0
-    return min(depths, 1) if model["mtp_use_repeated_layer"] else depths
+    return distinct_layers(model["mtp_num_layers"], model["mtp_use_repeated_layer"])
 
 
 _MTP_COUNT = frozenset({"mtp_num_layers", "mtp_use_repeated_layer"})

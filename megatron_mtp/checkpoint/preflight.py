@@ -15,6 +15,7 @@ from megatron_mtp.checkpoint.compat import Comparison, compare, compare_weights
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest, read_manifest
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.derive import WHEN_NULL
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.data.tokenizer import configured_tokenizer
@@ -109,7 +110,9 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
 
 
 def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
-    """The config in a checkpoint, section by section, as plain data; the values are not checked.
+    """The config in a checkpoint, section by section, as plain data; values are not checked.
+
+    Fields that `finalize` fills are filled here too: checkpoints may hold null in them.
 
     Raises:
         CheckpointError: it cannot be read, or has another form.
@@ -120,6 +123,10 @@ def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from error
     if not _is_mapping(saved) or not all(map(_is_mapping, saved.values())):
         raise CheckpointError(f"{path}: is not a config: it must hold sections with fields.")
+    model = saved.get("model", {})
+    for name, value in WHEN_NULL.items():
+        if model.get(name) is None:
+            model[name] = value
     return saved
 
 

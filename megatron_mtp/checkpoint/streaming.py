@@ -41,12 +41,12 @@ from megatron_mtp.checkpoint.manifest import (
     describe_file,
     read_manifest,
 )
+from megatron_mtp.checkpoint.preflight import read_saved_config
 from megatron_mtp.checkpoint.random_state import RNG_KEY
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.checkpoint.writer import HashedStream, Written, save_tensor, write_metadata
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import from_dict, to_yaml
-from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.errors import CheckpointError
 
 FILE_BYTES = 8 << 30
@@ -207,9 +207,8 @@ class StoredWeights:
                     self._stacks.add(key)
 
     def config(self) -> ConfigContainer:
-        """The config that was saved with the weights, not finalized."""
-        path = self.folder / CONFIG_NAME
-        return from_dict(load_yaml(path.read_text(encoding="utf-8"), str(path)))
+        """The config that is saved with the weights, not finalized."""
+        return from_dict(read_saved_config(self.folder / CONFIG_NAME))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a full tensor."""

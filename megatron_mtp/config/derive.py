@@ -9,6 +9,8 @@ from megatron_mtp.errors import ConfigError
 
 BYTES_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
+WHEN_NULL = {"mtp_num_layers": 0, "virtual_pipeline_model_parallel_size": 1}
+"""What null means in these fields of `model`, whatever the others hold."""
 TOKEN_COUNTS = (
     ("train", "train_tokens"),
     ("scheduler", "lr_decay_tokens"),
@@ -32,8 +34,9 @@ def derive(cfg: ConfigContainer) -> list[str]:
 
 def _derive_model(model: ModelConfig) -> list[str]:
     problems = []
-    if model.mtp_num_layers is None:
-        model.mtp_num_layers = 0
+    for name, value in WHEN_NULL.items():
+        if getattr(model, name) is None:
+            setattr(model, name, value)
     if model.ffn_hidden_size is None:
         model.ffn_hidden_size = 4 * model.hidden_size
     if model.num_query_groups is None:
@@ -51,8 +54,6 @@ def _derive_model(model: ModelConfig) -> list[str]:
         model.sequence_parallel = False  # a shard of one: the same numbers, and Megatron-Core refuses it
     if model.expert_tensor_parallel_size is None:
         model.expert_tensor_parallel_size = model.tensor_model_parallel_size
-    if model.virtual_pipeline_model_parallel_size == 1:
-        model.virtual_pipeline_model_parallel_size = None
     if model.pipeline_model_parallel_layout is None:
         model.pipeline_model_parallel_layout = "auto"
     if model.recompute_granularity == "selective" and model.recompute_modules is None:

@@ -39,7 +39,7 @@ def hf_config_dict(model: ModelConfig, family: str | None = None) -> dict[str, A
     config |= rope_to_hf(model, form) | _experts_to_hf(model, form)
     if model.experimental_attention_variant is not None:
         config["layer_types"] = ["linear_attention" if linear else "full_attention" for linear in linear_pattern(model)]
-    config[form.mtp_key] = model.mtp_num_layers or 0
+    config[form.mtp_key] = model.mtp_num_layers
     _require_carried(model, model_config_from_hf(config), name)
     return config
 

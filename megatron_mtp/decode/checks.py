@@ -45,7 +45,7 @@ def check_request(decoder: Decoder, prompts: Sequence[Sequence[int]], options: O
 
 
 def _num_drafts(decoder: Decoder, options: Options) -> int:
-    depths = decoder.model.mtp_num_layers or 0
+    depths = decoder.model.mtp_num_layers
     if options.widths:
         wanted = len(options.widths)
     elif options.num_draft == "auto":

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode.attention import Cache
 from megatron_mtp.decode.block import Block, Depth
@@ -77,8 +78,6 @@ class Decoder:
         tp, device = tp or TensorParallel(), torch.device(device)
         weights = Weights(model, tensors, tp, dtype, device)
         kinds = moe_pattern(model)
-        depths = model.mtp_num_layers or 0
-        copies = min(depths, 1) if model.mtp_use_repeated_layer else depths
         with torch.inference_mode():
             embedding = weights.get("embedding.word_embeddings.weight").to(dtype).clone()
             tied = model.share_embeddings_and_output_weights
@@ -89,7 +88,9 @@ class Decoder:
                 first_id=tp.rank * embedding.shape[0],
                 blocks=[block(weights, f"decoder.layers.{index}.", is_moe) for index, is_moe in enumerate(kinds)],
                 final_norm=weights.full_norm("decoder.final_layernorm"),
-                depths=[depth(weights, f"mtp.layers.{index}.", kinds[-1]) for index in range(copies)],
+                depths=[
+                    depth(weights, f"mtp.layers.{index}.", kinds[-1]) for index in range(Depths.of(model).distinct)
+                ],
                 head=head,
                 draft_head=head,
                 tp=tp,

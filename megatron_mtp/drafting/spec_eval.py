@@ -125,7 +125,7 @@ def _measure(
         )
     plain = Options(max_new_tokens=options.new_tokens, num_draft=0)
     drafted = Options(max_new_tokens=options.new_tokens, num_draft=options.num_draft)
-    depths = max(decoder.model.mtp_num_layers or 0, options.num_draft if isinstance(options.num_draft, int) else 0)
+    depths = max(decoder.model.mtp_num_layers, options.num_draft if isinstance(options.num_draft, int) else 0)
     warm_up = [usable[0][: options.prompt_tokens]]
     for each in (plain, drafted):
         generate(decoder, warm_up, each)

@@ -74,7 +74,10 @@ def _build_chunk(
     model, layout, pp_rank = run.cfg.model, run.layout, groups.pp.rank()
     layers = layout.decoder_layers(pp_rank, vp_stage)
     symbols = layout.chunks[pp_rank][vp_stage]
-    layer_class = ParallelMTPLayer if model.mtp_variant == "parallel" else MTPLayer
+    mtp = None
+    if "m" in symbols:
+        layer_class = ParallelMTPLayer if model.mtp_variant == "parallel" else MTPLayer
+        mtp = mtp_spec(config, run.depths.distinct, run.is_moe[-1], layer_class, use_te=use_te)
     return MTPModel(
         config=config,
         transformer_layer_spec=block_spec(
@@ -90,7 +93,7 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
         rope_scaling_factor=model.rope_scaling_factor,
-        mtp_block_spec=mtp_spec(config, run.is_moe[-1], layer_class, use_te=use_te) if "m" in symbols else None,
+        mtp_block_spec=mtp,
         pg_collection=groups,
         vp_stage=vp_stage if layout.vp > 1 else None,
         hidden_source=model.mtp_hidden_source,

@@ -52,7 +52,7 @@ def block_spec(
 
 
 def mtp_spec(
-    config: TransformerConfig, is_moe: bool, layer_class: type[MTPLayer], *, use_te: bool
+    config: TransformerConfig, num_layers: int, is_moe: bool, layer_class: type[MTPLayer], *, use_te: bool
 ) -> MultiTokenPredictionBlockSubmodules:
     """All depths, made apart from the decoder's spec: a standalone MTP stage has no decoder layer to copy.
 
@@ -60,8 +60,7 @@ def mtp_spec(
     """
     layer = get_mtp_layer_spec_for_backend(_layer_spec(config, is_moe, use_te=use_te), backend=_provider(use_te))
     layer.module = layer_class
-    copies = 1 if config.mtp_use_repeated_layer else config.mtp_num_layers
-    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * copies)
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * num_layers)
 
 
 def _layer_spec(config: TransformerConfig, is_moe: bool, *, is_linear: bool = False, use_te: bool) -> ModuleSpec:

@@ -10,7 +10,6 @@ from megatron.core.activations import squared_relu
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_mtp.config import ConfigContainer
 from megatron_mtp.parallel.resolve import ResolvedRun
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
@@ -23,7 +22,7 @@ SAME = (
     "attention_output_gate experimental_attention_variant linear_attention_freq linear_conv_kernel_dim "
     "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
     "attention_dropout hidden_dropout init_method_std mtp_use_repeated_layer mtp_detach_heads "
-    "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size "
     "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
     "recompute_granularity recompute_method recompute_num_layers recompute_modules"
 ).split()
@@ -54,7 +53,8 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
     dtype = DTYPES[cfg.precision.dtype]
     fields |= {
         "activation_func": ACTIVATIONS[model.activation_func],
-        "mtp_num_layers": model.mtp_num_layers or None,
+        "mtp_num_layers": run.depths.count or None,
+        "virtual_pipeline_model_parallel_size": layout.megatron_vp,
         "pipeline_model_parallel_layout": layout.string if layout.pp > 1 else None,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -71,7 +71,7 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
         "use_cpu_initialization": False,
         "cp_comm_type": "p2p" if use_te and model.context_parallel_size > 1 else None,
     }
-    fields |= _communication(cfg, device_type)
+    fields |= _communication(interleaved=layout.vp > 1, on_gpu=device_type == "cuda")
     if model.num_moe_experts:
         fields["moe_grouped_gemm"] = use_te if model.moe_grouped_gemm is None else model.moe_grouped_gemm
     fields |= {name: _engine_value(name, value) for name, value in model.mcore.items()}
@@ -88,17 +88,15 @@ def _engine_value(name: str, value: Any) -> Any:
     return tuple(value) if name == "window_size" and value is not None else value
 
 
-def _communication(cfg: ConfigContainer, device_type: str) -> dict[str, Any]:
+def _communication(*, interleaved: bool, on_gpu: bool) -> dict[str, Any]:
     """How stages talk. Measured, not chosen: other settings compute wrong numbers or deadlock.
 
     gloo matches messages of two ranks in posting order, so a batch of sends and receives between two stages with
     virtual chunks delivers the wrong tensor, silently. An interleaved schedule with a standalone MTP stage deadlocks
     without the overlapped form.
     """
-    interleaved = (cfg.model.virtual_pipeline_model_parallel_size or 1) > 1
-    overlap = interleaved
     return {
-        "batch_p2p_comm": device_type == "cuda" and not overlap,
-        "overlap_p2p_comm": overlap,
-        "deallocate_pipeline_outputs": device_type == "cuda",
+        "batch_p2p_comm": on_gpu and not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "deallocate_pipeline_outputs": on_gpu,
     }

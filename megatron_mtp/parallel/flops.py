@@ -9,6 +9,7 @@ Source: megatron.training 0.19.2, training.py `num_floating_point_operations`; c
 
 from __future__ import annotations
 
+from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 
@@ -22,7 +23,7 @@ def train_flops_per_token(model: ModelConfig) -> float:
     Returns:
         Operations; times global_batch_size * seq_length they make one step.
     """
-    depths = model.mtp_num_layers or 0
+    depths = Depths.of(model).count
     trunk_passes = 1 if model.mtp_freeze_trunk else 3
     head_is_reached = not (model.mtp_freeze_trunk or model.mtp_detach_heads)
     logits = forward_flops_logits(model)

@@ -31,13 +31,12 @@ class PipelineLayout:
         Raises:
             PlanError: the layout breaks a rule; all problems are named.
         """
-        pp = model.pipeline_model_parallel_size
+        pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
         assert pp == 1 or model.pipeline_model_parallel_layout != "auto", "the planner chooses it"
-        vp = model.virtual_pipeline_model_parallel_size or 1
         flat, problems = layout_chunks(
             model.pipeline_model_parallel_layout,
             num_layers=model.num_layers,
-            num_depths=model.mtp_num_layers or 0,
+            num_depths=model.mtp_num_layers,
             pp=pp,
             vp=vp,
         )
@@ -59,6 +58,11 @@ class PipelineLayout:
     def vp(self) -> int:
         """Virtual pipeline size; 1 without interleaving."""
         return len(self.chunks[0])
+
+    @property
+    def megatron_vp(self) -> int | None:
+        """Megatron-Core's virtual pipeline size: None without interleaving."""
+        return self.vp if self.vp > 1 else None
 
     @property
     def in_order(self) -> list[Chunk]:

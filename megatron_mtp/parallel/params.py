@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.sections import ModelConfig
 
 
@@ -59,7 +60,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     norm = _norm(model, model.hidden_size)
     trunk = sum(layer_parameters(model, is_moe, is_linear=linear) for is_moe, linear in kinds) + norm
     active = sum(layer_parameters(model, moe, is_linear=linear, only_active=True) for moe, linear in kinds) + norm
-    copies = 1 if model.mtp_use_repeated_layer and model.mtp_num_layers else model.mtp_num_layers or 0
+    copies = Depths.of(model).distinct
     return ParameterCount(
         embedding=embedding,
         trunk=trunk,

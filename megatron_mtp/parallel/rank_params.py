@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
@@ -64,7 +65,7 @@ def chunk_parameters(model: ModelConfig, symbols: str, layers: range) -> RankPar
         found += layer_rank_parameters(model, is_moe, is_linear=is_linear) * count
     if _has_final_norm(model, symbols, layers):
         found += RankParameters(dense=_norm(model, model.hidden_size))
-    copies = min(1, symbols.count("m")) if model.mtp_use_repeated_layer else symbols.count("m")
+    copies = Depths.of(model).layers_in(symbols)
     return found + mtp_rank_parameters(model) * copies if copies else found
 
 

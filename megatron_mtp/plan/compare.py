@@ -216,11 +216,11 @@ def _layout_of_text(cfg: ConfigContainer, text: str) -> PipelineLayout:
     model = cfg.model
     parts = [part.strip() for part in text.strip(" []").split(",")]
     is_list = all(part.lstrip("-").isdigit() for part in parts)
-    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     flat, problems = layout_chunks(
         [int(part) for part in parts] if is_list else text,
         num_layers=model.num_layers,
-        num_depths=model.mtp_num_layers or 0,
+        num_depths=model.mtp_num_layers,
         pp=pp,
         vp=vp,
     )

@@ -24,7 +24,7 @@ def facts(cfg: ConfigContainer) -> dict[str, Any]:
             "tensor": model.tensor_model_parallel_size,
             "sequence": model.sequence_parallel,
             "pipeline": model.pipeline_model_parallel_size,
-            "virtual_pipeline": model.virtual_pipeline_model_parallel_size or 1,
+            "virtual_pipeline": model.virtual_pipeline_model_parallel_size,
             "context": model.context_parallel_size,
             "expert": model.expert_model_parallel_size,
             "expert_tensor": model.expert_tensor_parallel_size,

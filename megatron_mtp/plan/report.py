@@ -111,7 +111,7 @@ def search_rows(plans: Plans) -> list[list[str]]:
         sizes = (
             model.tensor_model_parallel_size,
             model.pipeline_model_parallel_size,
-            model.virtual_pipeline_model_parallel_size or 1,
+            model.virtual_pipeline_model_parallel_size,
             model.context_parallel_size,
             model.expert_model_parallel_size,
             found.dp,

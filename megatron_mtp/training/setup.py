@@ -86,7 +86,7 @@ def make_groups(run: ResolvedRun) -> ProcessGroupCollection:
     return init_model_parallel(
         tp=model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
-        vp=model.virtual_pipeline_model_parallel_size,
+        vp=run.layout.megatron_vp,
         cp=model.context_parallel_size,
         ep=model.expert_model_parallel_size,
         etp=model.expert_tensor_parallel_size,

@@ -121,7 +121,7 @@ def _shrink_model(model: ModelConfig, is_moe: list[bool], is_linear: list[bool],
         _shrink_linear_attention(model, sizes)
         model.linear_attention_freq = [int(kind) for kind in _fewer(is_linear, num_layers)]
     model.num_layers = num_layers
-    model.seq_length = _multiple(max(SEQ_LENGTH, 2 * (model.mtp_num_layers or 0)), sizes.slots)
+    model.seq_length = _multiple(max(SEQ_LENGTH, 2 * model.mtp_num_layers), sizes.slots)
     model.vocab_size, model.make_vocab_size_divisible_by = VOCAB_SIZE, 8
     model.init_method_std = INIT_STD  # larger, so that every part of the model has a gradient to speak of
     model.attention_dropout = model.hidden_dropout = 0.0

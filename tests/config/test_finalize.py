@@ -37,14 +37,13 @@ def test_derived_values():
     cfg = ConfigContainer()
     cfg.model.num_layers, cfg.model.hidden_size, cfg.model.num_attention_heads = 2, 48, 4
     cfg.model.vocab_size, cfg.model.num_moe_experts, cfg.model.sequence_parallel = 100, 4, True
-    cfg.model.virtual_pipeline_model_parallel_size = 1
     cfg.train.train_tokens, cfg.train.global_batch_size = "1.5M", 6
     cfg.finalize()
     model = cfg.model
     assert (model.ffn_hidden_size, model.moe_ffn_hidden_size) == (192, 192)
     assert (model.num_query_groups, model.kv_channels, model.mtp_num_layers) == (4, 12, 0)
     assert model.expert_tensor_parallel_size == 1
-    assert model.virtual_pipeline_model_parallel_size is None
+    assert model.virtual_pipeline_model_parallel_size == 1
     assert model.sequence_parallel is False
     assert cfg.train.train_tokens == 1_500_000
     assert cfg.train.train_iters is None

@@ -47,7 +47,7 @@ def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tupl
 @torch.no_grad()
 def forward(cfg: Any, chunk: Any, groups: Any, ids: Tensor) -> Tensor | None:
     """Logits [1 + D, b, s, v] on the last stage, None elsewhere; depth k reads ids rolled by k."""
-    depths = cfg.model.mtp_num_layers or 0
+    depths = cfg.model.mtp_num_layers
     rolled = torch.stack([torch.roll(ids, -k, dims=1) for k in range(1, depths + 1)]) if depths else ids.new_zeros(0)
     chunk.eval()
     pp, rank = groups.pp, groups.pp.rank()

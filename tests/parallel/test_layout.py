@@ -14,7 +14,7 @@ from megatron_mtp.parallel.layout import PipelineLayout
 pytestmark = pytest.mark.unit
 
 
-def make(layout, num_layers=4, depths=2, pp=2, vp=None) -> PipelineLayout:
+def make(layout, num_layers=4, depths=2, pp=2, vp=1) -> PipelineLayout:
     model = ModelConfig(num_layers=num_layers, mtp_num_layers=depths, pipeline_model_parallel_size=pp)
     model.virtual_pipeline_model_parallel_size = vp
     model.pipeline_model_parallel_layout = layout
@@ -60,13 +60,13 @@ def test_a_list_places_every_layer_once(counts, depths):
 @pytest.mark.parametrize(
     ("num_layers", "depths", "pp", "vp", "expected"),
     [
-        (4, 2, 2, None, "Ettt|tmmL"),
-        (4, 0, 2, None, "Ett|ttL"),
-        (5, 1, 4, None, "Et|tt|tt|mL"),
-        (8, 1, 1, None, "EttttttttmL"),
-        (61, 1, 16, None, "Ettt|" + "tttt|" * 14 + "ttmL"),
+        (4, 2, 2, 1, "Ettt|tmmL"),
+        (4, 0, 2, 1, "Ett|ttL"),
+        (5, 1, 4, 1, "Et|tt|tt|mL"),
+        (8, 1, 1, 1, "EttttttttmL"),
+        (61, 1, 16, 1, "Ettt|" + "tttt|" * 14 + "ttmL"),
         (8, 1, 2, 2, "Ett|tt|ttt|tmL"),
-        (4, 6, 2, None, "Etttt|mmmmmmL"),
+        (4, 6, 2, 1, "Etttt|mmmmmmL"),
         (3, 1, 2, 2, "Et|t|t|mL"),
         (2, 0, 2, 2, "E|t|t|L"),
         (3, 1, 3, 2, "E|t|t|t|m|L"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_config import family_of, hf_config_dict
 from megatron_mtp.parallel.params import count_parameters
@@ -48,7 +49,7 @@ def test_parameters(name):
     count, built = count_parameters(model), theirs(model)
     assert count.main == size(built)
     # An MTP layer: two norms of its inputs, the projection of both, a layer of the last kind, a norm.
-    h, layers = model.hidden_size, 1 if model.mtp_use_repeated_layer else model.mtp_num_layers
+    h, layers = model.hidden_size, Depths.of(model).distinct
     assert count.mtp == layers * (size(built.model.layers[-1]) + 2 * h * h + 3 * h)
     if model.num_moe_experts is None:
         assert count.main_active == count.main

@@ -46,6 +46,6 @@ def test_losses_fall(name: str, tmp_path: Path):
     cfg.dist.device, cfg.dist.num_threads = "cpu", 1
     pretrain(cfg)
     steps = read_metrics(tmp_path / "logs" / "metrics.jsonl")
-    for depth in ["lm loss", *(f"mtp_{k} loss" for k in range(1, (cfg.model.mtp_num_layers or 0) + 1))]:
+    for depth in ["lm loss", *(f"mtp_{k} loss" for k in range(1, cfg.model.mtp_num_layers + 1))]:
         assert steps[0][depth] == pytest.approx(np.log(VOCAB_SIZE), rel=0.1)
         assert steps[-1][depth] < 0.6 * steps[0][depth], depth

@@ -96,8 +96,8 @@ def even_layout(model: ModelConfig) -> PipelineLayout:
     Raises:
         PlanError: there are too few layers for it.
     """
-    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
-    flat = even_chunks(model.num_layers, model.mtp_num_layers or 0, pp * vp)
+    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    flat = even_chunks(model.num_layers, model.mtp_num_layers, pp * vp)
     if not all(flat):
         raise PlanError("there are too few layers for an even split")
     return PipelineLayout.of_chunks(flat, pp, vp)

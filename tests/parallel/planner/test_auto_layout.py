@@ -55,7 +55,7 @@ def test_it_is_planned_again_when_the_model_or_its_stages_change(change):
     assert flat == "E" + "t" * cfg.model.num_layers + "m" * cfg.model.mtp_num_layers + "L"
     assert (after.pp, after.vp) == (
         cfg.model.pipeline_model_parallel_size,
-        cfg.model.virtual_pipeline_model_parallel_size or 1,
+        cfg.model.virtual_pipeline_model_parallel_size,
     )
 
 
