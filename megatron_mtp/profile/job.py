@@ -47,7 +47,7 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
         model.mtp_num_layers = max(1, model.mtp_num_layers)
     if model.mtp_depth_weights and len(model.mtp_depth_weights) != model.mtp_num_layers:
         model.mtp_depth_weights = None
-    model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size = 1, None
+    model.pipeline_model_parallel_size = model.virtual_pipeline_model_parallel_size = 1
     model.pipeline_model_parallel_layout = "auto"
     block = block_size(cfg)
     replicas = block // (model.tensor_model_parallel_size * model.context_parallel_size)

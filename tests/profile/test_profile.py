@@ -44,7 +44,7 @@ def test_the_small_model_keeps_the_parts_and_loses_the_pipeline():
     small = profile_config(cfg.finalize())
     assert small.model.moe_layer_freq == [0, 0, 0, 0, 1, 1, 1, 1]
     assert (small.model.num_layers, small.model.mtp_num_layers) == (8, 1)
-    assert (small.model.pipeline_model_parallel_size, small.model.virtual_pipeline_model_parallel_size) == (1, None)
+    assert (small.model.pipeline_model_parallel_size, small.model.virtual_pipeline_model_parallel_size) == (1, 1)
     assert small.model.hidden_size == cfg.model.hidden_size
 
 
