@@ -1,4 +1,4 @@
-"""`python -m megatron_mtp.cli.agent`: torchrun's agent with the project's exit codes; see `megatron_mtp.launch.agent`."""
+"""The old place of `megatron_mtp.launch.agent`, which running jobs may name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The arguments that choose a config, shared by `show` and `pretrain`: recipe, then files, then section.field=value."""
+"""The arguments that choose a config, shared by several commands: recipe, then files, then section.field=value."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from megatron_mtp.errors import ConfigError
 
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe; `megatron-mtp recipes` lists them.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Changes, such as model.num_layers=8.")
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Config changes, such as model.num_layers=8."),
 ]
 Files = Annotated[
-    list[Path] | None, typer.Option("--config", metavar="FILE", help="YAML with changes; may be given several times.")
+    list[Path] | None, typer.Option("--config", metavar="FILE", help="YAML file with config changes; repeatable.")
 ]
 
 

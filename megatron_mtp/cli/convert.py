@@ -1,18 +1,21 @@
-"""`megatron-mtp convert import|export|check`: weights from and to Hugging Face folders."""
+"""`megatron-mtp convert import|export|check`: converts weights from and to Hugging Face folders."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-convert = typer.Typer(no_args_is_help=True, help="Exchange weights with Hugging Face folders, MTP layers included.")
+if TYPE_CHECKING:
+    from megatron_mtp.convert.report import Report
+
+convert = typer.Typer(no_args_is_help=True, help="Convert weights from and to Hugging Face folders, with MTP layers.")
 
 
 class Init(StrEnum):
-    """How MTP layers are made that the files lack."""
+    """How to initialise MTP layers that the files lack."""
 
     last_layer = "last_layer"
     fresh = "fresh"
@@ -27,39 +30,38 @@ class Dtype(StrEnum):
 
 
 Checkpoint = Annotated[
-    Path, typer.Argument(help="Run directory (its newest checkpoint), or the folder of one checkpoint.")
+    Path, typer.Argument(help="Run directory (its newest checkpoint is used), or the folder of one checkpoint.")
 ]
 Family = Annotated[
-    str | None, typer.Option(help="Form of the files, such as qwen3; default: the one that has this architecture.")
+    str | None,
+    typer.Option(help="Model family of the files, such as qwen3. Default: the one that fits the architecture."),
 ]
-Depths = Annotated[
-    int | None, typer.Option("--mtp-depths", min=0, help="MTP layers of the result; default: all there are.")
-]
+Depths = Annotated[int | None, typer.Option("--mtp-depths", min=0, help="MTP layers of the result. Default: all.")]
 ReportFile = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="Write what became of every tensor as JSON.")
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write to this JSON file what was done with every tensor."),
 ]
 
 
 @convert.command("import")
 def import_(
-    hf_dir: Annotated[Path, typer.Argument(help="config.json, *.safetensors and tokenizer files.")],
-    out: Annotated[Path, typer.Argument(help="Run directory for the checkpoint; must hold none.")],
+    hf_dir: Annotated[Path, typer.Argument(help="Folder with config.json, *.safetensors and tokenizer files.")],
+    out: Annotated[Path, typer.Argument(help="Run directory for the checkpoint; it must not hold one.")],
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe to save with the weights; its architecture must be config.json's.")
+        str | None, typer.Option(help="Recipe to save with the weights; it must have the architecture of config.json.")
     ] = None,
     mtp_depths: Depths = None,
     mtp_init: Annotated[
         Init | None,
         typer.Option(
-            help="Make MTP layers that the files lack: copies of the trunk's last layer, or as in a new model."
+            help="Initialise MTP layers that the files lack: copies of the trunk's last layer, or as in a new model."
         ),
     ] = None,
     report: ReportFile = None,
 ) -> None:
-    """Write a checkpoint of iteration 0 with the weights of HF_DIR. A run starts from it with checkpoint.pretrained_checkpoint=OUT."""
+    """Convert HF_DIR to a checkpoint of iteration 0. Start a run from it with checkpoint.pretrained_checkpoint=OUT."""
     from megatron_mtp.recipes import get_recipe
 
-    _quiet()
     cfg = get_recipe(recipe) if recipe else None
     from megatron_mtp.convert.importing import import_hf
 
@@ -69,32 +71,33 @@ def import_(
 @convert.command()
 def export(
     checkpoint: Checkpoint,
-    hf_dir: Annotated[Path, typer.Argument(help="Folder to make.")],
+    hf_dir: Annotated[Path, typer.Argument(help="Folder to create.")],
     family: Family = None,
     mtp_depths: Depths = None,
     duplicates: Annotated[
         bool,
         typer.Option(
             "--mtp-duplicates/--no-mtp-duplicates",
-            help="Copies of embedding and head beside each MTP layer, where released files of the family hold them.",
+            help="Write copies of embedding and head for each MTP layer if released files of the family have them.",
         ),
     ] = True,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: as stored.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder or tokenizer.json; default: the run's.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the exported weights. Default: as stored.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder or tokenizer.json to export. Default: the run's.")
+    ] = None,
     with_tokenizer: Annotated[
         bool, typer.Option("--with-tokenizer/--no-tokenizer", help="Write tokenizer files.")
     ] = True,
-    shard_gb: Annotated[float, typer.Option(help="GB (10^9 bytes) of one file.")] = 5.0,
+    shard_gb: Annotated[float, typer.Option(help="Size of one file in GB (10^9 bytes).")] = 5.0,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare every byte of the checkpoint with its manifest first.")
+        bool, typer.Option("--verify/--no-verify", help="First compare every byte of the checkpoint with its manifest.")
     ] = True,
     report: ReportFile = None,
 ) -> None:
     """Write weights, config, tokenizer and generation settings of a checkpoint for transformers, vLLM and SGLang."""
-    _quiet()
     from megatron_mtp.convert.exporting import export_hf
 
-    made = export_hf(
+    done = export_hf(
         checkpoint,
         hf_dir,
         family=family,
@@ -106,37 +109,29 @@ def export(
         shard_bytes=round(shard_gb * 1e9),
         verify=verify,
     )
-    _print(made, report)
+    _print(done, report)
 
 
 @convert.command()
 def check(
     checkpoint: Checkpoint,
-    hf_dir: Annotated[Path, typer.Argument(help="Folder to compare with.")],
+    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face folder to compare with.")],
     family: Family = None,
     mtp_depths: Depths = None,
 ) -> None:
-    """Compare every tensor of a checkpoint and a folder. Exit code 1 if any differs."""
-    _quiet()
+    """Compare every tensor of a checkpoint with a Hugging Face folder. Exit code 1 if any differs."""
     from megatron_mtp.convert.checking import check_hf
 
     result = check_hf(checkpoint, hf_dir, family=family, mtp_depths=mtp_depths)
-    typer.echo(f"{result.num_equal} tensors hold the same bits, {len(result.different)} do not")
+    typer.echo(f"{result.num_equal} tensors are equal bit for bit, {len(result.different)} are not")
     for name, difference in result.different.items():
         typer.echo(f"{name}: differs by up to {difference:.3g}")
     if not result.is_equal:
         raise typer.Exit(1)
 
 
-def _quiet() -> None:
-    """Before the imports that make the noise."""
-    from megatron_mtp.observe.logs import silence_noise
-
-    silence_noise()
-
-
-def _print(made, report: Path | None) -> None:
-    for line in made.lines():
+def _print(done: Report, report: Path | None) -> None:
+    for line in done.lines():
         typer.echo(line)
     if report is not None:
-        made.to_json(report)
+        done.to_json(report)

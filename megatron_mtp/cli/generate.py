@@ -1,11 +1,11 @@
-"""`megatron-mtp generate`."""
+"""`megatron-mtp generate`: continues text with a trained model."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,52 +15,61 @@ Source = Annotated[
     Path, typer.Argument(help="Run directory, folder of one checkpoint, or Hugging Face folder.", show_default=False)
 ]
 NumDraft = Annotated[
-    str, typer.Option(help="Tokens drafted by the MTP layers in each round: a number, 0 (none), or auto (as measured).")
+    str, typer.Option(help="Tokens the MTP layers draft per round: a number, 0 (no drafts), or auto (by measurement).")
 ]
+DraftVocab = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        metavar="N",
+        help="Draft only the N lowest token ids; verification uses the full vocabulary. Default: all.",
+    ),
+]
+Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="Dtype of weights and caches.")]
+Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Device to run on. Default: cuda if available.")]
+TokenizerPath = Annotated[str | None, typer.Option(help="Tokenizer file or folder to use instead of the model's.")]
 
 
 def generate(
     source: Source,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be given several times.")
-    ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with one prompt.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeatable.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File whose text is one prompt.")] = None,
     prompt_ids: Annotated[
-        list[str] | None, typer.Option(help="Token ids to continue, such as 12,7,305; may be given several times.")
+        list[str] | None, typer.Option(help="Token ids to continue, such as 12,7,305; repeatable.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens that follow each prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = 128,
     num_draft: NumDraft = "auto",
     tree: Annotated[
-        str | None, typer.Option(help="Draft tree: candidates at each depth, such as 3,1. One prompt, greedy.")
+        str | None,
+        typer.Option(help="Draft tree: candidates per depth, such as 3,1. For one prompt, decoded greedily."),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this together.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Only the k most probable tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come (one prompt).")] = False,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on behind the end of a document.")] = False,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample only from the most probable tokens that together reach this probability.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample only from the k most probable tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated; for one prompt.")] = False,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Continue after end-of-document.")] = False,
     context: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and answer. Default: model.seq_length.")
+        int | None, typer.Option(help="Most tokens of prompt and continuation. Default: model.seq_length.")
     ] = None,
-    draft_vocab: Annotated[
-        int | None,
-        typer.Option(min=2, help="Draft the lowest ids only, so many. Default: all. Verification knows all."),
+    draft_vocab: DraftVocab = None,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    tokenizer: TokenizerPath = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Shard the model over this many processes of this machine.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: what is there.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer in place of the model's.")] = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel processes on this machine.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print tokens, text and counts as JSON.")] = False,
 ) -> None:
-    """Continue text with a trained model. MTP layers draft, the main model verifies: the text is the same, and comes sooner."""
+    """Continue text with a trained model. MTP layers draft and the main model verifies: the same text, but faster."""
     texts = [*(prompt or []), *([_read(prompt_file)] if prompt_file else [])]
     ids = [_parse_ids(text) for text in prompt_ids or []]
     if not texts and not ids:
         raise ConfigError("There is no prompt. Give --prompt, --prompt-file or --prompt-ids.")
     if stream and (len(texts) + len(ids) > 1 or json):
-        raise ConfigError("--stream: prints one prompt's text as it comes. Give one prompt, and leave --json out.")
-    if dtype not in ("fp32", "bf16"):
-        raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16.")
+        raise ConfigError("--stream: prints the text of one prompt. Give one prompt, and omit --json.")
     options = {
         "max_new_tokens": max_new_tokens,
         "num_draft": parse_num_draft(num_draft),
@@ -72,9 +81,6 @@ def generate(
         from megatron_mtp.launch.local import run_ranks
 
         raise typer.Exit(run_ranks([sys.executable, "-m", "megatron_mtp", *sys.argv[1:]], nproc))
-    from megatron_mtp.observe.logs import silence_noise
-
-    silence_noise()
     from megatron_mtp.drafting.generate import run
 
     run(
@@ -101,7 +107,7 @@ def parse_num_draft(text: str) -> int | str:
     if text == "auto":
         return text
     if not text.isdecimal():
-        raise ConfigError(f"--num-draft {text}: must be a number of drafts (0: none), or auto.")
+        raise ConfigError(f"--num-draft {text}: must be a number of drafts (0: none) or auto.")
     return int(text)
 
 
@@ -111,7 +117,7 @@ def parse_widths(text: str | None) -> tuple[int, ...] | None:
         return None
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ConfigError(f"--tree {text}: must be numbers of candidates, one for each depth, such as 3,1.")
+        raise ConfigError(f"--tree {text}: must be numbers of candidates, one per depth, such as 3,1.")
     return tuple(map(int, parts))
 
 

@@ -1,4 +1,4 @@
-"""The command `megatron-mtp`: argv in, one call out. A command's module is imported only when the command is given."""
+"""The command `megatron-mtp`. The module of a subcommand is imported only if that subcommand is given."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from collections.abc import Callable
 import typer
 
 from megatron_mtp.launch.failure import exit_code_of
+from megatron_mtp.observe.logs import silence_noise
 
-# name -> (module:function, line of the overview)
+# name -> (module:function, line in the overview)
 COMMANDS = {
     "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
-    "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints. Opens no data."),
-    "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline before a launch."),
-    "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model on the device at hand, for plan."),
+    "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints; reads no data."),
+    "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline split and parallel sizes of a run."),
+    "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model on this device, for `plan --profile`."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
-    "launch": ("megatron_mtp.cli.launch:launch", "Start a job here, on Slurm or on Kubernetes."),
-    "verify": ("megatron_mtp.cli.verify:verify", "Compare parallel layouts with one rank, at a small size."),
-    "convert": (
-        "megatron_mtp.cli.convert:convert",
-        "Exchange weights with Hugging Face folders.",
+    "launch": ("megatron_mtp.cli.launch:launch", "Start a job on this machine, Slurm or Kubernetes."),
+    "verify": (
+        "megatron_mtp.cli.verify:verify",
+        "Compare parallel layouts with one rank, on a small model.",
     ),
+    "convert": ("megatron_mtp.cli.convert:convert", "Convert weights from and to Hugging Face folders."),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
     "generate": ("megatron_mtp.cli.generate:generate", "Continue text, with the MTP layers as drafters."),
     "spec-eval": ("megatron_mtp.cli.spec_eval:spec_eval", "Measure what drafting gains on held-out text."),
-    "doctor": ("megatron_mtp.cli.doctor:doctor", "Say what this machine can run."),
+    "doctor": ("megatron_mtp.cli.doctor:doctor", "Check what this machine can run."),
 }
 
 
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs one command and exits: 0 on success, 2 for a mistake of the user (one message, no traceback)."""
     arguments = sys.argv[1:] if argv is None else argv
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    silence_noise()  # before a command imports torch and megatron
     try:
         build_app(chosen)(args=arguments, prog_name="megatron-mtp")
     except Exception as error:
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build_app(chosen: str | None) -> typer.Typer:
-    """The command line, with every command listed and the chosen one imported."""
+    """The command line: every command is listed, only the chosen one is imported."""
     app = typer.Typer(
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -58,13 +60,13 @@ def build_app(chosen: str | None) -> typer.Typer:
     return app
 
 
-def _load(target: str) -> Callable | typer.Typer:
+def _load(target: str) -> Callable[..., None] | typer.Typer:
     module, function = target.split(":")
     return getattr(importlib.import_module(module), function)
 
 
 def _unused() -> None:
-    """Stands in the overview for a command that was not given."""
+    """Placeholder of a command that was not chosen."""
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,7 +1,8 @@
-"""`megatron-mtp pretrain`."""
+"""`megatron-mtp pretrain`: trains a model, or with --dry-run reports what every rank would hold."""
 
 from __future__ import annotations
 
+import json as json_format
 import os
 import sys
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.launch.agent import note_exit
 
@@ -17,17 +19,19 @@ def pretrain(
     recipe: Recipe,
     overrides: Overrides = None,
     config: Files = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many processes on this machine.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start this many processes on this machine. Leave it out under torchrun.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Train nothing: build every distinct rank without memory or messages, print what it holds and what would fail.",
+            help="Do not train: build every distinct rank without memory, print what it holds and what would fail.",
         ),
     ] = False,
     world_size: Annotated[
         int | None,
-        typer.Option(min=1, help="With --dry-run: processes of the job. Default: as few as the parallel sizes take."),
+        typer.Option(min=1, help="With --dry-run: processes of the job. Default: as few as the parallel sizes allow."),
     ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="With --dry-run: device whose memory every stage must fit, such as h100.")
@@ -37,15 +41,14 @@ def pretrain(
     """Train a model. Under torchrun it joins the job; otherwise it runs as one process, or as --nproc of them."""
     cfg = choose_config(recipe, config, overrides)
     if dry_run:
-        from megatron_mtp.cli.dry_run import run_dry
         from megatron_mtp.config.checks.parallel import minimum_world_size
 
         processes = world_size or nproc or minimum_world_size(cfg.model)
         cfg.copy().finalize(processes)  # before torch is imported
-        return run_dry(cfg, processes, hardware=hardware, json=json)
+        return _dry_run(cfg, processes, hardware=hardware, json=json)
     for name, given in (("--json", json), ("--world-size", world_size), ("--hardware", hardware)):
         if given:
-            raise ConfigError(f"{name}: belongs to --dry-run. Leave it out, or add --dry-run.")
+            raise ConfigError(f"{name}: works only with --dry-run. Add --dry-run, or leave it out.")
     is_rank = "RANK" in os.environ
     if nproc is not None and is_rank:
         raise ConfigError(f"--nproc {nproc}: torchrun has started the processes already. Leave --nproc out.")
@@ -57,11 +60,40 @@ def pretrain(
         files = [argument for file in config or [] for argument in ("--config", str(file))]
         command = [sys.executable, "-m", "megatron_mtp", "pretrain", recipe, *files, "--", *(overrides or [])]
         raise typer.Exit(run_ranks(command, world_size, cfg.dist.preempted_exit_code))
-    from megatron_mtp.observe.logs import silence_noise
-
-    silence_noise()  # before the imports that make it
     from megatron_mtp.training.pretrain import pretrain as train
 
     code = train(cfg, recipe=recipe).exit_code
     note_exit(code)
     raise typer.Exit(code)
+
+
+def _dry_run(cfg: ConfigContainer, world_size: int, *, hardware: str | None, json: bool) -> None:
+    """Builds every distinct rank without memory or messages and prints what it holds.
+
+    Args:
+        cfg: unfinalized, checked for `world_size`.
+        hardware: device whose memory every stage must fit; None: not checked.
+
+    Raises:
+        ConfigError: what would fail at launch, after the report was printed.
+    """
+    from megatron_mtp.parallel.planner.machines import find_machine
+
+    limit_gib = find_machine(hardware).memory_gib if hardware else None
+    from rich.console import Console
+
+    from megatron_mtp.dry_run.build import dry_run
+    from megatron_mtp.dry_run.table import as_dict, print_dry_run
+    from megatron_mtp.parallel.resolve import resolve
+    from megatron_mtp.training.pretrain import prepare_config
+
+    cfg = prepare_config(cfg, world_size)
+    with Console(stderr=True).status("starting") as status:
+        found = dry_run(resolve(cfg, world_size), limit_gib, status.update)
+    if json:
+        typer.echo(json_format.dumps(as_dict(found, cfg), indent=2))
+    else:
+        typer.echo(cfg.to_yaml())
+        print_dry_run(found, Console())
+    if found.problems:
+        raise ConfigError(found.problems)

@@ -1,4 +1,4 @@
-"""`megatron-mtp spec-eval`."""
+"""`megatron-mtp spec-eval`: measures the gain of drafting with the MTP layers."""
 
 from __future__ import annotations
 
@@ -7,37 +7,26 @@ from typing import Annotated
 
 import typer
 
-from megatron_mtp.cli.generate import NumDraft, Source, parse_num_draft
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.cli.generate import Device, DraftVocab, Dtype, NumDraft, Source, TokenizerPath, parse_num_draft
 
 
 def spec_eval(
     source: Source,
-    data: Annotated[
-        list[str], typer.Option(help="Held-out .jsonl or text files, one for each domain; may be given several times.")
-    ],
+    data: Annotated[list[str], typer.Option(help="Held-out .jsonl or text file, one per domain; repeatable.")],
     num_draft: NumDraft = "auto",
-    prompts: Annotated[int, typer.Option(min=1, help="Documents of each domain.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Leading tokens of a document that are its prompt.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded after each prompt.")] = 64,
-    json: Annotated[Path | None, typer.Option(help="Write all figures there.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture there (.png or .svg).")] = None,
-    draft_vocab: Annotated[
-        int | None,
-        typer.Option(min=2, help="Draft the lowest ids only, so many. Default: all. Verification knows all."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: what is there.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: all cores.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer in place of the model's.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Documents per domain.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Leading tokens of a document to use as its prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode after each prompt.")] = 64,
+    json: Annotated[Path | None, typer.Option(help="Write all results to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw acceptance and speed-up to this .png or .svg file.")] = None,
+    draft_vocab: DraftVocab = None,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")] = None,
+    tokenizer: TokenizerPath = None,
 ) -> None:
     """Measure what drafting with the MTP layers gains on held-out text: acceptance, passes saved, tokens per second."""
-    if dtype not in ("fp32", "bf16"):
-        raise ConfigError(f"--dtype {dtype}: must be fp32 or bf16.")
     drafts = parse_num_draft(num_draft)
-    from megatron_mtp.observe.logs import silence_noise
-
-    silence_noise()
     from rich.console import Console
 
     from megatron_mtp.drafting import spec_eval as tool

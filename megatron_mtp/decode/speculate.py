@@ -19,6 +19,8 @@ from megatron_mtp.decode.sampling import Sampling, accept_greedy, accept_sampled
 from megatron_mtp.decode.session import Session
 from megatron_mtp.decode.tree import TreeRound, round_tokens
 
+__all__ = ["Counts", "Generation", "OnTokens", "Options", "generate"]
+
 OnTokens = Callable[[int, list[int]], None]
 """Called with a row and its new tokens after every round."""
 

@@ -1,6 +1,6 @@
-"""What `doctor` looks at: each check is a function that returns findings and knows what to advise.
+"""The checks of `doctor`: each is a function that returns findings with advice.
 
-Native extensions are imported in a process of their own: one that was built for another torch can take its process down.
+Native extensions are imported in a separate process: one built for another torch can crash the process.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ IMPORT_TIMEOUT_S = 120
 class Finding:
     """One line of the report.
 
-    Attributes:
-        name: what was looked at.
-        state: ok; absent (optional, and not here); warning (works, but look at it); failed (training needs it).
-        found: what there is.
-        advice: what to do; empty where there is nothing to do.
+    Args:
+        name: what was checked.
+        state: ok; absent (optional and not installed); warning (works, but needs attention); failed (training needs
+            it).
+        found: what was found.
+        advice: what to do; empty if nothing.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Finding:
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter that runs this."""
+    """The Python interpreter."""
     found = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info[:2] == (3, 12):
         yield Finding("Python", "ok", found)
@@ -50,7 +51,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_machine() -> Iterator[Finding]:
-    """Operating system, cores, memory, disk, the working directory."""
+    """Operating system, cores, memory, disk and working directory."""
     import psutil
 
     yield Finding("system", "ok", f"{platform.platform()}, {platform.machine()}")
@@ -69,19 +70,19 @@ def check_machine() -> Iterator[Finding]:
         "disk",
         "warning" if low else "ok",
         found,
-        "Checkpoints need room: point checkpoint.save at a larger disk." if low else "",
+        "Checkpoints need space: set checkpoint.save to a folder on a larger disk." if low else "",
     )
     try:
         with tempfile.TemporaryFile(dir="."):
             pass
         yield Finding("this folder", "ok", "can be written")
     except OSError as error:
-        advice = "Run from a folder of yours, or set logger.log_dir and checkpoint.save to one."
+        advice = "Run from a folder that you can write to, or set logger.log_dir and checkpoint.save to one."
         yield Finding("this folder", "warning", f"cannot be written: {error.strerror}", advice)
 
 
 def check_compiler() -> Iterator[Finding]:
-    """torch.compile and Megatron-Core's dataset helpers (where the wheel has none for this platform) need one."""
+    """The compiler for torch.compile, and for Megatron-Core's dataset helpers if the wheel lacks them."""
     if compiler := shutil.which("g++") or shutil.which("c++"):
         yield Finding("C++ compiler", "ok", compiler)
     else:
@@ -91,7 +92,7 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """torch and what it was built for."""
+    """torch, and the platform it was built for."""
     import torch
 
     built = (
@@ -109,7 +110,7 @@ def check_torch() -> Iterator[Finding]:
 
 
 def check_gpus() -> Iterator[Finding]:
-    """The GPUs that torch can use, and why there is none where the machine seems to have one."""
+    """The GPUs that torch can use, or why it cannot use those of the machine."""
     import torch
 
     if not torch.cuda.is_available():
@@ -123,7 +124,7 @@ def check_gpus() -> Iterator[Finding]:
         bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
         found = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}, {bf16}"
         if peak is None:
-            advice = "Its peak speed is not known here; set logger.device_peak_tflops to see MFU."
+            advice = "Its peak speed is unknown; set logger.device_peak_tflops to see MFU."
             yield Finding(f"GPU {index}", "ok", found, advice)
         else:
             yield Finding(f"GPU {index}", "ok", f"{found}, {peak:g} dense bf16 TFLOP/s")
@@ -142,21 +143,19 @@ def _no_gpu(built_for: str | None) -> Finding:
     if not built_for:
         advice = "This torch is a CPU build: install the build for CUDA or ROCm."
     else:
-        advice = (
-            "Look at CUDA_VISIBLE_DEVICES, and whether the driver is new enough for the CUDA version of this torch."
-        )
+        advice = "Check CUDA_VISIBLE_DEVICES, and whether the driver is new enough for the CUDA version of this torch."
     return Finding(
         "GPU", "warning", f"torch sees none, but {os.path.basename(tool or '')} lists: {listed.splitlines()[0]}", advice
     )
 
 
 def check_collectives() -> Iterator[Finding]:
-    """gloo by a real all-reduce of one process; NCCL by its version."""
+    """gloo, by an all-reduce of one process, and NCCL, by its version."""
     import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
-        yield Finding("gloo", "warning", "not tried: this process is part of a job")
+        yield Finding("gloo", "warning", "not tested: this process is part of a job")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30))
         try:
@@ -182,7 +181,7 @@ def _shared_memory() -> Iterator[Finding]:
     size = shutil.disk_usage("/dev/shm").total
     low = size < GIB
     advice = (
-        "NCCL's processes on one machine talk through it: start the container with --shm-size=8g or --ipc=host."
+        "NCCL uses it between processes of one machine: start the container with --shm-size=8g or --ipc=host."
         if low
         else ""
     )
@@ -194,11 +193,11 @@ def check_megatron() -> Iterator[Finding]:
     version = importlib.metadata.version("megatron-core")
     supported = version.startswith("0.19.")
     advice = "" if supported else "This project is made for 0.19: run `make setup`."
-    # Importing the helpers imports megatron.core first; one process tells of both.
+    # Importing the helpers imports megatron.core first, so one process checks both.
     broken = import_error("megatron.core.datasets.helpers_cpp")
     has_helpers = not (broken and "helpers_cpp" in broken)
     if broken and has_helpers:
-        yield Finding("Megatron-Core", "failed", f"{version} does not import: {broken}", advice or "Run `make setup`.")
+        yield Finding("Megatron-Core", "failed", f"{version}, import failed: {broken}", advice or "Run `make setup`.")
         return
     yield Finding("Megatron-Core", "ok" if supported else "failed", version, advice)
     if has_helpers:
@@ -212,35 +211,39 @@ def check_megatron() -> Iterator[Finding]:
 def check_transformer_engine() -> Iterator[Finding]:
     """NVIDIA's fused kernels and FP8."""
     if not importlib.util.find_spec("transformer_engine"):
-        advice = (
-            "Optional, for NVIDIA GPUs: EXTRAS=dev,hf,te make setup. Without it model.backend = torch does the work."
-        )
+        advice = "Optional, for NVIDIA GPUs: EXTRAS=dev,hf,te make setup. Without it, model.backend = torch is used."
         yield Finding("Transformer Engine", "absent", "not installed", advice)
     elif broken := import_error("transformer_engine.pytorch"):
         advice = (
             "It must match torch and its CUDA version: reinstall it, or uninstall it and use model.backend = torch."
         )
-        yield Finding("Transformer Engine", "warning", f"installed, but does not import: {broken}", advice)
+        yield Finding("Transformer Engine", "warning", f"installed, but the import failed: {broken}", advice)
     else:
         yield Finding("Transformer Engine", "ok", _version("transformer-engine"))
 
 
 def check_apex() -> Iterator[Finding]:
-    """NVIDIA's Apex. The package named `apex` on PyPI is another project, and Megatron-Core takes it for NVIDIA's."""
+    """NVIDIA's Apex. The package `apex` on PyPI is another project, which Megatron-Core mistakes for NVIDIA's."""
     if not importlib.util.find_spec("apex"):
         yield Finding(
             "Apex", "absent", "not installed", "Not needed: Megatron-Core uses torch's optimizers and norms instead."
         )
     elif broken := import_error("apex.multi_tensor_apply", "apex.optimizers"):
-        advice = "Uninstall it (`uv pip uninstall apex`): the PyPI package of this name is another project. NVIDIA's is built from its source."
+        advice = (
+            "Uninstall it (`uv pip uninstall apex`): the PyPI package of this name is another project. NVIDIA's Apex "
+            "is built from source."
+        )
         yield Finding(
-            "Apex", "warning", f"something named apex is installed, but is not NVIDIA's, or is broken: {broken}", advice
+            "Apex",
+            "warning",
+            f"a package named apex is installed, but it is not NVIDIA's or is broken: {broken}",
+            advice,
         )
     else:
         yield Finding("Apex", "ok", "NVIDIA's")
 
 
-# (package, module, what it is for, how to get it)
+# (package, module, purpose, how to install it)
 OPTIONAL = (
     ("tensorboard", "tensorboard", "TensorBoard records", "make setup"),
     ("wandb", "wandb", "Weights & Biases records", "make setup"),
@@ -250,7 +253,7 @@ OPTIONAL = (
 
 
 def check_optional_packages() -> Iterator[Finding]:
-    """Packages that switch a feature on."""
+    """Optional packages, each needed by one feature."""
     for package, module, purpose, command in OPTIONAL:
         if importlib.util.find_spec(module):
             yield Finding(package, "ok", f"{_version(package)} ({purpose})")
@@ -273,10 +276,10 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def import_error(*modules: str) -> str | None:
-    """Imports modules in a process of their own.
+    """Imports modules in a separate process.
 
     Returns:
-        None if all import; else the last line of what went wrong.
+        None if all imports succeed, else the last line of the error.
     """
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     command = [sys.executable, "-W", "ignore", "-c", code, *modules]

@@ -1,4 +1,4 @@
-"""What this machine can run, and what to install for more; the report is what one attaches to a bug."""
+"""Runs the checks of `doctor`, prints them, and writes the report for bug reports."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from megatron_mtp.doctor.checks import CHECKS, Finding
 from megatron_mtp.observe.env import effective_environment, redact
 from megatron_mtp.observe.logs import silence_noise
 
-# Their versions explain most bugs.
 REPORTED_PACKAGES = (
-    "megatron-core torch triton numpy nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13 transformer-engine flash-attn apex "
-    "typer rich tensorboard wandb tokenizers sentencepiece tiktoken safetensors transformers psutil setuptools pybind11"
+    "megatron-core torch triton numpy nvidia-nccl-cu12 nvidia-nccl-cu13 nvidia-cudnn-cu12 nvidia-cudnn-cu13 "
+    "transformer-engine flash-attn apex typer rich tensorboard wandb tokenizers sentencepiece tiktoken safetensors "
+    "transformers psutil setuptools pybind11"
 ).split()
+"""Packages whose versions explain most bugs."""
 
 
 def examine(checks: Iterable[Callable[[], Iterator[Finding]]] = CHECKS) -> list[Finding]:
-    """Runs every check. One that breaks becomes a finding itself, and the others still run."""
+    """Runs every check. One that raises becomes a finding, and the others still run."""
     silence_noise()
     findings: list[Finding] = []
     for check in checks:
@@ -44,7 +45,7 @@ def examine(checks: Iterable[Callable[[], Iterator[Finding]]] = CHECKS) -> list[
 
 
 def abilities(findings: list[Finding]) -> dict[str, bool]:
-    """What can be run, from what was found."""
+    """What the machine can run, by the findings."""
     state = {finding.name: finding.state for finding in findings}
 
     def works(*names: str) -> bool:
@@ -83,10 +84,10 @@ def print_table(findings: list[Finding]) -> None:
     }
     table = Table(title=f"megatron-mtp {megatron_mtp.__version__} on this machine")
     for title in ("what", "state", "found", "what to do"):
-        # A path is broken over lines, not cut.
+        # Long paths are wrapped, not cut.
         table.add_column(title, overflow="fold")
     for finding in findings:
-        # Paths and error texts may hold brackets, which are markup in Rich.
+        # Paths and error texts may contain brackets, which are markup in Rich.
         table.add_row(
             finding.name, looks[finding.state], *(text.replace("[", r"\[") for text in (finding.found, finding.advice))
         )
@@ -97,7 +98,7 @@ def print_table(findings: list[Finding]) -> None:
 
 
 def report_text(findings: list[Finding]) -> str:
-    """The report: findings, versions, environment; without secrets and without the user's home directory."""
+    """The report: findings, versions and environment, without secrets and the user's home directory."""
     lines = [
         f"megatron-mtp {megatron_mtp.__version__} doctor, {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
         f"commit: {_commit()}",
@@ -121,17 +122,9 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _commit() -> str:
-    """The commit of a checkout, with a mark where files were changed."""
-    command = [
-        "git",
-        "-C",
-        str(Path(megatron_mtp.__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude",
-        "*",
-    ]
+    """The commit of a checkout, marked if files were changed."""
+    command = ["git", "-C", str(Path(megatron_mtp.__file__).parent), "describe", "--always", "--dirty"]
+    command += ["--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

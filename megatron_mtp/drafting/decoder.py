@@ -1,4 +1,4 @@
-"""From a folder to a decoder and its tokenizer: what `generate` and `spec-eval` start with."""
+"""Opens a decoder and its tokenizer from a folder, for `generate` and `spec-eval`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A decoder with what is known of its text. `tokenizer` is None where the folder names none that can be opened."""
+class LoadedModel:
+    """A decoder with its config and tokenizer.
+
+    Args:
+        tokenizer: None if the folder names no tokenizer that can be opened.
+        why_no_tokenizer: the reason, for the user.
+    """
 
     cfg: ConfigContainer
     decoder: Decoder
@@ -35,16 +40,21 @@ class Loaded:
     why_no_tokenizer: str = ""
 
     def encode(self, text: str) -> list[int]:
-        """Raises DataError where there is no tokenizer, or it gives ids that the model does not know."""
+        """The ids of a text.
+
+        Raises:
+            DataError: there is no tokenizer.
+        """
         if self.tokenizer is None:
             raise DataError(
-                f"The model's tokenizer cannot be opened, so it takes no text. {self.why_no_tokenizer} Name one with --tokenizer, or give ids."
+                f"The model's tokenizer cannot be opened, so only token ids can be given. {self.why_no_tokenizer} "
+                "Name a tokenizer with --tokenizer."
             )
         return self.tokenizer.encode_batch([text])[0]
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The end of a document."""
+        """End-of-document, if the tokenizer is known."""
         return frozenset() if self.tokenizer is None else frozenset({self.tokenizer.eod})
 
 
@@ -57,19 +67,19 @@ def open_decoder(
     tokenizer: str | None = None,
     threads: int | None = None,
     draft_vocab: int | None = None,
-) -> Iterator[Loaded]:
-    """Loads a model over all processes of this job, as tensor-parallel ranks.
+) -> Iterator[LoadedModel]:
+    """Loads a model, tensor-parallel over all processes of this job.
 
     Args:
         source: run directory, folder of one checkpoint, or Hugging Face folder.
-        dtype: of weights and caches: "fp32" or "bf16".
-        device: "cpu" or "cuda"; None: what is there.
-        tokenizer: file or folder in place of the one the model names.
-        threads: of each process on a CPU; None: its share of the cores.
-        draft_vocab: drafts come from the lowest ids only, so many; None: from all.
+        dtype: dtype of weights and caches: "fp32" or "bf16".
+        device: "cpu" or "cuda"; None: cuda if available.
+        tokenizer: file or folder to use instead of the model's tokenizer.
+        threads: threads of each process on a CPU; None: its share of the cores.
+        draft_vocab: draft only this many lowest token ids; None: all.
 
     Raises:
-        ConversionError, CheckpointError, UnsupportedError, ConfigError: the folder cannot be decoded from.
+        ConversionError, CheckpointError, UnsupportedError, ConfigError: the model cannot be decoded.
     """
     cfg = decoding_config(source, int(os.environ.get("WORLD_SIZE", "1")), device, threads)
     refuse_unsupported(cfg.model)
@@ -87,7 +97,7 @@ def open_decoder(
         )
         decoder.limit_drafts(chunks[0].head_weight(), draft_vocab)
         del chunks
-        yield Loaded(cfg, decoder, *_open_tokenizer(cfg, Path(source), tokenizer))
+        yield LoadedModel(cfg, decoder, *_open_tokenizer(cfg, Path(source), tokenizer))
     finally:
         leave_groups()
 
@@ -112,7 +122,7 @@ def decoding_config(
 
 
 def _open_tokenizer(cfg: ConfigContainer, source: Path, chosen: str | None) -> tuple[Tokenizer | None, str]:
-    """The tokenizer, or None and why: ids can be decoded without it, and whoever needs text is told."""
+    """The tokenizer, or None and the reason. Ids can be decoded without one."""
     if chosen is not None:
         return tokenizer_from_spec(chosen), ""
     try:

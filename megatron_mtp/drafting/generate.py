@@ -1,18 +1,19 @@
-"""What `megatron-mtp generate` does: load, continue, print."""
+"""The work of `megatron-mtp generate`: loads a model, continues prompts, prints."""
 
 from __future__ import annotations
 
 import json as json_format
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
 from megatron_mtp.data.tokenizer import Tokenizer
+from megatron_mtp.decode.options import Options
 from megatron_mtp.decode.sampling import Sampling
-from megatron_mtp.decode.speculate import Generation, Options, generate
-from megatron_mtp.drafting.decoder import Loaded, open_decoder
+from megatron_mtp.decode.speculate import Generation, generate
+from megatron_mtp.drafting.decoder import LoadedModel, open_decoder
 
 
 def run(
@@ -29,10 +30,10 @@ def run(
     ignore_end: bool = False,
     draft_vocab: int | None = None,
 ) -> Generation:
-    """Continues texts and rows of ids in one batch; rank 0 prints.
+    """Continues texts and rows of token ids in one batch; rank 0 prints.
 
     Args:
-        options: of decode.generate.Options, with the fields of Sampling under "sampling".
+        options: fields of decode.options.Options, with the fields of Sampling under "sampling".
     """
     sampling = Sampling(**options.pop("sampling"))
     with open_decoder(source, dtype=dtype, device=device, tokenizer=tokenizer, draft_vocab=draft_vocab) as loaded:
@@ -47,9 +48,9 @@ def run(
 
 
 class Streamer:
-    """Prints the text of one row as its tokens come; a character that is not whole yet waits for the next token."""
+    """Prints the text of one row token by token; an incomplete character waits for the next token."""
 
-    def __init__(self, tokenizer: Tokenizer | None, out: Any = None):
+    def __init__(self, tokenizer: Tokenizer | None, out: TextIO | None = None):
         self.tokenizer, self.out = tokenizer, out or sys.stdout
         self.ids: list[int] = []
         self.printed = ""
@@ -80,7 +81,7 @@ def summary(result: Generation) -> dict[str, Any]:
 
 
 def _print(
-    loaded: Loaded, texts: list[str], ids: list[list[int]], result: Generation, *, json: bool, is_streamed: bool
+    loaded: LoadedModel, texts: list[str], ids: list[list[int]], result: Generation, *, json: bool, is_streamed: bool
 ) -> None:
     show = (lambda row: " ".join(map(str, row))) if loaded.tokenizer is None else loaded.tokenizer.decode
     if json:

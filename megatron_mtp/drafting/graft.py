@@ -1,9 +1,9 @@
-"""The trunk of one checkpoint, bit for bit, with the MTP layers of another.
+"""Joins the trunk of one checkpoint, bit for bit, with the MTP layers of another.
 
     python -m megatron_mtp.drafting.graft runs/fitted --drafter runs/drafter --out runs/model
 
-For a drafter that was trained in bf16: its run holds the frozen trunk rounded to bf16 too, and the model that is to be served is the one before. A
-trunk that is another than this one rounded is refused: its drafter would not suit.
+Use it for a drafter that was trained in bf16: its run also holds the frozen trunk rounded to bf16, but the original
+trunk is to be served. A drafter of any other trunk is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_mtp.errors import ConversionError, MegatronMTPError
 
 PREFIX = "mtp."
 FIELDS = ("mtp_num_layers", "mtp_use_repeated_layer", "mtp_depth_weights")
-"""Of the model, taken over from the drafter's run."""
+"""Fields of ModelConfig that come from the drafter's run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +39,8 @@ def graft(source: Path, drafter: Path, out: Path) -> None:
     """Writes the trunk of `source` with the MTP layers of `drafter`.
 
     Raises:
-        ConversionError: the trunks differ, or the MTP layers have another form. CheckpointError: a directory is unfit.
+        ConversionError: the trunks differ, or the MTP layers have other shapes.
+        CheckpointError: a directory cannot be read or written.
     """
     ours, theirs = StoredWeights(source), StoredWeights(drafter)
     layers = {key: theirs.whole(key) for key in theirs.tensors if key.startswith(PREFIX)}
@@ -47,8 +48,8 @@ def graft(source: Path, drafter: Path, out: Path) -> None:
         raise ConversionError(f"{theirs.folder}: holds no MTP layers.")
     if others := different(ours, theirs):
         raise ConversionError(
-            f"{theirs.folder}: its trunk is not that of {ours.folder}, rounded or not ({others[0]} and {len(others) - 1} more differ). "
-            "Train the drafter with model.mtp_freeze_trunk=true from these weights."
+            f"{theirs.folder}: its trunk is not that of {ours.folder}, rounded or not ({others[0]} and "
+            f"{len(others) - 1} more differ). Train the drafter from these weights with model.mtp_freeze_trunk=true."
         )
     cfg, trained = ours.config(), theirs.config()
     for name in FIELDS:
@@ -57,7 +58,7 @@ def graft(source: Path, drafter: Path, out: Path) -> None:
 
 
 def different(ours: StoredWeights, theirs: StoredWeights) -> list[str]:
-    """Keys of trunk tensors that are not the same after rounding to the dtype in which `theirs` holds them."""
+    """Keys of trunk tensors that differ after rounding to the dtype of `theirs`."""
     found = []
     for key in sorted(key for key in ours.tensors.keys() | theirs.tensors.keys() if not key.startswith(PREFIX)):
         if (
@@ -77,7 +78,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="run directory or checkpoint with the trunk")
     parser.add_argument("--drafter", type=Path, required=True, help="run directory or checkpoint with the MTP layers")
-    parser.add_argument("--out", type=Path, required=True, help="run directory to be made")
+    parser.add_argument("--out", type=Path, required=True, help="run directory to write")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of weights made from another one, with some tensors changed."""
+"""Writes a checkpoint from another one, with some tensors replaced."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from megatron_mtp.training.state import TrainState
 
 
 def rewrite(stored: StoredWeights, new: dict[str, Tensor], cfg: ConfigContainer, out: Path, *, reason: str) -> None:
-    """Writes a checkpoint of iteration 0 with the weights of `stored`, but for those in `new`, in its dtypes.
+    """Writes a checkpoint of iteration 0 with the weights and dtypes of `stored`, and the tensors in `new` replaced.
 
     Args:
-        new: whole tensors by their keys in the checkpoint.
-        cfg: of the result; not finalized.
-        out: run directory, without checkpoints.
-        reason: for the manifest.
+        new: key in the checkpoint -> full tensor.
+        cfg: config of the result; not finalized.
+        out: run directory without checkpoints.
+        reason: why it was written, for the manifest.
 
     Raises:
-        ConversionError: `new` holds a tensor that the model has not, or in another shape.
-        CheckpointError: `out` cannot be written or holds a checkpoint.
+        ConversionError: the model has no tensor of this name and shape.
+        CheckpointError: `out` is not writable or holds a checkpoint.
     """
     if misfits := [key for key, value in new.items() if key not in stored.tensors or stored.shape(key) != value.shape]:
-        raise ConversionError(f"{stored.folder}: holds no tensor of this name and shape: {', '.join(sorted(misfits))}.")
+        raise ConversionError(f"{stored.folder}: has no tensor of this name and shape: {', '.join(sorted(misfits))}.")
     kept = stored.folder.parent / KEPT_FOLDER
     with WeightsWriter(out) as writer:
         for key in stored.tensors:
@@ -37,5 +37,5 @@ def rewrite(stored: StoredWeights, new: dict[str, Tensor], cfg: ConfigContainer,
                 box = new[key][place].to(stored.dtype(key)) if key in new else stored.read(key, offset, size)
                 writer.add(key, stored.shape(key), offset, box.contiguous())
         writer.complete(cfg.finalize(), TrainState().to_dict(), reason=reason, tokenizer=stored.manifest.tokenizer)
-    if kept.is_dir():  # only now: a checkpoint that could not be written leaves nothing behind
+    if kept.is_dir():  # last: a failed checkpoint leaves nothing behind
         shutil.copytree(kept, out / KEPT_FOLDER)

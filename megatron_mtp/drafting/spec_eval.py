@@ -1,7 +1,8 @@
-"""`megatron-mtp spec-eval`: how much the MTP layers gain as drafters, by domain.
+"""The work of `megatron-mtp spec-eval`: measures what the MTP layers gain as drafters, by domain.
 
-Each prompt is decoded greedily without and with drafts, one after the other in the same process, so that both meet the same machine. The expected speed-up is
-computed from the acceptance and from the seconds of a plain step and of a round; where it lies far from the measured one, bookkeeping or noise is the reason.
+Each prompt is decoded greedily without and with drafts, one after the other in the same process, so both see the same
+machine. The expected speed-up follows from the acceptance and the seconds of a plain step and of a round; if it is far
+from the measured one, bookkeeping or noise is the reason.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from megatron_mtp.data.prepare.jsonl import list_inputs, read_documents
 from megatron_mtp.decode.choice import expected_speed_up
 from megatron_mtp.decode.measure import TextCounts, acceptance_on_text
 from megatron_mtp.decode.model import Decoder
-from megatron_mtp.decode.speculate import Counts, Options, generate
+from megatron_mtp.decode.options import Options
+from megatron_mtp.decode.speculate import Counts, generate
 from megatron_mtp.errors import DataError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecEvalOptions:
-    """What is decoded.
+    """What to decode.
 
     Args:
-        num_draft: K of every round, or "auto".
-        num_prompts: documents of each domain.
+        num_draft: K, drafts per round, or "auto".
+        num_prompts: documents per domain.
         prompt_tokens: leading tokens of a document that are the prompt.
         new_tokens: tokens decoded after it.
+        text_tokens: leading tokens of a document on which teacher-forced acceptance is counted.
     """
 
     num_draft: int | str = "auto"
@@ -41,14 +44,14 @@ class SpecEvalOptions:
     prompt_tokens: int = 64
     new_tokens: int = 64
     text_tokens: int = 256
-    """Leading tokens of a document on which teacher-forced acceptance is counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class DomainResult:
-    """Figures of one domain. Lists have one entry for each depth; acceptance is conditional on the depths before.
+    """Metrics of one domain. Lists have one entry per depth; acceptance is conditional on the depths before.
 
-    `acceptance_on_text` is teacher-forced on the documents, as training evaluation counts it; `acceptance` is that of decoding.
+    `acceptance_on_text` is teacher-forced on the documents, as in training evaluation; `acceptance` is that of
+    decoding.
     """
 
     name: str
@@ -59,17 +62,19 @@ class DomainResult:
     accepted: list[int]
     tokens_per_pass: float
     passes_saved: float
-    """Share of plain decoding's passes of the main model that drafting did without."""
+    """Share of plain decoding's passes of the main model that drafting saves."""
     plain_tokens_per_s: float
     tokens_per_s: float
     speed_up: float
     expected_speed_up: float
     draft_ms: float
-    """Of one round."""
+    """Mean time per round spent on drafting."""
     verify_ms: float
+    """Mean time per round spent in the main model."""
     plain_step_ms: float
+    """Mean time per token without drafts."""
     num_equal: int
-    """Prompts whose tokens are the same with drafts as without."""
+    """Prompts with the same tokens with and without drafts."""
 
 
 def evaluate_domains(
@@ -78,7 +83,7 @@ def evaluate_domains(
     options: SpecEvalOptions,
     on_prompt: Callable[[str], None] | None = None,
 ) -> list[DomainResult]:
-    """Evaluates documents, given as ids, by domain; and all together where there are several domains.
+    """Evaluates documents, given as token ids, by domain; with several domains also all together.
 
     Raises:
         DataError: no document of a domain is longer than the prompt.
@@ -86,8 +91,8 @@ def evaluate_domains(
     """
     if not decoder.depths:
         raise UnsupportedError(
-            "model.mtp_num_layers = 0: there is no drafter to evaluate. `megatron-mtp generate` decodes this model plainly; the recipe "
-            "mtp_finetune trains a drafter for it."
+            "model.mtp_num_layers = 0: there is no drafter to evaluate. `megatron-mtp generate` decodes this model "
+            "without drafts; the recipe mtp_finetune trains a drafter for it."
         )
     measured = {name: _measure(decoder, name, documents, options, on_prompt) for name, documents in domains.items()}
     results = [_result(name, parts) for name, parts in measured.items()]
@@ -98,7 +103,7 @@ def evaluate_domains(
 
 @dataclass(slots=True)
 class _Measured:
-    """Of one prompt."""
+    """Measurements of one prompt."""
 
     on_text: TextCounts
     counts: Counts
@@ -120,8 +125,8 @@ def _measure(
     usable = [ids for ids in documents if len(ids) > options.prompt_tokens][: options.num_prompts]
     if not usable:
         raise DataError(
-            f"{name}: none of its {len(documents)} documents has more than {options.prompt_tokens} tokens, which is the prompt. "
-            "Choose a smaller --prompt-tokens, or other text."
+            f"{name}: none of its {len(documents)} documents is longer than the prompt, which has "
+            f"{options.prompt_tokens} tokens. Choose a smaller --prompt-tokens or other text."
         )
     plain = Options(max_new_tokens=options.new_tokens, num_draft=0)
     drafted = Options(max_new_tokens=options.new_tokens, num_draft=options.num_draft)
@@ -186,10 +191,14 @@ def _json(rates: list[float]) -> list[float | None]:
 def read_domains(
     inputs: Sequence[str | Path], encode: Callable[[str], list[int]], num_documents: int
 ) -> dict[str, list[list[int]]]:
-    """Documents as ids: of each .jsonl file (also compressed) its first ones, a text file as one. The file's name is the domain.
+    """Documents as token ids, by domain, which is the file's name.
+
+    Args:
+        inputs: .jsonl files (also compressed), folders of them, and text files, which are one document each.
+        num_documents: four times as many documents of each file are read.
 
     Raises:
-        DataError: an input does not exist, or holds no text.
+        DataError: an input does not exist or holds no text.
     """
     domains: dict[str, list[list[int]]] = {}
     for source in map(Path, inputs):
@@ -211,12 +220,13 @@ def _texts(file: Path) -> Iterator[str]:
 
 
 def print_results(results: list[DomainResult], console: Console) -> None:
-    """The table of all domains, 80 columns wide for three depths."""
+    """Prints the table of all domains, 80 columns wide for three depths."""
     title = "The MTP layers as drafters: greedy decoding, batch 1"
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.caption = (
-        "text, decoded: drafts accepted at each depth, given those before, teacher-forced on the text and while decoding; "
-        "per pass: tokens for each pass of the main model; plain, drafts: tokens/s without and with drafts; same: prompts whose tokens are equal"
+        "text, decoded: acceptance of each depth, given the depths before, teacher-forced on the text and while "
+        "decoding; per pass: tokens per pass of the main model; plain, drafts: tokens/s without and with drafts; same: "
+        "prompts with equal tokens"
     )
     for heading in ("domain", "text", "decoded"):
         table.add_column(heading)
@@ -242,12 +252,12 @@ def _percent(rates: list[float | None]) -> str:
 
 
 def as_json(results: list[DomainResult], **facts: Any) -> str:
-    """All figures as one document."""
+    """All results as one JSON document."""
     return json.dumps(facts | {"domains": [asdict(result) for result in results]}, indent=2)
 
 
 def plot(results: list[DomainResult], picture: Path) -> Path:
-    """Draws acceptance by depth, and measured beside expected speed-up, for each domain."""
+    """Draws acceptance by depth, and measured next to expected speed-up, for each domain."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""`make demo`: the main job from real text to a judged model.
+"""`make demo`: a complete run, from real text to an evaluated model.
 
-Text -> JSONL -> tokenizer -> .bin/.idx -> two ranks with two MTP depths on the last stage -> curves -> checkpoint -> a table that holds the
-held-out loss of every depth against a smoothed bigram table at the same distance.
+Text -> JSONL -> tokenizer -> .bin/.idx -> two ranks with two MTP depths on the last stage -> curves -> checkpoint -> a
+table that compares the held-out loss of every depth with a bigram table at the same distance.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ console = Console()
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """Prefixes of the two parts, and their tokenizer."""
+    """Prefixes of the training and the held-out data set, and their tokenizer."""
 
     train: str
     valid: str
@@ -43,7 +43,7 @@ class DemoData:
 
 @dataclass(frozen=True, slots=True)
 class DepthVerdict:
-    """Losses in nats per token of one depth on training and held-out text, and of the bigram table on the latter."""
+    """Loss of one depth on training and held-out text, and of the bigram table on the latter, in nats per token."""
 
     name: str
     train: float
@@ -52,7 +52,7 @@ class DepthVerdict:
 
     @property
     def is_learnt(self) -> bool:
-        """Whether the model knows more than which token follows which at this distance. A NaN is not."""
+        """Whether the model learnt more than token pairs at this distance; False for NaN."""
         return self.held_out < self.bigram
 
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_data(folder: Path) -> DemoData:
-    """Makes both parts and the tokenizer, or finds them made."""
+    """Prepares both data sets and the tokenizer."""
     train_jsonl, valid_jsonl = stdlib_jsonl(folder / "text")
     options = PrepareOptions(train_vocab_size=VOCAB_SIZE, shuffle=1)
     train = prepare([train_jsonl], folder / "train", options, overwrite=True, show_progress=True)
@@ -90,9 +90,9 @@ def make_data(folder: Path) -> DemoData:
 
 
 def shuffled_targets(data: DemoData, folder: Path) -> DemoData:
-    """The control: the training tokens in random order, so that no token tells anything of a later one.
+    """The control: the training tokens in random order, so that tokens cannot be predicted from earlier ones.
 
-    A model trained on it must fail the check, or the check would not measure what it says.
+    A model trained on it must fail the check; otherwise the check is wrong.
     """
     reader = IndexedReader(data.train)
     documents = [reader.read(index) for index in range(len(reader))]
@@ -106,7 +106,7 @@ def shuffled_targets(data: DemoData, folder: Path) -> DemoData:
 
 
 def train_command(data: DemoData, run: Path, overrides: list[str]) -> list[str]:
-    """What a user would type after `python -m`."""
+    """The command line of the training, after `python -m`."""
     ranks = _num_ranks()
     fields = {
         "dataset.blend": "null",
@@ -128,7 +128,7 @@ def train_command(data: DemoData, run: Path, overrides: list[str]) -> list[str]:
 
 
 def judge(metrics: Path, data: DemoData) -> list[DepthVerdict]:
-    """Compares the last evaluation with the bigram tables of all distances."""
+    """Compares the last evaluation with the bigram table of each distance."""
     steps, evaluation = read_metrics(metrics)[-20:], read_metrics(metrics, "evaluation", "validation")[-1]
     names = ["lm loss", *(f"mtp_{depth} loss" for depth in range(1, NUM_DEPTHS + 1))]
     return [
@@ -143,7 +143,7 @@ def judge(metrics: Path, data: DemoData) -> list[DepthVerdict]:
 
 
 def is_success(verdicts: list[DepthVerdict]) -> bool:
-    """Every depth beats its table, and a farther token is harder."""
+    """Whether every depth beats its table and farther tokens are harder."""
     losses = [verdict.held_out for verdict in verdicts]
     return all(verdict.is_learnt for verdict in verdicts) and all(near < far for near, far in pairwise(losses))
 
@@ -159,8 +159,9 @@ def _print_summary(run: Path, verdicts: list[DepthVerdict], seconds: float) -> N
     evaluation = read_metrics(run / "metrics.jsonl", "evaluation", "validation")[-1]
     picture = plot_losses(run / "metrics.jsonl", run / "losses.png")
     console.print(
-        f"training took {seconds:.0f} s, {last['perf/tokens_per_s_per_device'] * _num_ranks():,.0f} tokens/s in all. As drafters, the MTP "
-        f"layers would have {evaluation['mtp/accepted_length']:.2f} tokens accepted per step (held out, teacher-forced).",
+        f"training took {seconds:.0f} s, {last['perf/tokens_per_s_per_device'] * _num_ranks():,.0f} tokens/s in total. "
+        f"As drafters, the MTP layers would have {evaluation['mtp/accepted_length']:.2f} tokens accepted per step "
+        "(held out, teacher-forced).",
     )
     console.print(f"{run}: metrics.jsonl, {picture.name}, tensorboard/, checkpoints/", highlight=False)
     console.print(
@@ -171,14 +172,14 @@ def _print_summary(run: Path, verdicts: list[DepthVerdict], seconds: float) -> N
 
 
 def _num_ranks() -> int:
-    """Two where there are no GPUs or several, one on a single GPU."""
+    """One on a single GPU, else two."""
     import torch
 
     return 1 if torch.cuda.device_count() == 1 else 2
 
 
 def _next_run(folder: Path) -> Path:
-    """A directory of its own for each run: none is continued by accident."""
+    """A new directory, so that no run is continued by accident."""
     number = 1
     while (run := folder / f"run_{number:03d}").exists():
         number += 1
@@ -188,9 +189,9 @@ def _next_run(folder: Path) -> Path:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="runs/demo", help="where data and runs go")
-    parser.add_argument("--control", action="store_true", help="train on shuffled tokens: must fail the check")
-    parser.add_argument("overrides", nargs="*", help="section.field=value")
+    parser.add_argument("--folder", default="runs/demo", help="folder for data and runs")
+    parser.add_argument("--control", action="store_true", help="train on shuffled tokens, which must fail the check")
+    parser.add_argument("overrides", nargs="*", help="config changes: section.field=value")
     return parser.parse_args(argv)
 
 

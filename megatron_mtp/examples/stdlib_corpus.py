@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source code of the Python standard library, as JSONL for the demo."""
+"""The source code of the Python standard library as JSONL: real text that every machine has, for the demo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_mtp.data.files import replacing
 
-# Installed packages, tests, and `encodings`, whose tables are near copies of one another.
+# Installed packages, tests, and `encodings`, whose tables are nearly equal.
 _SKIPPED_FOLDERS = {
     "site-packages",
     "dist-packages",
@@ -24,9 +24,9 @@ HELD_OUT_PERCENT = 5
 
 
 def stdlib_jsonl(out_dir: str | Path) -> tuple[Path, Path]:
-    """Writes `stdlib_train.jsonl` and `stdlib_valid.jsonl`: one source file on each line, sorted by path.
+    """Writes `stdlib_train.jsonl` and `stdlib_valid.jsonl`: one source file per line, sorted by path.
 
-    A file goes to the held-out part by a hash of its content, so copies of one text never lie in both parts.
+    A hash of its content decides whether a file is held out, so both parts never share a text.
     """
     train: list[str] = []
     valid: list[str] = []

@@ -1,4 +1,4 @@
-"""generate, spec-eval and continuations on a run that was trained for a moment."""
+"""generate, spec-eval and continuations on a briefly trained run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory):
-    """A run of a byte model that was trained for a moment."""
+    """A run of a byte model, trained for three steps."""
     import subprocess
     import sys
 
     folder = tmp_path_factory.mktemp("run")
     fields = "model.num_layers=2 model.hidden_size=32 model.ffn_hidden_size=64 model.vocab_size=257 model.seq_length=64"
-    fields += " train.train_iters=3 validation.eval_iters=1 validation.draft_prompts=2 dist.device=cpu tokenizer.tokenizer_type=bytes"
+    fields += " train.train_iters=3 validation.eval_iters=1 validation.draft_prompts=2 dist.device=cpu"
+    fields += " tokenizer.tokenizer_type=bytes"
     fields += f" checkpoint.save={folder / 'checkpoints'} logger.log_dir={folder}"
     command = [sys.executable, "-m", "megatron_mtp", "pretrain", "tiny_dense", *fields.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -41,17 +42,8 @@ def call(*arguments):
 
 
 def test_generate(run_directory):
-    arguments = (
-        "generate",
-        run_directory,
-        "--prompt",
-        "import os",
-        "--max-new-tokens",
-        "12",
-        "--ignore-end",
-        "--device",
-        "cpu",
-    )
+    arguments = ["generate", run_directory, "--prompt", "import os"]
+    arguments += ["--max-new-tokens", "12", "--ignore-end", "--device", "cpu"]
     code, out, _ = call(*arguments, "--num-draft", "3", "--json")
     assert code == 0
     drafted = json.loads(out)
@@ -87,10 +79,9 @@ def test_spec_eval(run_directory, tmp_path):
             "".join(json.dumps({"text": f"{name} {i} " * 9}) + "\n" for i in range(3))
         )
     files = [option for name in ("code", "prose") for option in ("--data", tmp_path / f"{name}.jsonl")]
-    code, out, _ = call(
-        "spec-eval", run_directory, *files, "--num-draft", "2", "--prompts", "2", "--prompt-tokens", "12", "--new-tokens", "16",
-        "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png", "--device", "cpu",
-    )  # fmt: skip
+    sizes = ["--num-draft", "2", "--prompts", "2", "--prompt-tokens", "12", "--new-tokens", "16"]
+    outputs = ["--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"]
+    code, out, _ = call("spec-eval", run_directory, *files, *sizes, *outputs, "--device", "cpu")
     assert code == 0
     assert "prose" in out
     domains = {d["name"]: d for d in json.loads((tmp_path / "out.json").read_text())["domains"]}
@@ -99,11 +90,8 @@ def test_spec_eval(run_directory, tmp_path):
     assert domains["all"]["proposed"][0] == sum(domains[n]["proposed"][0] for n in ("code", "prose"))
     assert (tmp_path / "out.png").stat().st_size > 1000
 
-    arguments = ["--data", tmp_path / "code.jsonl", "--out", tmp_path / "self/train", "--prompts", "3"]
-    assert (
-        main([*map(str, [run_directory, *arguments, "--prompt-tokens", "6", "--new-tokens", "10", "--threads", "1"])])
-        == 0
-    )
+    arguments = [run_directory, "--data", tmp_path / "code.jsonl", "--out", tmp_path / "self/train", "--prompts", "3"]
+    assert main([*map(str, arguments), "--prompt-tokens", "6", "--new-tokens", "10", "--threads", "1"]) == 0
     text, mask = IndexedReader(str(tmp_path / "self/train")), IndexedReader(str(tmp_path / "self/train_loss_mask"))
     assert len(text) == len(mask) == 3
     assert np.array_equal(mask.read(0)[:6], np.zeros(6))

@@ -1,4 +1,4 @@
-"""fit_drafter and graft_drafter on an imported model: what they change, what they leave, and mistakes."""
+"""drafting.fit and drafting.graft on an imported model: what they change, what they keep, and mistakes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_only_the_projections_are_new(base, tmp_path):
 
 def test_mistakes(base, tmp_path, capsys):
     for source, data, text in (
-        (base / "hf", base / "text", "is in Hugging Face form. Import it first"),
+        (base / "hf", base / "text", "is a Hugging Face folder. Import it first"),
         (base / "run", base / "nothing", "nothing.idx"),
         (base / "nothing", base / "text", "nothing"),
     ):
