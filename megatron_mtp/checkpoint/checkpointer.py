@@ -80,13 +80,18 @@ class Checkpointer:
         if self.directory:
             from_first(self._make_directory)
 
+    @property
+    def _run_directory(self) -> RunDirectory:
+        assert self.directory is not None, "checkpoint.save is not set: nothing is saved"
+        return self.directory
+
     def _make_directory(self) -> None:
-        path = self.directory.path
+        path = self._run_directory.path
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"checkpoint.save = {path}: cannot be made ({describe_error(error)}).") from error
-        for name in self.directory.clear_remains():
+        for name in self._run_directory.clear_remains():
             logger.info("removed %s, the remains of a save that did not finish", path / name)
 
     # ---- resuming ----
@@ -101,7 +106,8 @@ class Checkpointer:
             CheckpointError: on every rank: there are checkpoints and none is complete, the newest complete one belongs
                 to a run with another config, or it cannot be loaded.
         """
-        found = find_checkpoint(self.cfg) if self.cfg.checkpoint.load else None
+        load = self.cfg.checkpoint.load
+        found = find_checkpoint(self.cfg, load) if load else None
         if found is None:
             return False
         load_optim = self.cfg.checkpoint.load_optim
@@ -120,9 +126,9 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank: there is no complete one.
         """
-        found = find_checkpoint(self.cfg, self.directory.path)
+        found = find_checkpoint(self.cfg, self._run_directory.path)
         if found is None:
-            raise CheckpointError(f"checkpoint.save = {self.directory.path}: holds no checkpoint to go back to.")
+            raise CheckpointError(f"checkpoint.save = {self._run_directory.path}: holds no checkpoint to go back to.")
         train_state.restore(load_checkpoint(self.cfg, found, chunks, optimizer, self.groups.dp_cp, load_optim=True))
         self.last_saved = found.manifest.iteration
         if self.rank == 0:
@@ -134,9 +140,10 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank: it is damaged, or not of this model.
         """
-        if self.cfg.checkpoint.pretrained_checkpoint is None:
+        pretrained = self.cfg.checkpoint.pretrained_checkpoint
+        if pretrained is None:
             return
-        folder = from_first(lambda: checkpoint_folder(Path(self.cfg.checkpoint.pretrained_checkpoint)))
+        folder = from_first(lambda: checkpoint_folder(Path(pretrained)))
         load_model_weights(folder, chunks, self.groups.dp_cp)
         optimizer.reload_model_params()
         if self.rank == 0:
@@ -168,7 +175,7 @@ class Checkpointer:
         started_s = time.monotonic()
         gather_weights(chunks)
         from_first(lambda: self._begin(train_state.iteration))
-        partial = self.directory.partial_path(train_state.iteration)
+        partial = self._run_directory.partial_path(train_state.iteration)
         content = Content(chunks, optimizer if self.cfg.checkpoint.save_optim else None, self.groups.dp_cp)
         file = plan_save(content.for_saving(), partial)
         scalars = first_known(optimizer_scalars(content))  # there is a step count once `for_saving` made one
@@ -226,9 +233,9 @@ class Checkpointer:
 
     def _begin(self, iteration: int) -> None:
         try:
-            self.directory.begin(iteration)
+            self._run_directory.begin(iteration)
         except OSError as error:
-            raise self._failure(iteration, f"{self.directory.path}: {describe_error(error)}") from error
+            raise self._failure(iteration, f"{self._run_directory.path}: {describe_error(error)}") from error
 
     def _manifest(self, train_state: TrainState, reason: str, validation_loss: float | None) -> Manifest:
         return Manifest(
@@ -245,8 +252,8 @@ class Checkpointer:
 
     def _complete(self, pending: _Pending, written: Written) -> None:
         """Rank 0 completes the checkpoint once every rank has written its file."""
-        reports: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(written, reports, dst=0)
+        reports: list[Any] = [None] * self.world_size
+        dist.gather_object(written, reports if self.rank == 0 else None, dst=0)
         try:
             from_first(lambda: self._finish(pending, reports))
         except CheckpointError:
@@ -260,24 +267,26 @@ class Checkpointer:
             failures = [report.error for report in reports if report.error]
             if failures:
                 raise CheckpointError("; ".join(failures))
-            partial = self.directory.partial_path(iteration)
+            partial = self._run_directory.partial_path(iteration)
             write_durably(partial / CONFIG_NAME, to_yaml(self.cfg).encode())
             write_durably(partial / TRAIN_STATE_NAME, (json.dumps(pending.train_state, indent=1) + "\n").encode())
             files = [describe_file(partial / name) for name in (CONFIG_NAME, TRAIN_STATE_NAME)]
             files += write_metadata(partial, pending.file.metadata, reports)
             files += [report.entry for report in reports if report.entry]
-            self.directory.complete(replace(pending.manifest, files=files))
+            self._run_directory.complete(replace(pending.manifest, files=files))
         except (OSError, CheckpointError) as error:
-            self.directory.abandon(iteration)
+            self._run_directory.abandon(iteration)
             raise self._failure(iteration, describe_error(error)) from error
         try:
             rules = self.cfg.checkpoint
-            self.directory.retain(rules.most_recent_k, rules.keep_every, rules.keep_best)
+            self._run_directory.retain(rules.most_recent_k, rules.keep_every, rules.keep_best)
         except OSError as error:
-            logger.warning("%s: an old checkpoint cannot be removed (%s)", self.directory.path, describe_error(error))
+            logger.warning(
+                "%s: an old checkpoint cannot be removed (%s)", self._run_directory.path, describe_error(error)
+            )
 
     def _failure(self, iteration: int, cause: str) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint.save = {self.directory.path}: iteration {iteration} was not saved ({cause}). "
+            f"checkpoint.save = {self._run_directory.path}: iteration {iteration} was not saved ({cause}). "
             "Earlier checkpoints are intact. Free disk space or repair the directory; the next save tries again."
         )

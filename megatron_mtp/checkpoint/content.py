@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.transformer.module import MegatronModule
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -94,7 +95,7 @@ class Content:
                 tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
         return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
-    def named_chunks(self) -> dict[str, nn.Module]:
+    def named_chunks(self) -> dict[str, MegatronModule]:
         """The models of this rank under the names that Megatron-Core's optimizers look for."""
         names = ["model"] if len(self.chunks) == 1 else [f"model{index}" for index in range(len(self.chunks))]
         return {name: unwrap(chunk) for name, chunk in zip(names, self.chunks, strict=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +49,25 @@ class Found:
     manifest: Manifest
 
 
-def find_checkpoint(cfg: ConfigContainer, path: str | Path | None = None) -> Found | None:
-    """The newest complete checkpoint of checkpoint.load; None where a fresh start is allowed.
+def find_checkpoint(cfg: ConfigContainer, path: str | Path) -> Found | None:
+    """The newest complete checkpoint of a run directory; None where a fresh start is allowed.
 
     Every byte is compared with the manifest before any file is parsed, each rank reading its share. Rank 0 checks
     pickled parts before any rank loads them. A damaged checkpoint is named and the one before it is used.
 
     Args:
-        path: in place of checkpoint.load.
+        path: checkpoint.load or checkpoint.save.
 
     Raises:
         CheckpointError: on every rank: no checkpoint is complete, or the newest complete one is of a run with another
             config.
     """
-    directory = RunDirectory(path or cfg.checkpoint.load)
+    directory = RunDirectory(path)
     damaged: list[str] = []
     for iteration in from_first(directory.iterations):
         manifest, problems = _examine(directory, iteration)
         if manifest is not None and not problems:
-            from_first(lambda manifest=manifest: _check_config(cfg, directory, manifest))
+            from_first(partial(_check_config, cfg, directory, manifest))
             return Found(directory.final_path(iteration), manifest)
         for problem in problems if dist.get_rank() == 0 else ():
             logger.warning("the checkpoint of iteration %d is damaged and skipped: %s", iteration, problem)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class WeightsWriter:
         """
         file = self._current_file()
         start = file.stream.position
-        torch.save([{}], file.stream)  # Megatron-Core's loader asks for its own object
+        torch.save([{}], cast(IO[bytes], file.stream))  # Megatron-Core's loader asks for its own object
         common = f"{COMMON_KEY}/shard_0_1"
         self._record(MetadataIndex(common), file, start)
         self._close_file()
@@ -198,7 +198,7 @@ class StoredWeights:
                 self.left_out[kind] = self.left_out.get(kind, 0) + 1
             elif isinstance(stored, TensorStorageMetadata):
                 self.tensors[key] = stored
-                self._boxes[key] = by_first = {}
+                by_first = self._boxes.setdefault(key, {})
                 for chunk in stored.chunks:
                     info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
                     box = _Box(tuple(chunk.offsets), tuple(chunk.sizes), info)
@@ -255,7 +255,7 @@ class StoredWeights:
     def _load(self, info: _StorageInfo) -> Tensor:
         with (self.folder / info.relative_path).open("rb") as stream:
             view = _create_file_view(stream, info.offset, info.length)
-            return torch.load(view, map_location="cpu", weights_only=True).detach()
+            return torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True).detach()
 
 
 def _other_kind(key: str) -> str | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -143,7 +143,7 @@ def save_tensor(tensor: torch.Tensor, stream: HashedStream) -> None:
     """Appends one tensor on the CPU in the form that loaders of distributed checkpoints read."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # torch.save writes the full storage of a view
-    torch.save(tensor, stream)
+    torch.save(tensor, cast(IO[bytes], stream))
 
 
 class HashedStream:
@@ -153,16 +153,18 @@ class HashedStream:
         self.raw, self.position, self.digest = raw, 0, hashlib.sha256()
 
     def write(self, data: Any) -> int:
+        """Writes bytes and adds them to the digest."""
         self.digest.update(data)
         size = self.raw.write(data)
         self.position += size
         return size
 
     def flush(self) -> None:
+        """As the file."""
         self.raw.flush()
 
 
-def write_metadata(directory: Path, metadata: Metadata, written: list[Written]) -> list[FileEntry]:
+def write_metadata(directory: Path, metadata: Metadata | None, written: list[Written]) -> list[FileEntry]:
     """Writes the metadata by which a loader finds each shard; rank 0 only.
 
     Args:
@@ -174,6 +176,7 @@ def write_metadata(directory: Path, metadata: Metadata, written: list[Written]) 
     for entry in (one.entry for one in written if one.entry):
         if not (directory / entry.name).exists():
             raise OSError(f"{directory / entry.name} was written but is not here: ranks must share the file system")
+    assert metadata is not None, "the metadata is on rank 0"
     metadata.version = CURRENT_DCP_VERSION
     metadata.storage_meta = StorageMeta()
     metadata.storage_data = {result.index: result.storage_data for one in written for result in one.results}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from megatron_mtp.config.sections import DistConfig
 from megatron_mtp.device import cpu_facade
@@ -43,7 +44,7 @@ def init_distributed(config: DistConfig) -> Device:
         dist.init_process_group(device.backend, timeout=timeout, **_own_store(timeout))
     else:
         # A store inside the process: no port that another job could hold.
-        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(device.backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
 
 
@@ -56,10 +57,10 @@ def _own_store(timeout: timedelta) -> dict[str, Any]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, env_world_size(), is_master=False, timeout=timeout)
+    store = TCPStore(*address, env_world_size(), is_master=False, timeout=timeout)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {
-        "store": dist.PrefixStore(f"megatron_mtp/start_{start}", store),
+        "store": PrefixStore(f"megatron_mtp/start_{start}", store),
         "rank": env_rank(),
         "world_size": env_world_size(),
     }

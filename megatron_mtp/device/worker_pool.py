@@ -79,9 +79,8 @@ class WorkerPool:
                 self.close()
                 missing = [rank for rank in range(self.size) if rank not in results]
                 raise WorkerError(f"{what}: no answer from ranks {missing} after {self.timeout_s} s")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)
-                results[rank] = self._receive(rank, pipe, what)
+            for rank in [rank for rank, pipe in enumerate(self._pipes) if pipe in ready]:
+                results[rank] = self._receive(rank, self._pipes[rank], what)
         return [results[rank] for rank in range(self.size)]
 
     def _receive(self, rank: int, pipe: Connection, what: str) -> Any:
@@ -115,6 +114,7 @@ class WorkerPool:
 def _serve(rank: int, size: int, store: str, pipe: Connection, collective_timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
 
     from megatron_mtp.device import cpu_facade
 
@@ -123,7 +123,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, collective_timeou
     cpu_facade.install("cpu")
     try:
         timeout = timedelta(seconds=collective_timeout_s)
-        dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         pipe.send((False, None))
         while True:
             work, args = pipe.recv()

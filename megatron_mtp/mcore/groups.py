@@ -77,8 +77,8 @@ def destroy_model_parallel() -> None:
             dist.destroy_process_group(group)
 
 
-# Sorted ranks -> group, for as long as the default group lives.
-_gloo_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# Sorted ranks -> group, or torch's mark where this rank is not a member; for as long as the default group lives.
+_gloo_groups: dict[tuple[int, ...], dist.ProcessGroup | int] = {}
 _gloo_world: dist.ProcessGroup | None = None
 
 
@@ -97,7 +97,7 @@ def _gloo_groups_made_once() -> AbstractContextManager[None]:
         _gloo_world = dist.group.WORLD
     make = dist.new_group
 
-    def made_once(ranks: list[int], **options: Any) -> dist.ProcessGroup:
+    def made_once(ranks: list[int], **options: Any) -> dist.ProcessGroup | int:
         key = tuple(sorted(ranks))
         if key not in _gloo_groups:
             _gloo_groups[key] = make(ranks, **options)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import optimizer as upstream
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -159,7 +160,7 @@ def guarded_step(
     return bool(updated), None if norm is None else float(norm), num_zeros
 
 
-def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[torch.nn.Module]) -> None:
+def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[DistributedDataParallel]) -> None:
     """Sets the model's weights to the fp32 master weights, on every data-parallel rank."""
     for single in singles:
         if isinstance(single, DistributedOptimizer):
@@ -168,7 +169,7 @@ def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[
         chunk.start_param_sync(force_sync=True)
 
 
-def gather_weights(chunks: list[torch.nn.Module]) -> None:
+def gather_weights(chunks: list[DistributedDataParallel]) -> None:
     """Fetches the last update of the shards of other ranks now.
 
     With overlap_param_gather it would arrive with the next forward pass.

@@ -47,7 +47,7 @@ PATCHES = (
         "mcore/recompute.py",
         "layout",
         "selective recomputation ends in a NameError without Transformer Engine",
-        f"{_LAYERS}::test_selective_recomputation_of_the_latents",
+        "tests/numerics/test_upstream.py::test_recomputation_covers_mtp_layers_and_changes_no_gradient",
     ),
     Patch(
         "torch.distributed.new_group",
@@ -131,7 +131,7 @@ PATCHES = (
         "model/mtp.py",
         "object",
         "each depth of the parallel variant is recomputed, so that one at a time holds its activations",
-        "tests/numerics/test_upstream.py::test_recomputation_covers_mtp_layers_and_changes_no_gradient",
+        "tests/numerics/test_parallel_memory.py::test_four_depths_hold_one_depths_activations",
     ),
     Patch(
         "ModuleSpec.module | self_attention | out_norm",

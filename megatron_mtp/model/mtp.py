@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
@@ -98,9 +99,9 @@ class ParallelMTPLayer(MTPLayer):
         # Built by the base class for the sequential variant; a depth here reads neither embedding nor projection.
         del self.enorm, self.hnorm, self.eh_proj
         if self.config.mtp_num_layers > 1:
-            self.config = copy(self.config)
-            self.config.recompute_granularity = "full"
-            self.config.recompute_method, self.config.recompute_num_layers = "uniform", 1
+            config = copy(self.config)
+            config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+            self.config: TransformerConfig = config
 
     def _embed(self, ids: Tensor, position_ids: Tensor, embedding: Callable[..., Tensor]) -> None:
         return None
@@ -159,7 +160,7 @@ class MTPModel(GPTModel):
         padding_mask: Tensor | None = None,
         packed_seq_params: Any = None,
         sequence_len_offset: Tensor | None = None,
-        extra_block_kwargs: dict | None = None,
+        extra_block_kwargs: dict[str, Any] | None = None,
         output_processor: Callable[..., Any] | None = None,
         output_processor_context: Any = None,
         **unused: Any,

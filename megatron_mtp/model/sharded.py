@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 
-def sharded_tensors(chunk: nn.Module) -> list[ShardedTensor]:
+def sharded_tensors(chunk: MegatronModule) -> list[ShardedTensor]:
     """Every tensor of a chunk, sorted by key and offset; fused ones (gate and up projection) are split."""
     found: list[ShardedTensor] = []
     pending: list[object] = [chunk.sharded_state_dict()]
@@ -78,7 +80,7 @@ def gradient_parts(chunks: list[nn.Module]) -> list[Part]:
 
 
 @contextmanager
-def _gradients_in_place_of_weights(chunk: nn.Module) -> Iterator[list[nn.Parameter]]:
+def _gradients_in_place_of_weights(chunk: DistributedDataParallel) -> Iterator[list[nn.Parameter]]:
     parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:
@@ -91,7 +93,7 @@ def _gradients_in_place_of_weights(chunk: nn.Module) -> Iterator[list[nn.Paramet
             parameter.data = weight
 
 
-def _gather_sharded_gradients(chunk: nn.Module) -> None:
+def _gather_sharded_gradients(chunk: DistributedDataParallel) -> None:
     """With the distributed optimizer a rank holds the reduced gradients of its shard only; this gathers the others'."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
@@ -137,6 +139,6 @@ def gather_parts(parts: list[Part]) -> list[Part] | None:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The model inside DDP and mixed-precision wrappers."""
-    while hasattr(module, "module"):
-        module = module.module
+    while isinstance(inner := getattr(module, "module", None), nn.Module):
+        module = inner
     return module

@@ -61,7 +61,7 @@ def what_is_found(path: str) -> tuple[int, list[str]]:
     logger, told = logging.getLogger("megatron_mtp.checkpoint.resuming"), Warnings()
     logger.addHandler(told)
     try:
-        found = find_checkpoint(make_config(DENSE, dist.get_world_size(), path))
+        found = find_checkpoint(make_config(DENSE, dist.get_world_size(), path), path)
     finally:
         logger.removeHandler(told)
     return found.manifest.iteration, told.texts
@@ -103,7 +103,7 @@ def resume_and_save(path: str) -> list[int]:
 
 def refused(path: str) -> str:
     with pytest.raises(CheckpointError) as caught:
-        find_checkpoint(make_config(DENSE, dist.get_world_size(), path))
+        find_checkpoint(make_config(DENSE, dist.get_world_size(), path), path)
     return str(caught.value)
 
 

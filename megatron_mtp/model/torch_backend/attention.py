@@ -112,7 +112,7 @@ class TorchCoreAttention(MegatronModule):
                 context = self._attend_zigzag(query, key, value, attention_mask)
         return context.permute(2, 0, 1, 3).flatten(2)  # -> [s/cp, b, heads * v_channels]
 
-    def _dropout_rng(self) -> contextlib.AbstractContextManager:
+    def _dropout_rng(self) -> contextlib.AbstractContextManager[Any]:
         # Heads are sharded over TP, so each rank needs its own random numbers. Under sequence parallelism the full
         # block runs in this fork already.
         if self.dropout == 0.0 or not self.training or self.config.sequence_parallel:

@@ -11,6 +11,8 @@ Megatron-Core 0.19.2 has two defects there, both in backward passes only, so tha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -18,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ExactMLASelfAttention(MLASelfAttention):
@@ -41,7 +43,8 @@ class ExactMLASelfAttention(MLASelfAttention):
     def _set_latent_norm_epsilon(self, epsilon: float) -> None:
         # Transformer Engine holds a latent's norm inside the projection that follows it.
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-            if hasattr(module := getattr(self, name, None), "eps"):
+            module: Any = getattr(self, name, None)
+            if hasattr(module, "eps"):
                 module.eps = epsilon
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +72,7 @@ class ExactMLASelfAttention(MLASelfAttention):
         latent, rope_key = kv.split(widths, dim=-1)
         return q, torch.cat([latent, copy_to_tensor_model_parallel_region(rope_key, group=self.tp_group)], dim=-1)
 
-    def _resolve_qk_norm_config(self, submodules: object) -> dict:
+    def _resolve_qk_norm_config(self, submodules: object) -> dict[str, Any]:
         # Upstream wants a fused norm and projection for queries that have no latent, which would normalise the hidden
         # state twice. Released models without a query latent (DeepSeek-V2-Lite, Moonlight) norm keys and values only.
         if self.config.qk_layernorm and self.config.q_lora_rank is None:
@@ -78,7 +81,7 @@ class ExactMLASelfAttention(MLASelfAttention):
         return super()._resolve_qk_norm_config(submodules)
 
 
-def mark_whole_weight(linear: nn.Module, width: int) -> None:
+def mark_whole_weight(linear: Any, width: int) -> None:
     """Marks a weight that every tensor-parallel rank holds in full as not sharded, so that a norm counts it once.
 
     Transformer Engine marks the weights of all its linear layers as sharded, those it duplicates too.

@@ -5,6 +5,8 @@ Megatron-Core's wrapper around torch's norms refuses sequence parallelism and ze
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,7 +34,8 @@ class TorchNorm(torch.nn.Module):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
         def parameter(value: float) -> torch.nn.Parameter:
-            param = torch.nn.Parameter(torch.full((hidden_size,), value, dtype=config.params_dtype, device=device))
+            weight = torch.full((hidden_size,), value, dtype=config.params_dtype, device=device)
+            param: Any = torch.nn.Parameter(weight)
             param.sequence_parallel = config.sequence_parallel
             return param
 
