@@ -1,4 +1,4 @@
-"""Training a drafter after pretraining: FastMTP's way, for any model."""
+"""Training a drafter after pretraining, as FastMTP does, for any model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DECAY = 0.6
 def mtp_finetune_config() -> ConfigContainer:
     """The demo's model as a drafter of three steps: `finetune_drafter` on the demo.
 
-    Give it weights with checkpoint.pretrained_checkpoint and data that the model wrote itself (drafting/continuations.py).
+    Give it weights with checkpoint.pretrained_checkpoint, and data that the model wrote (drafting/continuations.py).
     """
     cfg = finetune_drafter(demo_pretrain_config())
     cfg.model.pipeline_model_parallel_size = 1
@@ -25,22 +25,23 @@ def mtp_finetune_config() -> ConfigContainer:
 
 
 def finetune_drafter(cfg: ConfigContainer, num_steps: int = NUM_STEPS, decay: float = DECAY) -> ConfigContainer:
-    """Turns a pretraining run into one that trains the drafter alone.
+    """Turns a pretraining run into one that trains only the drafter.
 
-    Trunk, embedding and head are frozen. One MTP layer is applied `num_steps` times in a row, as it will be when it drafts that many tokens; step k
-    weighs decay^(k-1), as a draft counts only where those before it were accepted. A layer that was trained for one step and is then applied
-    three times is accepted 70, 11 and 2 %; trained unrolled 81, 56 and 36 %. Source: FastMTP, arXiv 2509.18362, sections 3 and 4.
+    Trunk, embedding and head are frozen. One MTP layer is applied `num_steps` times in a row, as in drafting that many
+    tokens. Step k has the weight decay^(k-1), because a draft counts only if those before it were accepted. A layer
+    trained for one step and applied three times is accepted 70, 11 and 2 %; trained unrolled, 81, 56 and 36 %.
+    Source: FastMTP, arXiv 2509.18362, sections 3 and 4.
 
     Args:
-        cfg: unfinalized; of the model whose drafter it is.
-        num_steps: tokens to be drafted.
+        cfg: unfinalized config of the model to draft for.
+        num_steps: tokens to draft.
         decay: 0.6 in the paper: weights 0.51, 0.31 and 0.18.
     """
     model = cfg.model
     model.mtp_freeze_trunk = True
     model.mtp_use_repeated_layer = True
     model.mtp_num_layers = num_steps
-    # Only proportions matter beside the learning rate: lambda / D * w_k sums to 1.
+    # Apart from the learning rate only proportions matter: lambda / D * w_k sums to 1.
     weights = [decay**k for k in range(num_steps)]
     model.mtp_depth_weights = [num_steps * weight / sum(weights) for weight in weights]
     model.mtp_loss_scaling_factor = 1.0

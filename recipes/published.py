@@ -1,4 +1,4 @@
-"""What others publish about the sizes of the models, and how they count. Data for docs/models.md; a test holds the recipes against it."""
+"""Published sizes of the models, and how each is counted: data for docs/models.md. A test compares the recipes."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python scripts/golden_curves.py write [NAME ...]
     python scripts/golden_curves.py check [NAME ...]      # on the machine that wrote them: equal to the last bit
 
-A file holds the command's fields and one line for each step. Every run goes through the command line, so that the curves do
+A file holds the command's fields and one line for each step. Every run goes through the command line, so the curves do
 not depend on how the code is arranged. Bits differ between processors; `tests/golden` compares at the rounding of fp32.
 """
 

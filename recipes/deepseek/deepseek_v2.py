@@ -7,12 +7,13 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def deepseek_v2_lite_pretrain_config() -> ConfigContainer:
-    """DeepSeek-V2-Lite (15.7B, 2.4B active) with one MTP layer at 4K, on 8 GPUs of 80 GB: EP=8. Queries have no latent.
+    """DeepSeek-V2-Lite (15.7B, 2.4B active) with one MTP layer at 4K, on 8 GPUs of 80 GB: EP=8. Queries have no
+    latent.
 
     YaRN came with the extension to 32K: model.rope_type=yarn model.mscale=0.707 model.mscale_all_dim=0.707.
 
-    Sources: dimensions, deepseek-ai/DeepSeek-V3 inference/configs/config_16B.json and arXiv 2405.04434, appendix B, which
-    also gives learning rate, tokens and batch; parallel sizes, Megatron-Bridge 067f987d recipes/deepseek/h100/
+    Sources: dimensions, deepseek-ai/DeepSeek-V3 inference/configs/config_16B.json and arXiv 2405.04434, appendix B,
+    which also gives learning rate, tokens and batch; parallel sizes, Megatron-Bridge 067f987d recipes/deepseek/h100/
     deepseek_v2.py. The loss factor is DeepSeek-V3's first one.
     """
     cfg = pretrain_common()

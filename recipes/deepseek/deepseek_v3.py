@@ -27,7 +27,9 @@ def deepseek_v3_pretrain_config() -> ConfigContainer:
 
 
 def deepseek_v3_architecture() -> ConfigContainer:
-    """The model with its MTP layer, on one rank, with the common training settings; other families change fields of it."""
+    """The model with its MTP layer, on one rank, with the common training settings; other families change fields of
+    it.
+    """
     cfg = pretrain_common()
     model = cfg.model
     model.num_layers = 61

@@ -7,8 +7,8 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def glm45_pretrain_config() -> ConfigContainer:
-    """GLM-4.5 (355B, 32B active) with its MTP layer and loss factor, on 128 GPUs of 80 GB: TP=2 with sequence parallelism, PP=8,
-    EP=16.
+    """GLM-4.5 (355B, 32B active) with its MTP layer and loss factor, on 128 GPUs of 80 GB: TP=2 with sequence
+    parallelism, PP=8, EP=16.
 
     The report trains with Muon, whose updates have the size of AdamW's; its learning rate is used with AdamW here, as a
     cosine over all 22T tokens. Rotary positions have the base of the released weights; the report's 4K phase has 10000.

@@ -40,7 +40,8 @@ def llama3_8b_pretrain_config() -> ConfigContainer:
 
 
 def llama3_70b_pretrain_config() -> ConfigContainer:
-    """Llama 3 70B with one MTP layer at 8K, on 32 GPUs of 80 GB: TP=4 with sequence parallelism, PP=4 with 5 chunks, CP=2.
+    """Llama 3 70B with one MTP layer at 8K, on 32 GPUs of 80 GB: TP=4 with sequence parallelism, PP=4 with 5 chunks,
+    CP=2.
 
     Sources: as `llama3_8b_pretrain_config`; dimensions, arXiv 2407.21783, table 3.
     """

@@ -10,7 +10,8 @@ def mixtral_8x7b_pretrain_config() -> ConfigContainer:
     """Mixtral-8x7B with one MTP layer at 4K, on 16 GPUs of 80 GB: PP=2, EP=8, layers recomputed.
 
     Mistral published no training settings: learning rate and batch are pretrain_common's with a larger batch, the
-    coefficient of the balancing loss is transformers', the loss factor Megatron-Core's default, the parallel sizes this project's.
+    coefficient of the balancing loss is transformers', the loss factor Megatron-Core's default, the parallel sizes this
+    project's.
 
     Source: dimensions, transformers 5.23.0 models/mixtral; arXiv 2401.04088.
     """

@@ -51,12 +51,13 @@ def moonlight_16b_a3b_pretrain_config() -> ConfigContainer:
 
 
 def kimi_k2_pretrain_config() -> ConfigContainer:
-    """Kimi-K2 (1.04T, 32B active) with one MTP layer at 4K, on 512 GPUs of 80 GB: TP=2 with sequence parallelism, PP=16, EP=32.
+    """Kimi-K2 (1.04T, 32B active) with one MTP layer at 4K, on 512 GPUs of 80 GB: TP=2 with sequence parallelism,
+    PP=16, EP=32.
 
     The report trains with MuonClip; AdamW with its learning rate is used here.
 
-    Sources: dimensions, THUDM/slime 624b824a scripts/models/kimi-k2.sh; learning rate, tokens and batch, arXiv 2507.20534,
-    section 2; parallel sizes, Megatron-Bridge 067f987d recipes/kimi/h100/kimi_k2.py.
+    Sources: dimensions, THUDM/slime 624b824a scripts/models/kimi-k2.sh; learning rate, tokens and batch, arXiv
+    2507.20534, section 2; parallel sizes, Megatron-Bridge 067f987d recipes/kimi/h100/kimi_k2.py.
     """
     cfg = deepseek_v3_architecture()
     model = cfg.model
