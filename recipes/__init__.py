@@ -53,7 +53,8 @@ RECIPES: dict[str, str] = {
 # name -> why there is no such recipe, for models that people look for
 REFUSED: dict[str, str] = {
     "nemotron3_super": "a HybridModel computes the MTP losses inside its own forward pass, has no MTP stage, and its "
-    "Mamba layers run on GPUs only, so that no layout could be compared with one rank (docs/decisions.md, 'Model families')",
+    "Mamba layers run on GPUs only, so no layout could be compared with one rank (docs/decisions.md, "
+    "'Model families')",
 }
 
 
