@@ -1,8 +1,8 @@
 """What may change between the run that saved a checkpoint and the run that resumes it, field by field.
 
 Three kinds. A free field changes nothing that the run computes. A curve field may change, and the curve changes from
-there on: it is reported. Every other field cannot change, and resuming is refused. A field nobody has placed in a table
-below cannot change, so a new field is safe until someone has thought about it. Imports neither torch nor megatron.
+there on: it is reported. Every other field cannot change, and resuming is refused. A field that is in no table
+below cannot change, so a new field is safe by default. Imports neither torch nor megatron.
 """
 
 from __future__ import annotations
