@@ -1,7 +1,7 @@
 """Where bad numbers came from: which rank, which samples, which parameters.
 
-When a step is known to be bad, its gradient has already been summed over ranks, and every rank has it. So each rank notes
-which of its own gradients are not finite just before they are reduced. The notes are read only if a step is bad.
+When a step is known to be bad, its gradient has already been summed over ranks, and every rank has it. So each rank
+notes which of its own gradients are not finite just before they are reduced. The notes are read only if a step is bad.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SHOWN = 3
 
 
 class GradientWatch:
-    """Notes of one rank's own gradients, and of its own time, taken when its backward pass is done.
+    """Notes which of a rank's own gradients are not finite, and how long the rank took, after its backward pass.
 
     Args:
-        chunks: wrapped chunks.
-        is_overlapped: gradients are reduced during the backward pass, so that there is no moment to look at a rank's own.
+        chunks: model chunks, wrapped for data parallelism.
+        is_overlapped: gradients are reduced during the backward pass, so a rank's own are never complete.
     """
 
     def __init__(self, chunks: list[nn.Module], is_overlapped: bool):
@@ -45,20 +45,21 @@ class GradientWatch:
         self._started = self._done = 0.0
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if next(chunks[0].parameters()).device.type == "cuda":
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
+            self._events = first, last
 
     @property
     def own_s(self) -> float:
-        """Seconds from the start of the last step until this rank had its gradients, its waits for other stages included.
+        """Seconds from the start of the last step until this rank had its gradients, waits for other stages included.
 
-        On a GPU it is the device's time, to be read when the step's losses have been read.
+        On a GPU it is device time; read it only after the step's losses.
         """
         if self._events is not None:
             return float(self._events[0].elapsed_time(self._events[1])) / 1e3
         return self._done - self._started
 
     def begin(self) -> None:
-        """A step begins."""
+        """Starts the notes of a step."""
         self._largest, self._started = None, time.perf_counter()
         if self._events is not None:
             self._events[0].record()
@@ -77,7 +78,7 @@ class GradientWatch:
         return noted
 
     def bad_parameters(self) -> list[str]:
-        """Parameters of which this rank's own gradient is not finite."""
+        """Names of the parameters whose gradient on this rank is not finite."""
         if self._largest is None:
             return []
         bad = (~torch.isfinite(self._largest)).nonzero().flatten().tolist()
@@ -85,14 +86,14 @@ class GradientWatch:
 
     @torch.no_grad()
     def _note(self) -> None:
-        # The largest magnitude of each; nothing waits for a GPU here.
+        # The largest magnitude of each gradient; the host does not wait for a GPU here.
         gradients = [parameter.main_grad for _, parameter in self._parameters]
         self._largest = torch.stack(torch._foreach_norm(gradients, float("inf"))) if gradients else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Notes:
-    """What one rank says of a bad step."""
+    """What one rank knows about a bad step."""
 
     rank: int
     where: str
@@ -128,7 +129,7 @@ def locate(groups: ProcessGroupCollection, watch: GradientWatch, batch: GlobalBa
 
 
 def _in_words(everyone: list[_Notes], is_overlapped: bool) -> list[str]:
-    """A loss that is not finite makes every gradient so; gradients are the news where the losses are sound."""
+    """Names the losses, or the gradients if all losses are finite: a bad loss makes every gradient bad."""
     with_losses = [notes for notes in everyone if notes.losses]
     if with_losses:
         return [
@@ -141,8 +142,8 @@ def _in_words(everyone: list[_Notes], is_overlapped: bool) -> list[str]:
             for n in with_gradients
         ]
     if is_overlapped:
-        return ["all losses are finite; ddp.overlap_grad_reduce = True hides whose gradient is not, turn it off to see"]
-    return ["every rank's own losses and gradients are finite; it came up in a sum over ranks"]
+        return ["all losses are finite; set ddp.overlap_grad_reduce = False to see which rank's gradient is not"]
+    return ["the losses and gradients of each rank are finite; only a sum over ranks is not"]
 
 
 def _some(items: list[Any]) -> str:
