@@ -33,8 +33,8 @@ from megatron_mtp.convert.tensor_files import SHARD_BYTES, Planned, TensorWriter
 from megatron_mtp.convert.tensor_forms import rows_of, to_theirs
 from megatron_mtp.data.tokenizer import configured_tokenizer
 from megatron_mtp.errors import ConversionError, DataError
+from megatron_mtp.model.dtypes import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 

@@ -19,10 +19,9 @@ from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.device.process_group import job_size
 from megatron_mtp.errors import DataError, MegatronMTPError
 from megatron_mtp.model.build import build_model
+from megatron_mtp.model.dtypes import DTYPES
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.setup import join_groups, leave_groups
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from megatron.core.activations import squared_relu
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_mtp.model.dtypes import DTYPES
 from megatron_mtp.parallel.resolve import ResolvedRun
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Fields whose name and meaning are the same on both sides.
 SAME = (

@@ -6,7 +6,7 @@ device at hand, so a laptop and a cluster get the same result. Imports neither t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
@@ -53,9 +53,8 @@ def resolve(cfg: ConfigContainer, world_size: int | None = None) -> ResolvedRun:
     """
     shape = RunShape.of(cfg, world_size)
     planned = auto_layout(shape) if is_planned(cfg.model) else None
-    return ResolvedRun.of(
-        cfg,
-        shape.world_size,
+    return ResolvedRun(
+        **{field.name: getattr(shape, field.name) for field in fields(shape)},
         layout=PipelineLayout.from_config(cfg.model) if planned is None else planned.layout,
         planned=planned,
         loss_factor=LossFactor.parse(cfg.model.mtp_loss_scaling_factor),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
 
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.container import ConfigContainer
@@ -33,25 +32,23 @@ class RunShape:
     is_linear: tuple[bool, ...]
 
     @classmethod
-    def of(cls, cfg: ConfigContainer, world_size: int | None = None, **others: Any) -> Self:
+    def of(cls, cfg: ConfigContainer, world_size: int | None = None) -> RunShape:
         """The shape of a finalized config.
 
         Args:
             world_size: None: the fewest processes that hold one replica.
-            others: fields of a subclass.
 
         Raises:
             ConfigError: the parallel sizes do not fit the number of processes.
         """
         size = minimum_world_size(cfg.model) if world_size is None else world_size
-        return cls(
+        return RunShape(
             cfg=cfg,
             world_size=size,
             grid=RankGrid.from_config(cfg, size),
             depths=Depths.of(cfg.model),
             is_moe=tuple(moe_pattern(cfg.model)),
             is_linear=tuple(linear_pattern(cfg.model)),
-            **others,
         )
 
     @property

@@ -1,7 +1,8 @@
-"""Wraps the model for data parallelism and makes the optimizer."""
+"""Wraps the model for data parallelism, builds the optimizer, and connects both to the pipeline schedules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import nn
@@ -19,14 +20,15 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.schedules import LearningRate, WeightDecay
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.mcore import optimizer as mcore_optimizer
-from megatron_mtp.model.transformer_config import DTYPES
+from megatron_mtp.model.dtypes import DTYPES
+from megatron_mtp.training.guards.attribution import GradientWatch
 
 
 def wrap_model(
-    cfg: ConfigContainer, chunks: list[nn.Module], groups: ProcessGroupCollection, device: torch.device
+    cfg: ConfigContainer, chunks: Sequence[nn.Module], groups: ProcessGroupCollection, device: torch.device
 ) -> list[DistributedDataParallel]:
-    """Moves the chunks to `device`, casts them, and gives them gradient buffers that are averaged over dp x cp."""
-    config = chunks[0].config
+    """Moves the chunks to `device`, casts them, and adds gradient buffers, which are averaged over dp x cp."""
+    config: Any = chunks[0].config
     for chunk in chunks:
         chunk.to(device)
     if cfg.precision.dtype != "fp32":
@@ -45,55 +47,14 @@ def wrap_model(
     ]
 
 
-def build_optimizer(cfg: ConfigContainer, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection) -> Any:
-    """The update rule over the wrapped chunks, and the hooks by which the schedules reduce gradients."""
-    optimizer = _make(cfg, chunks, groups)
-    config = chunks[0].config
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = _finalize(groups)
-    config.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks]) if cfg.ddp.overlap_grad_reduce else None
-    if cfg.ddp.overlap_grad_reduce and len(chunks) > 1:
-        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-    if cfg.ddp.overlap_param_gather and cfg.ddp.use_distributed_optimizer and len(chunks) > 1:
-        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
-    return optimizer
+def build_optimizer(
+    cfg: ConfigContainer, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> ChainedOptimizer:
+    """The optimizer over the wrapped chunks.
 
-
-def apply_schedules(
-    optimizer: Any, learning_rate: LearningRate, weight_decay: WeightDecay, consumed_samples: int
-) -> float:
-    """Sets learning rate and weight decay of every parameter group for the step that starts after `consumed_samples`.
-
-    Megatron-Core's groups carry `max_lr`, `min_lr`, `start_wd`, `end_wd`, `lr_mult` and `wd_mult` where they differ.
-    Groups without parameters are set too: a rank may hold none of the default group's.
-
-    Returns:
-        The learning rate of the default group, for the log.
+    Raises:
+        UnsupportedError: it needs a package that is not installed.
     """
-    for group in optimizer.param_groups:
-        lr = learning_rate(consumed_samples, group.get("max_lr"), group.get("min_lr")) * group.get("lr_mult", 1.0)
-        if hasattr(group.get("lr"), "fill_"):  # a tensor, under CUDA graphs
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-        wd = weight_decay(consumed_samples, group.get("start_wd"), group.get("end_wd"))
-        group["weight_decay"] = wd * group.get("wd_mult", 1.0)
-    return learning_rate(consumed_samples)
-
-
-def _per_chunk(functions: list[Any]) -> Any:
-    return functions if len(functions) > 1 else functions[0]
-
-
-def _finalize(groups: ProcessGroupCollection) -> Any:
-    def finalize(model: list[nn.Module], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
-        options["pg_collection"] = groups
-        finalize_model_grads(model, num_tokens, **options)
-
-    return finalize
-
-
-def _make(cfg: ConfigContainer, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection) -> Any:
     options, precision = cfg.optimizer, cfg.precision
     config = OptimizerConfig(
         optimizer=options.optimizer,
@@ -128,3 +89,49 @@ def _make(cfg: ConfigContainer, chunks: list[DistributedDataParallel], groups: P
             f"optimizer.optimizer = {options.optimizer}: Megatron-Core needs a package for it that is not installed "
             f"({error}). Install it, or use adam."
         ) from error
+
+
+def set_hooks(
+    cfg: ConfigContainer,
+    chunks: list[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    gradients: GradientWatch,
+) -> None:
+    """Sets the functions by which Megatron-Core's pipeline schedules scale the loss and reduce gradients.
+
+    Args:
+        gradients: looks at this rank's own gradients before they are reduced.
+    """
+    config = chunks[0].config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = gradients.before(finalize_model_grads)
+    is_interleaved = len(chunks) > 1
+    if cfg.ddp.overlap_grad_reduce:
+        no_syncs: list[Callable[..., Any]] = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_syncs if is_interleaved else no_syncs[0]
+        if is_interleaved:
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if cfg.ddp.overlap_param_gather and cfg.ddp.use_distributed_optimizer and is_interleaved:
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
+def apply_schedules(
+    optimizer: Any, learning_rate: LearningRate, weight_decay: WeightDecay, consumed_samples: int
+) -> float:
+    """Sets learning rate and weight decay of every parameter group for the step that starts after `consumed_samples`.
+
+    Megatron-Core's groups carry `max_lr`, `min_lr`, `start_wd`, `end_wd`, `lr_mult` and `wd_mult` where they differ.
+    Groups without parameters are set too: a rank may hold none of the default group's.
+
+    Returns:
+        The learning rate of the default group, for the log.
+    """
+    for group in optimizer.param_groups:
+        lr = learning_rate(consumed_samples, group.get("max_lr"), group.get("min_lr")) * group.get("lr_mult", 1.0)
+        if hasattr(group.get("lr"), "fill_"):  # a tensor, under CUDA graphs
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+        wd = weight_decay(consumed_samples, group.get("start_wd"), group.get("end_wd"))
+        group["weight_decay"] = wd * group.get("wd_mult", 1.0)
+    return learning_rate(consumed_samples)

@@ -26,7 +26,7 @@ from megatron_mtp.parallel.resolve import ResolvedRun
 from megatron_mtp.training.gpt_step import ForwardStep
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
 from megatron_mtp.training.guards.attribution import GradientWatch
-from megatron_mtp.training.optimizer import build_optimizer, wrap_model
+from megatron_mtp.training.optimizer import build_optimizer, set_hooks, wrap_model
 from megatron_mtp.training.step import Engine
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ def leave_groups() -> None:
 def embedding_stages(layout: PipelineLayout, is_tied: bool) -> list[int]:
     """Pipeline stages with a copy of the embedding: the first, the MTP stage, and the last if it is tied to the head.
 
-    The default, first and last, is wrong for a standalone MTP stage: its copy would not be reduced, and an untied head's gradient would be added
-    to the embedding's.
+    Megatron-Core's default, first and last, is wrong for a standalone MTP stage: the gradient of its copy would not be
+    reduced, and an untied head's gradient would be added to the embedding's.
     """
     stages = {0}
     if layout.mtp_stage is not None:
@@ -122,7 +122,7 @@ def setup(resolved: ResolvedRun, forward_step: ForwardStep | None = None) -> Run
 
     Args:
         resolved: the run, resolved for the number of processes of this job.
-        forward_step: in place of `gpt_step.forward_step`.
+        forward_step: runs one micro-batch through one chunk; None: `gpt_step.forward_step`.
     """
     device, groups = join_groups(resolved)
     cfg = resolved.cfg
@@ -136,7 +136,7 @@ def setup(resolved: ResolvedRun, forward_step: ForwardStep | None = None) -> Run
     chunks = wrap_model(cfg, build_model(resolved, groups, device.torch_device), groups, device.torch_device)
     optimizer = build_optimizer(cfg, chunks, groups)
     gradients = GradientWatch(chunks, cfg.ddp.overlap_grad_reduce)
-    chunks[0].config.finalize_model_grads_func = gradients.before(chunks[0].config.finalize_model_grads_func)
+    set_hooks(cfg, chunks, optimizer, gradients)
     if num_depths and not any(unwrap(chunk).mtp_process for chunk in chunks):
         logger.debug("this rank holds no MTP layer", extra={"all_ranks": True})
     objective = Objective.of(resolved, groups, device.torch_device)

@@ -15,8 +15,8 @@ from megatron_mtp.decode.speculate import Options, generate
 from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.model.dtypes import DTYPES
 from megatron_mtp.model.sharded import unwrap
-from megatron_mtp.model.transformer_config import DTYPES
 from megatron_mtp.training.callbacks.base import ConfiguredCallback, Metrics
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.setup import Run

@@ -1,0 +1,7 @@
+"""Torch's dtypes by the names that configs and commands use."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
