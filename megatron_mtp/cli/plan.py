@@ -1,4 +1,4 @@
-"""`megatron-mtp plan`: the pipeline split, its time and its memory, known before launch. Imports neither torch nor Megatron-Core."""
+"""`megatron-mtp plan`: predicts pipeline split, step time and memory. Imports neither torch nor Megatron-Core."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Write the schedule as an SVG picture.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Plan the pipeline: the fastest split, stage by stage, with step time and memory, on no device at all.
+    """Plan the pipeline: the fastest split, with the time and memory of each stage. Needs no device.
 
-    A layout that the config names is planned as it is; "auto" is searched for. Other splits are shown beside it.
+    With the layout "auto" it searches for the fastest split; another layout is planned as it is. --compare adds splits.
     """
     from megatron_mtp.errors import PlanError
     from megatron_mtp.plan.compare import Request, make_plans
@@ -68,7 +68,7 @@ def plan(
 
 
 def write_file(path: Path, text: str, option: str) -> None:
-    """Writes a file that the user asked for.
+    """Writes a file that an option names.
 
     Raises:
         PlanError: it cannot be written.

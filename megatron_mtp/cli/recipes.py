@@ -1,4 +1,4 @@
-"""`megatron-mtp recipes`."""
+"""`megatron-mtp recipes`: lists the recipes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Plain text: importing a table library would take a third of the time this command has."""
+    """Prints plain text: importing a table library would add half to the time that this command takes."""
     from megatron_mtp.plan.facts import short_count, short_parallel
 
     cells = [("recipe", "parameters", "active", "MTP depths", "devices", "parallel")]
@@ -53,6 +53,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         text = "  ".join([name, *counts, devices, parallel]).rstrip()
         typer.secho(text, bold=number == 0 and sys.stdout.isatty())
     typer.echo(
-        "\nParameters count the MTP layers; active ones are those that one token uses. Devices: the fewest that hold one\n"
-        "replica with these parallel sizes. Next: megatron-mtp show RECIPE"
+        "\nParameters include the MTP layers; active ones are those that one token uses. Devices: the fewest that\n"
+        "hold one replica with these parallel sizes. Next: megatron-mtp show RECIPE"
     )

@@ -1,4 +1,4 @@
-"""Fills the values that follow from others. Each rule is Megatron-Core's unless said otherwise."""
+"""Fills in values that follow from other values. Each rule is Megatron-Core's unless said otherwise."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _derive_model(model: ModelConfig) -> list[str]:
 
 
 def _derive_vocabulary(cfg: ConfigContainer) -> None:
-    """The vocabulary of tokenizers that need no file; others are opened by the data room."""
+    """The vocabulary size of tokenizers that need no file; `data.tokenizer` opens the others."""
     tokenizer = cfg.tokenizer
     if tokenizer.tokenizer_type == "null":
         if tokenizer.vocab_size is None:

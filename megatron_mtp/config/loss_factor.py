@@ -1,7 +1,7 @@
 """The MTP loss factor as a function of the tokens seen.
 
 lambda in: total = L_0 + lambda / D * sum_k w_k L_k. DeepSeek-V3, GLM-4.5 and MiMo all lower it from 0.3 to 0.1 when the
-learning rate starts to fall (arXiv 2412.19437 section 4.2; models and figures in each recipe).
+learning rate starts to fall (arXiv 2412.19437 section 4.2; models and values in each recipe).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FORMS = 'a number such as 0.1, steps in tokens such as "0.3@0,0.1@10T", or "line
 
 @dataclass(frozen=True, slots=True)
 class LossFactor:
-    """A factor that is constant, changes in steps, or moves along a line and then stays.
+    """A factor that is constant, changes in steps, or moves along a line and then stays constant.
 
     Args:
         tokens: where each factor begins; starts with 0 and rises.
         factors: one factor for each entry of `tokens`, finite and not negative.
-        is_linear: between two entries the factor moves along a line; else it stays until the next one.
+        is_linear: between two entries the factor moves along a line; otherwise it stays until the next one.
     """
 
     tokens: tuple[int, ...]
@@ -71,24 +71,24 @@ class LossFactor:
 
     @property
     def extremes(self) -> tuple[float, float]:
-        """Smallest and largest factor of the whole run."""
+        """Smallest and largest factor of the run."""
         return min(self.factors), max(self.factors)
 
 
-def _factor(whole: float | str, part: float | str) -> float:
+def _factor(text: float | str, part: float | str) -> float:
     try:
         value = float(part)
     except ValueError:
-        raise ConfigError(f"{whole!r}: must be {FORMS}.") from None
+        raise ConfigError(f"{text!r}: must be {FORMS}.") from None
     if not math.isfinite(value) or value < 0:
         raise ConfigError(
-            f"{whole!r}: a loss factor must be a finite number that is not negative; usual are 0.1 to 0.3."
+            f"{text!r}: a loss factor must be a finite number that is not negative; usual are 0.1 to 0.3."
         )
     return value
 
 
-def _tokens(whole: str, part: str) -> int:
+def _tokens(text: str, part: str) -> int:
     try:
         return parse_quantity(part)
     except ConfigError as error:
-        raise ConfigError(f"{whole!r}: tokens {error}") from None
+        raise ConfigError(f"{text!r}: tokens {error}") from None

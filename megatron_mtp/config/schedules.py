@@ -9,7 +9,9 @@ A step whose update was skipped (fp16 overflow) consumed its samples, so it move
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.quantity import parse_quantity
@@ -49,7 +51,7 @@ class BatchSchedule:
     @classmethod
     def from_train(cls, train: TrainConfig) -> BatchSchedule:
         """The schedule of a TrainConfig."""
-        ramp = train.rampup_batch_size
+        ramp: Any = train.rampup_batch_size  # three numbers, which __post_init__ checks
         return cls(train.global_batch_size, tuple(ramp) if ramp else None)
 
     def size_at(self, consumed_samples: int) -> int:
@@ -70,7 +72,7 @@ class BatchSchedule:
         return list(range(start, self.global_batch_size + 1, increment))
 
     def step_at(self, consumed_samples: int) -> int:
-        """Number of whole steps that lie before `consumed_samples`; walks the ramp, then divides."""
+        """Number of complete steps before `consumed_samples`; walks the ramp, then divides."""
         step = position = 0
         ramp_end = self.rampup[2] if self.rampup else -1
         while position <= ramp_end and position < consumed_samples:
@@ -89,7 +91,10 @@ class BatchSchedule:
 
 
 def run_length_samples(cfg: ConfigContainer) -> int | None:
-    """Samples after which the run ends by its iterations, samples or tokens, the earliest; None: by wall-clock time only."""
+    """Samples after which the run ends: the earliest end of its iterations, samples and tokens.
+
+    None: the run ends by wall-clock time only.
+    """
     ends = [
         _samples(cfg, iters=cfg.train.train_iters),
         _samples(cfg, samples=cfg.train.train_samples),
@@ -129,7 +134,7 @@ class LearningRate:
     wsd_style: str = "minus_sqrt"
 
     def __call__(self, consumed_samples: int, max_lr: float | None = None, min_lr: float | None = None) -> float:
-        """The rate for the step that starts after `consumed_samples`; a parameter group may have its own peak and floor."""
+        """The rate of the step that starts after `consumed_samples`; a parameter group may have its own bounds."""
         max_lr = self.max_lr if max_lr is None else max_lr
         min_lr = self.min_lr if min_lr is None else min_lr
         if self.warmup > 0 and consumed_samples <= self.warmup:
@@ -153,7 +158,7 @@ class LearningRate:
 
 
 # Share of the way from floor to peak that is left after a share x of the decay.
-_SHAPES = {
+_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (math.cos(math.pi * x) + 1.0),
     "exponential": lambda x: 2.0 * math.pow(0.5, x) - 1.0,
@@ -171,7 +176,7 @@ class WeightDecay:
     style: str
 
     def __call__(self, consumed_samples: int, start: float | None = None, end: float | None = None) -> float:
-        """The value for the step that starts after `consumed_samples`; a parameter group may have its own ends."""
+        """The value of the step that starts after `consumed_samples`, with a parameter group's own ends, if any."""
         start = self.start if start is None else start
         end = self.end if end is None else end
         if self.style == "constant" or consumed_samples > self.length:
@@ -198,10 +203,12 @@ def learning_rate(cfg: ConfigContainer) -> LearningRate:
     decay = decay or run_length_samples(cfg)
     if decay is None and (scheduler.lr_decay_style != "constant" or scheduler.lr_warmup_fraction is not None):
         raise ConfigError(
-            f"scheduler.lr_decay_style = {scheduler.lr_decay_style!r}: a decay, and lr_warmup_fraction, need a length, but neither "
-            "scheduler.lr_decay_iters (or _samples, _tokens) nor train.train_iters (or _samples, _tokens) is set. Set one."
+            f"scheduler.lr_decay_style = {scheduler.lr_decay_style!r}: a decay, and lr_warmup_fraction, need a length, "
+            "but neither scheduler.lr_decay_iters (or _samples, _tokens) nor train.train_iters (or _samples, _tokens) "
+            "is set. Set one."
         )
-    if scheduler.lr_warmup_fraction is not None:
+    warmup: float | None
+    if decay is not None and scheduler.lr_warmup_fraction is not None:
         warmup = scheduler.lr_warmup_fraction * decay
     else:
         warmup = _samples(
@@ -242,7 +249,7 @@ def _wsd_decay(cfg: ConfigContainer, decay: int | None) -> int:
 
 
 def weight_decay(cfg: ConfigContainer) -> WeightDecay:
-    """The weight-decay schedule of a config; it moves over the whole run.
+    """The weight-decay schedule of a config; it moves over the complete run.
 
     Raises:
         ConfigError: weight decay is to move, but the run has no length.
@@ -251,8 +258,9 @@ def weight_decay(cfg: ConfigContainer) -> WeightDecay:
     length = run_length_samples(cfg)
     if length is None and scheduler.weight_decay_incr_style != "constant":
         raise ConfigError(
-            f"scheduler.weight_decay_incr_style = {scheduler.weight_decay_incr_style!r}: weight decay moves over the whole run, but "
-            "train.train_iters, train_samples and train_tokens are all unset. Set one, or use 'constant'."
+            f"scheduler.weight_decay_incr_style = {scheduler.weight_decay_incr_style!r}: weight decay moves over the "
+            "complete run, but train.train_iters, train_samples and train_tokens are all unset. Set one, or use "
+            "'constant'."
         )
     return WeightDecay(
         start=default if scheduler.start_weight_decay is None else scheduler.start_weight_decay,

@@ -1,12 +1,13 @@
-"""Every distinct rank of a job of any size, built without memory or messages, and what would fail at its launch."""
+"""Builds every distinct rank of a job without memory or messages, and reports what would fail at its launch."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,10 +36,12 @@ class BuiltRank:
     """What one rank holds, counted on the modules, gradient buffers and optimizer that it would train with.
 
     Attributes:
-        parameters: of all its chunks; expert_parameters: those of routed experts among them.
-        weight_bytes, gradient_bytes, optimizer_bytes: parameters as the forward pass reads them, gradient buffers, master weights
-            and moments.
-        whole: key in the sharded state dict -> elements of the whole parameter, of which this rank holds a part.
+        parameters: of all its chunks.
+        expert_parameters: those of routed experts among them.
+        weight_bytes: parameters as the forward pass reads them.
+        gradient_bytes: gradient buffers.
+        optimizer_bytes: master weights and moments.
+        full_sizes: key in the sharded state dict -> elements of the full parameter, of which this rank holds a part.
     """
 
     rank: int
@@ -47,7 +50,7 @@ class BuiltRank:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    whole: dict[str, int]
+    full_sizes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +58,11 @@ class StageReport:
     """The ranks of one pipeline stage.
 
     Attributes:
-        ranks: all of them; they hold equally many parameters.
+        ranks: all ranks of the stage; they hold equally many parameters.
         holds: symbols of each chunk, such as ("Ettt",).
-        built: those that were built: the first and the last, whose shares of the optimizer may differ.
-        predicted_parameters: of `parallel/rank_params.py`, for each rank.
-        planned: memory of `parallel/planner/stage_memory.py`, for each rank.
+        built: the ranks that were built: the first and the last, whose shares of the optimizer may differ.
+        predicted_parameters: of each rank, from `parallel/rank_params.py`.
+        planned: memory of each rank, from `parallel/planner/stage_memory.py`.
     """
 
     stage: int
@@ -76,7 +79,7 @@ class StageReport:
 
     @property
     def peak_bytes(self) -> int:
-        """What was built, and the activations and workspace that are planned for a step."""
+        """Bytes that were built, plus the planned activations and workspace of a step."""
         full = self.fullest
         held = full.weight_bytes + full.gradient_bytes + full.optimizer_bytes
         return held + self.planned.activations + self.planned.workspace
@@ -87,10 +90,11 @@ class DryRun:
     """What a dry run found.
 
     Attributes:
-        parameters: of the whole model, each shared tensor once, from the ranks that were built; None if one could not be.
-        predicted_parameters: the same from `parallel/params.py`.
-        problems: what would fail at launch, each a complete sentence or more.
-        notes: what was built otherwise than the job would, and does not change what is counted.
+        parameters: of the complete model, each shared tensor once, from the ranks that were built; None if a rank could
+            not be built.
+        predicted_parameters: the same number from `parallel/params.py`.
+        problems: what would fail at launch, each one sentence or more.
+        notes: differences between what was built and the job that do not change the counts.
     """
 
     world_size: int
@@ -107,12 +111,12 @@ def dry_run(
     memory_limit_gib: float | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> DryRun:
-    """Visits the pretended job rank by rank, in this process.
+    """Builds the ranks of a job one after the other, in this process.
 
     Args:
         run: the resolved run, with a known vocabulary size.
         memory_limit_gib: of one device; None: not checked.
-        report: told what comes next.
+        report: called with a line of text before each part of the work.
     """
     cfg, layout, world_size = run.cfg, run.layout, run.world_size
     found = DryRun(world_size=world_size, layout=layout.string)
@@ -144,8 +148,8 @@ def dry_run(
         )
     found.problems += [f"{_stage_names(stages)} cannot be built: {text}" for text, stages in failures.items()]
     if not failures:
-        whole = {key: size for stage in found.stages for rank in stage.built for key, size in rank.whole.items()}
-        found.parameters = sum(whole.values())
+        sizes = {key: size for stage in found.stages for rank in stage.built for key, size in rank.full_sizes.items()}
+        found.parameters = sum(sizes.values())
     found.problems += _miscounts(found) + _too_full(found, memory_limit_gib)
     return found
 
@@ -163,7 +167,7 @@ def build_rank(run: ResolvedRun, rank: int) -> BuiltRank:
             seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
             chunks = build_model(run, groups, device)
             parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-            whole = whole_sizes(chunks)
+            sizes = full_sizes(chunks)
             wrapped = wrap_model(cfg, chunks, groups, device)
             singles = single_optimizers(build_optimizer(cfg, wrapped, groups))
             buffers = [buffer for chunk in wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
@@ -174,14 +178,14 @@ def build_rank(run: ResolvedRun, rank: int) -> BuiltRank:
                 weight_bytes=_bytes(parameters),
                 gradient_bytes=_bytes([buffer.grad_data for buffer in buffers]),
                 optimizer_bytes=_optimizer_bytes(singles, parameters),
-                whole=whole,
+                full_sizes=sizes,
             )
         finally:
             destroy_model_parallel()
 
 
-def whole_sizes(chunks: list[nn.Module]) -> dict[str, int]:
-    """Key -> elements of every whole parameter of which these chunks hold a part; the same key is the same parameter on any rank."""
+def full_sizes(chunks: Sequence[nn.Module]) -> dict[str, int]:
+    """Elements of every full parameter of which these chunks hold a part, by its key in the sharded state dict."""
     storages = {parameter.untyped_storage()._cdata for chunk in chunks for parameter in chunk.parameters()}
     shards = [shard for chunk in chunks for shard in sharded_tensors(chunk)]
     return {
@@ -189,7 +193,7 @@ def whole_sizes(chunks: list[nn.Module]) -> dict[str, int]:
     }
 
 
-def _optimizer_bytes(singles: list, parameters: list[nn.Parameter]) -> int:
+def _optimizer_bytes(singles: list[Any], parameters: list[nn.Parameter]) -> int:
     """Master weights and moments. A master weight in fp32 training is the weight itself and counts nothing."""
     weights = {parameter.untyped_storage()._cdata for parameter in parameters}
     tensors: list[torch.Tensor] = []
@@ -203,12 +207,12 @@ def _optimizer_bytes(singles: list, parameters: list[nn.Parameter]) -> int:
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
-    """Of all their storages, each once."""
+    """Bytes of the tensors' storages; a shared storage counts once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _for_torch_backend(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
-    """The same run, in the same layout, as it builds without Transformer Engine, and what it leaves out."""
+    """The run with the torch backend, in the same layout, and notes on the fields that it leaves out."""
     if run.cfg.model.backend == "torch":
         return run, []
     trial = run.cfg.copy()
@@ -228,7 +232,7 @@ def _found_problems(check: Callable[[ConfigContainer], object], cfg: ConfigConta
 
 
 def _miscounts(found: DryRun) -> list[str]:
-    """Differences between prediction and what was built: a mistake of ours, which a user should not plan with."""
+    """Differences between what was predicted and what was built, which are errors of this package."""
     problems = [
         f"stage {stage.stage}, rank {rank.rank}: {rank.parameters:,} parameters were built and "
         f"{stage.predicted_parameters:,} predicted. Please report this with the config."
@@ -238,8 +242,8 @@ def _miscounts(found: DryRun) -> list[str]:
     ]
     if found.parameters not in (None, found.predicted_parameters):
         problems.append(
-            f"the whole model: {found.parameters:,} parameters were built and {found.predicted_parameters:,} predicted. "
-            "Please report this with the config."
+            f"the complete model: {found.parameters:,} parameters were built and {found.predicted_parameters:,} "
+            "predicted. Please report this with the config."
         )
     return problems
 
@@ -248,8 +252,8 @@ def _too_full(found: DryRun, limit_gib: float | None) -> list[str]:
     if limit_gib is None:
         return []
     return [
-        f"stage {stage.stage} ({' and '.join(stage.holds)}) needs {stage.peak_bytes / GIB:.1f} GiB on each rank, and a device has "
-        f"{limit_gib:.1f}. `megatron-mtp plan --search` finds sizes that fit."
+        f"stage {stage.stage} ({' and '.join(stage.holds)}) needs {stage.peak_bytes / GIB:.1f} GiB on each rank, and a "
+        f"device has {limit_gib:.1f}. `megatron-mtp plan --search` finds sizes that fit."
         for stage in found.stages
         if stage.peak_bytes > limit_gib * GIB
     ]
@@ -267,7 +271,7 @@ def _stage_names(stages: list[int]) -> str:
 
 @contextmanager
 def _meta_noise_off() -> Iterator[None]:
-    """Megatron-Core's advice about speed on GPUs, once for each layer of each rank."""
+    """Silences Megatron-Core's advice about speed on GPUs, which comes for each layer of each rank."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron.core")
         yield

@@ -14,7 +14,7 @@ from megatron_mtp.dry_run.build import DryRun, StageReport
 
 
 def print_dry_run(found: DryRun, console: Console) -> None:
-    """One row for each stage; equal neighbours share one."""
+    """One row for each stage; equal neighbours share a row."""
     console.print(f"{found.world_size} ranks, layout {found.layout}; memory in GiB", highlight=False)
     table = Table()
     table.add_column("stage", no_wrap=True)
@@ -27,7 +27,8 @@ def print_dry_run(found: DryRun, console: Console) -> None:
     console.print(table)
     if found.parameters is not None:
         console.print(
-            f"whole model: {found.parameters:,} parameters, every shared one once; predicted {found.predicted_parameters:,}",
+            f"complete model: {found.parameters:,} parameters, every shared one once; predicted "
+            f"{found.predicted_parameters:,}",
             highlight=False,
         )
     for note in found.notes:
@@ -35,7 +36,7 @@ def print_dry_run(found: DryRun, console: Console) -> None:
 
 
 def as_dict(found: DryRun, cfg: ConfigContainer) -> dict[str, Any]:
-    """Everything that was found, and the resolved config."""
+    """The report and the resolved config as plain data."""
     return {
         "world_size": found.world_size,
         "layout": found.layout,
@@ -57,22 +58,24 @@ def _stage_dict(stage: StageReport) -> dict[str, Any]:
         "predicted_parameters": stage.predicted_parameters,
         "planned_bytes": asdict(stage.planned),
         "peak_bytes": stage.peak_bytes,
-        "built": [{name: value for name, value in asdict(built).items() if name != "whole"} for built in stage.built],
+        "built": [
+            {name: value for name, value in asdict(built).items() if name != "full_sizes"} for built in stage.built
+        ],
     }
 
 
 def _alike(stages: list[StageReport]) -> list[tuple[StageReport, StageReport]]:
-    """First and last of each run of stages whose figures are equal."""
+    """First and last of each run of stages whose rows are equal."""
     runs: list[tuple[StageReport, StageReport]] = []
     for stage in stages:
-        if runs and _figures(runs[-1][1]) == _figures(stage) and runs[-1][1].stage + 1 == stage.stage:
+        if runs and _cells(runs[-1][1]) == _cells(stage) and runs[-1][1].stage + 1 == stage.stage:
             runs[-1] = (runs[-1][0], stage)
         else:
             runs.append((stage, stage))
     return runs
 
 
-def _figures(stage: StageReport) -> list[str]:
+def _cells(stage: StageReport) -> list[str]:
     full, planned = stage.fullest, stage.planned
     sizes = (
         full.weight_bytes,
@@ -88,4 +91,4 @@ def _figures(stage: StageReport) -> list[str]:
 def _row(first: StageReport, last: StageReport) -> list[str]:
     stages = str(first.stage) if first is last else f"{first.stage}-{last.stage}"
     ranks = sorted({first.ranks[0], last.ranks[-1]})
-    return [stages, "-".join(map(str, ranks)), *_figures(first)]
+    return [stages, "-".join(map(str, ranks)), *_cells(first)]

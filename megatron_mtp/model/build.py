@@ -102,7 +102,7 @@ def _build_chunk(
 
 
 def _freeze_trunk(chunk: nn.Module) -> None:
-    """No gradient for anything outside the MTP layers. A router's expert bias has none anyway; it is told to stay."""
+    """Turns gradients off outside the MTP layers, and the update of expert biases, which have no gradient."""
     for name, parameter in chunk.named_parameters():
         parameter.requires_grad = name.startswith("mtp.")
     for name, module in chunk.named_modules():

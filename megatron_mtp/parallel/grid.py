@@ -28,8 +28,8 @@ class RankCoords:
 class RankGrid:
     """Parallel sizes and the order of ranks.
 
-    The fastest axis comes first: tp-cp-dp-pp for dense parts, etp-ep-edp-pp for experts; with `pp_before_dp` the last two
-    change places (Megatron's use_tp_pp_dp_mapping).
+    The fastest axis comes first: tp-cp-dp-pp for dense parts, etp-ep-edp-pp for experts; with `pp_before_dp` the last
+    two change places (Megatron's use_tp_pp_dp_mapping).
 
     Args:
         world_size: number of ranks.
@@ -104,7 +104,7 @@ class RankGrid:
         return RankCoords(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
 
     def groups(self, *axes: Axis) -> list[list[int]]:
-        """All groups of ranks that differ in nothing but `axes`, in rank order.
+        """All groups of ranks that differ only in `axes`, in rank order.
 
         Dense axes (tp, cp, dp) and expert axes (etp, ep, edp) cannot be mixed; pp belongs to both.
 

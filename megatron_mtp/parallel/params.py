@@ -10,9 +10,9 @@ from megatron_mtp.config.sections import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCount:
-    """Parameters of one whole model, every shared tensor counted once, padding of the vocabulary included.
+    """Parameters of one complete model: every shared tensor counts once, padding of the vocabulary is included.
 
-    "Active" parameters are those that one token uses: of the routed experts only the chosen ones. The expert bias of
+    Active parameters are those that one token uses: of the routed experts only the chosen ones. The expert bias of
     auxiliary-loss-free balancing is a buffer and is not counted.
     """
 
@@ -28,22 +28,22 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """Everything that is trained."""
+        """All parameters."""
         return self.main + self.mtp
 
     @property
     def main(self) -> int:
-        """The model without its MTP layers, which is what is usually quoted."""
+        """The model without its MTP layers: the number that is usually published."""
         return self.embedding + self.trunk + self.output
 
     @property
     def active(self) -> int:
-        """What one token uses, the MTP layers included."""
+        """Active parameters, MTP layers included."""
         return self.embedding + self.trunk_active + self.output + self.mtp_active
 
     @property
     def main_active(self) -> int:
-        """What one token uses without MTP."""
+        """Active parameters without the MTP layers."""
         return self.active - self.mtp_active
 
 
@@ -78,7 +78,7 @@ def padded_vocab_size(model: ModelConfig) -> int:
 
 
 def moe_pattern(model: ModelConfig) -> list[bool]:
-    """For each decoder layer whether it has experts. An MTP layer is of the kind of the last decoder layer."""
+    """For each decoder layer, whether it has experts. An MTP layer has them if the last decoder layer has."""
     if model.num_moe_experts is None:
         return [False] * model.num_layers
     if isinstance(model.moe_layer_freq, int):
@@ -87,7 +87,7 @@ def moe_pattern(model: ModelConfig) -> list[bool]:
 
 
 def linear_pattern(model: ModelConfig) -> list[bool]:
-    """For each decoder layer whether its attention is linear. An MTP layer has full attention."""
+    """For each decoder layer, whether its attention is linear. An MTP layer has full attention."""
     if model.experimental_attention_variant is None:
         return [False] * model.num_layers
     if isinstance(model.linear_attention_freq, int):
@@ -140,7 +140,7 @@ def _latent_attention(model: ModelConfig) -> int:
 
 
 def _gated_delta_net(model: ModelConfig) -> int:
-    """Projections of queries, keys, values, gate, beta and alpha; the convolution; A and dt of each head; norm; output."""
+    """Projections of queries, keys, values, gate, beta and alpha; convolution; A and dt of each head; norm; output."""
     heads = model.linear_num_value_heads
     keys = model.linear_num_key_heads * model.linear_key_head_dim
     values = heads * model.linear_value_head_dim

@@ -1,7 +1,8 @@
 """How many parameters one rank holds, exactly, as Megatron-Core builds it with the torch backend. Pure arithmetic.
 
-Whole models are counted in `params.py`; here a rank's share, copies of the embedding and replicated norms included.
-Transformer Engine's modules hold the same, but for the down projections of multi-latent attention, which they do not shard over TP.
+`params.py` counts complete models; this file counts a rank's share, with copies of the embedding and replicated norms.
+Transformer Engine's modules hold the same, except for the down projections of multi-latent attention, which they do
+not shard over TP.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_voc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankParameters:
-    """Parameters of one rank: those that data parallelism over dp x cp replicates, and those that only expert data parallelism does."""
+    """Parameters of one rank.
+
+    Args:
+        dense: replicated over the dp x cp ranks.
+        expert: of routed experts, replicated over the expert data-parallel ranks.
+    """
 
     dense: int
     expert: int = 0
-    """Routed experts."""
 
     @property
     def total(self) -> int:
-        """Everything that the rank holds."""
+        """All parameters of the rank."""
         return self.dense + self.expert
 
     def __add__(self, other: RankParameters) -> RankParameters:
@@ -36,7 +41,7 @@ class RankParameters:
 
 
 def rank_parameters(model: ModelConfig, layout: PipelineLayout, stage: int) -> RankParameters:
-    """What every rank of a pipeline stage holds; tensor-, expert- and data-parallel ranks of a stage hold equally much.
+    """Parameters on every rank of a pipeline stage; its tensor-, expert- and data-parallel ranks hold equally many.
 
     Args:
         model: finalized, with a known vocabulary size.
@@ -53,7 +58,7 @@ def rank_parameters(model: ModelConfig, layout: PipelineLayout, stage: int) -> R
 
 
 def chunk_parameters(model: ModelConfig, symbols: str, layers: range) -> RankParameters:
-    """What every rank of a pipeline stage holds of one of its chunks.
+    """Parameters of one chunk on every rank of its pipeline stage.
 
     Args:
         symbols: such as "Ettt".
@@ -83,15 +88,18 @@ def layer_rank_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool =
 
 
 def mtp_rank_parameters(model: ModelConfig) -> RankParameters:
-    """One MTP layer: enorm, hnorm, eh_proj [h/tp, 2h], a transformer layer, final norm; see `params.mtp_layer_parameters`."""
+    """One MTP layer with eh_proj [h/tp, 2h]; see `params.mtp_layer_parameters`."""
     h, tp = model.hidden_size, model.tensor_model_parallel_size
     joint = 0 if model.mtp_variant == "parallel" else 2 * _norm(model, h) + 2 * h * h // tp
     return layer_rank_parameters(model, moe_pattern(model)[-1]) + RankParameters(dense=joint + _norm(model, h))
 
 
 def _ends(model: ModelConfig, symbols: str) -> int:
-    """Embedding and head of a chunk. MTP layers away from the first chunk bring a copy of the embedding, which a tied head beside
-    them uses too; a tied head elsewhere holds a copy of its own."""
+    """Embedding and head of a chunk.
+
+    MTP layers outside the first chunk need a copy of the embedding. A tied head in the same chunk uses that copy; a
+    tied head elsewhere holds one of its own.
+    """
     matrix = padded_vocab_size(model) // model.tensor_model_parallel_size * model.hidden_size
     has_embedding = "E" in symbols or "m" in symbols
     count = matrix * has_embedding
@@ -102,7 +110,7 @@ def _ends(model: ModelConfig, symbols: str) -> int:
 
 
 def _has_final_norm(model: ModelConfig, symbols: str, layers: range) -> bool:
-    """Without MTP it sits with the loss, with MTP behind the last decoder layer."""
+    """Without MTP it is in the chunk of the loss, with MTP after the last decoder layer."""
     return model.num_layers - 1 in layers if model.mtp_num_layers else "L" in symbols
 
 

@@ -1,4 +1,4 @@
-"""What a finalized config comes to: sizes, processes. Numbers for people and for programs."""
+"""Sizes of a finalized config for people and for programs: parameters, depths, parallel sizes, processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.parallel.params import ParameterCount, count_parameters
 
 CPU_LIMIT = 300_000_000
-"""Models up to about this many parameters train on a CPU in bearable time."""
+"""Models up to about this many parameters train on a CPU in reasonable time."""
 
 
 def facts(cfg: ConfigContainer) -> dict[str, Any]:

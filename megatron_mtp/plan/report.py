@@ -1,4 +1,4 @@
-"""Plans as text, as plain data, and as a YAML overlay."""
+"""Plans as text, as plain data, and as YAML that `pretrain --config` reads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from megatron_mtp.plan.facts import short_count, short_layout
 
 OVERLAY_FIELDS = (
     "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size recompute_granularity recompute_method "
-    "recompute_num_layers recompute_modules"
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size recompute_granularity "
+    "recompute_method recompute_num_layers recompute_modules"
 ).split()
 
 
 def as_text(recipe: str, plans: Plans) -> str:
-    """For a terminal."""
+    """Plans as text for a terminal."""
     chosen, model = plans.chosen, plans.cfg.model
     source = f"measured on {plans.profile.device}" if plans.profile else f"estimated for {plans.machine.name}"
     sizes = {"TP": model.tensor_model_parallel_size, "PP": chosen.layout.pp, "VP": chosen.layout.vp}
     sizes |= {"CP": model.context_parallel_size, "EP": model.expert_model_parallel_size}
     lines = [
-        f"{recipe}: {plans.world_size} devices, {', '.join(f'{name} {size}' for name, size in sizes.items())}, micro-batch "
-        f"{plans.cfg.train.micro_batch_size}, {chosen.num_microbatches} micro-batches a step; times {source}",
+        f"{recipe}: {plans.world_size} devices, {', '.join(f'{name} {size}' for name, size in sizes.items())}, "
+        f"micro-batch {plans.cfg.train.micro_batch_size}, {chosen.num_microbatches} micro-batches a step; "
+        f"times {source}",
         "",
         f"layout: {chosen.layout.string}",
         f"        {short_layout(chosen.layout.string)}",
@@ -54,7 +55,7 @@ SEARCH_HEADER = "# TP PP VP CP EP DP mbs recompute step_s tokens/s MFU bubble Gi
 
 
 def stage_rows(plan: Plan) -> list[list[str]]:
-    """One row for each chunk; what a stage holds in all is on the row of its first chunk."""
+    """One row for each chunk; totals of a stage are on the row of its first chunk."""
     rows = []
     for stage in plan.stages:
         for v, (holds, time) in enumerate(zip(stage.holds, stage.chunks, strict=True)):
@@ -89,7 +90,7 @@ def step_line(plan: Plan) -> str:
 
 
 def comparison_row(name: str, plan: Plan, chosen: Plan) -> list[str]:
-    """One split beside the chosen one."""
+    """One split, compared with the chosen one."""
     ratio = plan.step.total_ms / chosen.step.total_ms - 1
     return [
         name if len(name) <= 24 else name[:21] + "...",
@@ -117,13 +118,13 @@ def search_rows(plans: Plans) -> list[list[str]]:
             found.dp,
             found.cfg.train.micro_batch_size,
         )
-        figures = [f"{plan.step.total_ms / 1e3:.3f}", f"{plan.tokens_per_s:,.0f}"]
-        figures += [
+        rates = [f"{plan.step.total_ms / 1e3:.3f}", f"{plan.tokens_per_s:,.0f}"]
+        rates += [
             "-" if plan.mfu is None else f"{plan.mfu:.1%}",
             f"{plan.bubble:.1%}",
             f"{plan.peak_bytes / GIB:.1f}",
         ]
-        rows.append([str(number), *map(str, sizes), found.recompute, *figures, short_layout(plan.layout.string)])
+        rows.append([str(number), *map(str, sizes), found.recompute, *rates, short_layout(plan.layout.string)])
     return rows
 
 
@@ -142,7 +143,10 @@ def reason(plans: Plans) -> str:
     parts = [f"{name} {(t.forward_ms + t.backward_ms) / layer:.1f}" for name, t in weights.items() if t.forward_ms]
     loads = [sum(t.forward_ms + t.backward_ms for t in stage.chunks) for stage in chosen.stages]
     slowest = max(range(len(loads)), key=lambda stage: round(loads[stage], 9))  # of equal stages the first
-    text = f"counted in decoder layers, {', '.join(parts)}; so stage {slowest} is the slowest with {loads[slowest] / layer:.1f}"
+    text = (
+        f"counted in decoder layers, {', '.join(parts)}; so stage {slowest} is the slowest with "
+        f"{loads[slowest] / layer:.1f}"
+    )
     if plans.choice is None:
         return f"{text}. The layout is the config's; pipeline_model_parallel_layout=auto would look for a better one."
     proof = (
@@ -156,7 +160,7 @@ def reason(plans: Plans) -> str:
 
 
 def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
-    """For programs."""
+    """Plans as plain data."""
     data: dict[str, Any] = {
         "recipe": recipe,
         "devices": plans.world_size,
@@ -184,7 +188,7 @@ def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:
-    """One plan."""
+    """One plan as plain data."""
     return {
         "layout": plan.layout.string,
         "step_ms": plan.step.total_ms,
@@ -199,7 +203,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 
 
 def overlay(recipe: str, plans: Plans) -> str:
-    """YAML for `pretrain --config`: the sizes that the layout belongs to, and the layout."""
+    """YAML for `pretrain --config`: the layout and the sizes that it is for."""
     from megatron_mtp.config.yaml_text import dump_yaml
 
     cfg = plans.cfg

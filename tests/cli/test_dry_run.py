@@ -33,7 +33,7 @@ def test_the_report_names_config_stages_and_totals(run):
     assert "pipeline_model_parallel_size: 2" in out
     assert "2 ranks, layout Ettt|tmmL" in out
     assert "180,704" in out
-    assert "whole model: 378,240 parameters" in out
+    assert "complete model: 378,240 parameters" in out
 
 
 def test_as_json_for_a_larger_job(run):

@@ -189,7 +189,7 @@ def test_a_length_that_is_missing_is_named(scheduler, message):
 def test_weight_decay_without_a_run_length_is_named():
     cfg = make_config(weight_decay_incr_style="linear")
     cfg.train.train_iters = None
-    with pytest.raises(ConfigError, match="weight decay moves over the whole run"):
+    with pytest.raises(ConfigError, match="weight decay moves over the complete run"):
         schedules.weight_decay(cfg)
 
 

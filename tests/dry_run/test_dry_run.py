@@ -1,4 +1,4 @@
-"""Dry runs: what is built equals what is predicted and what a real rank holds, and what would fail at launch is found."""
+"""Dry runs build what is predicted and what a real rank holds, and find what would fail at launch."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ pytestmark = pytest.mark.unit
 TP2 = "model.tensor_model_parallel_size=2 model.sequence_parallel=true"
 PP2 = "model.pipeline_model_parallel_size=2"
 PP4 = "model.pipeline_model_parallel_size=4 train.global_batch_size=16"
+VP2 = "model.virtual_pipeline_model_parallel_size=2"
+EP2, EP4 = "model.expert_model_parallel_size=2", "model.expert_model_parallel_size=4"
+STANDALONE = "model.pipeline_model_parallel_layout=Ett|tt|mm|L"
 VARIANTS = [
     ("tiny_dense", ""),
     ("tiny_dense", f"{PP2} model.mtp_num_layers=0"),
     ("tiny_dense", f"{PP2} model.mtp_num_layers=0 model.pipeline_model_parallel_layout=Etttt|L"),
-    ("tiny_dense", f"{PP4} model.pipeline_model_parallel_layout=Ett|tt|mm|L"),
-    ("tiny_dense", f"{PP4} model.pipeline_model_parallel_layout=Ett|tt|mm|L model.share_embeddings_and_output_weights=true"),
+    ("tiny_dense", f"{PP4} {STANDALONE}"),
+    ("tiny_dense", f"{PP4} {STANDALONE} model.share_embeddings_and_output_weights=true"),
     ("tiny_dense", f"{PP2} model.share_embeddings_and_output_weights=true model.vocab_size=500"),
     ("tiny_dense", f"{TP2} {PP2} model.add_bias_linear=true model.normalization=LayerNorm"),
     ("tiny_dense", f"{TP2} model.add_qkv_bias=true model.gated_linear_unit=false model.activation_func=gelu"),
     ("tiny_dense", f"{PP2} model.mtp_use_repeated_layer=true model.mtp_num_layers=3"),
     ("tiny_dense", f"{PP2} model.mtp_variant=parallel model.mtp_freeze_trunk=true precision.dtype=bf16"),
-    ("tiny_moe", f"{TP2} {PP2} model.expert_model_parallel_size=4 model.expert_tensor_parallel_size=1 train.global_batch_size=32"),
-    ("tiny_moe", f"{TP2} model.moe_shared_expert_gate=true model.moe_layer_freq=2 model.expert_model_parallel_size=2"),
-    ("tiny_mla_moe", f"{TP2} {PP2} model.virtual_pipeline_model_parallel_size=2 model.expert_model_parallel_size=2 train.global_batch_size=32"),
+    ("tiny_moe", f"{TP2} {PP2} {EP4} model.expert_tensor_parallel_size=1 train.global_batch_size=32"),
+    ("tiny_moe", f"{TP2} model.moe_shared_expert_gate=true model.moe_layer_freq=2 {EP2}"),
+    ("tiny_mla_moe", f"{TP2} {PP2} {VP2} {EP2} train.global_batch_size=32"),
     ("tiny_mla_moe", f"{TP2} model.q_lora_rank=null model.qk_layernorm=true"),
     ("tiny_mla_moe", f"{PP4} model.context_parallel_size=2 model.moe_shared_expert_intermediate_size=null"),
 ]  # fmt: skip
