@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,12 +34,13 @@ def choose_config(recipe: str, files: list[Path] | None, overrides: list[str] | 
     if files or overrides:
         from megatron_mtp.config.overrides import apply_overrides, apply_yaml
 
-        for apply, sources in ((apply_yaml, files or []), (apply_overrides, [overrides] if overrides else [])):
-            for source in sources:
-                try:
-                    apply(cfg, source)
-                except ConfigError as error:
-                    problems += error.problems
+        changes = [partial(apply_yaml, cfg, file) for file in files or []]
+        changes += [partial(apply_overrides, cfg, overrides)] if overrides else []
+        for change in changes:
+            try:
+                change()
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(problems)
     return cfg

@@ -32,7 +32,8 @@ def profile(
 ) -> None:
     """Time each part of a model on the device at hand, sharded as configured.
 
-    Trains a few layers of each kind on mock data. On GPUs one pipeline stage's ranks are started (or torchrun starts them).
+    Trains a few layers of each kind on mock data. On GPUs one pipeline stage's ranks are started (or torchrun starts
+    them).
     """
     cfg = choose_config(recipe, config, overrides)
     cfg.copy().finalize()  # before torch is imported

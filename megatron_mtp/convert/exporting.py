@@ -24,6 +24,7 @@ from megatron_mtp.convert.side_files import (
     CONFIG_NAME,
     GENERATION_NAME,
     KEPT_FOLDER,
+    TOKEN_IDS,
     token_ids,
     tokenizer_folder,
     write_json,
@@ -160,14 +161,15 @@ def plan_checkpoint(
     if depths:
         check_form(cfg.model, name, depths)
     found = links(cfg.model, name, depths)
-    dropped = sorted(key for key in weights.tensors if _depth_of(key) is not None and _depth_of(key) >= depths)
+    dropped = sorted(key for key in weights.tensors if _depth_of(key) >= depths)
     _check_keys(weights, found, dropped)
     stored = _stored_dtype(weights, found)
     return CheckpointModel(weights, cfg, name, found, depths, DTYPES[dtype] if dtype else stored, dropped)
 
 
-def _depth_of(key: str) -> int | None:
-    return int(key.split(".")[2]) if key.startswith("mtp.layers.") else None
+def _depth_of(key: str) -> int:
+    """Index of the MTP layer of a tensor, from 0; -1 for the trunk."""
+    return int(key.split(".")[2]) if key.startswith("mtp.layers.") else -1
 
 
 def _check_keys(weights: StoredWeights, found: list[TensorLink], dropped: list[str]) -> None:
@@ -249,7 +251,7 @@ def _write_side_files(
     if kept is not None and (kept / GENERATION_NAME).is_file():
         shutil.copyfile(kept / GENERATION_NAME, folder / GENERATION_NAME)
     else:
-        settings = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        settings: dict[str, Any] = {key: config[key] for key in TOKEN_IDS if key in config}
         write_json(folder / GENERATION_NAME, {"_from_model_config": True, **settings})
     return [*names, GENERATION_NAME]
 

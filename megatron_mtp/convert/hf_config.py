@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.mcore.effects import changed_function
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_families import ARCHITECTURE, DEFAULTS, Family, family_of, find_family
@@ -103,7 +104,9 @@ def _experts_to_hf(model: ModelConfig, form: Family) -> dict[str, Any]:
     elif form.dense_layers == "listed":
         config["mlp_only_layers"] = dense
     if form.shared_experts == "count":
-        config["n_shared_experts"] = (model.moe_shared_expert_intermediate_size or 0) // model.moe_ffn_hidden_size
+        config["n_shared_experts"] = (model.moe_shared_expert_intermediate_size or 0) // filled(
+            model.moe_ffn_hidden_size
+        )
     elif form.shared_experts == "width":
         config["shared_expert_intermediate_size"] = model.moe_shared_expert_intermediate_size
     if form.has_routing_groups:

@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +29,7 @@ from megatron_mtp.convert.warm_start import MTPInit, new_value
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.recipes.common import pretrain_common
 
-DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+DTYPE_NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 # Keys of config.json that a recipe may change: they do not affect the meaning of the weights.
 _OF_TRAINING = ("initializer_range", "router_aux_loss_coef", "max_position_embeddings")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.dimensions import features, sizes
 from megatron_mtp.convert.hf_families import Family, find_family
@@ -203,9 +204,8 @@ def _depth(model: ModelConfig, family: Family, depth_idx: int) -> Iterator[Tenso
 def _layer(
     model: ModelConfig, family: Family, axes: Axes, prefix: str, is_moe: bool, *, is_linear: bool = False
 ) -> Iterator[TensorLink]:
-    attention = LATENT_ATTENTION if model.multi_latent_attention else GROUPED_ATTENTION
-    if is_linear:
-        attention = DELTA_NET
+    grouped: tuple[Row, ...] = LATENT_ATTENTION if model.multi_latent_attention else GROUPED_ATTENTION
+    attention = DELTA_NET if is_linear else grouped
     present, symbols = features(model), sizes(model)
     for row in (*attention, *(EXPERTS if is_moe else DENSE)):
         if row.needs is None or row.needs in present:
@@ -217,8 +217,9 @@ def _row(
 ) -> Iterator[TensorLink]:
     shapes = [tuple(symbols[symbol] for symbol in shape.split()) for shape in row.shapes]
     of_expert = any("{e}" in name for name in row.theirs)
-    for expert in range(model.num_moe_experts or 0) if of_expert else (None,):
-        lead = axes.lead + ((model.num_moe_experts,) if of_expert else ())
+    num_experts = filled(model.num_moe_experts) if of_expert else 1
+    for expert in range(num_experts):
+        lead = axes.lead + ((num_experts,) if of_expert else ())
         index = axes.index + ((expert,) if of_expert else ())
         names = (prefix + family.name_of(name).replace("{e}", str(expert)) for name in row.theirs)
         sources = tuple(HFTensor(name, shape) for name, shape in zip(names, shapes, strict=True))

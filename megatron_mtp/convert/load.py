@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def config_of(source: str | Path) -> ConfigContainer:
 
 
 def load_weights(
-    chunks: list[nn.Module],
+    chunks: Sequence[nn.Module],
     source: str | Path,
     cfg: ConfigContainer,
     groups: ProcessGroupCollection,
@@ -71,7 +72,7 @@ def load_weights(
         ConversionError, CheckpointError: names what does not fit. Weights may be partly loaded.
     """
     if not is_hf_folder(source):
-        load_model_weights(checkpoint_folder(Path(source)), chunks, groups.dp_cp)
+        load_model_weights(checkpoint_folder(Path(source)), list(chunks), groups.dp_cp)
         return
     plan = plan_hf(Path(source), cfg, mtp_init=mtp_init)
     by_key: dict[str, list[tuple[TensorLink, bool | None]]] = {}

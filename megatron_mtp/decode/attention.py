@@ -81,7 +81,7 @@ class GroupedAttention:
     Args:
         qkv: h -> [all query heads; all key heads; all value heads], coordinates of a RoPE pair adjacent.
         out: heads/tp * width -> h.
-        head_norm: norm of queries and keys per head, or None; its weights are `head_weight` [heads + groups, width].
+        head_norm: norm of queries and keys [n, heads + groups, width] per head, or None.
     """
 
     qkv: Linear
@@ -90,7 +90,6 @@ class GroupedAttention:
     groups: int
     width: int
     head_norm: Norm | None
-    head_weight: Tensor | None
     tp: TensorParallel
 
     def __call__(self, x: Tensor, residual: Tensor, span: Span, cache: Cache) -> Tensor:
@@ -99,7 +98,7 @@ class GroupedAttention:
         qkv = self.qkv(x).view(-1, both + self.groups, self.width)
         rotated = qkv[:, :both]
         if self.head_norm is not None:
-            rotated = self.head_norm(rotated.contiguous()).mul_(self.head_weight)
+            rotated = self.head_norm(rotated.contiguous())
         if span.rotation is not None:
             rotated = rotate(rotated, span.rotation)
         span.write(cache.keys, rotated[:, heads:])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.options import MAX_AUTO_DRAFTS, Options
 from megatron_mtp.decode.session import slots_needed
@@ -45,13 +46,13 @@ def check_request(decoder: Decoder, prompts: Sequence[Sequence[int]], options: O
 
 
 def _num_drafts(decoder: Decoder, options: Options) -> int:
-    depths = decoder.model.mtp_num_layers
+    depths = filled(decoder.model.mtp_num_layers)
     if options.widths:
         wanted = len(options.widths)
-    elif options.num_draft == "auto":
-        wanted = (depths if decoder.is_parallel else max(depths, MAX_AUTO_DRAFTS)) if depths else 0
-    else:
+    elif isinstance(options.num_draft, int):
         wanted = options.num_draft
+    else:  # "auto"
+        wanted = (depths if decoder.is_parallel else max(depths, MAX_AUTO_DRAFTS)) if depths else 0
     if wanted and not depths:
         raise UnsupportedError(
             f"num_draft = {wanted}: drafts come from MTP layers, and this model has none (model.mtp_num_layers = 0). "
@@ -66,7 +67,7 @@ def _num_drafts(decoder: Decoder, options: Options) -> int:
 
 
 def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], options: Options) -> None:
-    context, vocab_size = options.context or decoder.model.seq_length, decoder.model.vocab_size
+    context, vocab_size = options.context or decoder.model.seq_length, decoder.vocab_size
     if not prompts:
         raise DataError("There is no prompt.")
     for row, prompt in enumerate(prompts):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode.attention import join
 from megatron_mtp.decode.linear import Linear
@@ -18,7 +19,7 @@ from megatron_mtp.decode.tensor_parallel import TensorParallel
 
 def activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
     """The function from the first projection's output, [n, 2 * width] ([gate, up]) or [n, width], to [n, width]."""
-    functions = {
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
         "silu": F.silu,
         "gelu": F.gelu,
         "relu": F.relu,
@@ -127,9 +128,10 @@ def _topk(scores: Tensor, model: ModelConfig) -> Tensor:
     A group's score is the sum of its best topk / group_topk experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     """
     if model.moe_router_num_groups:
+        group_topk = filled(model.moe_router_group_topk)
         grouped = scores.view(scores.shape[0], model.moe_router_num_groups, -1)
-        best = grouped.topk(model.moe_router_topk // model.moe_router_group_topk, dim=-1).values.sum(-1)
+        best = grouped.topk(model.moe_router_topk // group_topk, dim=-1).values.sum(-1)
         open_groups = torch.zeros_like(best, dtype=torch.bool)
-        open_groups.scatter_(1, best.topk(model.moe_router_group_topk, dim=-1).indices, True)
+        open_groups.scatter_(1, best.topk(group_topk, dim=-1).indices, True)
         scores = grouped.masked_fill(~open_groups[..., None], -torch.inf).flatten(1)
     return scores.topk(model.moe_router_topk, dim=-1).indices

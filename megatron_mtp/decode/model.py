@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode.attention import Cache
 from megatron_mtp.decode.block import Block, Depth
@@ -99,6 +100,11 @@ class Decoder:
             )
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it; the padded vocabulary is larger."""
+        return filled(self.model.vocab_size)
+
+    @property
     def is_parallel(self) -> bool:
         """Whether MTP depths read only the trunk, so that at most D tokens can be drafted."""
         return self.model.mtp_variant == "parallel"
@@ -141,16 +147,16 @@ class Decoder:
             tokens: [b, q]: t[i + number] for slot i.
         """
         layer = self.depths[min(number, len(self.depths)) - 1]
-        embedded = None if layer.projection is None else self.embed(tokens.flatten())
+        embedded = None if layer.input is None else self.embed(tokens.flatten())
         return layer(hidden, embedded, span, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, h] -> [n, vocab_size], the same bits on every rank."""
-        return self.tp.gather(self.head(hidden), dim=-1)[:, : self.model.vocab_size]
+        return self.tp.gather(self.head(hidden), dim=-1)[:, : self.vocab_size]
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """[n, h] -> [n, number of drafted ids]."""
-        return self.tp.gather(self.draft_head(hidden), dim=-1)[:, : self.model.vocab_size]
+        return self.tp.gather(self.draft_head(hidden), dim=-1)[:, : self.vocab_size]
 
     def limit_drafts(self, weight: Tensor, num_ids: int | None) -> None:
         """Drafts only the `num_ids` lowest ids, the most frequent tokens; verification uses the full vocabulary.
@@ -164,7 +170,7 @@ class Decoder:
         Raises:
             UnsupportedError: the head is sharded.
         """
-        if num_ids is None or num_ids >= self.model.vocab_size:
+        if num_ids is None or num_ids >= self.vocab_size:
             self.draft_head = self.head
             return
         if self.tp.size > 1:

@@ -50,7 +50,7 @@ class WeightedRMS:
 
     __slots__ = ("scale", "weight")
 
-    def __init__(self, scale: RMSScale, weight: Tensor):
+    def __init__(self, scale: Norm, weight: Tensor):
         self.scale, self.weight = scale, weight
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.decode.linear import linear
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.span import Span
@@ -59,9 +60,9 @@ def fit_projections(
     found = []
     for number in range(1, len(decoder.depths) + 1):
         weight, unexplained = _fit(decoder, documents, number, ridge)
-        decoder.depths[number - 1] = replace(
-            decoder.depths[number - 1], projection=linear(weight.to(decoder.device, decoder.dtype))
-        )
+        depth = decoder.depths[number - 1]
+        fitted = replace(filled(depth.input), projection=linear(weight.to(decoder.device, decoder.dtype)))
+        decoder.depths[number - 1] = replace(depth, input=fitted)
         found.append(FittedProjection(weight, unexplained, _agreement(decoder, held_out, number)))
     return found
 
@@ -102,7 +103,7 @@ def _fit(decoder: Decoder, documents: Sequence[Sequence[int]], number: int, ridg
 
 def _equations(decoder: Decoder, documents: Sequence[Sequence[int]], number: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(input of the projection [n, 2h], usual input of the layer [n, h]) of each document, fp64."""
-    depth = decoder.depths[number - 1]
+    inputs = filled(decoder.depths[number - 1].input)
     for ids in documents:
         if len(ids) <= number:
             continue
@@ -110,8 +111,7 @@ def _equations(decoder: Decoder, documents: Sequence[Sequence[int]], number: int
             pass_ = _Pass(decoder, ids)
             hidden = pass_.hidden(number - 1)
             embedded = decoder.embed(pass_.tokens[0, number:])
-            rows = torch.cat((depth.enorm(embedded), depth.hnorm(hidden[: len(ids) - number])), dim=-1)
-            yield rows.double(), pass_.below[number:].double()
+            yield inputs.normed(embedded, hidden[: len(ids) - number]).double(), pass_.below[number:].double()
 
 
 def _agreement(decoder: Decoder, documents: Sequence[Sequence[int]], number: int) -> float:

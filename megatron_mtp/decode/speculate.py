@@ -152,19 +152,18 @@ def _round(session: Session, rows: Answers, chooser: DraftLength, generator: tor
     proposed: list[Tensor] = []  # K times [b, v], the distributions that drafts were drawn from
     with chooser.timed("draft", count):
         if count:
-            vocab_size = session.decoder.model.vocab_size
-            pick = _pick_best if sampling.is_greedy else partial(_pick_drawn, sampling, generator, proposed, vocab_size)
-            session.draft(count, pick)
+            drawn = partial(_pick_drawn, sampling, generator, proposed, session.decoder.vocab_size)
+            session.draft(count, _pick_best if sampling.is_greedy else drawn)
     with chooser.timed("verify", count):
         logits = session.verify(count)  # [b, K+1, v]
         drafts = session.drafts(count)  # [b, K]
         if sampling.is_greedy:
-            accepted, following = accept_greedy(drafts, logits.argmax(dim=-1))
+            accepted, next_ids = accept_greedy(drafts, logits.argmax(dim=-1))
         else:
             target = sampling.probabilities(logits)  # [b, K+1, v]
             q = torch.stack(proposed, dim=1) if count else target[:, :0]  # [b, K, v]
-            accepted, following = accept_sampled(drafts, q, target, generator)
-        kept, following, drafted = accepted.tolist(), following.tolist(), drafts.tolist()  # [b], [b], [b][K]
+            accepted, next_ids = accept_sampled(drafts, q, target, generator)
+        kept, following, drafted = accepted.tolist(), next_ids.tolist(), drafts.tolist()  # [b], [b], [b][K]
     if sampling.is_greedy:
         rows.note_margin(logits, kept)
     active = rows.active

@@ -8,15 +8,16 @@ adjacent, packed for oneDNN), so the trained model may be freed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode.attention import GroupedAttention, LatentAttention
-from megatron_mtp.decode.block import Block, Depth
+from megatron_mtp.decode.block import Block, Depth, InputProjection
 from megatron_mtp.decode.feed_forward import Dense, Experts, activation, chooser, router
 from megatron_mtp.decode.linear import Linear, linear
 from megatron_mtp.decode.norm import LayerNorm, Norm, RMSScale, WeightedRMS
@@ -44,7 +45,7 @@ class Weights:
 
     def get(self, name: str) -> Tensor:
         """The tensor in fp32 on the device, to be cast after other weights are multiplied in."""
-        return self.tensors[name].detach().to(self.device, torch.float32)
+        return filled(self.tensors[name]).detach().to(self.device, torch.float32)
 
     def find(self, name: str) -> Tensor | None:
         """As `get`; None if the model has no such tensor."""
@@ -88,11 +89,13 @@ def block(weights: Weights, prefix: str, is_moe: bool) -> Block:
     width = weights.model.hidden_size
     first, first_weight = weights.norm(f"{prefix}input_layernorm", width)
     second, second_weight = weights.norm(f"{prefix}pre_mlp_layernorm", width)
+    attend: Callable[[Weights, str, Tensor | None], GroupedAttention | LatentAttention]
     attend = _latent if weights.model.multi_latent_attention else _grouped
+    feed_forward: Dense | Experts
     if is_moe:
         feed_forward = _experts(weights, f"{prefix}mlp.", second_weight)
     else:
-        feed_forward = _dense(weights, f"{prefix}mlp.", second_weight, weights.model.ffn_hidden_size)
+        feed_forward = _dense(weights, f"{prefix}mlp.", second_weight, filled(weights.model.ffn_hidden_size))
     return Block(first, attend(weights, f"{prefix}self_attention.", first_weight), second, feed_forward)
 
 
@@ -102,28 +105,29 @@ def depth(weights: Weights, prefix: str, is_moe: bool) -> Depth:
     layer = block(weights, f"{prefix}mtp_model_layer.", is_moe)
     final = weights.full_norm(f"{prefix}final_layernorm")
     if model.mtp_variant == "parallel":
-        return Depth(None, None, None, layer, final)
+        return Depth(None, layer, final)
     enorm, enorm_weight = weights.norm(f"{prefix}enorm", h)
     hnorm, hnorm_weight = weights.norm(f"{prefix}hnorm", h)
     weight = weights.gathered(f"{prefix}eh_proj.weight", h)
-    if enorm_weight is not None:
+    if enorm_weight is not None and hnorm_weight is not None:
         weight = weight * torch.cat((enorm_weight, hnorm_weight))
-    return Depth(enorm, hnorm, weights.linear(weight), layer, final)
+    return Depth(InputProjection(enorm, hnorm, weights.linear(weight)), layer, final)
 
 
 def _grouped(weights: Weights, prefix: str, columns: Tensor | None) -> GroupedAttention:
     model, tp = weights.model, weights.tp
-    heads, groups, width = model.num_attention_heads // tp.size, model.num_query_groups // tp.size, model.kv_channels
+    heads, groups = model.num_attention_heads // tp.size, filled(model.num_query_groups) // tp.size
+    width = filled(model.kv_channels)
     order = _head_order(model)
     weight = _by_kind(weights.get(f"{prefix}linear_qkv.weight"), heads, groups, width, order)
     bias = weights.find(f"{prefix}linear_qkv.bias")
-    head_norm, head_weight = None, None
+    head_norm = None
     if model.qk_layernorm:
         parts = [weights.get(f"{prefix}{name}_layernorm.weight")[order] for name in ("q", "k")]
         offset = 1.0 if model.layernorm_zero_centered_gamma else 0.0
         rows = [part.expand(count, -1) for part, count in zip(parts, (heads, groups), strict=True)]
-        head_norm = RMSScale(width, model.layernorm_epsilon, weights.device)
-        head_weight = (torch.cat(rows) + offset).to(weights.dtype)
+        scale = RMSScale(width, model.layernorm_epsilon, weights.device)
+        head_norm = WeightedRMS(scale, (torch.cat(rows) + offset).to(weights.dtype))
     return GroupedAttention(
         qkv=weights.linear(
             scaled(weight, columns), None if bias is None else _by_kind(bias, heads, groups, width, order)
@@ -135,14 +139,13 @@ def _grouped(weights: Weights, prefix: str, columns: Tensor | None) -> GroupedAt
         groups=groups,
         width=width,
         head_norm=head_norm,
-        head_weight=head_weight,
         tp=tp,
     )
 
 
 def _head_order(model: ModelConfig) -> list[int]:
-    is_rotated = model.position_embedding_type == "rope"
-    return pair_order(model.kv_channels, model.rotary_percent) if is_rotated else list(range(model.kv_channels))
+    is_rotated, width = model.position_embedding_type == "rope", filled(model.kv_channels)
+    return pair_order(width, model.rotary_percent) if is_rotated else list(range(width))
 
 
 def _by_kind(rows: Tensor, heads: int, groups: int, width: int, order: list[int]) -> Tensor:
@@ -229,8 +232,8 @@ def _experts(weights: Weights, prefix: str, columns: Tensor | None) -> Experts:
         ),
         choose=chooser(model, bias),
         experts=[
-            _dense(weights, f"{prefix}experts.local_experts.{index}.", columns, model.moe_ffn_hidden_size)
-            for index in range(model.num_moe_experts)
+            _dense(weights, f"{prefix}experts.local_experts.{index}.", columns, filled(model.moe_ffn_hidden_size))
+            for index in range(filled(model.num_moe_experts))
         ],
         shared=_dense(weights, f"{prefix}shared_experts.", columns, shared) if shared else None,
         gate=None if gate is None else scaled(gate, columns).t().to(weights.dtype).contiguous(),

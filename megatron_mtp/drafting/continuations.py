@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(loaded: LoadedModel, prompts: list[list[int]], options: argparse.Namespace) -> int:
     """Continues all prompts in batches and writes both data sets. Returns the number of tokens."""
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    text = IndexedWriter(options.out, token_dtype(loaded.decoder.model.vocab_size))
+    text = IndexedWriter(options.out, token_dtype(loaded.decoder.vocab_size))
     mask = IndexedWriter(options.out + MASK_SUFFIX, np.dtype(np.uint8))
     decoding = Options(
         max_new_tokens=options.new_tokens,

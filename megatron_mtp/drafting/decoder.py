@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -62,7 +63,7 @@ def open_decoder(
     source: str | Path,
     *,
     dtype: str = "fp32",
-    device: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     tokenizer: str | None = None,
     threads: int | None = None,
     draft_vocab: int | None = None,
@@ -102,7 +103,7 @@ def open_decoder(
 
 
 def decoding_config(
-    source: str | Path, tp: int, device: str | None = None, threads: int | None = None
+    source: str | Path, tp: int, device: Literal["cpu", "cuda"] | None = None, threads: int | None = None
 ) -> ConfigContainer:
     """The finalized config of a folder's model on `tp` tensor-parallel ranks."""
     cfg = config_of(source)

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> list[FittedProjection]:
     stored = StoredWeights(options.source)
     with open_decoder(options.source, device=options.device, threads=options.threads) as loaded:
         documents = read_pieces(options.data, options.documents, loaded.cfg.model.seq_length)
-        known, highest = loaded.decoder.model.vocab_size, max(max(ids) for ids in documents)
+        known, highest = loaded.decoder.vocab_size, max(max(ids) for ids in documents)
         if highest >= known:
             raise DataError(f"--data: has ids up to {highest}; the model knows 0 to {known - 1}.")
         held_out = documents[HELD_OUT - 1 :: HELD_OUT]

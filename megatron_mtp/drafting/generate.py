@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch.distributed as dist
 
@@ -25,7 +25,7 @@ def run(
     stream: bool = False,
     json: bool = False,
     dtype: str = "fp32",
-    device: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     tokenizer: str | None = None,
     ignore_end: bool = False,
     draft_vocab: int | None = None,

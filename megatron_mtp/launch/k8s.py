@@ -78,7 +78,7 @@ def _pod(job: Job, image: str, claim: str | None, mount: str) -> dict[str, Any]:
     if job.files:
         volumes.append({"name": "config", "configMap": {"name": job.name}})
         mounts.append({"name": "config", "mountPath": CONFIG_PATH})
-    container = {
+    container: dict[str, Any] = {
         "name": CONTAINER,
         "image": image,
         "command": ["bash", "-c", f"exec {job.agent(_rendezvous(job), _places(job))}"],
