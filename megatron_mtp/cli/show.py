@@ -73,9 +73,9 @@ def _summary(recipe: str, cfg: ConfigContainer, found: dict[str, Any]) -> list[s
 
 
 def _comment(lines: list[str]) -> None:
-    style = {"fg": typer.colors.CYAN} if sys.stdout.isatty() else {}
+    color = typer.colors.CYAN if sys.stdout.isatty() else None
     for line in lines:
-        typer.secho(f"# {line}", **style)
+        typer.secho(f"# {line}", fg=color)
 
 
 def _diff_text(changes: dict[str, dict[str, Any]]) -> str:

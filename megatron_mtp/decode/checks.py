@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from megatron_mtp.config.filled import filled
+from megatron_mtp.config.units import GIB
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.options import MAX_AUTO_DRAFTS, Options
 from megatron_mtp.decode.session import slots_needed
@@ -97,6 +98,6 @@ def _check_memory(decoder: Decoder, prompts: Sequence[Sequence[int]], options: O
         free = psutil.virtual_memory().available
     if needed > free:
         raise DataError(
-            f"The caches of {len(prompts)} prompts with {slots} slots need {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free on {decoder.device}. Decode fewer prompts at once, or fewer new tokens."
+            f"The caches of {len(prompts)} prompts with {slots} slots need {needed / GIB:.1f} GiB, and "
+            f"{free / GIB:.1f} GiB are free on {decoder.device}. Decode fewer prompts at once, or fewer new tokens."
         )
