@@ -1,4 +1,4 @@
-"""From a config and a request to plans: the one to use and those to compare it with. Imports neither torch nor Megatron-Core."""
+"""Makes the plan of a config, and plans to compare it with. Imports neither torch nor Megatron-Core."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Request:
 
 @dataclass(slots=True, kw_only=True)
 class Plans:
-    """What was found.
+    """The result of `make_plans`.
 
     Attributes:
-        cfg: finalized; of the best candidate after a search.
-        machine: what was estimated for, and whose memory limits.
+        cfg: finalized; after a search, the best candidate's.
+        machine: the device that was estimated for; its memory is the limit.
         chosen: the plan to use.
-        choice: how it was found; None for a layout that the config names.
+        choice: how it was found; None for a layout that the config gives.
         others: name -> plan to compare it with.
         refused: name -> why a split given for comparison is illegal.
-        candidates: of a search, best first.
+        candidates: the results of a search, best first.
     """
 
     cfg: ConfigContainer
@@ -82,7 +82,7 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
             raise PlanError("--search: needs --devices N, the number of devices to spread the model over.")
         if profile is not None:
             raise PlanError(
-                "--search: looks at other sizes than those a profile was measured with. Leave out --profile or --search."
+                "--search: tries other sizes than the profile was measured with. Leave out --profile or --search."
             )
         candidates = search_sizes(cfg, machine, world_size, limit, request.top)
         cfg = candidates[0].cfg
@@ -109,7 +109,7 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
 
 
 def limit_of(request: Request, machine: Machine) -> float | None:
-    """Bytes that a plan may use; None: no limit. A profile says nothing of memory: then only a named device limits."""
+    """Bytes that a plan may use; None: no limit. A profile does not know the memory: then only --hardware sets a limit."""
     if request.memory_gib is not None:
         return request.memory_gib * GIB or None
     if request.profile is not None and request.hardware is None:
@@ -140,14 +140,14 @@ def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | 
         plan = planner.plan(planner.problem().layout(choice.split))
     if limit is not None and plan.peak_bytes > limit:
         raise PlanError(
-            f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, and a device has "
-            f"{limit / GIB:.1f} GiB to use (--memory GIB sets another limit, 0 none).{_nearest_fit(planner, limit)}"
+            f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, and a "
+            f"device has {limit / GIB:.1f} GiB to use (--memory GIB sets another limit, 0 none).{_nearest_fit(planner, limit)}"
         )
     return plan, choice
 
 
 def _nearest_fit(planner: Planner, limit: float | None) -> str:
-    """Single changes after which the even split fits, as a sentence."""
+    """A sentence that names the first single change after which the even split fits."""
     if limit is None:
         return ""
     model, train = planner.cfg.model, planner.cfg.train
