@@ -109,7 +109,7 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
 
 
 def limit_of(request: Request, machine: Machine) -> float | None:
-    """Bytes that a plan may use; None: no limit. A profile does not know the memory: then only --hardware sets a limit."""
+    """Bytes that a plan may use; None: no limit. A profile names no memory: with it only --hardware sets a limit."""
     if request.memory_gib is not None:
         return request.memory_gib * GIB or None
     if request.profile is not None and request.hardware is None:
@@ -140,8 +140,9 @@ def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | 
         plan = planner.plan(planner.problem().layout(choice.split))
     if limit is not None and plan.peak_bytes > limit:
         raise PlanError(
-            f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, and a "
-            f"device has {limit / GIB:.1f} GiB to use (--memory GIB sets another limit, 0 none).{_nearest_fit(planner, limit)}"
+            f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, "
+            f"and a device has {limit / GIB:.1f} GiB to use (--memory GIB sets another limit, 0 none)."
+            f"{_nearest_fit(planner, limit)}"
         )
     return plan, choice
 
