@@ -56,7 +56,7 @@ def features(model: ModelConfig) -> set[str]:
     present = {
         "qkv_bias": model.add_qkv_bias,
         "qk_norm": model.qk_layernorm,
-        "whole_query": model.q_lora_rank is None,
+        "full_query": model.q_lora_rank is None,
         "query_rank": model.q_lora_rank is not None,
         "query_norm": model.q_lora_rank is not None and model.qk_layernorm,
         "expert_bias": model.moe_router_enable_expert_bias,

@@ -173,7 +173,7 @@ def _depth_of(key: str) -> int:
 
 
 def _check_keys(weights: StoredWeights, found: list[TensorLink], dropped: list[str]) -> None:
-    shapes = {link.key: link.whole for link in found}
+    shapes = {link.key: link.shape for link in found}
     problems = [f"{key} is missing." for key in sorted(shapes.keys() - weights.tensors.keys())]
     problems += [
         f"{key} has no name in the family's files."

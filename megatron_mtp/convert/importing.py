@@ -95,9 +95,9 @@ def import_hf(
     try:
         with WeightsWriter(out) as writer:
             for link in source.links:
-                writer.add(link.key, link.whole, link.offset, source.read(link))
+                writer.add(link.key, link.shape, link.offset, source.read(link))
             for link, copies in source.new_links:
-                writer.add(link.key, link.whole, link.offset, source.initial(link, copies, mtp_init))
+                writer.add(link.key, link.shape, link.offset, source.initial(link, copies, mtp_init))
             report.files = [f"{KEPT_FOLDER}/{name}" for name in keep(source.folder, kept)]
             final = _with_tokenizer(source.cfg, kept)
             writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))

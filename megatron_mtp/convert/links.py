@@ -53,7 +53,7 @@ class TensorLink:
 
     Args:
         key: name in our checkpoints.
-        whole: shape of the full tensor, with layer and expert axes.
+        shape: shape of the full tensor, with layer and expert axes.
         offset: where the box begins, per axis.
         size: size of the box, per axis.
         sources: none for padding, which is zero.
@@ -62,7 +62,7 @@ class TensorLink:
     """
 
     key: str
-    whole: tuple[int, ...]
+    shape: tuple[int, ...]
     offset: tuple[int, ...]
     size: tuple[int, ...]
     sources: tuple[HFTensor, ...]
@@ -245,12 +245,12 @@ def _boxes(
     """One box for all sources; for `stacked` one box for each."""
     rows = sum(source.shape[0] for source in sources)
     inner = sources[0].shape[1:]
-    whole, ones = (*lead, rows, *inner), (1,) * len(lead)
+    shape, ones = (*lead, rows, *inner), (1,) * len(lead)
     if layout != "stacked":
-        yield TensorLink(key, whole, (*index, 0, *(0 for _ in inner)), (*ones, rows, *inner), sources, layout)
+        yield TensorLink(key, shape, (*index, 0, *(0 for _ in inner)), (*ones, rows, *inner), sources, layout)
         return
     first = 0
     for source in sources:
         offset = (*index, first, *(0 for _ in inner))
-        yield TensorLink(key, whole, offset, (*ones, *source.shape), (source,))
+        yield TensorLink(key, shape, offset, (*ones, *source.shape), (source,))
         first += source.shape[0]

@@ -76,7 +76,7 @@ GROUPED_ATTENTION = (
 # Rotary channels are interleaved in these files, as Megatron-Core expects with multi-latent attention.
 LATENT_ATTENTION = (
     Row("input_layernorm.weight", ("input_layernorm.weight",), ("h",)),
-    Row("self_attention.linear_q_proj.weight", ("self_attn.q_proj.weight",), ("qk_heads h",), needs="whole_query"),
+    Row("self_attention.linear_q_proj.weight", ("self_attn.q_proj.weight",), ("qk_heads h",), needs="full_query"),
     Row("self_attention.linear_q_down_proj.weight", ("self_attn.q_a_proj.weight",), ("q_rank h",), needs="query_rank"),
     Row(
         "self_attention.linear_q_up_proj.layer_norm_weight",

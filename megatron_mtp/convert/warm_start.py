@@ -32,5 +32,5 @@ def new_value(link: TensorLink, cfg: ConfigContainer, dtype: torch.dtype) -> Ten
     if len(size) < 2:
         is_scale = link.key.endswith(_NORM_ENDINGS) and not model.layernorm_zero_centered_gamma
         return torch.full(link.size, 1.0 if is_scale else 0.0, dtype=dtype)
-    box = draw_box(link.key, link.whole, link.offset, size, lead, cfg.rng.seed)
+    box = draw_box(link.key, link.shape, link.offset, size, lead, cfg.rng.seed)
     return (box * std_of(link.key, model.init_method_std, model.num_layers)).to(dtype).reshape(link.size)

@@ -170,7 +170,7 @@ def test_a_missing_key_is_named():
 
 
 def test_the_older_form_on_the_hub_is_read():
-    """rope_theta and rope_scaling beside each other, `type` for rope_type, Kimi's own name for DeepSeek's file."""
+    """rope_theta next to rope_scaling, `type` for rope_type, Kimi's own name for DeepSeek's file."""
     config = hf_config_dict(make(*CASES["deepseek_v3, no groups, no query latent"]).model)
     rope = config.pop("rope_parameters")
     config |= {

@@ -28,7 +28,7 @@ ROUNDS = st.lists(
 
 @torch.no_grad()
 def reference(model, text, depth):
-    """Logits [v] of `depth` at the slot that predicts the token behind `text`; later depths go on with the last layer.
+    """Logits [v] of `depth` at the slot that predicts the token after `text`; later depths use the last layer.
 
     Slot i of depth k reads text[i+k], so that the text ends the sequence of ids that the depth reads.
     """
@@ -68,8 +68,8 @@ def test_any_acceptances(name, rounds, lengths, seed):
             draft_and_check(session, model, texts, drafts)
             logits = session.verify(count)
             for row, text in enumerate(texts):
-                behind = [reference(model, text + drafts[row, :k].tolist(), 0) for k in range(count + 1)]
-                check(logits[row], behind)
+                expected = [reference(model, text + drafts[row, :k].tolist(), 0) for k in range(count + 1)]
+                check(logits[row], expected)
             kept = [min(count, number) for number in kept[: len(texts)]]
             following = torch.randint(0, 50, (len(texts),), generator=generator).tolist()
             session.commit(count, kept, following)

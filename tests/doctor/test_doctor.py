@@ -1,4 +1,4 @@
-"""What doctor finds on whole and on broken machines."""
+"""What doctor finds on complete and on broken installations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_mtp.doctor.report import abilities, examine, print_table, report_t
 
 pytestmark = pytest.mark.unit
 
-WHOLE = [Finding(name, "ok", "1.0") for name in ("Python", "torch", "Megatron-Core", "gloo")]
+COMPLETE = [Finding(name, "ok", "1.0") for name in ("Python", "torch", "Megatron-Core", "gloo")]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def only(check: Callable[[], Iterator[Finding]], name: str) -> Finding:
         ("raise SystemExit(3)", "the process ended with 3"),
     ],
 )
-def test_a_broken_transformer_engine_is_told(install: Callable[[str, str], None], source: str, found: str):
+def test_a_broken_transformer_engine_is_reported(install: Callable[[str, str], None], source: str, found: str):
     install("transformer_engine/__init__.py", "")
     install("transformer_engine/pytorch.py", source)
     finding = only(doctor_checks.check_transformer_engine, "Transformer Engine")
@@ -58,7 +58,7 @@ def test_a_broken_transformer_engine_is_told(install: Callable[[str, str], None]
     assert "model.backend = torch" in finding.advice
 
 
-def test_the_other_apex_is_told_from_nvidias(install: Callable[[str, str], None]):
+def test_the_other_apex_is_distinguished_from_nvidias(install: Callable[[str, str], None]):
     install("apex/__init__.py", "")
     finding = only(doctor_checks.check_apex, "Apex")
     assert finding.state == "warning"
@@ -75,7 +75,7 @@ def test_the_other_apex_is_told_from_nvidias(install: Callable[[str, str], None]
         ("ImportError: libcudart.so.12", "failed", None),
     ],
 )
-def test_megatron_core_is_told_from_its_helpers(
+def test_megatron_core_is_distinguished_from_its_helpers(
     monkeypatch: pytest.MonkeyPatch, error: str, core: str, helpers: str | None
 ):
     monkeypatch.setattr(doctor_checks, "import_error", lambda *modules: error)
@@ -84,7 +84,7 @@ def test_megatron_core_is_told_from_its_helpers(
     assert states.get("dataset helpers") == helpers
 
 
-def test_a_gpu_that_torch_cannot_see_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_gpu_that_torch_cannot_see_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor_checks._no_gpu("13.2").state == "absent"
     tool = tmp_path / "nvidia-smi"
@@ -97,7 +97,7 @@ def test_a_gpu_that_torch_cannot_see_is_told(tmp_path: Path, monkeypatch: pytest
         assert advice in finding.advice
 
 
-def test_a_folder_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_written_is_reported(monkeypatch: pytest.MonkeyPatch):
     def refuse(**_: str):
         raise PermissionError(13, "Permission denied")
 
@@ -127,7 +127,7 @@ def test_a_check_that_breaks_does_not_stop_the_others(error: BaseException):
 
 def test_abilities_follow_from_the_findings():
     def can(*extra: Finding, without: str = "") -> list[bool]:
-        return list(abilities([f for f in WHOLE if f.name != without] + list(extra)).values())
+        return list(abilities([f for f in COMPLETE if f.name != without] + list(extra)).values())
 
     gpus = [Finding("GPU 0", "ok", ""), Finding("GPU 1", "ok", "")]
     nccl, engine = Finding("NCCL", "ok", ""), Finding("Transformer Engine", "ok", "")
@@ -145,7 +145,7 @@ def test_report_holds_no_secrets(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("HOME", "/home/someone")
-    findings = [*WHOLE, Finding("proxy", "failed", "no answer from http://me:hush-hush@proxy and /home/someone/x")]
+    findings = [*COMPLETE, Finding("proxy", "failed", "no answer from http://me:hush-hush@proxy and /home/someone/x")]
     text = report_text(findings)
     assert "hush-hush" not in text
     assert "/home/someone" not in text
@@ -167,9 +167,9 @@ def test_the_command_on_this_machine(tmp_path: Path):
     report = tmp_path / "report.txt"
     result = CliRunner().invoke(app, ["--json", "--report", str(report)])
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    states = {finding["name"]: finding["state"] for finding in told["findings"]}
-    assert told["can_run"]["training on the CPU"] is True
+    found = json.loads(result.stdout)
+    states = {finding["name"]: finding["state"] for finding in found["findings"]}
+    assert found["can_run"]["training on the CPU"] is True
     for name in ("Python", "torch", "gloo", "Megatron-Core", "dataset helpers", "this folder"):
         assert states[name] == "ok", name
     assert "failed" not in states.values()
@@ -180,7 +180,7 @@ def test_a_report_that_cannot_be_written_is_a_users_mistake(monkeypatch: pytest.
     from megatron_mtp.doctor import report as tool
     from megatron_mtp.errors import ConfigError
 
-    monkeypatch.setattr(tool, "examine", lambda: WHOLE)
+    monkeypatch.setattr(tool, "examine", lambda: COMPLETE)
     with pytest.raises(ConfigError, match=r"--report /nowhere/report\.txt"):
         doctor(report=Path("/nowhere/report.txt"))
 
