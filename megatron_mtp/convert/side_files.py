@@ -11,16 +11,9 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConversionError
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
-TOKENIZER_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "tiktoken.model",
-    "chat_template.jinja",
+TOKENIZER_NAMES = tuple(
+    """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
+    tokenizer.model tiktoken.model chat_template.jinja""".split()
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KEPT_FOLDER = "hf"

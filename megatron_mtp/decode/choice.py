@@ -21,6 +21,11 @@ KEEP = 0.99
 """Weight of older counts when a new one is added: about the last hundred rounds matter."""
 
 
+def conditional_acceptance(reached: Sequence[int], agreed: Sequence[int]) -> list[float]:
+    """agreed / reached of each depth; NaN if a depth was never reached."""
+    return [a / r if r else math.nan for a, r in zip(agreed, reached, strict=True)]
+
+
 def expected_tokens(acceptance: Sequence[float]) -> float:
     """Expected tokens per round, given the conditional acceptance of each depth.
 

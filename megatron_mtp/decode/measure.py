@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_mtp.decode.choice import conditional_acceptance
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.span import Span
 
@@ -32,7 +33,7 @@ class TextCounts:
     @property
     def acceptance(self) -> list[float]:
         """Conditional acceptance of each depth; NaN if a depth was never reached."""
-        return [a / r if r else float("nan") for a, r in zip(self.agreed, self.reached, strict=True)]
+        return conditional_acceptance(self.reached, self.agreed)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_mtp.decode.checks import check_request
-from megatron_mtp.decode.choice import DraftLength
+from megatron_mtp.decode.choice import DraftLength, conditional_acceptance
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.options import Options
 from megatron_mtp.decode.sampling import Sampling, accept_greedy, accept_sampled, draw
@@ -65,7 +65,7 @@ class Counts:
     @property
     def acceptance(self) -> list[float]:
         """Conditional acceptance of each depth; NaN if a depth was never reached."""
-        return [a / r if r else float("nan") for a, r in zip(self.agreed, self.reached, strict=True)]
+        return conditional_acceptance(self.reached, self.agreed)
 
     @property
     def tokens_per_pass(self) -> float:

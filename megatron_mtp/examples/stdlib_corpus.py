@@ -10,16 +10,7 @@ from pathlib import Path
 from megatron_mtp.data.files import replacing
 
 # Installed packages, tests, and `encodings`, whose tables are nearly equal.
-_SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "idle_test",
-    "lib2to3",
-    "encodings",
-}
+_SKIPPED_FOLDERS = set("site-packages dist-packages __pycache__ test tests idle_test lib2to3 encodings".split())
 HELD_OUT_PERCENT = 5
 
 

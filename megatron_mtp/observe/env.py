@@ -9,32 +9,9 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 # Prefixes of libraries that compute or communicate. MASTER_ADDR and the like only name machines.
-PREFIXES = (
-    "CUBLAS_",
-    "CUDA_",
-    "CUDNN_",
-    "FLASH_ATTENTION_",
-    "GLOO_",
-    "GOMP_",
-    "HIP_",
-    "HSA_",
-    "KMP_",
-    "MIOPEN_",
-    "MKL_",
-    "NCCL_",
-    "NVIDIA_TF32_",
-    "NVTE_",
-    "OMP_",
-    "OPENBLAS_",
-    "PYTORCH_",
-    "RCCL_",
-    "ROCR_",
-    "TOKENIZERS_",
-    "TORCH",
-    "TRITON_",
-    "UB_",
-    "UCC_",
-    "UCX_",
+PREFIXES = tuple(
+    """CUBLAS_ CUDA_ CUDNN_ FLASH_ATTENTION_ GLOO_ GOMP_ HIP_ HSA_ KMP_ MIOPEN_ MKL_ NCCL_ NVIDIA_TF32_ NVTE_ OMP_
+    OPENBLAS_ PYTORCH_ RCCL_ ROCR_ TOKENIZERS_ TORCH TRITON_ UB_ UCC_ UCX_""".split()
 )
 NAMES = ("LD_PRELOAD", "MEGATRON_MTP_LOG", "PYTHONHASHSEED", "PYTHONOPTIMIZE", "WANDB_MODE")
 # torchrun and torch set these for themselves; they change neither results nor speed.
