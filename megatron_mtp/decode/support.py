@@ -48,6 +48,8 @@ def refuse_unsupported(model: ModelConfig) -> None:
     problems = []
     if model.position_embedding_type == "learned_absolute":
         problems.append("model.position_embedding_type = learned_absolute: decoding supports rope and none only.")
+    if model.mtp_num_layers and model.mtp_variant not in ("sequential", "parallel"):
+        problems.append(f"model.mtp_variant = {model.mtp_variant!r}: decoding computes sequential and parallel only.")
     for field in fields(model):
         value = getattr(model, field.name)
         if field.name not in COMPUTED | WITHOUT_EFFECT and value != _default(field):

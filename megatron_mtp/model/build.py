@@ -13,7 +13,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.mcore.rules import torch_backend_problems
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.initial_weights import fill_initial_weights
-from megatron_mtp.model.mtp import MTPLayer, MTPModel, ParallelMTPLayer
+from megatron_mtp.model.mtp import MTPModel, find_variant
 from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
 from megatron_mtp.model.transformer_config import transformer_config
 from megatron_mtp.parallel.params import padded_vocab_size
@@ -74,10 +74,9 @@ def _build_chunk(
     model, layout, pp_rank = run.cfg.model, run.layout, groups.pp.rank()
     layers = layout.decoder_layers(pp_rank, vp_stage)
     symbols = layout.chunks[pp_rank][vp_stage]
-    mtp = None
+    variant, mtp = find_variant(model.mtp_variant), None
     if "m" in symbols:
-        layer_class = ParallelMTPLayer if model.mtp_variant == "parallel" else MTPLayer
-        mtp = mtp_spec(config, run.depths.distinct, run.is_moe[-1], layer_class, use_te=use_te)
+        mtp = mtp_spec(config, run.depths.distinct, run.is_moe[-1], variant.layer, use_te=use_te)
     return MTPModel(
         config=config,
         transformer_layer_spec=block_spec(
@@ -97,7 +96,7 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=vp_stage if layout.vp > 1 else None,
         hidden_source=model.mtp_hidden_source,
-        mtp_variant=model.mtp_variant,
+        variant=variant,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megatron_mtp.errors import ConfigError
 from megatron_mtp.mcore.mtp import mtp_block_class
 from megatron_mtp.mcore.router import share_z_loss
 
@@ -120,19 +123,52 @@ class ParallelMTPBlock(MultiTokenPredictionBlock):
         return torch.cat([hidden_states, *depths], dim=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A form of multi-token prediction: the class of a depth, and the class that calls all depths in order."""
+
+    layer: type[MTPLayer]
+    block: type[MultiTokenPredictionBlock] = MultiTokenPredictionBlock
+
+
+VARIANTS = {"sequential": Variant(MTPLayer), "parallel": Variant(ParallelMTPLayer, ParallelMTPBlock)}
+
+
+def find_variant(name: str) -> Variant:
+    """The variant that `model.mtp_variant` names: one of VARIANTS, or `module:NAME` of a `Variant` of your own.
+
+    Raises:
+        ConfigError: there is none, or it is no `Variant`.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.mtp_variant = {name!r}: cannot be imported ({error}).") from error
+    if not isinstance(found, Variant):
+        raise ConfigError(f"model.mtp_variant = {name!r}: must be a megatron_mtp.model.mtp.Variant, not {found!r}.")
+    return found
+
+
 class MTPModel(GPTModel):
     """One pipeline chunk of the model.
 
     Args:
         hidden_source: what depth 1 reads, "post_final_norm" or "pre_final_norm"; see ModelConfig.mtp_hidden_source.
-        mtp_variant: see ModelConfig.mtp_variant.
+        variant: builds the MTP layers; see ModelConfig.mtp_variant.
         others: as GPTModel.
     """
 
     def __init__(
-        self, *args: Any, hidden_source: str = "post_final_norm", mtp_variant: str = "sequential", **kwargs: Any
+        self,
+        *args: Any,
+        hidden_source: str = "post_final_norm",
+        variant: Variant = VARIANTS["sequential"],
+        **kwargs: Any,
     ):
-        with mtp_block_class(ParallelMTPBlock if mtp_variant == "parallel" else MultiTokenPredictionBlock):
+        with mtp_block_class(variant.block):
             super().__init__(*args, **kwargs)
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights and not self.pre_process:
             # The head uses this stage's copy of the embedding; Megatron-Core leaves an unused [v, h] parameter here.

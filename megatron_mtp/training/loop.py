@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mtp.data.batch import GlobalBatch
+from megatron_mtp.data.prefetch import Prefetcher
 from megatron_mtp.objective.metrics import loss_names
 from megatron_mtp.observe.metrics import StepRecord
 from megatron_mtp.observe.recorder import Recorder
@@ -132,7 +132,7 @@ class Trainer:
         self.recorder.message(report, kind="fault")
         return action
 
-    def _roll_back(self, batch: GlobalBatch) -> Iterator[GlobalBatch]:
+    def _roll_back(self, batch: GlobalBatch) -> Prefetcher[GlobalBatch]:
         """Goes back to the last checkpoint; the data goes on after this batch."""
         self.saver.roll_back(len(batch.sample_ids))
         restore(self.callbacks, self.state)
@@ -200,7 +200,7 @@ class Trainer:
             self.boundary.saved()
 
     def _every(self, interval: int | None) -> bool:
-        return bool(interval) and self.state.iteration % interval == 0
+        return interval is not None and self.state.iteration % interval == 0
 
     def _call(self, event: str, *arguments: Any) -> Metrics:
         """Calls an event of every callback and joins the metrics that they return."""

@@ -23,7 +23,7 @@ class Saver:
 
     def __init__(self, run: Run, state: TrainState, checkpointer: Checkpointer):
         self._run, self._state, self._checkpointer = run, state, checkpointer
-        self._validation: tuple[int, float] | None = None
+        self._validation: tuple[int, float | None] = (-1, None)
         self._metrics: dict[str, float] = {}
 
     def evaluated(self, main_loss: float) -> bool:
@@ -44,8 +44,9 @@ class Saver:
     def save(self, reason: str) -> bool:
         """Saves; whether the checkpoint is complete or being written. A failure is logged: a later save may succeed."""
         state, engine = self._state, self._run.engine
-        is_current = self._validation is not None and self._validation[0] == state.iteration
-        loss = self._validation[1] if is_current else None
+        evaluated_at, loss = self._validation
+        if evaluated_at != state.iteration:
+            loss = None
         try:
             self._checkpointer.save(engine.chunks, engine.optimizer, state, reason, loss)
         except CheckpointError as error:

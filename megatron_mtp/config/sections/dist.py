@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_mtp.config.base import Section
 
@@ -19,7 +19,7 @@ class DistConfig(Section):
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is present."""
-    hardware: Hardware | None = None
+    hardware: Hardware | dict[str, Any] | None = None
     """Device that the planner estimates times and memory for, where model.pipeline_model_parallel_layout is "auto" and in `megatron-mtp plan`; None: cpu with device=cpu, else h100."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer ends the job."""

@@ -165,7 +165,7 @@ class ModelConfig(Section):
     """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or "linear:0.3->0.1@10T"."""
     mtp_depth_weights: list[float] | None = None
     """w_k for each depth; None: all 1."""
-    mtp_variant: Literal["sequential", "parallel"] = "sequential"
+    mtp_variant: str = "sequential"
     """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several."""
     mtp_use_repeated_layer: bool = False
     """One set of MTP weights applied D times (Nemotron-3)."""

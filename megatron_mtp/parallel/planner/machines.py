@@ -10,8 +10,10 @@ is one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards).
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 from megatron_mtp.errors import PlanError
 
@@ -182,12 +184,17 @@ USABLE = 0.94
 """Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""
 
 
-def find_machine(name: str) -> Machine:
-    """A machine by its name.
+def find_machine(hardware: str | Mapping[str, Any]) -> Machine:
+    """A known machine by its name, or `base` with some of its fields changed.
+
+    Example: {"base": "h100", "name": "h100-ethernet", "network_gb_per_s": 25, "peaks": {"bf16": 900}}.
 
     Raises:
-        PlanError: it is not known; the message names the nearest one.
+        PlanError: a name or a field is not known, and the message names the nearest one, or a value is no number above 0.
     """
+    if not isinstance(hardware, str):
+        return _changed(hardware)
+    name = hardware
     if name.lower() in MACHINES:
         return MACHINES[name.lower()]
     close = difflib.get_close_matches(name.lower(), MACHINES, n=1, cutoff=0.4)
@@ -195,3 +202,17 @@ def find_machine(name: str) -> Machine:
     raise PlanError(
         f"--hardware {name!r} is not known.{meant} Known: {', '.join(MACHINES)}. Or measure: --profile FILE."
     )
+
+
+def _changed(hardware: Mapping[str, Any]) -> Machine:
+    changes = dict(hardware)
+    base = find_machine(changes.pop("base", DEFAULT_MACHINE))
+    name = str(changes.pop("name", f"changed {base.name}"))
+    peaks = changes.pop("peaks", {})
+    for value, known, changed in (("", Machine.__dataclass_fields__, changes), (".peaks", Peaks._fields, peaks)):
+        for key, number in changed.items():
+            if key not in known:
+                raise PlanError(f"dist.hardware{value}.{key}: there is no such field. Known: {', '.join(known)}.")
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+                raise PlanError(f"dist.hardware{value}.{key} = {number!r}: must be a number above 0.")
+    return replace(base, name=name, peaks=base.peaks._replace(**peaks), **changes)

@@ -30,6 +30,7 @@ class Profiler(ConfiguredCallback):
         options, rank = self._options, dist.get_rank()
         if rank not in options.profile_ranks:
             return
+        assert options.profile_dir is not None, "finalize checks it"
         self._profile = torch.profiler.profile(
             schedule=torch.profiler.schedule(
                 wait=max(options.profile_step_start - 1, 0),

@@ -76,7 +76,7 @@ def version_problems(nodes: list[Node]) -> list[str]:
 def _versions(device: torch.device) -> dict[str, str]:
     found = package_versions()
     if device.type == "cuda":
-        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}
+        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}  # type: ignore[no-untyped-call]
     return found
 
 

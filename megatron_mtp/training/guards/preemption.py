@@ -125,4 +125,4 @@ def _is_over(elapsed_s: float, limit_mins: float | None) -> bool:
 
 
 def _divides(interval: int | None, iteration: int) -> bool:
-    return bool(interval) and iteration % interval == 0
+    return interval is not None and iteration % interval == 0

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # not in their __all__
 
 from megatron_mtp.observe.failure_file import Failure
 
@@ -125,8 +125,9 @@ class Watchdog:
         pause_s = min(1.0, self.timeout_s / 10)
         while not self._closed.wait(pause_s):
             silent_s = time.monotonic() - self._last
-            with suppress(AttributeError, ValueError, OSError):  # stderr may be something without a descriptor
-                faulthandler.dump_traceback_later(self.timeout_s + COLLECT_S + FROZEN_S, exit=True, file=sys.__stderr__)
+            with suppress(AttributeError, ValueError, OSError):  # stderr may be None, or have no file descriptor
+                stderr = sys.__stderr__.fileno()  # type: ignore[union-attr]  # None is suppressed
+                faulthandler.dump_traceback_later(self.timeout_s + COLLECT_S + FROZEN_S, exit=True, file=stderr)
             # A healthy rank never queries the store.
             if silent_s > self.limit_s or (silent_s > self.timeout_s / 2 and self._is_asked()):
                 self._end(silent_s)
@@ -151,15 +152,17 @@ class Watchdog:
 
     def _collect(self, own: RankReport) -> list[RankReport]:
         """Reports of all ranks that can still write one, in order of rank; only this rank's own if the store is lost."""
-        found = {self._rank: own}
+        found, store = {self._rank: own}, self._store
+        if store is None:
+            return [own]
         with suppress(Exception):
-            self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(own)))
-            self._store.set(f"{self._prefix}/any", "1")
+            store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(own)))
+            store.set(f"{self._prefix}/any", "1")
             deadline = time.monotonic() + COLLECT_S
             while len(found) < self._world_size and time.monotonic() < deadline:
                 for rank in set(range(self._world_size)) - set(found):
-                    if self._store.check([f"{self._prefix}/{rank}"]):
-                        found[rank] = RankReport(**json.loads(self._store.get(f"{self._prefix}/{rank}")))
+                    if store.check([f"{self._prefix}/{rank}"]):
+                        found[rank] = RankReport(**json.loads(store.get(f"{self._prefix}/{rank}")))
                 time.sleep(0.1)
         return [found[rank] for rank in sorted(found)]
 
