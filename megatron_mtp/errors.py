@@ -2,26 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+NOT_GIVEN: Final = object()
+"""Stands for a value that a problem does not have; None is a value of config fields."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong, and what to do about it.
+
+    Args:
+        fields: config fields that the rule reads, as "section.field"; the first is the one to change.
+        value: of the first field.
+        rule: what must hold, such as "must be at least 1".
+        remedy: what to do, if the rule does not say it.
+        where: file or option that the value came from.
+        is_refusal: the combination is not supported, in contrast to a mistake.
+    """
+
+    rule: str
+    fields: tuple[str, ...] = ()
+    value: Any = NOT_GIVEN
+    remedy: str = ""
+    where: str = ""
+    is_refusal: bool = False
+
+    def __str__(self) -> str:
+        parts = [*self.fields[:1], *([repr(self.value)] if self.value is not NOT_GIVEN else [])]
+        text = " ".join(_sentence(part) for part in (self.rule, self.remedy) if part)
+        return ": ".join(part for part in (self.where, " = ".join(parts), text) if part)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        value = None if self.value is NOT_GIVEN else self.value
+        data = {"fields": list(self.fields), "value": value, "rule": self.rule, "remedy": self.remedy}
+        return data | {"where": self.where, "is_refusal": self.is_refusal}
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1, prefix: str = "", cutoff: float = 0.6) -> str:
+    """ " Did you mean X?" with the known names closest to `name`, or nothing if none is close.
+
+    Args:
+        count: names to offer at most.
+        prefix: stands before each name.
+        cutoff: similarity from 0 to 1; above the default where all names are alike.
+    """
+    import difflib  # only needed for a mistake
+
+    close = [prefix + match for match in difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
 
 class MegatronMTPError(Exception):
     """Base of every error that is addressed to the user; its text is complete without a traceback."""
 
     exit_code = 2
 
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong, one entry for each problem."""
+        return [Problem(rule=line) for line in str(self).splitlines()]
+
 
 class ConfigError(MegatronMTPError):
-    """A configuration is wrong.
-
-    Holds every problem found, so that a user mends them in one go. Each problem reads: field and value; the rule;
-    the other value; what to do.
+    """A configuration is wrong. Holds every problem found, so that a user can fix all of them at once.
 
     Args:
-        problems: one problem or several, each a complete sentence or more.
+        problems: one problem or several; plain text is a Problem without fields.
     """
 
-    def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+    def __init__(self, problems: str | Problem | Iterable[str | Problem]):
+        given = [problems] if isinstance(problems, str | Problem) else list(problems)
+        self._problems = [Problem(rule=problem) if isinstance(problem, str) else problem for problem in given]
+        super().__init__("\n".join(map(str, self._problems)))
+
+    @property
+    def problems(self) -> list[Problem]:
+        return self._problems
+
+    def within(self, where: str) -> ConfigError:
+        """The same error; each problem says that it was found in `where`, such as a file or an option."""
+        return type(self)([replace(p, where=f"{where}: {p.where}" if p.where else where) for p in self._problems])
 
 
 class PlanError(MegatronMTPError):
@@ -51,7 +119,7 @@ class NumericsError(MegatronMTPError):
 
 
 class OutOfMemoryError(MegatronMTPError):
-    """The memory of a device did not suffice; the text says what was planned and what would help."""
+    """A device ran out of memory; the text says what was planned and what would help."""
 
 
 class ReplicaError(MegatronMTPError):

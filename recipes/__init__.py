@@ -5,15 +5,11 @@ Importing this package imports no recipe: the command line lists names in millis
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from megatron_mtp.errors import ConfigError, UnsupportedError
-
-if TYPE_CHECKING:
-    from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.errors import ConfigError, UnsupportedError, nearest
 
 # name on the command line -> "module under megatron_mtp.recipes:function"
 RECIPES: dict[str, str] = {
@@ -72,8 +68,7 @@ def recipe_function(name: str) -> Callable[[], ConfigContainer]:
     if name in REFUSED:
         raise UnsupportedError(f"recipe {name}: {REFUSED[name]}. Known recipes: {', '.join(RECIPES)}.")
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
-        meant = f" Did you mean {' or '.join(close)}?" if close else ""
+        meant = nearest(name, RECIPES, count=2)
         raise ConfigError(f"There is no recipe {name!r}.{meant} Known recipes: {', '.join(RECIPES)}.")
     module, function = RECIPES[name].split(":")
     return getattr(importlib.import_module(f"megatron_mtp.recipes.{module}"), function)

@@ -1,8 +1,7 @@
 """What may change between the run that saved a checkpoint and the run that resumes it, field by field.
 
-Three kinds. A free field changes nothing that the run computes. A curve field may change, and the curve changes from
-there on: it is reported. Every other field cannot change, and resuming is refused. A field that is in no table
-below cannot change, so a new field is safe by default. Imports neither torch nor megatron.
+Each field states whether it is free, changes the curve, or is fixed (`resume` in config/knob.py). An unknown section is
+fixed. Imports neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -11,97 +10,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mtp.config.coerce import field_types
 from megatron_mtp.config.depths import distinct_layers
-
-_ALL = frozenset({"*"})
-
-FREE: dict[str, frozenset[str]] = {
-    "model": frozenset(
-        {
-            "make_vocab_size_divisible_by",  # padding takes part in no loss
-            "init_method_std",  # the weights exist already
-            "tensor_model_parallel_size",
-            "sequence_parallel",
-            "pipeline_model_parallel_size",
-            "virtual_pipeline_model_parallel_size",
-            "pipeline_model_parallel_layout",
-            "context_parallel_size",
-            "expert_model_parallel_size",
-            "expert_tensor_parallel_size",
-            "moe_token_dispatcher_type",
-            "moe_grouped_gemm",
-            "recompute_granularity",
-            "recompute_method",
-            "recompute_num_layers",
-            "recompute_modules",
-            "logits_chunk_tokens",
-            "backend",
-        }
-    ),
-    "train": frozenset(
-        {
-            "micro_batch_size",
-            "exit_interval",
-            "exit_duration_in_mins",
-            "manual_gc",
-            "manual_gc_interval",
-            "deterministic",
-            "skip_limit",
-            "rollback_limit",
-            "check_replicas_interval",
-        }
-    ),
-    "validation": _ALL,
-    "ddp": frozenset({"overlap_grad_reduce", "overlap_param_gather", "bucket_size", "check_for_nan_in_grad"}),
-    "optimizer": frozenset({"log_num_zeros_in_grad"}),
-    "dataset": frozenset({"path_to_cache", "valid_sets", "prefetch_steps", "check_token_ids"}),
-    "tokenizer": frozenset({"tokenizer_model"}),  # its content is compared by fingerprint
-    "logger": _ALL,
-    "checkpoint": _ALL,
-    "dist": _ALL,
-    "profiling": _ALL,
-}
-
-CURVE: dict[str, frozenset[str]] = {
-    "model": frozenset(
-        {
-            "attention_dropout",
-            "hidden_dropout",
-            "moe_router_bias_update_rate",
-            "moe_router_load_balancing_type",
-            "moe_aux_loss_coeff",
-            "moe_z_loss_coeff",
-            "moe_expert_capacity_factor",
-            "moe_router_dtype",
-            "mtp_loss_scaling_factor",
-            "mtp_depth_weights",
-            "mtp_detach_heads",
-            "mtp_freeze_trunk",  # with load_optim=false, see _pair_refusals
-            "logits_z_loss_coeff",
-        }
-    ),
-    "precision": _ALL,
-    "train": frozenset(
-        {"train_iters", "train_samples", "train_tokens", "on_nan", "on_spike", "spike_sigmas", "spike_window"}
-    ),
-    "optimizer": frozenset(
-        {
-            "lr",
-            "min_lr",
-            "weight_decay",
-            "apply_wd_to_qk_layernorm",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_eps",
-            "sgd_momentum",
-            "muon_momentum",
-            "muon_num_ns_steps",
-            "muon_scale_mode",
-            "clip_grad",
-        }
-    ),
-    "scheduler": _ALL,
-}
+from megatron_mtp.config.knob import Resume, resume_rule
+from megatron_mtp.config.sections import RunConfig
 
 # What to do instead, where there is something better than going back.
 _ADVICE = {
@@ -142,11 +54,10 @@ def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, 
             if same(section, name, old, new):
                 continue
             text = f"{section}.{name} = {_show(new)}: the checkpoint was saved with {_show(old)}"
-            if _is_in(FREE, section, name):
-                continue
-            if _is_in(CURVE, section, name):
+            rule = _rule(section, name)
+            if rule == "curve":
                 changes.append(f"{text}.")
-            else:
+            elif rule == "fixed":
                 advice = _ADVICE.get((section, name), "It cannot change within a run.")
                 refusals.append(f"{text}. {advice}")
     refusals += _pair_refusals(saved, present)
@@ -165,7 +76,7 @@ def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: di
     same_layers = _stored_mtp_layers(ours) == _stored_mtp_layers(default | theirs)
     for name in sorted((set(ours) | set(theirs)) - (_MTP_COUNT if same_layers else set())):
         old, new = theirs.get(name, default.get(name, _ABSENT)), ours.get(name, default.get(name, _ABSENT))
-        may_change = name in FREE["model"] or name in CURVE["model"] or name in _OF_TRAINING
+        may_change = _rule("model", name) != "fixed" or name in _OF_TRAINING
         if not may_change and not same("model", name, old, new):
             advice = _MTP_ADVICE if name == "mtp_num_layers" else ""
             refusals.append(f"model.{name} = {_show(new)}: the weights are of a model with {_show(old)}.{advice}")
@@ -225,9 +136,9 @@ def _dtype_refusals(saved: dict[str, Any], present: dict[str, Any]) -> list[str]
     ]
 
 
-def _is_in(table: dict[str, frozenset[str]], section: str, name: str) -> bool:
-    names = table.get(section, frozenset())
-    return names is _ALL or name in names
+def _rule(section: str, name: str) -> Resume:
+    kind = field_types(RunConfig).get(section)
+    return "fixed" if kind is None else resume_rule(kind, name)
 
 
 def _show(value: Any) -> str:

@@ -46,7 +46,7 @@ from megatron_mtp.checkpoint.random_state import RNG_KEY
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.checkpoint.writer import HashedStream, Written, save_tensor, write_metadata
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.serialize import from_dict, to_yaml
+from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.errors import CheckpointError
 
 FILE_BYTES = 8 << 30
@@ -208,7 +208,7 @@ class StoredWeights:
 
     def config(self) -> ConfigContainer:
         """The config that is saved with the weights, not finalized."""
-        return from_dict(read_saved_config(self.folder / CONFIG_NAME))
+        return ConfigContainer.from_dict(read_saved_config(self.folder / CONFIG_NAME))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a full tensor."""

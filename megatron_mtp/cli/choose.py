@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, Problem
 
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe; `megatron-mtp recipes` lists them.")]
 Overrides = Annotated[
@@ -30,7 +30,7 @@ def choose_config(recipe: str, files: list[Path] | None, overrides: list[str] | 
     from megatron_mtp.recipes import get_recipe
 
     cfg = get_recipe(recipe)
-    problems: list[str] = []
+    problems: list[Problem] = []
     if files or overrides:
         from megatron_mtp.config.overrides import apply_overrides, apply_yaml
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable
 
 import typer
 
+from megatron_mtp.errors import MegatronMTPError
 from megatron_mtp.launch.failure import exit_code_of
 from megatron_mtp.observe.logs import silence_noise
 
@@ -32,13 +34,20 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command and exits: 0 on success, 2 for a mistake of the user (one message, no traceback)."""
+    """Runs one command and exits: 0 on success, 2 for a mistake of the user (one message, no traceback).
+
+    With --json, what is wrong is printed as JSON too.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     silence_noise()  # before a command imports torch and megatron
     try:
         build_app(chosen)(args=arguments, prog_name="megatron-mtp")
     except Exception as error:
+        # spec-eval's --json names a file
+        if "--json" in arguments and chosen != "spec-eval" and isinstance(error, MegatronMTPError):
+            data = {"error": type(error).__name__, "problems": [problem.as_dict() for problem in error.problems]}
+            typer.echo(json.dumps(data, indent=2, default=str))
         sys.exit(exit_code_of(error))
 
 

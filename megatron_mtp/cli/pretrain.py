@@ -13,6 +13,7 @@ from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.launch.agent import note_exit
+from megatron_mtp.launch.failure import message
 
 
 def pretrain(
@@ -91,9 +92,12 @@ def _dry_run(cfg: ConfigContainer, world_size: int, *, hardware: str | None, jso
     with Console(stderr=True).status("starting") as status:
         found = dry_run(resolve(cfg, world_size), limit_gib, status.update)
     if json:
-        typer.echo(json_format.dumps(as_dict(found, cfg), indent=2))
-    else:
-        typer.echo(cfg.to_yaml())
-        print_dry_run(found, Console())
+        typer.echo(json_format.dumps(as_dict(found, cfg), indent=2, default=str))
+        if found.problems:  # the report holds them: no second JSON object
+            typer.echo(message(ConfigError(found.problems)), err=True)
+            raise typer.Exit(ConfigError.exit_code)
+        return
+    typer.echo(cfg.to_yaml())
+    print_dry_run(found, Console())
     if found.problems:
         raise ConfigError(found.problems)

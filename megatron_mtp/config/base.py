@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from typing import Any, ClassVar, Self
 
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.config.frozen import frozen, refuse_change
+from megatron_mtp.config.knob import Resume
+from megatron_mtp.errors import ConfigError, nearest
 
+# Fields that are gone, with the reason. A config file may still name them; they are ignored.
+REMOVED = {"logger.log_params_norm": "no norm of the weights was ever logged"}
 # Names people bring from other systems, with what to use here instead.
 RENAMED = {
     "pipeline_model_parallel_split_rank": "model.pipeline_model_parallel_layout (which layers each stage holds)",
@@ -44,17 +47,17 @@ def unknown_field(section: str, name: str, known: list[str]) -> str:
     """Says that `section` has no field `name`, and which one was probably meant."""
     if name in RENAMED:
         hint = f" Use {RENAMED[name]}."
+    elif f"{section}.{name}" in REMOVED:
+        hint = f" It was removed: {REMOVED[f'{section}.{name}']}."
     elif section == "model" and _is_megatron_core_field(name):
         hint = f" Megatron-Core has this field: write model.mcore.{name}."
-    elif close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
-        hint = f" Did you mean {section}.{close[0]}?"
     else:
-        hint = ""
+        hint = nearest(name, known, prefix=f"{section}.")
     return f"{section}.{name}: there is no such field.{hint}"
 
 
 def _is_megatron_core_field(name: str) -> bool:
-    from megatron_mtp.config.mcore.table import MCORE_FIELDS  # only needed for a mistake
+    from megatron_mtp.config.mcore_table import MCORE_FIELDS  # only needed for a mistake
 
     return name in MCORE_FIELDS
 
@@ -63,18 +66,20 @@ class Section:
     """A group of config fields.
 
     Subclasses are `@dataclass(kw_only=True, slots=True)` and name themselves in `SECTION`. An unknown name raises
-    ConfigError with the nearest field; after `freeze` every assignment does.
+    ConfigError with the nearest field; after `freeze` every assignment does, also into a list or dict.
     """
 
     __slots__ = ("_frozen",)
     SECTION: ClassVar[str]
+    RESUME: ClassVar[Resume] = "fixed"
+    """What a resume may do with fields that do not say it themselves."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = _names(type(self))
         if name not in known:
             raise ConfigError(unknown_field(self.SECTION, name, list(known)))
         if getattr(self, "_frozen", False):
-            raise ConfigError(f"{self.SECTION}.{name} = {value!r}: the config is finalized and can no longer change.")
+            refuse_change(f"{self.SECTION}.{name}", value)
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -83,10 +88,13 @@ class Section:
         raise AttributeError(unknown_field(self.SECTION, name, list(_names(type(self)))))
 
     def freeze(self) -> None:
-        """From now on every assignment raises ConfigError, in the sections below too."""
+        """From now on every change raises ConfigError, in the sections below and in lists and dicts too."""
         for name in _names(type(self)):
-            if isinstance(value := getattr(self, name), Section):
+            value = getattr(self, name)
+            if isinstance(value, Section):
                 value.freeze()
+            else:
+                object.__setattr__(self, name, frozen(value, f"{self.SECTION}.{name}"))
         object.__setattr__(self, "_frozen", True)
 
     @property
@@ -108,5 +116,5 @@ class Section:
 def _rebuild(section: type[Section], values: dict[str, Any], is_frozen: bool) -> Section:
     rebuilt = section(**values)
     if is_frozen:
-        object.__setattr__(rebuilt, "_frozen", True)
+        rebuilt.freeze()
     return rebuilt

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_mtp.config.container import ConfigContainer
+from dataclasses import replace
+
+from megatron_mtp.config.problem import problem
 from megatron_mtp.config.quantity import parse_quantity
-from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.config.sections import ModelConfig, RunConfig
+from megatron_mtp.errors import ConfigError, Problem
 
 BYTES_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
@@ -19,7 +21,7 @@ TOKEN_COUNTS = (
 )
 
 
-def derive(cfg: ConfigContainer) -> list[str]:
+def derive(cfg: RunConfig) -> list[Problem]:
     """Fills derived values in place and returns what could not be derived."""
     problems = _derive_model(cfg.model)
     _derive_vocabulary(cfg)
@@ -32,7 +34,7 @@ def derive(cfg: ConfigContainer) -> list[str]:
     return problems
 
 
-def _derive_model(model: ModelConfig) -> list[str]:
+def _derive_model(model: ModelConfig) -> list[Problem]:
     problems = []
     for name, value in WHEN_NULL.items():
         if getattr(model, name) is None:
@@ -44,10 +46,9 @@ def _derive_model(model: ModelConfig) -> list[str]:
     if model.kv_channels is None and model.num_attention_heads:
         model.kv_channels = model.hidden_size // model.num_attention_heads
         if model.hidden_size % model.num_attention_heads and not model.multi_latent_attention:
-            problems.append(
-                f"model.hidden_size = {model.hidden_size}: not divisible by model.num_attention_heads = "
-                f"{model.num_attention_heads}. Change one of them, or set model.kv_channels, the width of a head."
-            )
+            rule = "must be divisible by {model.num_attention_heads=}"
+            remedy = "Change one of them, or set model.kv_channels, the width of a head."
+            problems.append(problem(model, "model.hidden_size", rule, remedy))
     if model.num_moe_experts is not None and model.moe_ffn_hidden_size is None:
         model.moe_ffn_hidden_size = model.ffn_hidden_size
     if model.tensor_model_parallel_size == 1:
@@ -61,7 +62,7 @@ def _derive_model(model: ModelConfig) -> list[str]:
     return problems
 
 
-def _derive_vocabulary(cfg: ConfigContainer) -> None:
+def _derive_vocabulary(cfg: RunConfig) -> None:
     """The vocabulary size of tokenizers that need no file; `data.tokenizer` opens the others."""
     tokenizer = cfg.tokenizer
     if tokenizer.tokenizer_type == "null":
@@ -73,7 +74,7 @@ def _derive_vocabulary(cfg: ConfigContainer) -> None:
         cfg.model.vocab_size = BYTES_VOCAB_SIZE
 
 
-def read_token_counts(cfg: ConfigContainer) -> list[str]:
+def read_token_counts(cfg: RunConfig) -> list[Problem]:
     """Turns "10B" into a count in place and returns what could not be read."""
     problems = []
     for section_name, name in TOKEN_COUNTS:
@@ -83,6 +84,6 @@ def read_token_counts(cfg: ConfigContainer) -> list[str]:
             if isinstance(value, str):
                 setattr(section, name, parse_quantity(value))
         except ConfigError as error:
-            problems.append(f"{section_name}.{name} = {error}")
+            problems += [replace(found, fields=(f"{section_name}.{name}",)) for found in error.problems]
             setattr(section, name, 0 if name == "lr_warmup_tokens" else None)
     return problems

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from megatron_mtp.config.checks.parallel import batch_sizes
-from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
-from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.config.sections import ModelConfig, RunConfig
 
 USUAL_FACTOR = (0.05, 0.3)
 """DeepSeek-V3, GLM-4.5, MiMo and Nemotron-3 train with 0.1 to 0.3."""
 
 
-def hints(cfg: ConfigContainer) -> list[str]:
+def hints(cfg: RunConfig) -> list[str]:
     """Advice on a finalized config, one sentence or two each."""
     found = _mtp_hints(cfg.model) + _layout_hints(cfg.model) + _schedule_hints(cfg)
     if cfg.dataset.mock or (cfg.dataset.blend is None and cfg.dataset.blend_per_split is None):
@@ -64,7 +63,7 @@ def _layout_hints(model: ModelConfig) -> list[str]:
     return found
 
 
-def _schedule_hints(cfg: ConfigContainer) -> list[str]:
+def _schedule_hints(cfg: RunConfig) -> list[str]:
     sched, train, found = cfg.scheduler, cfg.train, []
     for unit in ("iters", "samples", "tokens"):
         warmup, length = getattr(sched, f"lr_warmup_{unit}"), getattr(train, f"train_{unit}")

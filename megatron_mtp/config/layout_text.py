@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import re
 
+from megatron_mtp.errors import Problem
+
 SYMBOLS = {"E": "embedding", "t": "decoder layer", "m": "MTP layer", "L": "loss"}
 EVEN = ("even", "auto", None)
+FIELD = "model.pipeline_model_parallel_layout"
+SIZES = ("model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size")
 MAX_REPEAT = 10_000
-"""A larger repeat count is a typing mistake; expanding it would fill the memory."""
+"""A larger repeat count, or an expanded layout of more than ten times as many symbols, is a typing mistake."""
 
 
 def expand_layout(text: str) -> list[str]:
@@ -26,13 +30,15 @@ def expand_layout(text: str) -> list[str]:
     Example: "Et*2|(tt|)*2m|L" -> ["Ett", "tt", "tt", "m", "L"].
 
     Raises:
-        ValueError: an unknown symbol, an unpaired parenthesis, or a repeat count above MAX_REPEAT.
+        ValueError: an unknown symbol, an unpaired parenthesis, or a layout that is too long.
     """
     flat = text.replace(",", "")
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         if any(int(count) > MAX_REPEAT for _, count in re.findall(pattern, flat)):
             raise ValueError(f"a part is repeated more than {MAX_REPEAT} times")
         flat = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), flat)
+        if len(flat) > 10 * MAX_REPEAT:
+            raise ValueError(f"it has more than {10 * MAX_REPEAT} symbols")
     if unknown := sorted(set(flat) - set(SYMBOLS) - {"|"}):
         known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in SYMBOLS.items())
         raise ValueError(f"unknown symbol {unknown[0]!r}; the symbols are {known}, | between chunks, and x*n or (xy)*n")
@@ -68,12 +74,12 @@ def with_ends(decoder_counts: list[int], num_depths: int) -> list[str]:
 
 def layout_chunks(
     layout: str | list[int] | None, *, num_layers: int, num_depths: int, pp: int, vp: int
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[Problem]]:
     """Resolves a layout in any of its forms and checks it.
 
     Args:
-        layout: "even", a list with the decoder layers of each chunk, or Megatron's string. "auto" and None are checked as "even": where that is
-            legal, the planner finds a layout.
+        layout: "even", a list with the decoder layers of each chunk, or Megatron's string. "auto" and None are checked
+            as "even": where that is legal, the planner finds a layout.
         num_layers: decoder layers of the trunk.
         num_depths: MTP layers.
         pp: pipeline size.
@@ -82,33 +88,35 @@ def layout_chunks(
     Returns:
         The pp * vp chunks, and the problems found; with problems the chunks may be incomplete.
     """
-    name = f"model.pipeline_model_parallel_layout = {layout!r}"
     num_chunks = pp * vp
     if layout in EVEN:
-        chunks = even_chunks(num_layers, num_depths, num_chunks)
-        if num_layers < num_chunks and (chunks := sparse_chunks(num_layers, num_depths, pp, vp)) == []:
+        if num_layers >= num_chunks:
+            chunks = even_chunks(num_layers, num_depths, num_chunks)
+        elif not (chunks := sparse_chunks(num_layers, num_depths, pp, vp)):
             return [], [_too_few_layers(num_layers, num_depths, pp, vp)]
     elif isinstance(layout, str):
         try:
             chunks = expand_layout(layout)
         except ValueError as error:
-            return [], [f"{name}: {error}."]
+            return [], [Problem(fields=(FIELD,), value=layout, rule=str(error))]
     else:
-        if problems := _list_problems(name, layout, num_layers, pp, vp):
-            return [], problems
+        if rules := _list_rules(layout, num_layers, pp, vp):
+            return [], _problems(layout, rules)
         chunks = with_ends(layout, num_depths)
-    problems = _count_problems(name, chunks, pp, vp)
-    problems += _content_problems(name, "".join(chunks), num_layers, num_depths)
-    if not problems:
-        problems = _placement_problems(name, chunks, num_depths, pp)
-    return chunks, problems
+    rules = _count_rules(chunks, pp, vp) + _content_rules("".join(chunks), num_layers, num_depths)
+    return chunks, _problems(layout, rules or _placement_rules(chunks, num_depths, pp))
+
+
+def _problems(layout: str | list[int] | None, rules: list[tuple[str, str]]) -> list[Problem]:
+    fields = (FIELD, "model.num_layers", "model.mtp_num_layers", *SIZES)
+    return [Problem(fields=fields, value=layout, rule=rule, remedy=remedy) for rule, remedy in rules]
 
 
 def sparse_chunks(num_layers: int, num_depths: int, pp: int, vp: int) -> list[str]:
     """Fewer decoder layers than chunks: the loss, then the embedding, then the MTP layers get a chunk without any.
 
-    Example: 3 layers and 1 depth on 4 chunks -> ["Et", "t", "t", "mL"]; on 3 ranks with 2 chunks each -> ["E", "t", "t", "t", "m", "L"].
-    Empty if that is not enough.
+    Example: 3 layers and 1 depth on 4 chunks -> ["Et", "t", "t", "mL"]; on 3 ranks with 2 chunks each ->
+    ["E", "t", "t", "t", "m", "L"]. Empty if that is not enough.
     """
     missing = pp * vp - num_layers
     if missing <= 1:
@@ -121,92 +129,75 @@ def sparse_chunks(num_layers: int, num_depths: int, pp: int, vp: int) -> list[st
     return []
 
 
-def _too_few_layers(num_layers: int, num_depths: int, pp: int, vp: int) -> str:
+def _too_few_layers(num_layers: int, num_depths: int, pp: int, vp: int) -> Problem:
     most = num_layers + 2
     size = next(size for size in range(min(pp, most), 0, -1) if size * vp <= most or size == 1)
-    nearest = f"model.pipeline_model_parallel_size={size}"
+    lower = f"{SIZES[0]}={size}"
     if vp > 1 and most // pp:
-        nearest += f" or model.virtual_pipeline_model_parallel_size={most // pp}"
+        lower += f" or {SIZES[1]}={most // pp}"
     chunks = "stage" if vp == 1 else "chunk"
-    return (
-        f"model.num_layers = {num_layers}: no {chunks} may be empty, and there are {pp * vp} "
-        f"(model.pipeline_model_parallel_size = {pp} x model.virtual_pipeline_model_parallel_size = {vp}) for {num_layers} decoder "
-        f"layers, embedding, loss{' and MTP layers' if num_depths else ''}. Use {nearest}, or more layers."
+    return Problem(
+        fields=("model.num_layers", "model.mtp_num_layers", FIELD, *SIZES),
+        value=num_layers,
+        rule=f"no {chunks} may be empty, and there are {pp * vp} ({SIZES[0]} = {pp} x {SIZES[1]} = {vp}) for {num_layers} "
+        f"decoder layers, embedding, loss{' and MTP layers' if num_depths else ''}",
+        remedy=f"Use {lower}, or more layers.",
     )
 
 
-def _list_problems(name: str, counts: list[int], num_layers: int, pp: int, vp: int) -> list[str]:
-    problems = []
+def _list_rules(counts: list[int], num_layers: int, pp: int, vp: int) -> list[tuple[str, str]]:
+    rules = []
     if len(counts) != pp * vp:
-        problems.append(
-            f"{name} has {len(counts)} entries; it needs one for each of the {pp * vp} chunks "
-            f"(pipeline size {pp} x virtual size {vp}). Add or remove entries, or use 'auto'."
-        )
+        rule = f"has {len(counts)} entries; it needs one for each of the {pp * vp} chunks (pipeline size {pp} x virtual size {vp})"
+        rules.append((rule, "Add or remove entries, or use 'auto'."))
     if any(count < 0 for count in counts):
-        problems.append(f"{name}: a chunk cannot hold a negative number of layers.")
+        rules.append(("a chunk cannot hold a negative number of layers", ""))
     elif sum(counts) != num_layers:
-        problems.append(
-            f"{name} places {sum(counts)} decoder layers; model.num_layers = {num_layers}. MTP layers are not counted "
-            "in the list. Make the sum equal, or use 'auto'."
-        )
-    return problems
+        rule = f"places {sum(counts)} decoder layers; model.num_layers = {num_layers}"
+        rules.append((rule, "MTP layers are not counted in the list. Make the sum equal, or use 'auto'."))
+    return rules
 
 
-def _count_problems(name: str, chunks: list[str], pp: int, vp: int) -> list[str]:
+def _count_rules(chunks: list[str], pp: int, vp: int) -> list[tuple[str, str]]:
     if len(chunks) == pp * vp:
         return []
     if len(chunks) % pp:
-        return [
-            f"{name} has {len(chunks)} chunks, which model.pipeline_model_parallel_size = {pp} does not divide. "
-            f"Write {pp * vp} chunks separated by |, or use 'auto'."
-        ]
-    return [
-        f"{name} has {len(chunks)} chunks; model.pipeline_model_parallel_size = {pp} x "
-        f"model.virtual_pipeline_model_parallel_size = {vp} makes {pp * vp}. Write {pp * vp} chunks, use 'auto', or set "
-        f"model.virtual_pipeline_model_parallel_size = {len(chunks) // pp}."
-    ]
+        rule = f"has {len(chunks)} chunks, which {SIZES[0]} = {pp} does not divide"
+        return [(rule, f"Write {pp * vp} chunks separated by |, or use 'auto'.")]
+    rule = f"has {len(chunks)} chunks; {SIZES[0]} = {pp} x {SIZES[1]} = {vp} makes {pp * vp}"
+    return [(rule, f"Write {pp * vp} chunks, use 'auto', or set {SIZES[1]} = {len(chunks) // pp}.")]
 
 
-def _content_problems(name: str, flat: str, num_layers: int, num_depths: int) -> list[str]:
-    problems = []
+def _content_rules(flat: str, num_layers: int, num_depths: int) -> list[tuple[str, str]]:
+    rules = []
     if flat.count("E") != 1 or not flat.startswith("E"):
-        problems.append(f"{name}: the embedding E must stand first and once.")
+        rules.append(("the embedding E must stand first and once", ""))
     if flat.count("L") != 1 or not flat.endswith("L"):
-        problems.append(f"{name}: the loss L must stand last and once.")
+        rules.append(("the loss L must stand last and once", ""))
+    remedy = "Make them equal, or use 'auto'."
     if flat.count("t") != num_layers:
-        problems.append(
-            f"{name} has {flat.count('t')} decoder layers (t); model.num_layers = {num_layers}. "
-            "Make them equal, or use 'auto'."
-        )
+        rules.append((f"has {flat.count('t')} decoder layers (t); model.num_layers = {num_layers}", remedy))
     if flat.count("m") != num_depths:
-        problems.append(
-            f"{name} has {flat.count('m')} MTP layers (m); model.mtp_num_layers = {num_depths}. "
-            "Make them equal, or use 'auto'."
-        )
+        rules.append((f"has {flat.count('m')} MTP layers (m); model.mtp_num_layers = {num_depths}", remedy))
     if "m" in flat and "t" in flat[flat.index("m") :]:
-        problems.append(
-            f"{name}: a decoder layer (t) stands after an MTP layer (m); MTP layers come after all of them."
-        )
-    return problems
+        rules.append(("a decoder layer (t) stands after an MTP layer (m); MTP layers come after all of them", ""))
+    return rules
 
 
-def _placement_problems(name: str, chunks: list[str], num_depths: int, pp: int) -> list[str]:
-    problems = [
-        f"{name}: chunk {idx + 1} is empty. Give it a layer, or use fewer chunks."
+def _placement_rules(chunks: list[str], num_depths: int, pp: int) -> list[tuple[str, str]]:
+    rules = [
+        (f"chunk {idx + 1} is empty", "Give it a layer, or use fewer chunks.")
         for idx, chunk in enumerate(chunks)
         if not chunk
     ]
     holders = [idx for idx, chunk in enumerate(chunks) if "m" in chunk]
     if not holders:
-        return problems
+        return rules
     if chunks[holders[0]].count("m") != num_depths:
-        problems.append(f"{name}: all MTP layers (m) must be in one chunk.")
-        return problems
+        return [*rules, ("all MTP layers (m) must be in one chunk", "")]
     if holders[0] < len(chunks) - pp:
-        problems.append(f"{name}: MTP layers (m) must be in the last virtual chunk of their pipeline rank.")
+        rules.append(("MTP layers (m) must be in the last virtual chunk of their pipeline rank", ""))
     if pp > 1 and holders[0] % pp == 0:
-        problems.append(
-            f"{name}: MTP layers (m) cannot be on the first pipeline rank, which holds the embedding in its first chunk. "
-            "Move them to a later rank."
-        )
-    return problems
+        rule = "MTP layers (m) cannot be on the first pipeline rank, which holds the embedding in its first chunk"
+        rules.append((rule, "Move them to a later rank."))
+    return rules

@@ -1,7 +1,7 @@
 """The MTP loss factor as a function of the tokens seen.
 
 lambda in: total = L_0 + lambda / D * sum_k w_k L_k. DeepSeek-V3, GLM-4.5 and MiMo all lower it from 0.3 to 0.1 when the
-learning rate starts to fall (arXiv 2412.19437 section 4.2; models and values in each recipe).
+learning rate starts to fall (arXiv 2412.19437 section 4.2; each recipe names its values).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_mtp.config.quantity import parse_quantity
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, Problem
 
 FORMS = 'a number such as 0.1, steps in tokens such as "0.3@0,0.1@10T", or "linear:0.3->0.1@10T"'
 
@@ -22,7 +22,7 @@ class LossFactor:
     """A factor that is constant, changes in steps, or moves along a line and then stays constant.
 
     Args:
-        tokens: where each factor begins; starts with 0 and rises.
+        tokens: where each factor begins; starts at 0 and rises.
         factors: one factor for each entry of `tokens`, finite and not negative.
         is_linear: between two entries the factor moves along a line; otherwise it stays until the next one.
     """
@@ -41,12 +41,13 @@ class LossFactor:
         Example: LossFactor.parse("0.3@0,0.1@10T").at(10**13) == 0.1.
         """
         if isinstance(text, bool) or not isinstance(text, int | float | str):
-            raise ConfigError(f"{text!r}: must be {FORMS}.")
+            raise ConfigError(Problem(value=text, rule=f"must be {FORMS}"))
         if isinstance(text, str) and text.startswith("linear:"):
             start, arrow, rest = text.removeprefix("linear:").partition("->")
             end, at, tokens = rest.partition("@")
             if not arrow or not at:
-                raise ConfigError(f"{text!r}: a line is written as linear:0.3->0.1@10T (from, to, tokens it takes).")
+                rule = "a line is written as linear:0.3->0.1@10T (from, to, tokens it takes)"
+                raise ConfigError(Problem(value=text, rule=rule))
             return cls((0, _tokens(text, tokens)), (_factor(text, start), _factor(text, end)), is_linear=True)
         if isinstance(text, str) and "@" in text:
             return cls._from_steps(text)
@@ -58,7 +59,8 @@ class LossFactor:
         factors = tuple(_factor(text, factor) for factor, _, _ in steps)
         tokens = tuple(_tokens(text, where) for _, _, where in steps)
         if tokens[0] != 0 or any(later <= earlier for earlier, later in pairwise(tokens)):
-            raise ConfigError(f"{text!r}: the steps must start at 0 tokens and rise, as in 0.3@0,0.1@10T.")
+            rule = "the steps must start at 0 tokens and rise, as in 0.3@0,0.1@10T"
+            raise ConfigError(Problem(value=text, rule=rule))
         return cls(tokens, factors)
 
     def at(self, consumed_tokens: int) -> float:
@@ -79,11 +81,10 @@ def _factor(text: float | str, part: float | str) -> float:
     try:
         value = float(part)
     except ValueError:
-        raise ConfigError(f"{text!r}: must be {FORMS}.") from None
+        raise ConfigError(Problem(value=text, rule=f"must be {FORMS}")) from None
     if not math.isfinite(value) or value < 0:
-        raise ConfigError(
-            f"{text!r}: a loss factor must be a finite number that is not negative; usual are 0.1 to 0.3."
-        )
+        rule = "a loss factor must be a finite number that is not negative; 0.1 to 0.3 is usual"
+        raise ConfigError(Problem(value=text, rule=rule))
     return value
 
 
@@ -91,4 +92,4 @@ def _tokens(text: str, part: str) -> int:
     try:
         return parse_quantity(part)
     except ConfigError as error:
-        raise ConfigError(f"{text!r}: tokens {error}") from None
+        raise ConfigError(Problem(value=text, rule=f"tokens {error}")) from None

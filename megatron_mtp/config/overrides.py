@@ -7,12 +7,12 @@ from typing import Any
 
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.coerce import MisfitError, check, field_types
-from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.serialize import fitted, merge, read_text, unknown_section
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.config.sections import RunConfig
+from megatron_mtp.config.serialize import fitted, merge, read_text, section_of
+from megatron_mtp.errors import ConfigError, Problem
 
 
-def apply_yaml(cfg: ConfigContainer, path: str | Path) -> None:
+def apply_yaml(cfg: RunConfig, path: str | Path) -> None:
     """Overwrites what the YAML file names.
 
     Raises:
@@ -24,10 +24,10 @@ def apply_yaml(cfg: ConfigContainer, path: str | Path) -> None:
     try:
         merge(cfg, {} if data is None else data, origin=str(path))
     except ConfigError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+        raise error.within(str(path)) from None
 
 
-def apply_overrides(cfg: ConfigContainer, arguments: list[str]) -> None:
+def apply_overrides(cfg: RunConfig, arguments: list[str]) -> None:
     """Applies `model.num_layers=8` and the like; values are YAML, `None` and `null` both mean no value.
 
     A name below a mapping sets one of its entries: `model.mcore.attention_softmax_in_fp32=true`.
@@ -35,7 +35,7 @@ def apply_overrides(cfg: ConfigContainer, arguments: list[str]) -> None:
     Raises:
         ConfigError: every problem in all arguments.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     for argument in arguments:
         try:
             section, name, value = _parse(cfg, argument)
@@ -46,16 +46,14 @@ def apply_overrides(cfg: ConfigContainer, arguments: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def _parse(cfg: ConfigContainer, argument: str) -> tuple[Section, str, Any]:
+def _parse(cfg: RunConfig, argument: str) -> tuple[Section, str, Any]:
     from megatron_mtp.config.yaml_text import load_yaml
 
     path, equals, raw = argument.partition("=")
     keys = path.strip().split(".")
     if not equals:
         raise ConfigError(f"{argument!r}: an override is written as section.field=value, such as model.num_layers=8.")
-    if keys[0] not in field_types(ConfigContainer):
-        raise ConfigError(unknown_section(keys[0]))
-    section: Section = getattr(cfg, keys[0])
+    section = section_of(cfg, keys[0])
     if len(keys) == 1:
         raise ConfigError(f"{argument!r}: {keys[0]} is a section; name one of its fields, as in {keys[0]}.field=value.")
     value = load_yaml(raw, argument)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, Problem
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
@@ -14,17 +14,16 @@ def parse_quantity(value: int | str) -> int:
     """Turns "10B", "1.5T", "2_000", 2000 or "1e9" into a count. Suffixes are K, M, B (or G), T in powers of 1000.
 
     Raises:
-        ConfigError: it is no count, is negative, or is not a whole number.
+        ConfigError: the text is no count, or the count is negative or not a whole number.
 
     Example: parse_quantity("14.8T") == 14_800_000_000_000.
     """
     text = str(value).strip().upper().replace("_", "")
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(E\+?\d{1,2})?\s*([KMBGT]?)", text)
     if isinstance(value, bool) or match is None:
-        raise ConfigError(
-            f'{value!r}: must be a whole number such as 5000, or one with a suffix such as "10B" or "1.5T".'
-        )
+        rule = 'must be a whole number such as 5000, or one with a suffix such as "10B" or "1.5T"'
+        raise ConfigError(Problem(value=value, rule=rule))
     number = Decimal(match.group(1) + (match.group(2) or "")) * SUFFIXES[match.group(3)]
     if number != int(number):
-        raise ConfigError(f"{value!r}: must be a whole number; it comes to {number}.")
+        raise ConfigError(Problem(value=value, rule=f"must be a whole number, and it is {number}"))
     return int(number)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_mtp.config.base import RENAMED, Section, unknown_field
+from megatron_mtp.config.base import REMOVED, RENAMED, Section, unknown_field
 from megatron_mtp.config.coerce import MisfitError, check, coerce, field_types
-from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.config.sections import RunConfig
+from megatron_mtp.errors import ConfigError, Problem, nearest
 
 
 def to_dict(cfg: Section) -> dict[str, Any]:
@@ -20,9 +19,9 @@ def to_dict(cfg: Section) -> dict[str, Any]:
     return {name: to_dict(v) if isinstance(v, Section) else deepcopy(v) for name, v in values.items()}
 
 
-def to_yaml(cfg: ConfigContainer, path: str | Path | None = None) -> str:
-    """The whole config as YAML; also written to `path` if it is given."""
-    from megatron_mtp.config.yaml_text import dump_yaml
+def to_yaml(cfg: RunConfig, path: str | Path | None = None) -> str:
+    """All sections as YAML; also written to `path` if it is given."""
+    from megatron_mtp.config.yaml_text import dump_yaml  # PyYAML takes a while to import
 
     text = dump_yaml(to_dict(cfg))
     if path is not None:
@@ -30,28 +29,17 @@ def to_yaml(cfg: ConfigContainer, path: str | Path | None = None) -> str:
     return text
 
 
-def from_dict(data: dict[str, Any]) -> ConfigContainer:
-    """A config with these values; what is not given keeps its default.
+def read_yaml(text_or_path: str | Path) -> Any:
+    """The data of YAML text, or of a file if a Path (or a one-line name that ends in .yaml or .yml) is given.
 
     Raises:
-        ConfigError: unknown names or values of the wrong type, all of them.
-    """
-    cfg = ConfigContainer()
-    merge(cfg, data, origin="config")
-    return cfg
-
-
-def from_yaml(text_or_path: str | Path) -> ConfigContainer:
-    """A config from YAML text, or from a file if a Path (or a one-line name that ends in .yaml or .yml) is given.
-
-    Raises:
-        ConfigError: the file cannot be read, or as `from_dict`.
+        ConfigError: the file cannot be read, or it is no YAML.
     """
     from megatron_mtp.config.yaml_text import load_yaml
 
     is_path = isinstance(text_or_path, Path) or str(text_or_path).endswith((".yaml", ".yml"))
     text = read_text(text_or_path) if is_path else str(text_or_path)
-    return from_dict(load_yaml(text, str(text_or_path) if is_path else "YAML") or {})
+    return load_yaml(text, str(text_or_path) if is_path else "YAML")
 
 
 def read_text(path: str | Path) -> str:
@@ -67,39 +55,37 @@ def read_text(path: str | Path) -> str:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}.") from None
 
 
-def merge(cfg: ConfigContainer, data: Any, origin: str) -> None:
+def merge(cfg: RunConfig, data: Any, origin: str) -> None:
     """Overwrites the fields of `cfg` that `data` names; fields that are mappings are merged key by key.
+
+    Fields that were removed are ignored, so that older files still open.
 
     Raises:
         ConfigError: every problem found; nothing is changed in that case.
     """
-    changes, problems = collect(cfg, data, origin)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin}: must be a mapping of sections, such as `model: {{num_layers: 8}}`.")
+    changes: list[tuple[Section, str, Any]] = []
+    problems: list[Problem] = []
+    for section_name, values in data.items():
+        try:
+            section = section_of(cfg, str(section_name))
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if not isinstance(values, dict):
+            problems.append(Problem(fields=(section_name,), value=values, rule="must be a mapping of its fields"))
+            continue
+        for name, value in values.items():
+            try:
+                if f"{section_name}.{name}" not in REMOVED:
+                    changes.append((section, name, fitted(section, name, value)))
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(problems)
     for section, name, value in changes:
         setattr(section, name, value)
-
-
-def collect(cfg: ConfigContainer, data: Any, origin: str) -> tuple[list[tuple[Section, str, Any]], list[str]]:
-    """The assignments that `data` asks for, and what is wrong with it."""
-    if not isinstance(data, dict):
-        return [], [f"{origin}: must be a mapping of sections, such as `model: {{num_layers: 8}}`."]
-    changes: list[tuple[Section, str, Any]] = []
-    problems: list[str] = []
-    for section_name, values in data.items():
-        if section_name not in field_types(ConfigContainer):
-            problems.append(unknown_section(str(section_name)))
-            continue
-        section: Section = getattr(cfg, section_name)
-        if not isinstance(values, dict):
-            problems.append(f"{section_name} = {values!r}: must be a mapping of its fields.")
-            continue
-        for name, value in values.items():
-            try:
-                changes.append((section, name, fitted(section, name, value)))
-            except ConfigError as error:
-                problems += error.problems
-    return changes, problems
 
 
 def fitted(section: Section, name: str, value: Any, raw: str | None = None) -> Any:
@@ -121,17 +107,24 @@ def fitted(section: Section, name: str, value: Any, raw: str | None = None) -> A
         try:
             return fit(candidate, types[name])
         except MisfitError as misfit:
-            reason = misfit
-    raise ConfigError(f"{section.SECTION}.{name} = {value!r}: {reason}.")
+            reason = str(misfit)
+    raise ConfigError(Problem(fields=(f"{section.SECTION}.{name}",), value=value, rule=reason))
 
 
-def unknown_section(name: str) -> str:
-    """Says that there is no section `name`, and where a field of that name is."""
-    sections = field_types(ConfigContainer)
+def section_of(cfg: RunConfig, name: str) -> Section:
+    """The section `name`.
+
+    Raises:
+        ConfigError: there is none; the message names the section of a field with that name, or the nearest section.
+    """
+    sections = field_types(RunConfig)
+    if name in sections:
+        return getattr(cfg, name)
     if owners := [owner for owner, kind in sections.items() if name in field_types(kind)]:
-        return f"{name}: the name of its section is missing. Write {' or '.join(f'{o}.{name}' for o in owners)}."
-    if name in RENAMED:
-        return f"{name}: there is no such section. Use {RENAMED[name]}."
-    close = difflib.get_close_matches(name, sections, n=1, cutoff=0.5)
-    meant = f" Did you mean {close[0]}?" if close else ""
-    return f"{name}: there is no such section.{meant} Sections: {', '.join(sections)}."
+        rule = f"{name}: the name of its section is missing"
+        raise ConfigError(Problem(rule=rule, remedy=f"Write {' or '.join(f'{o}.{name}' for o in owners)}."))
+    rule = f"{name}: there is no such section"
+    remedy = (
+        f"Use {RENAMED[name]}." if name in RENAMED else f"{nearest(name, sections)} Sections: {', '.join(sections)}."
+    )
+    raise ConfigError(Problem(rule=rule, remedy=remedy.strip()))

@@ -62,6 +62,8 @@ for _tag, _pattern, _first in RESOLVERS:
     for _kind in (Loader, Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 Dumper.add_representer(str, Dumper.represent_text)
+Dumper.add_multi_representer(list, Dumper.represent_list)  # also the frozen ones of a finalized config
+Dumper.add_multi_representer(dict, Dumper.represent_dict)
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from megatron_mtp.convert.links import TensorLink
 from megatron_mtp.convert.names import IGNORED_ENDINGS
 from megatron_mtp.convert.tensor_files import CODES, DTYPES, TensorFiles
-from megatron_mtp.errors import ConversionError
+from megatron_mtp.errors import ConversionError, nearest
 
 _MOST_SHOWN = 20
 FP32_ENDINGS = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weight")
@@ -61,8 +60,8 @@ def check_inventory(
     ignored = {name for name in found if name.endswith(IGNORED_ENDINGS)} | (set(dropped) & set(found))
     known = set(needed) | set(duplicates) | set(tied) | ignored
     missing, surplus = sorted(set(needed) - set(found)), sorted(set(found) - known)
-    problems = [f"{name} is missing.{_renamed(name, surplus)}" for name in missing]
-    problems += [f"{name} has no place in the model.{_renamed(name, missing)}" for name in surplus]
+    problems = [f"{name} is missing.{nearest(name, surplus, cutoff=0.8)}" for name in missing]
+    problems += [f"{name} has no place in the model.{nearest(name, missing, cutoff=0.8)}" for name in surplus]
     dtype = _dtype(files, declared_dtype, [name for name in needed if name in found])
     for name in sorted(set(needed) & set(found)):
         entry = found[name]
@@ -87,11 +86,6 @@ def check_inventory(
         duplicated=sorted(name for name in duplicates if name in found),
         ignored=sorted(ignored),
     )
-
-
-def _renamed(name: str, others: list[str]) -> str:
-    close = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
-    return f" Is it {close[0]}, renamed?" if close else ""
 
 
 def _dtype(files: TensorFiles, declared: str | None, names: list[str]) -> str:

@@ -18,7 +18,7 @@ from megatron_mtp.config.mcore.rules import torch_backend_problems, without_tran
 from megatron_mtp.config.units import GIB
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.device.fake import fake_world
-from megatron_mtp.errors import ConfigError, MegatronMTPError
+from megatron_mtp.errors import ConfigError, MegatronMTPError, Problem
 from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
 from megatron_mtp.mcore.optimizer import initialize_optimizer_state, single_optimizers
 from megatron_mtp.model.build import build_model
@@ -102,7 +102,7 @@ class DryRun:
     stages: list[StageReport] = field(default_factory=list)
     parameters: int | None = None
     predicted_parameters: int = 0
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -146,11 +146,13 @@ def dry_run(
                 planned=planned[stage],
             )
         )
-    found.problems += [f"{_stage_names(stages)} cannot be built: {text}" for text, stages in failures.items()]
+    found.problems += [
+        Problem(where=_stage_names(stages), rule=f"cannot be built: {text}") for text, stages in failures.items()
+    ]
     if not failures:
         sizes = {key: size for stage in found.stages for rank in stage.built for key, size in rank.full_sizes.items()}
         found.parameters = sum(sizes.values())
-    found.problems += _miscounts(found) + _too_full(found, memory_limit_gib)
+    found.problems += [Problem(rule=rule) for rule in _miscounts(found) + _too_full(found, memory_limit_gib)]
     return found
 
 
@@ -221,13 +223,11 @@ def _for_torch_backend(run: ResolvedRun) -> tuple[ResolvedRun, list[str]]:
     return replace(run, cfg=trial.finalize(run.world_size)), notes
 
 
-def _found_problems(check: Callable[[ConfigContainer], object], cfg: ConfigContainer) -> list[str]:
+def _found_problems(check: Callable[[ConfigContainer], object], cfg: ConfigContainer) -> list[Problem]:
     try:
         check(cfg)
-    except ConfigError as error:
-        return error.problems
     except MegatronMTPError as error:
-        return str(error).splitlines()
+        return error.problems
     return []
 
 
@@ -261,7 +261,7 @@ def _too_full(found: DryRun, limit_gib: float | None) -> list[str]:
 
 def _text(error: Exception) -> str:
     if isinstance(error, ConfigError):
-        return " ".join(error.problems)
+        return " ".join(map(str, error.problems))
     return str(error) if isinstance(error, MegatronMTPError) else f"{type(error).__name__}: {error}"
 
 

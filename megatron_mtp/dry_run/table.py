@@ -43,7 +43,7 @@ def as_dict(found: DryRun, cfg: ConfigContainer) -> dict[str, Any]:
         "parameters": found.parameters,
         "predicted_parameters": found.predicted_parameters,
         "stages": [_stage_dict(stage) for stage in found.stages],
-        "problems": found.problems,
+        "problems": [problem.as_dict() for problem in found.problems],
         "notes": found.notes,
         "config": cfg.to_dict(),
     }

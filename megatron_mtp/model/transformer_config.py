@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,33 +11,12 @@ from megatron.core.activations import squared_relu
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_mtp.config.knob import engine_fields
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.model.dtypes import DTYPES
 from megatron_mtp.parallel.resolve import ResolvedRun
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
-
-# Fields whose name and meaning are the same on both sides.
-SAME = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
-    "layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit qk_layernorm "
-    "attention_output_gate experimental_attention_variant linear_attention_freq linear_conv_kernel_dim "
-    "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
-    "attention_dropout hidden_dropout init_method_std mtp_use_repeated_layer mtp_detach_heads "
-    "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size "
-    "recompute_granularity recompute_method recompute_num_layers recompute_modules"
-).split()
-SAME_MLA = (
-    "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_base rotary_percent "
-    "rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
-).split()
-SAME_MOE = (
-    "num_moe_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate "
-    "moe_router_topk moe_router_score_function moe_router_pre_softmax moe_router_num_groups moe_router_group_topk "
-    "moe_router_topk_scaling_factor moe_router_dtype moe_router_enable_expert_bias moe_router_bias_update_rate "
-    "moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_expert_capacity_factor "
-    "moe_token_dispatcher_type"
-).split()
 
 
 def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> TransformerConfig:
@@ -48,8 +28,9 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
         device_type: "cuda" or "cpu"; gloo needs point-to-point messages one by one.
     """
     cfg, layout, model = run.cfg, run.layout, run.cfg.model
-    names = SAME + (SAME_MLA if model.multi_latent_attention else []) + (SAME_MOE if model.num_moe_experts else [])
-    fields: dict[str, Any] = {name: getattr(model, name) for name in names}
+    kinds = {"same": True, "mla": model.multi_latent_attention, "moe": bool(model.num_moe_experts)}
+    names = engine_fields(ModelConfig, {kind for kind, is_used in kinds.items() if is_used})
+    fields: dict[str, Any] = {name: deepcopy(getattr(model, name)) for name in names}  # Megatron-Core may change lists
     dtype = DTYPES[cfg.precision.dtype]
     fields |= {
         "activation_func": ACTIVATIONS[model.activation_func],
@@ -74,7 +55,7 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
     fields |= _communication(interleaved=layout.vp > 1, on_gpu=device_type == "cuda")
     if model.num_moe_experts:
         fields["moe_grouped_gemm"] = use_te if model.moe_grouped_gemm is None else model.moe_grouped_gemm
-    fields |= {name: _engine_value(name, value) for name, value in model.mcore.items()}
+    fields |= {name: _engine_value(name, deepcopy(value)) for name, value in model.mcore.items()}
     config_class = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
     config = config_class(**fields)
     config.latent_norm_epsilon = model.latent_norm_epsilon  # no field of the engine; ExactMLASelfAttention reads it

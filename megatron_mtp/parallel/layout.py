@@ -41,7 +41,7 @@ class PipelineLayout:
             vp=vp,
         )
         if problems:
-            raise PlanError("\n".join(problems))
+            raise PlanError("\n".join(map(str, problems)))
         return cls.of_chunks(flat, pp, vp)
 
     @classmethod

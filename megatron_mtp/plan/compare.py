@@ -227,6 +227,6 @@ def _layout_of_text(cfg: ConfigContainer, text: str) -> PipelineLayout:
     )
     if problems:
         raise PlanError(
-            "\n".join(problem.replace("model.pipeline_model_parallel_layout", "the split") for problem in problems)
+            "\n".join(str(found).replace("model.pipeline_model_parallel_layout", "the split") for found in problems)
         )
     return PipelineLayout.of_chunks(flat, pp, vp)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, Problem, nearest
 
 # key -> field of the config
 FIELDS = {
@@ -58,10 +57,8 @@ class Layout:
         for pair in filter(None, (part.strip() for part in text.split(","))):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in KEYS:
-                close = difflib.get_close_matches(key, KEYS, n=1)
-                meant = f" Did you mean {close[0]}?" if close else ""
                 raise ConfigError(
-                    f"--layouts: {key!r} in {text.strip()!r} is unknown.{meant} Known: {', '.join(KEYS)}."
+                    f"--layouts: {key!r} in {text.strip()!r} is unknown.{nearest(key, KEYS)} Known: {', '.join(KEYS)}."
                 )
             if key in values:
                 raise ConfigError(f"--layouts: {key} stands twice in {text.strip()!r}. Name each key once.")
@@ -78,7 +75,7 @@ class Layout:
         try:
             return placed.finalize(self.world_size(placed))
         except ConfigError as error:
-            raise type(error)([f"--layouts, {self.text}: {problem}" for problem in error.problems]) from error
+            raise error.within(f"--layouts, {self.text}") from error
 
     def place(self, cfg: ConfigContainer) -> ConfigContainer:
         """A copy of `cfg` with this layout's sizes, not finalized; what the layout does not name is one rank's."""
@@ -108,14 +105,15 @@ def parse_layouts(text: str) -> list[Layout]:
     Raises:
         ConfigError: every layout that cannot be read, or none given.
     """
-    layouts, problems = [], []
+    layouts: list[Layout] = []
+    problems: list[Problem] = []
     for part in filter(str.strip, text.split(";")):
         try:
             layouts.append(Layout.parse(part))
         except ConfigError as error:
             problems += error.problems
     if not layouts and not problems:
-        problems.append('--layouts: is empty. Write for example --layouts "tp=2; pp=2".')
+        raise ConfigError('--layouts: is empty. Write for example --layouts "tp=2; pp=2".')
     if problems:
         raise ConfigError(problems)
     return layouts

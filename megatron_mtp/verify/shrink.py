@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.knob import resume_rule
 from megatron_mtp.config.sections import (
     CheckpointConfig,
     DatasetConfig,
@@ -24,14 +26,6 @@ HIDDEN_SIZE, FFN_SIZE, EXPERT_FFN_SIZE, SHARED_FFN_SIZE = 32, 48, 16, 24
 HEAD_SIZE, SEQ_LENGTH, VOCAB_SIZE, NUM_LAYERS, NUM_EXPERTS = 8, 32, 101, 4, 8
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 2, 8
 INIT_STD = 0.1
-# Fields that are reported when they change, in this order.
-REPORTED = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels q_lora_rank kv_lora_rank "
-    "qk_head_dim qk_pos_emb_head_dim v_head_dim linear_attention_freq linear_num_key_heads linear_num_value_heads "
-    "linear_key_head_dim linear_value_head_dim num_moe_experts moe_layer_freq moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size moe_router_topk moe_router_num_groups moe_router_group_topk "
-    "moe_router_load_balancing_type moe_expert_capacity_factor attention_dropout hidden_dropout init_method_std vocab_size seq_length"
-).split()
 
 
 def shrink(cfg: ConfigContainer, layouts: list[Layout]) -> tuple[ConfigContainer, list[str]]:
@@ -190,7 +184,10 @@ def _multiple(value: int, of: int) -> int:
 
 def _changes(whole: ConfigContainer, small: ConfigContainer) -> list[str]:
     after = small.copy().finalize()  # with derived values, as `whole` has them
-    pairs = [(name, getattr(whole.model, name), getattr(after.model, name)) for name in REPORTED]
+    # What a resume may change freely does not change what is computed, but for the size of the initial weights.
+    reported = [f.name for f in fields(ModelConfig) if resume_rule(ModelConfig, f.name) != "free"]
+    names = [*reported, "init_method_std"]
+    pairs = [(name, getattr(whole.model, name), getattr(after.model, name)) for name in names]
     pairs += [
         ("precision.dtype", whole.precision.dtype, after.precision.dtype),
         ("train.micro_batch_size", whole.train.micro_batch_size, after.train.micro_batch_size),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import pytest
 
@@ -134,16 +134,6 @@ def test_a_field_this_version_does_not_know_is_refused():
     assert refusals == [
         "model.hyper_connections = nothing: the checkpoint was saved with 4. It cannot change within a run."
     ]
-
-
-def test_the_tables_name_fields_that_exist_once():
-    sections = {f.name: set(DEFAULTS[f.name]) for f in fields(ConfigContainer)}
-    for table in (compat.FREE, compat.CURVE):
-        for section, names in table.items():
-            assert section in sections
-            assert names - {"*"} <= sections[section], f"{section}: stale names"
-    for section, names in compat.FREE.items():
-        assert not names & compat.CURVE.get(section, frozenset())
 
 
 def test_a_trunk_is_frozen_or_freed_without_optimizer_state_only():

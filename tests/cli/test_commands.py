@@ -115,7 +115,7 @@ BAD = [
     (["tiny_dense", "train.global_batch_size=7"], "train.global_batch_size = 7"),
     (["tiny_moe", "model.expert_model_parallel_size=3"], "model.expert_model_parallel_size = 3"),
     (["tiny_dense", "model.position_embedding_type=learned_absolute"], "learned_absolute"),
-    (["tiny_dense", "model.mtp_loss_scaling_factor=-1"], "must be a finite number that is not negative"),
+    (["tiny_dense", "model.mtp_loss_scaling_factor=-1"], "mtp_loss_scaling_factor = -1: must be at least 0"),
     (["tiny_dense", "model.mtp_loss_scaling_factor=nan"], "must be a finite number that is not negative"),
     (["tiny_dense", "--config", "absent.yaml"], "config file 'absent.yaml' cannot be read"),
     (["tiny_dense", "ddp.use_megatron_fsdp=true"], "fully sharded data parallelism is not supported"),
@@ -138,11 +138,11 @@ def test_mistakes_end_with_2_and_one_message(run, monkeypatch, tmp_path, command
 
 def test_world_size_that_does_not_fit(run, monkeypatch):
     code, _, err = run("pretrain", "demo")
-    assert (code, "world size 1: must be a multiple of 2" in err, "--nproc 2" in err) == (2, True, True)
+    assert (code, "world_size = 1: must be a multiple of 2" in err, "--nproc 2" in err) == (2, True, True)
     assert run("show", "demo", "--world-size", "3")[0] == 2
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "world size 3" in run("pretrain", "demo")[2]
+    assert "world_size = 3" in run("pretrain", "demo")[2]
     assert "torchrun has started the processes already" in run("pretrain", "demo", "--nproc", "2")[2]
 
 

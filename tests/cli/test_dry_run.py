@@ -57,7 +57,7 @@ def test_problems_end_it_with_one_message(run):
 def test_a_world_size_that_does_not_divide_is_refused_before_anything_is_built(run):
     code, out, err = run("--dry-run", "--world-size", "3", *PP2)
     assert (code, out) == (2, "")
-    assert "world size 3" in err
+    assert "world_size = 3" in err
     assert "a multiple of 2" in err
 
 

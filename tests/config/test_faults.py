@@ -36,7 +36,7 @@ def finalized(*overrides: str):
         (["dist.watchdog_s=600"], "must be below dist.distributed_timeout_minutes = 10.0 (600 s)"),
         (["dist.straggler_factor=0.5"], "must be above 1"),
         (["dist.preempted_exit_code=2"], "stands for a mistake of the user"),
-        (["dist.preempted_exit_code=137"], "what shells use for signals"),
+        (["dist.preempted_exit_code=137"], "must be at least 1 and at most 125"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides: list[str], said: str):

@@ -79,7 +79,7 @@ def test_a_failed_finalize_changes_nothing():
 def test_a_finalized_config_can_be_checked_for_another_world():
     cfg = finalized("tiny_dense", "model.tensor_model_parallel_size=2")
     assert cfg.finalize(world_size=4) is cfg
-    with pytest.raises(ConfigError, match="world size 3"):
+    with pytest.raises(ConfigError, match="world_size = 3"):
         cfg.finalize(world_size=3)
 
 
@@ -90,36 +90,37 @@ def test_recipes_are_valid_and_finalizing_twice_changes_nothing(recipe):
 
 
 BAD = [
-    ("tiny_dense", ["model.num_attention_heads=6"], "model.hidden_size = 64: not divisible by model.num_attention_heads"),
+    ("tiny_dense", ["model.num_attention_heads=6"], "model.hidden_size = 64: must be divisible by model.num_attention_heads"),
     ("tiny_dense", ["model.tensor_model_parallel_size=3"], "model.num_attention_heads = 4: must be divisible by"),
     ("tiny_dense", ["model.tensor_model_parallel_size=8", "model.num_attention_heads=8", "model.num_query_groups=3"], "multiple or a divisor"),
     ("tiny_dense", ["model.num_layers=1", "model.pipeline_model_parallel_size=5"], "no stage may be empty"),
-    ("tiny_dense", ["model.seq_length=66", "model.context_parallel_size=2"], "divisible by 2 x model.context_parallel_size = 4"),
+    ("tiny_dense", ["model.seq_length=66", "model.context_parallel_size=2"], "divisible by 2 x model.context_parallel_size = 2"),
     ("tiny_dense", ["model.seq_length=62", "model.tensor_model_parallel_size=4", "model.sequence_parallel=true"], "under model.sequence_parallel"),
     ("tiny_dense", ["train.global_batch_size=7"], "7: must be divisible by train.micro_batch_size = 2"),
     ("tiny_moe", ["model.expert_model_parallel_size=3"], "model.num_moe_experts = 8: must be divisible by"),
     ("tiny_moe", ["model.tensor_model_parallel_size=2"], "with sequence parallelism only"),
     ("tiny_dense", ["model.expert_model_parallel_size=2"], "needs experts"),
-    ("tiny_dense", ["model.position_embedding_type=learned_absolute"], "'learned_absolute': MTP layers read"),
-    ("tiny_dense", ["model.mtp_loss_scaling_factor=-0.1"], "finite number that is not negative"),
-    ("tiny_dense", ["model.mtp_loss_scaling_factor=.nan"], "finite number that is not negative"),
+    ("tiny_dense", ["model.position_embedding_type=learned_absolute"], "read the token k ahead at position i"),
+    ("tiny_dense", ["model.mtp_loss_scaling_factor=-0.1"], "-0.1: must be at least 0"),
+    ("tiny_dense", ["model.mtp_loss_scaling_factor=.nan"], "nan: must be finite"),
     ("tiny_dense", ["model.mtp_loss_scaling_factor=inf"], "finite number that is not negative"),
     ("tiny_dense", ["model.mtp_loss_scaling_factor=often"], "must be a number such as 0.1"),
-    ("tiny_dense", ["model.mtp_depth_weights=[1.0]"], "has 1 entries; model.mtp_num_layers = 2"),
-    ("tiny_dense", ["model.mtp_depth_weights=[1.0, -1]"], "finite and not negative"),
-    ("tiny_dense", ["model.mtp_num_layers=-1"], "model.mtp_num_layers = -1: must not be negative"),
+    ("tiny_dense", ["model.mtp_loss_scaling_factor=inf@0"], "finite number that is not negative"),
+    ("tiny_dense", ["model.mtp_depth_weights=[1.0]"], "must hold one weight for each depth of model.mtp_num_layers = 2"),
+    ("tiny_dense", ["model.mtp_depth_weights=[1.0, -1]"], "must be at least 0"),
+    ("tiny_dense", ["model.mtp_num_layers=-1"], "model.mtp_num_layers = -1: must be at least 0"),
     ("tiny_dense", ["model.mtp_num_layers=64"], "must be above model.mtp_num_layers"),
     ("tiny_dense", ["model.mtp_num_layers=0", "model.mtp_freeze_trunk=true"], "nothing would be trained"),
     ("tiny_dense", ["model.mtp_variant=parallel", "model.mtp_use_repeated_layer=true"], "same hidden state"),
     ("tiny_dense", ["model.pipeline_model_parallel_layout=[2, 3]", "model.pipeline_model_parallel_size=2"], "places 5 decoder"),
     ("tiny_dense", ["model.virtual_pipeline_model_parallel_size=2"], "interleaved schedule needs"),
-    ("tiny_dense", ["model.num_layers=0"], "model.num_layers = 0: must be above 0"),
-    ("tiny_dense", ["train.train_samples=5"], "set exactly one"),
+    ("tiny_dense", ["model.num_layers=0"], "model.num_layers = 0: must be at least 1"),
+    ("tiny_dense", ["train.train_samples=5"], "train.train_samples = 5 is set too"),
     ("tiny_dense", ["train.train_iters=null"], "none is set"),
     ("tiny_dense", ["train.train_iters=null", "train.exit_duration_in_mins=5"], "a decay needs a length"),
     ("tiny_dense", ["train.train_iters=null", "train.train_tokens=many"], "train.train_tokens = 'many'"),
     ("tiny_dense", ["train.rampup_batch_size=[2, 4, 10]"], "do not reach train.global_batch_size = 8 exactly"),
-    ("tiny_dense", ["train.rampup_batch_size=[3, 5, 10]"], "size = 3: must be divisible by train.micro_batch_size"),
+    ("tiny_dense", ["train.rampup_batch_size=[3, 5, 10]"], "size 3 must be divisible by train.micro_batch_size"),
     ("tiny_dense", ["train.rampup_batch_size=[16, 2, 10]"], "starts above"),
     ("tiny_dense", ["train.rampup_batch_size=[2, 2]"], "must be [start, increment, samples]"),
     ("tiny_dense", ["scheduler.lr_decay_samples=100"], "in iters and samples at once"),
@@ -127,10 +128,10 @@ BAD = [
     ("tiny_dense", ["scheduler.lr_decay_style=WSD"], "needs the length of its last phase"),
     ("tiny_dense", ["scheduler.lr_wsd_decay_iters=3"], "has no effect"),
     ("tiny_dense", ["scheduler.lr_warmup_fraction=0.1"], "a warmup length is given too"),
-    ("tiny_dense", ["scheduler.start_weight_decay=0.1"], "give both, or neither"),
+    ("tiny_dense", ["scheduler.start_weight_decay=0.1"], "set together with scheduler.end_weight_decay"),
     ("tiny_dense", ["optimizer.min_lr=1"], "must not be above optimizer.lr"),
-    ("tiny_dense", ["optimizer.lr=.inf"], "optimizer.lr = inf: must be above 0"),
-    ("tiny_dense", ["optimizer.adam_beta2=1"], "from 0 to below 1"),
+    ("tiny_dense", ["optimizer.lr=.inf"], "optimizer.lr = inf: must be finite"),
+    ("tiny_dense", ["optimizer.adam_beta2=1"], "at least 0 and below 1"),
     ("tiny_dense", ["ddp.overlap_param_gather=true"], "needs ddp.use_distributed_optimizer"),
     ("tiny_dense", ["ddp.use_torch_fsdp2=true"], "fully sharded data parallelism is not supported"),
     ("tiny_dense", ["precision.loss_scale=128"], "only fp16 scales the loss"),
@@ -156,12 +157,12 @@ BAD = [
     ("tiny_dense", ["model.recompute_granularity=selective", "model.recompute_modules=[moe, attn, mla_up_proj]"], "there is no 'attn'"),
     ("tiny_dense", ["model.moe_ffn_hidden_size=64"], "there are no experts"),
     ("tiny_moe", ["model.moe_layer_freq=[0, 1]"], "With the first 1 dense: [0, 1, 1, 1]"),
-    ("tiny_moe", ["model.moe_router_topk=9"], "only model.num_moe_experts = 8"),
+    ("tiny_moe", ["model.moe_router_topk=9"], "must not be above model.num_moe_experts = 8"),
     ("tiny_moe", ["model.moe_router_score_function=softmax"], "needs model.moe_router_score_function = 'sigmoid'"),
     ("tiny_moe", ["model.moe_aux_loss_coeff=0.1"], "has no effect with"),
     ("tiny_moe", ["model.moe_router_num_groups=3", "model.moe_router_group_topk=1"], "must divide model.num_moe_experts"),
-    ("tiny_moe", ["model.moe_router_num_groups=4", "model.moe_router_group_topk=3"], "a token can use from 3 to 6"),
-    ("tiny_moe", ["model.moe_router_num_groups=4"], "give both, or neither"),
+    ("tiny_moe", ["model.moe_router_num_groups=4", "model.moe_router_group_topk=3"], "must be from 3 to 6 with"),
+    ("tiny_moe", ["model.moe_router_num_groups=4"], "set together with model.moe_router_group_topk"),
     ("tiny_mla_moe", ["model.num_query_groups=2"], "has no groups"),
     ("tiny_mla_moe", ["model.position_embedding_type=none"], "Use 'rope'"),
     ("tiny_dense", ["model.backend=torch", "model.moe_grouped_gemm=true"], "grouped matrix products need Transformer Engine"),
@@ -244,9 +245,9 @@ def test_wrong_types_set_in_python_are_found_with_the_rest():
 
 
 WORLD = [
-    (["model.tensor_model_parallel_size=2"], 3, "world size 3: must be a multiple of 2"),
+    (["model.tensor_model_parallel_size=2"], 3, "world_size = 3: must be a multiple of 2"),
     (["train.global_batch_size=6"], 2, "train.micro_batch_size = 2 x 2 data parallel ranks = 4; 8 would be"),
-    (["train.rampup_batch_size=[2, 2, 9]"], 2, "size = 2: must be divisible"),
+    (["train.rampup_batch_size=[2, 2, 9]"], 2, "size 2 must be divisible"),
     (["validation.eval_global_batch_size=2"], 2, "validation.eval_global_batch_size = 2: must be divisible"),
     (["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2", "train.global_batch_size=6"], 2,
      "makes 3 micro-batches for each rank; the interleaved schedule"),
@@ -262,7 +263,7 @@ def test_rules_of_the_world_size(overrides, world_size, words):
 def test_dense_and_expert_grids_must_both_fit():
     overrides = ["model.expert_model_parallel_size=4", "model.context_parallel_size=2"]
     finalized("tiny_moe", *overrides, world_size=4)
-    assert "world size 2: must be a multiple of 4" in problems_of("tiny_moe", *overrides, world_size=2)
+    assert "world_size = 2: must be a multiple of 4" in problems_of("tiny_moe", *overrides, world_size=2)
 
 
 def test_one_gpu_version_of_a_cluster_recipe_needs_only_sizes():

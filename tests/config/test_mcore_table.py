@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
+from megatron_mtp.config import mcore_table
 from megatron_mtp.config.mcore import rules as mcore_rules
-from megatron_mtp.config.mcore import table as mcore_table
 from scripts.mcore_table import render
 
 pytestmark = pytest.mark.unit

@@ -56,7 +56,7 @@ DAMAGES = {
         lambda t: t.update({"model.layers.1.extra.weight": torch.ones(3)}),
         r"layers\.1\.extra\.weight has no place",
     ),
-    "renamed": (rename, rf"{NAME} is missing\. Is it model\.layers\.1\.self_attn\.key_proj\.weight, renamed\?"),
+    "renamed": (rename, rf"{NAME} is missing\. Did you mean model\.layers\.1\.self_attn\.key_proj\.weight\?"),
     "shape": (
         lambda t: t.update({NAME: t[NAME][:8].clone()}),
         rf"{NAME} has shape \[8, 32\], the model needs \[16, 32\]",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 
 from megatron_mtp.config.mcore.effects import SAME_FUNCTION
-from megatron_mtp.config.mcore.table import MCORE_FIELDS
+from megatron_mtp.config.mcore_table import MCORE_FIELDS
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.decode import support
 from megatron_mtp.decode.model import Decoder

@@ -24,7 +24,7 @@ REFUSED = [
     ("dense", "pp=2,layout=Etttt|mm", "L must stand last"),
     ("dense", "pp=2,layout=Ettttmm|L", "MTP layers (m) cannot be on the first pipeline rank"),
     ("dense", "pp=4,layout=Ett|tt|m|mL", "must be in one chunk"),
-    ("moe", "dp=1,ep=2", "world size 1"),
+    ("moe", "dp=1,ep=2", "world_size = 1"),
 ]
 
 

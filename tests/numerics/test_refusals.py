@@ -19,7 +19,7 @@ REFUSED = [
     ),
     (
         ["model.backend=transformer_engine", "dataset.reset_attention_mask=true"],
-        "Use model.backend = 'torch' (or 'auto', which then takes it)",
+        "Use model.backend = 'torch' (or 'auto', which then chooses it)",
     ),
     (
         [

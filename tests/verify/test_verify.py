@@ -146,7 +146,7 @@ def test_mistakes_are_one_message_before_torch_is_imported():
     assert done.stdout.split() == ["2", "False"]
     assert "Traceback" not in done.stderr
     assert "--layouts, tp=2: model.sequence_parallel" in done.stderr
-    assert "--layouts, dp=1,ep=2: world size 1" in done.stderr
+    assert "--layouts, dp=1,ep=2: world_size = 1" in done.stderr
 
 
 @pytest.mark.unit

@@ -1,295 +1,204 @@
-"""Checks inside the model: architecture, experts, multi-token prediction. Each problem is a complete message."""
+"""Checks inside the model: architecture, experts, multi-token prediction. They expect values inside their ranges."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
-from megatron_mtp.config.base import Section
 from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.errors import ConfigError
-
-POSITIVE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "seq_length",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "rotary_base",
-    "rope_scaling_factor",
-    "layernorm_epsilon",
-    "init_method_std",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "rotary_scaling_factor",
-    "original_max_position_embeddings",
-    "latent_norm_epsilon",
-    "linear_conv_kernel_dim",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_router_topk",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
-    "moe_expert_capacity_factor",
-    "logits_chunk_tokens",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "recompute_num_layers",
-)
-NOT_NEGATIVE = (
-    "mtp_num_layers",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "moe_router_bias_update_rate",
-    "logits_z_loss_coeff",
-)
+from megatron_mtp.errors import ConfigError, Problem
 
 
-def range_problems(section: Section, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> dict[str, str]:
-    """Fields that must be finite and above, or not below, zero; None passes.
-
-    Returns:
-        Problems by the name of the field. Such a field is set to 1 or 0, so that later checks can divide by it.
-    """
-    problems = {}
-    for name in (*positive, *not_negative):
-        value = getattr(section, name)
-        if value is None:
-            continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-            rule = "must be above 0" if name in positive else "must not be negative"
-            problems[f"{section.SECTION}.{name}"] = f"{section.SECTION}.{name} = {value}: {rule}."
-            setattr(section, name, int(name in positive))
-    return problems
+def model_problems(model: ModelConfig) -> list[Problem]:
+    """Every rule that reads the model alone."""
+    return _architecture_problems(model) + _moe_problems(model) + _mtp_problems(model)
 
 
-def architecture_problems(model: ModelConfig) -> list[str]:
-    """Widths, heads, positions, MLA. Expects positive sizes."""
+def _architecture_problems(model: ModelConfig) -> list[Problem]:
     problems = []
     if model.num_attention_heads % model.num_query_groups:
-        problems.append(
-            f"model.num_attention_heads = {model.num_attention_heads}: must be a multiple of model.num_query_groups = "
-            f"{model.num_query_groups}."
-        )
-    for name in ("attention_dropout", "hidden_dropout"):
-        if not 0 <= getattr(model, name) < 1:
-            problems.append(f"model.{name} = {getattr(model, name)}: must be from 0 to below 1.")
+        problems.append(problem(model, "model.num_attention_heads", "must be a multiple of {model.num_query_groups=}"))
     problems += _mla_problems(model) if model.multi_latent_attention else _head_problems(model)
     problems += _linear_attention_problems(model)
     if model.mtp_num_layers >= model.seq_length:
-        problems.append(
-            f"model.seq_length = {model.seq_length}: must be above model.mtp_num_layers = {model.mtp_num_layers}, or the "
-            "last depth has no target."
-        )
+        rule = "must be above {model.mtp_num_layers=}, or the last depth has no target"
+        problems.append(problem(model, "model.seq_length", rule))
     return problems
 
 
-def _head_problems(model: ModelConfig) -> list[str]:
-    problems = []
-    if model.position_embedding_type == "rope":
-        if not 0 < model.rotary_percent <= 1:
-            problems.append(f"model.rotary_percent = {model.rotary_percent}: must be above 0 and at most 1.")
-        elif int(model.kv_channels * model.rotary_percent) % 2:
-            problems.append(
-                f"model.kv_channels = {model.kv_channels} x model.rotary_percent = {model.rotary_percent}: RoPE turns "
-                "pairs of channels, so it needs an even number."
-            )
-    return problems
+def _head_problems(model: ModelConfig) -> list[Problem]:
+    if model.position_embedding_type != "rope":
+        return []
+    if model.rotary_percent == 0:
+        return [problem(model, "model.rotary_percent", "must be above 0 with {model.position_embedding_type=}")]
+    if int(model.kv_channels * model.rotary_percent) % 2:
+        rule = "RoPE rotates pairs of channels, so {model.rotary_percent=} of them must be an even number"
+        return [problem(model, "model.kv_channels", rule)]
+    return []
 
 
-def _mla_problems(model: ModelConfig) -> list[str]:
+def _mla_problems(model: ModelConfig) -> list[Problem]:
     problems = []
     if model.num_query_groups != model.num_attention_heads:
-        problems.append(
-            f"model.num_query_groups = {model.num_query_groups}: multi-latent attention has no groups; it must equal "
-            f"model.num_attention_heads = {model.num_attention_heads}. Leave it unset."
-        )
+        rule = "multi-latent attention has no groups; it must equal {model.num_attention_heads=}"
+        problems.append(problem(model, "model.num_query_groups", rule, "Leave it unset."))
     if model.position_embedding_type != "rope":
-        problems.append(
-            f"model.position_embedding_type = {model.position_embedding_type!r}: multi-latent attention always turns "
-            "part of each head. Use 'rope'."
-        )
+        rule = "multi-latent attention always rotates part of each head"
+        problems.append(problem(model, "model.position_embedding_type", rule, "Use 'rope'."))
     if model.rope_scaling:
-        problems.append("model.rope_scaling = True: multi-latent attention scales by model.rope_type = 'yarn' instead.")
+        rule = "multi-latent attention scales by model.rope_type = 'yarn' instead"
+        problems.append(problem(model, "model.rope_scaling", rule))
     for name in ("attention_output_gate", "experimental_attention_variant"):
-        if value := getattr(model, name):
-            problems.append(f"model.{name} = {value!r}: multi-latent attention has no such form. Leave it unset.")
+        if getattr(model, name):
+            rule = "has no form for multi-latent attention"
+            problems.append(problem(model, f"model.{name}", rule, "Leave it unset."))
     if model.qk_pos_emb_head_dim % 2:
-        problems.append(
-            f"model.qk_pos_emb_head_dim = {model.qk_pos_emb_head_dim}: RoPE turns pairs, so it must be even."
-        )
+        problems.append(problem(model, "model.qk_pos_emb_head_dim", "must be even: RoPE rotates pairs of channels"))
     return problems
 
 
-def _linear_attention_problems(model: ModelConfig) -> list[str]:
-    freq = model.linear_attention_freq
+def _linear_attention_problems(model: ModelConfig) -> list[Problem]:
+    freq, name = model.linear_attention_freq, "model.linear_attention_freq"
     if model.experimental_attention_variant is None:
         if freq is None:
             return []
-        return [
-            f"model.linear_attention_freq = {freq}: needs model.experimental_attention_variant = 'gated_delta_net'."
-        ]
+        return [problem(model, name, "needs {model.experimental_attention_variant} = 'gated_delta_net'")]
     problems = []
     if freq is None:
-        problems.append(
-            "model.linear_attention_freq: model.experimental_attention_variant = 'gated_delta_net' needs it, for example 4."
-        )
+        rule = "must be set with {model.experimental_attention_variant=}"
+        problems.append(problem(model, name, rule, "Set it to 4, for example."))
     elif isinstance(freq, int):
-        problems += [f"model.linear_attention_freq = {freq}: must be 2 or more."] if freq < 2 else []
+        problems += [problem(model, name, "must be at least 2")] if freq < 2 else []
     elif set(freq) - {0, 1} or len(freq) != model.num_layers:
-        problems.append(
-            f"model.linear_attention_freq = {freq}: a list holds 1 (linear) or 0 (full attention) for each of "
-            f"model.num_layers = {model.num_layers} layers."
-        )
+        rule = "must hold 1 (linear) or 0 (full attention) for each layer of {model.num_layers=}"
+        problems.append(problem(model, name, rule))
     if model.linear_num_value_heads % model.linear_num_key_heads:
-        problems.append(
-            f"model.linear_num_value_heads = {model.linear_num_value_heads}: must be a multiple of "
-            f"model.linear_num_key_heads = {model.linear_num_key_heads}."
-        )
+        rule = "must be a multiple of {model.linear_num_key_heads=}"
+        problems.append(problem(model, "model.linear_num_value_heads", rule))
     if model.activation_func != "silu":
-        problems.append(
-            f"model.activation_func = {model.activation_func!r}: the convolution of the gated delta net is built with "
-            "'silu' only."
-        )
+        rule = "the convolution of {model.experimental_attention_variant=} is built with 'silu' only"
+        problems.append(problem(model, "model.activation_func", rule))
     return problems
 
 
-def moe_problems(model: ModelConfig) -> list[str]:
-    """Experts and router. Expects positive sizes."""
+def _moe_problems(model: ModelConfig) -> list[Problem]:
     if model.num_moe_experts is None:
         return _dense_problems(model)
     problems = _freq_problems(model) + _group_problems(model) + _balancing_problems(model)
     if model.moe_router_topk > model.num_moe_experts:
-        problems.append(
-            f"model.moe_router_topk = {model.moe_router_topk}: there are only model.num_moe_experts = "
-            f"{model.num_moe_experts} experts."
-        )
+        problems.append(problem(model, "model.moe_router_topk", "must not be above {model.num_moe_experts=}"))
     if model.moe_router_topk == 1 and model.moe_router_score_function == "softmax" and not model.moe_router_pre_softmax:
         problems.append(
-            "model.moe_router_topk = 1: a softmax over one chosen expert is always 1 and gives the router no gradient. "
-            "Set model.moe_router_pre_softmax = True, or use 'sigmoid' scores."
+            problem(
+                model,
+                "model.moe_router_topk",
+                "a softmax over one chosen expert is always 1 and gives the router no gradient "
+                "({model.moe_router_pre_softmax=}, {model.moe_router_score_function=})",
+                "Set model.moe_router_pre_softmax = True, or use 'sigmoid' scores.",
+            )
         )
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
-        problems.append("model.moe_shared_expert_gate = True: needs model.moe_shared_expert_intermediate_size.")
+        rule = "needs {model.moe_shared_expert_intermediate_size}"
+        problems.append(problem(model, "model.moe_shared_expert_gate", rule))
     if model.add_bias_linear and model.moe_shared_expert_intermediate_size is not None:
-        problems.append("model.add_bias_linear = True: shared experts have no biases. Set it to False.")
+        rule = "shared experts ({model.moe_shared_expert_intermediate_size=}) have no biases"
+        problems.append(problem(model, "model.add_bias_linear", rule, "Set it to False."))
     if model.add_bias_linear and model.expert_tensor_parallel_size > 1:
-        problems.append(
-            f"model.add_bias_linear = True: biases in experts need model.expert_tensor_parallel_size = 1, not "
-            f"{model.expert_tensor_parallel_size}."
-        )
+        rule = "biases in experts need {model.expert_tensor_parallel_size} = 1, not {etp}"
+        problems.append(problem(model, "model.add_bias_linear", rule, etp=model.expert_tensor_parallel_size))
     return problems
 
 
-def _dense_problems(model: ModelConfig) -> list[str]:
+def _dense_problems(model: ModelConfig) -> list[Problem]:
+    rule = "there are no experts: {model.num_moe_experts} is not set"
     return [
-        f"model.{name} = {getattr(model, name)}: model.num_moe_experts is not set, so there are no experts. "
-        "Set it, or remove this field."
+        problem(model, f"model.{name}", rule, "Set it, or remove this field.")
         for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
         if getattr(model, name) is not None
     ]
 
 
-def _freq_problems(model: ModelConfig) -> list[str]:
-    freq = model.moe_layer_freq
+def _freq_problems(model: ModelConfig) -> list[Problem]:
+    freq, name = model.moe_layer_freq, "model.moe_layer_freq"
     if isinstance(freq, int):
-        return [] if freq >= 1 else [f"model.moe_layer_freq = {freq}: must be 1 (every layer) or more."]
+        return [] if freq >= 1 else [problem(model, name, "must be 1 (every layer) or more")]
     if set(freq) - {0, 1}:
-        return [f"model.moe_layer_freq = {freq}: a list holds 0 (dense) and 1 (experts) only."]
+        return [problem(model, name, "must hold 0 (dense) and 1 (experts) only")]
     if len(freq) != model.num_layers:
         num_dense = next((idx for idx, kind in enumerate(freq) if kind), len(freq))
         example = ([0] * num_dense + [1] * model.num_layers)[: model.num_layers]
-        return [
-            f"model.moe_layer_freq has {len(freq)} entries; it needs one for each of model.num_layers = "
-            f"{model.num_layers}. With the first {num_dense} dense: {example}."
-        ]
+        rule = "must hold one entry for each layer of {model.num_layers=}, not {count}"
+        remedy = "With the first {num_dense} dense: {example}."
+        return [problem(model, name, rule, remedy, count=len(freq), num_dense=num_dense, example=example)]
     return []
 
 
-def _group_problems(model: ModelConfig) -> list[str]:
-    groups, group_topk, topk = model.moe_router_num_groups, model.moe_router_group_topk, model.moe_router_topk
+def _group_problems(model: ModelConfig) -> list[Problem]:
+    groups, group_topk, experts = model.moe_router_num_groups, model.moe_router_group_topk, model.num_moe_experts
     if groups is None and group_topk is None:
         return []
     if groups is None or group_topk is None:
-        return ["model.moe_router_num_groups and model.moe_router_group_topk: give both, or neither."]
-    if model.num_moe_experts % groups:
-        return [f"model.moe_router_num_groups = {groups}: must divide model.num_moe_experts = {model.num_moe_experts}."]
+        rule = "must be set together with {model.moe_router_group_topk=}, or neither"
+        return [problem(model, "model.moe_router_num_groups", rule)]
+    if experts % groups:
+        return [problem(model, "model.moe_router_num_groups", "must divide {model.num_moe_experts=}")]
     problems = []
     if group_topk > groups:
-        problems.append(f"model.moe_router_group_topk = {group_topk}: there are only {groups} groups.")
-    if not group_topk <= topk <= group_topk * (model.num_moe_experts // groups):
         problems.append(
-            f"model.moe_router_topk = {topk}: with {group_topk} groups of {model.num_moe_experts // groups} experts a token "
-            f"can use from {group_topk} to {group_topk * (model.num_moe_experts // groups)} experts."
+            problem(model, "model.moe_router_group_topk", "must not be above {model.moe_router_num_groups=}")
         )
+    most = group_topk * (experts // groups)
+    if not group_topk <= model.moe_router_topk <= most:
+        rule = (
+            "must be from {few} to {most} with {model.moe_router_group_topk=}, {model.moe_router_num_groups=} and "
+            "{model.num_moe_experts=}"
+        )
+        problems.append(problem(model, "model.moe_router_topk", rule, few=group_topk, most=most))
     return problems
 
 
-def _balancing_problems(model: ModelConfig) -> list[str]:
+def _balancing_problems(model: ModelConfig) -> list[Problem]:
     problems = []
     if model.moe_router_enable_expert_bias and model.moe_router_score_function != "sigmoid":
-        problems.append(
-            f"model.moe_router_enable_expert_bias = True: needs model.moe_router_score_function = 'sigmoid', not "
-            f"{model.moe_router_score_function!r}."
-        )
+        rule = "needs {model.moe_router_score_function} = 'sigmoid', not {scores}"
+        scores = repr(model.moe_router_score_function)
+        problems.append(problem(model, "model.moe_router_enable_expert_bias", rule, scores=scores))
     if model.moe_aux_loss_coeff and model.moe_router_load_balancing_type == "none":
-        problems.append(
-            f"model.moe_aux_loss_coeff = {model.moe_aux_loss_coeff}: has no effect with "
-            "model.moe_router_load_balancing_type = 'none'. Choose 'seq_aux_loss' or 'aux_loss', or set it to 0."
-        )
+        rule = "has no effect with {model.moe_router_load_balancing_type=}"
+        remedy = "Choose 'seq_aux_loss' or 'aux_loss', or set it to 0."
+        problems.append(problem(model, "model.moe_aux_loss_coeff", rule, remedy))
     return problems
 
 
-def mtp_problems(model: ModelConfig) -> list[str]:
-    """Depths, weights, loss factor, variants."""
+def _mtp_problems(model: ModelConfig) -> list[Problem]:
     problems = []
-    depths = model.mtp_num_layers
     try:
         LossFactor.parse(model.mtp_loss_scaling_factor)
     except ConfigError as error:
-        problems.append(f"model.mtp_loss_scaling_factor = {error}")
+        problems += [replace(found, fields=("model.mtp_loss_scaling_factor",)) for found in error.problems]
     weights = model.mtp_depth_weights
-    if weights is not None and len(weights) != depths:
-        problems.append(
-            f"model.mtp_depth_weights = {weights} has {len(weights)} entries; model.mtp_num_layers = {depths}. "
-            "Give one weight for each depth, or null."
-        )
-    if weights is not None and not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        problems.append(f"model.mtp_depth_weights = {weights}: weights must be finite and not negative.")
-    if model.mtp_freeze_trunk and not depths:
-        problems.append("model.mtp_freeze_trunk = True: with model.mtp_num_layers = 0 nothing would be trained.")
+    if weights is not None and len(weights) != model.mtp_num_layers:
+        rule = "must hold one weight for each depth of {model.mtp_num_layers=}, or be null"
+        problems.append(problem(model, "model.mtp_depth_weights", rule))
+    if model.mtp_freeze_trunk and not model.mtp_num_layers:
+        rule = "with {model.mtp_num_layers=} nothing would be trained"
+        problems.append(problem(model, "model.mtp_freeze_trunk", rule))
     return problems
 
 
-def refused_in_model(model: ModelConfig) -> list[str]:
-    """Combinations that are refused by name."""
+def model_refusals(model: ModelConfig) -> list[Problem]:
+    """Combinations inside the model that are refused by name."""
     refused = []
     if model.mtp_num_layers and model.position_embedding_type == "learned_absolute":
-        refused.append(
-            f"model.position_embedding_type = 'learned_absolute': MTP layers read the token k ahead at position i, which a "
-            f"table of positions does not describe; model.mtp_num_layers = {model.mtp_num_layers}. Use 'rope' or 'none', or "
-            "turn MTP off."
+        rule = (
+            "MTP layers ({model.mtp_num_layers=}) read the token k ahead at position i, which a table of positions does "
+            "not describe"
         )
+        remedy = "Use 'rope' or 'none', or turn MTP off."
+        refused.append(refusal(model, "model.position_embedding_type", rule, remedy))
     if model.mtp_num_layers and model.mtp_variant == "parallel" and model.mtp_use_repeated_layer:
-        refused.append(
-            "model.mtp_use_repeated_layer = True: with model.mtp_variant = 'parallel' one layer would give every depth the "
-            "same hidden state. Use 'sequential', or separate layers."
-        )
+        rule = "with {model.mtp_variant=} one layer would give every depth the same hidden state"
+        remedy = "Use 'sequential', or separate layers."
+        refused.append(refusal(model, "model.mtp_use_repeated_layer", rule, remedy))
     return refused

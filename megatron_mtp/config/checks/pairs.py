@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.layout_text import layout_chunks
-from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.config.problem import refusal
+from megatron_mtp.config.sections import ModelConfig, RunConfig
+from megatron_mtp.errors import Problem
 
 
-def refused_pairs(cfg: ConfigContainer) -> list[str]:
-    """Each problem is a complete message: field and value, rule, other value, what to do."""
+def pair_refusals(cfg: RunConfig) -> list[Problem]:
+    """Pairs of features that would be wrong together."""
     return (
         _hidden_source_problems(cfg.model)
         + _document_problems(cfg)
@@ -18,7 +19,7 @@ def refused_pairs(cfg: ConfigContainer) -> list[str]:
     )
 
 
-def _hidden_source_problems(model: ModelConfig) -> list[str]:
+def _hidden_source_problems(model: ModelConfig) -> list[Problem]:
     """Depth 1 reads the input of the final norm, which exists only where the last decoder layer is."""
     if model.mtp_hidden_source != "pre_final_norm" or not model.mtp_num_layers:
         return []
@@ -30,59 +31,65 @@ def _hidden_source_problems(model: ModelConfig) -> list[str]:
     chunks, problems = layout_chunks(
         model.pipeline_model_parallel_layout, num_layers=model.num_layers, num_depths=model.mtp_num_layers, pp=pp, vp=vp
     )
-    if problems:
+    if problems or any("m" in chunk and "t" in chunk for chunk in chunks):
         return []
-    if any("m" in chunk and "t" in chunk for chunk in chunks):
-        return []
-    return [
-        "model.mtp_hidden_source = 'pre_final_norm': depth 1 reads the input of the final norm, which stays on the stage of the "
-        f"last decoder layer; in model.pipeline_model_parallel_layout = {'|'.join(chunks)} the MTP layers (m) share no chunk "
-        "with a decoder layer (t). Give their chunk the last decoder layer, for example with a list whose last entry is 1 or "
-        "more, or use 'post_final_norm'."
-    ]
+    rule = (
+        "depth 1 reads the input of the final norm, which stays on the stage of the last decoder layer; in "
+        "{model.pipeline_model_parallel_layout} = {layout} the MTP layers (m) share no chunk with a decoder layer (t)"
+    )
+    remedy = (
+        "Give their chunk the last decoder layer, for example with a list whose last entry is 1 or more, or use "
+        "'post_final_norm'."
+    )
+    return [refusal(model, "model.mtp_hidden_source", rule, remedy, layout="|".join(chunks))]
 
 
-def _document_problems(cfg: ConfigContainer) -> list[str]:
+def _document_problems(cfg: RunConfig) -> list[Problem]:
     if cfg.model.backend != "transformer_engine" or not cfg.dataset.reset_attention_mask:
         return []
-    return [
-        "dataset.reset_attention_mask = True: documents reach the attention as one id for each token, which Transformer Engine's "
-        "attention would misread as a mask; model.backend = 'transformer_engine'. Use model.backend = 'torch' (or 'auto', "
-        "which then takes it), at every parallel size; or leave documents joined and set dataset.eod_mask_loss = True."
-    ]
+    rule = (
+        "documents reach the attention as one id for each token, which the attention of {model.backend=} would misread as "
+        "a mask"
+    )
+    remedy = (
+        "Use model.backend = 'torch' (or 'auto', which then chooses it), at every parallel size; or leave documents joined "
+        "and set dataset.eod_mask_loss = True."
+    )
+    return [refusal(cfg, "dataset.reset_attention_mask", rule, remedy)]
 
 
-def _packing_problems(cfg: ConfigContainer) -> list[str]:
-    """The state of a linear attention runs on from one document into the next; only flash-linear-attention's kernels stop it."""
+def _packing_problems(cfg: RunConfig) -> list[Problem]:
+    """Only the kernels of flash-linear-attention stop the state of a linear attention at the end of a document."""
     if cfg.model.experimental_attention_variant is None or not cfg.dataset.reset_attention_mask:
         return []
-    return [
-        f"dataset.reset_attention_mask = True: model.experimental_attention_variant = "
-        f"{cfg.model.experimental_attention_variant!r} carries a state along the whole sequence and does not stop it at documents. "
-        "Leave documents joined and set dataset.eod_mask_loss = True, or use a model with attention in all layers."
-    ]
+    rule = (
+        "{model.experimental_attention_variant=} carries a state along the complete sequence and does not stop it at "
+        "documents"
+    )
+    remedy = "Leave documents joined and set dataset.eod_mask_loss = True, or use a model with attention in all layers."
+    return [refusal(cfg, "dataset.reset_attention_mask", rule, remedy)]
 
 
-def _recompute_problems(model: ModelConfig) -> list[str]:
+def _recompute_problems(model: ModelConfig) -> list[Problem]:
     """Megatron-Core asserts this inside its MTP layer where FP8 keeps its own recomputation."""
     uses_fp8 = bool(model.mcore.get("fp8") or model.mcore.get("fp4"))
     if not (uses_fp8 and model.mtp_num_layers and model.recompute_granularity == "full"):
         return []
     if model.recompute_method == "uniform" and model.recompute_num_layers == 1:
         return []
-    return [
-        f"model.recompute_method = {model.recompute_method!r}, model.recompute_num_layers = {model.recompute_num_layers}: in FP8 "
-        f"or FP4 the MTP layers (model.mtp_num_layers = {model.mtp_num_layers}) are recomputed by 'uniform' with 1 layer only. "
-        "Use these, or no recomputation."
-    ]
+    rule = (
+        "in FP8 or FP4 the MTP layers ({model.mtp_num_layers=}) are recomputed by 'uniform' with 1 layer only, not with "
+        "{model.recompute_num_layers=}"
+    )
+    return [refusal(model, "model.recompute_method", rule, "Use these, or no recomputation.")]
 
 
-def _sink_problems(model: ModelConfig) -> list[str]:
+def _sink_problems(model: ModelConfig) -> list[Problem]:
     """Megatron-Core 0.19.2 does not mark the sinks as sharded, so the gradient norm holds one rank's heads only."""
-    tp = model.tensor_model_parallel_size
-    if model.mcore.get("softmax_type") != "learnable" or tp == 1:
+    if model.mcore.get("softmax_type") != "learnable" or model.tensor_model_parallel_size == 1:
         return []
-    return [
-        "model.mcore.softmax_type = 'learnable': the gradient norm would leave out the attention sinks of all but one rank; "
-        f"model.tensor_model_parallel_size = {tp}. Set it to 1, or remove softmax_type."
-    ]
+    rule = (
+        "the gradient norm would leave out the attention sinks of all but one rank of "
+        "{model.tensor_model_parallel_size=}"
+    )
+    return [refusal(model, "model.mcore.softmax_type", rule, "Set the size to 1, or remove softmax_type.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mtp.config.mcore.table import MCORE_FIELDS
+from megatron_mtp.config.mcore_table import MCORE_FIELDS
 from megatron_mtp.config.sections import ModelConfig
 
 SAME_FUNCTION = frozenset(

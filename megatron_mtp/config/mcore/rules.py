@@ -1,15 +1,16 @@
-"""What may be written in `model.mcore`: known by name and type, not owned by a field of ours, and built by our engine."""
+"""What may be written in `model.mcore`: known by name and type, not set by another field, and supported."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from megatron_mtp.config.coerce import MisfitError, check, describe, field_types
-from megatron_mtp.config.mcore.table import MCORE_FIELDS, MCORE_VERSION
+from megatron_mtp.config.coerce import MisfitError, check, field_types
+from megatron_mtp.config.mcore_table import MCORE_FIELDS, MCORE_VERSION
+from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.errors import Problem, nearest
 
-# Fields that follow from a field of ours. Setting them beside it would make two truths.
+# Fields that follow from another field; setting them as well could contradict it.
 OWNED = {
     "account_for_embedding_in_pipeline_split": "model.pipeline_model_parallel_layout",
     "account_for_loss_in_pipeline_split": "model.pipeline_model_parallel_layout",
@@ -118,37 +119,33 @@ TRANSFORMER_ENGINE_ONLY = {
 }
 
 
-def mcore_problems(model: ModelConfig) -> tuple[list[str], list[str]]:
-    """What is wrong in `model.mcore`: mistakes, and what is refused by name."""
-    mistakes: list[str] = []
-    refused: list[str] = []
+def mcore_problems(model: ModelConfig) -> list[Problem]:
+    """What is wrong in `model.mcore`, mistakes and refusals."""
+    found = []
     for name, value in model.mcore.items():
-        if problem := _mistake(name, value):
-            mistakes.append(problem)
+        field = f"model.mcore.{name}"
+        if mistake := _mistake(name, value):
+            found.append(problem(model, field, *mistake))
         elif name in ENGINE:
-            refused.append(f"model.mcore.{name} = {value!r}: the engine sets this field itself. Remove it.")
+            found.append(refusal(model, field, "the engine sets this field itself", "Remove it."))
         elif (reason := _lookup(UNSUPPORTED, name)) and value != MCORE_FIELDS[name][1]:
-            refused.append(f"model.mcore.{name} = {value!r}: not supported, {reason}. Remove it.")
-    if model.backend == "torch":
-        refused += torch_backend_problems(model)
-    return mistakes, refused
+            found.append(refusal(model, field, f"not supported, {reason}", "Remove it."))
+    return found + (torch_backend_problems(model) if model.backend == "torch" else [])
 
 
-def torch_backend_problems(model: ModelConfig) -> list[str]:
+def torch_backend_problems(model: ModelConfig) -> list[Problem]:
     """What the plain PyTorch backend cannot do; call it too once backend = "auto" is resolved to torch."""
     problems = []
     for name, value in model.mcore.items():
         feature = _lookup(TRANSFORMER_ENGINE_ONLY, name)
         if feature and _mistake(name, value) is None and value != MCORE_FIELDS[name][1]:
-            problems.append(
-                f"model.mcore.{name} = {value!r}: {feature}: needs Transformer Engine, and the backend is torch. "
-                "Remove it, or use model.backend = 'transformer_engine' on a GPU."
-            )
+            rule = f"{feature} needs Transformer Engine, and the backend is torch ({{model.backend=}})"
+            remedy = "Remove it, or use model.backend = 'transformer_engine' on a GPU."
+            problems.append(refusal(model, f"model.mcore.{name}", rule, remedy))
     if model.moe_grouped_gemm:
-        problems.append(
-            "model.moe_grouped_gemm = True: grouped matrix products need Transformer Engine, and the backend is torch. "
-            "Leave it unset (each backend then takes its own best form)."
-        )
+        rule = "grouped matrix products need Transformer Engine, and the backend is torch ({model.backend=})"
+        remedy = "Leave it unset (each backend then uses its own best form)."
+        problems.append(refusal(model, "model.moe_grouped_gemm", rule, remedy))
     return problems
 
 
@@ -164,22 +161,21 @@ def without_transformer_engine(model: ModelConfig) -> tuple[ModelConfig, list[st
     return plain, left_out
 
 
-def _mistake(name: str, value: Any) -> str | None:
+def _mistake(name: str, value: Any) -> tuple[str, str] | None:
+    """Rule and remedy."""
     if name in field_types(ModelConfig):
-        return f"model.mcore.{name}: this field is ours. Set model.{name} instead."
+        return "this is a field of the section model", f"Set model.{name} instead."
     if name in OWNED:
-        return f"model.mcore.{name}: this follows from another field. Use {OWNED[name]}."
+        return "this follows from another field", f"Use {OWNED[name]}."
     if name not in MCORE_FIELDS:
-        close = difflib.get_close_matches(name, MCORE_FIELDS, n=1, cutoff=0.6)
-        meant = f" Did you mean {close[0]}?" if close else ""
-        return f"model.mcore.{name}: megatron-core {MCORE_VERSION} has no such field.{meant}"
+        return f"megatron-core {MCORE_VERSION} has no such field", nearest(name, MCORE_FIELDS).strip()
     wanted, _ = MCORE_FIELDS[name]
     if wanted is None:
-        return f"model.mcore.{name}: no value can be given in a config (it is a function or a dtype)."
+        return "no value can be given in a config (it is a function or a dtype)", ""
     try:
         check(value, wanted)
-    except MisfitError:
-        return f"model.mcore.{name} = {value!r}: must be {describe(wanted)}."
+    except MisfitError as misfit:
+        return str(misfit), ""
     return None
 
 

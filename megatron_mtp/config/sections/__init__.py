@@ -3,13 +3,14 @@
 from megatron_mtp.config.sections.checkpoint import CheckpointConfig
 from megatron_mtp.config.sections.dataset import DatasetConfig
 from megatron_mtp.config.sections.ddp import DDPConfig
-from megatron_mtp.config.sections.dist import DistConfig, Hardware
+from megatron_mtp.config.sections.dist import DistConfig
 from megatron_mtp.config.sections.logger import LoggerConfig
 from megatron_mtp.config.sections.model import ModelConfig
 from megatron_mtp.config.sections.optimizer import OptimizerConfig
 from megatron_mtp.config.sections.precision import PrecisionConfig
 from megatron_mtp.config.sections.profiling import ProfilingConfig
 from megatron_mtp.config.sections.rng import RNGConfig
+from megatron_mtp.config.sections.run import RunConfig
 from megatron_mtp.config.sections.scheduler import SchedulerConfig
 from megatron_mtp.config.sections.tokenizer import TokenizerConfig
 from megatron_mtp.config.sections.train import TrainConfig
@@ -20,13 +21,13 @@ __all__ = [
     "DDPConfig",
     "DatasetConfig",
     "DistConfig",
-    "Hardware",
     "LoggerConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PrecisionConfig",
     "ProfilingConfig",
     "RNGConfig",
+    "RunConfig",
     "SchedulerConfig",
     "TokenizerConfig",
     "TrainConfig",

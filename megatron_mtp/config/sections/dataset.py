@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,11 +21,11 @@ class DatasetConfig(Section):
     """One blend for each of train, validation, test (None where a split is absent)."""
     split: str | None = "9999,8,2"
     """Shares of train, validation and test within each prefix of `blend`."""
-    seq_length: int | None = None
+    seq_length: int | None = knob(None, ge=1, le=2**31)
     """None: model.seq_length."""
-    path_to_cache: str | None = None
+    path_to_cache: str | None = knob(None, resume="free")
     """Where indices are kept; None: beside each prefix."""
-    valid_sets: dict[str, list] | None = None
+    valid_sets: dict[str, list] | None = knob(None, resume="free")
     """Further validation sets: name -> blend. Each is reported under its name."""
     eod_mask_loss: bool = False
     """Targets after an end-of-document token carry no loss."""
@@ -36,7 +37,7 @@ class DatasetConfig(Section):
     """Positions start again at each document."""
     mock: bool = False
     """Random tokens that repeat with a pattern, made from rng.seed; no files needed."""
-    prefetch_steps: int = 2
+    prefetch_steps: int = knob(2, ge=0, le=1000, resume="free")
     """Global batches read ahead by a background thread; 0: none."""
-    check_token_ids: bool = True
+    check_token_ids: bool = knob(True, resume="free")
     """Compare the ids of each batch with the vocabulary."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -13,14 +14,15 @@ class LoggerConfig(Section):
     """Where figures go and how often."""
 
     SECTION: ClassVar[str] = "logger"
+    RESUME: ClassVar[Resume] = "free"
 
-    log_interval: int = 10
+    log_interval: int = knob(10, ge=1)
     """Steps between console lines."""
     log_dir: str | None = None
     """Folder of metrics.jsonl; None: the file is CHECKPOINT_SAVE.metrics.jsonl beside checkpoint.save, if that is set."""
     tensorboard_dir: str | None = None
     """TensorBoard events; None: off."""
-    tensorboard_log_interval: int = 1
+    tensorboard_log_interval: int = knob(1, ge=1)
     """Steps between TensorBoard, W&B and JSONL records."""
     wandb_project: str | None = None
     """Weights & Biases project; None: off."""
@@ -34,9 +36,7 @@ class LoggerConfig(Section):
     """offline writes to wandb_save_dir only."""
     progress_bar: bool | None = None
     """None: only in a terminal."""
-    log_params_norm: bool = False
-    """Norm of all weights on each console line."""
     log_throughput: bool = True
     """Tokens/s, TFLOP/s and MFU on each console line."""
-    device_peak_tflops: float | None = None
+    device_peak_tflops: float | None = knob(None, gt=0)
     """Dense peak of the device in the training dtype; None: from the table of known devices."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,201 +16,203 @@ class ModelConfig(Section):
     SECTION: ClassVar[str] = "model"
 
     # ---- architecture ----
-    num_layers: int = 0
+    num_layers: int = knob(0, ge=1, le=10_000, engine="same")
     """Decoder layers of the trunk, MTP layers not counted."""
-    hidden_size: int = 0
+    hidden_size: int = knob(0, ge=1, engine="same")
     """Width h of the residual stream."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int | None = knob(None, ge=1, engine="same")
     """Width of the dense feed-forward block; None: 4 * hidden_size."""
-    num_attention_heads: int = 0
+    num_attention_heads: int = knob(0, ge=1, engine="same")
     """Query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: int | None = knob(None, ge=1, engine="same")
     """Key/value heads (grouped-query attention); None: num_attention_heads."""
-    kv_channels: int | None = None
+    kv_channels: int | None = knob(None, ge=1, engine="same")
     """Width of one attention head; None: hidden_size / num_attention_heads."""
-    seq_length: int = 4096
+    seq_length: int = knob(4096, ge=1, le=2**31)
     """Tokens in one sample; dataset.seq_length follows it."""
-    vocab_size: int | None = None
+    vocab_size: int | None = knob(None, ge=1, le=2**31)
     """Token ids are below this; None: taken from the tokenizer."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = knob(128, ge=1, le=2**31, resume="free")
     """The embedding is padded to a multiple of this times tensor_model_parallel_size. The padding never takes part in a loss."""
     share_embeddings_and_output_weights: bool = False
     """Tied input embedding and output head."""
     position_embedding_type: Literal["rope", "none", "learned_absolute"] = "rope"
     """Rotary positions, or none. learned_absolute cannot be used with MTP."""
-    rotary_base: float = 10000.0
+    rotary_base: float = knob(10000.0, gt=0, engine="mla")
     """RoPE theta."""
-    rotary_percent: float = 1.0
+    rotary_percent: float = knob(1.0, ge=0, le=1, engine="mla")
     """Share of each head that RoPE turns."""
     rope_scaling: bool = False
     """Llama-3.1 frequency scaling."""
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: float = knob(8.0, gt=0)
     """Factor of the Llama-3.1 scaling."""
-    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    normalization: Literal["RMSNorm", "LayerNorm"] = knob("RMSNorm", engine="same")
     """Norm of every block."""
-    layernorm_epsilon: float = 1e-5
+    layernorm_epsilon: float = knob(1e-5, gt=0, engine="same")
     """Epsilon of every norm."""
-    layernorm_zero_centered_gamma: bool = False
+    layernorm_zero_centered_gamma: bool = knob(False, engine="same")
     """Norm weights are stored as (weight - 1)."""
-    add_bias_linear: bool = False
+    add_bias_linear: bool = knob(False, engine="same")
     """Biases in all linear layers."""
-    add_qkv_bias: bool = False
+    add_qkv_bias: bool = knob(False, engine="same")
     """Biases in the query, key and value projections only."""
-    gated_linear_unit: bool = True
+    gated_linear_unit: bool = knob(True, engine="same")
     """Gated feed-forward block (SwiGLU with silu)."""
-    activation_func: Literal["silu", "gelu", "relu", "squared_relu"] = "silu"
+    activation_func: Literal["silu", "gelu", "relu", "squared_relu"] = knob("silu", engine="own")
     """Activation of the feed-forward block."""
-    qk_layernorm: bool = False
+    qk_layernorm: bool = knob(False, engine="same")
     """Norm of queries and keys per head; with MLA, norm of the latents."""
-    attention_output_gate: bool = False
+    attention_output_gate: bool = knob(False, engine="same")
     """A sigmoid gate on the output of attention, from a query projection of twice the width (Qwen3-Next)."""
-    attention_dropout: float = 0.0
+    attention_dropout: float = knob(0.0, ge=0, lt=1, engine="same", resume="curve")
     """Dropout on attention probabilities. Above 0 the curve depends on the layout."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: float = knob(0.0, ge=0, lt=1, engine="same", resume="curve")
     """Dropout on block outputs. Above 0 the curve depends on the layout."""
-    init_method_std: float = 0.02
+    init_method_std: float = knob(0.02, gt=0, engine="same", resume="free")
     """Standard deviation of the initial weights; output projections use it / sqrt(2 * num_layers)."""
 
     # ---- multi-latent attention ----
-    multi_latent_attention: bool = False
+    multi_latent_attention: bool = knob(False, engine="own")
     """DeepSeek's MLA in place of multi-head attention."""
-    q_lora_rank: int | None = None
+    q_lora_rank: int | None = knob(None, ge=1, engine="mla")
     """Rank of the query latent; None: full query projection."""
-    kv_lora_rank: int = 512
+    kv_lora_rank: int = knob(512, ge=1, engine="mla")
     """Rank of the shared key/value latent."""
-    qk_head_dim: int = 128
+    qk_head_dim: int = knob(128, ge=1, engine="mla")
     """Width of the part of each query/key head without position."""
-    qk_pos_emb_head_dim: int = 64
+    qk_pos_emb_head_dim: int = knob(64, ge=1, engine="mla")
     """Width of the part of each query/key head that RoPE turns."""
-    v_head_dim: int = 128
+    v_head_dim: int = knob(128, ge=1, engine="mla")
     """Width of each value head."""
-    rope_type: Literal["rope", "yarn"] = "rope"
+    rope_type: Literal["rope", "yarn"] = knob("rope", engine="mla")
     """RoPE of MLA; yarn for long context."""
-    rotary_scaling_factor: float = 40.0
+    rotary_scaling_factor: float = knob(40.0, gt=0, engine="mla")
     """YaRN factor."""
-    original_max_position_embeddings: int = 4096
+    original_max_position_embeddings: int = knob(4096, ge=1, engine="mla")
     """YaRN's original context."""
-    beta_fast: float = 32.0
+    beta_fast: float = knob(32.0, gt=0, engine="mla")
     """YaRN beta fast."""
-    beta_slow: float = 1.0
+    beta_slow: float = knob(1.0, gt=0, engine="mla")
     """YaRN beta slow."""
-    mscale: float = 1.0
+    mscale: float = knob(1.0, ge=0, engine="mla")
     """YaRN mscale."""
-    mscale_all_dim: float = 0.0
+    mscale_all_dim: float = knob(0.0, ge=0, engine="mla")
     """YaRN mscale over all dimensions."""
-    latent_norm_epsilon: float | None = None
+    latent_norm_epsilon: float | None = knob(None, gt=0, engine="own")
     """Epsilon of the norms of the latents; None: layernorm_epsilon. Hugging Face's DeepSeek classes have 1e-6 whatever the others have."""
 
     # ---- linear attention ----
-    experimental_attention_variant: Literal["gated_delta_net"] | None = None
+    experimental_attention_variant: Literal["gated_delta_net"] | None = knob(None, engine="same")
     """gated_delta_net: linear attention in some layers (Qwen3-Next). None: attention in all."""
-    linear_attention_freq: int | list[int] | None = None
+    linear_attention_freq: int | list[int] | None = knob(None, ge=0, le=10_000, engine="same")
     """Every n-th layer has full attention and the others are linear, or a list of 1 (linear) and 0 (full), one for each decoder layer. MTP layers have full attention."""
-    linear_conv_kernel_dim: int = 4
+    linear_conv_kernel_dim: int = knob(4, ge=1, engine="same")
     """Tokens that the short convolution over queries, keys and values sees."""
-    linear_key_head_dim: int = 128
+    linear_key_head_dim: int = knob(128, ge=1, engine="same")
     """Width of one query and key head of linear attention."""
-    linear_value_head_dim: int = 128
+    linear_value_head_dim: int = knob(128, ge=1, engine="same")
     """Width of one value head of linear attention."""
-    linear_num_key_heads: int = 16
+    linear_num_key_heads: int = knob(16, ge=1, engine="same")
     """Query and key heads of linear attention."""
-    linear_num_value_heads: int = 32
+    linear_num_value_heads: int = knob(32, ge=1, engine="same")
     """Value heads of linear attention."""
 
     # ---- mixture of experts ----
-    num_moe_experts: int | None = None
+    num_moe_experts: int | None = knob(None, ge=1, le=100_000, engine="moe")
     """Routed experts of a MoE layer; None: dense model."""
-    moe_layer_freq: int | list[int] = 1
+    moe_layer_freq: int | list[int] = knob(1, ge=0, le=10_000, engine="moe")
     """Every n-th layer is MoE, or a list of 0 (dense) and 1 (MoE), one for each decoder layer."""
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: int | None = knob(None, ge=1, engine="moe")
     """Width of one expert; None: ffn_hidden_size."""
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = knob(None, ge=1, engine="moe")
     """Total width of the shared experts; None: no shared expert."""
-    moe_shared_expert_gate: bool = False
+    moe_shared_expert_gate: bool = knob(False, engine="moe")
     """A sigmoid gate on the shared expert."""
-    moe_router_topk: int = 2
+    moe_router_topk: int = knob(2, ge=1, le=100_000, engine="moe")
     """Experts for each token."""
-    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_score_function: Literal["softmax", "sigmoid"] = knob("softmax", engine="moe")
     """Turns router logits into scores."""
-    moe_router_pre_softmax: bool = False
+    moe_router_pre_softmax: bool = knob(False, engine="moe")
     """Softmax before the top-k choice (True) or over the chosen ones (False)."""
-    moe_router_num_groups: int | None = None
+    moe_router_num_groups: int | None = knob(None, ge=1, le=100_000, engine="moe")
     """Groups of experts for group-limited routing."""
-    moe_router_group_topk: int | None = None
+    moe_router_group_topk: int | None = knob(None, ge=1, le=100_000, engine="moe")
     """Groups a token may use."""
-    moe_router_topk_scaling_factor: float | None = None
+    moe_router_topk_scaling_factor: float | None = knob(None, gt=0, engine="moe")
     """Factor on the routing weights."""
-    moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    moe_router_dtype: Literal["fp32", "fp64"] | None = knob("fp32", engine="moe", resume="curve")
     """Dtype of the router's matrix product and scores."""
-    moe_router_enable_expert_bias: bool = False
+    moe_router_enable_expert_bias: bool = knob(False, engine="moe")
     """Auxiliary-loss-free balancing: a bias for each expert, updated from the global counts of a step."""
-    moe_router_bias_update_rate: float = 1e-3
+    moe_router_bias_update_rate: float = knob(1e-3, ge=0, engine="moe", resume="curve")
     """Step of that bias."""
-    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = knob(
+        "none", engine="moe", resume="curve"
+    )
     """Balancing loss. seq_aux_loss is exact at every layout; aux_loss depends on the micro-batch by definition."""
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: float = knob(0.0, ge=0, engine="moe", resume="curve")
     """Coefficient of the balancing loss."""
-    moe_z_loss_coeff: float | None = None
+    moe_z_loss_coeff: float | None = knob(None, ge=0, engine="moe", resume="curve")
     """Coefficient of the router z-loss, a mean over tokens."""
-    moe_expert_capacity_factor: float | None = None
+    moe_expert_capacity_factor: float | None = knob(None, gt=0, engine="moe", resume="curve")
     """Tokens above this capacity are dropped; the curve then depends on the layout. None: no token is dropped."""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = knob("alltoall", engine="moe", resume="free")
     """How tokens travel to their experts."""
-    moe_grouped_gemm: bool | None = None
+    moe_grouped_gemm: bool | None = knob(None, engine="own", resume="free")
     """One grouped matrix product for all local experts (transformer_engine backend); None: where the backend has it."""
 
     # ---- multi-token prediction ----
-    mtp_num_layers: int | None = None
+    mtp_num_layers: int | None = knob(None, ge=0, le=1000, engine="own")
     """D, the number of prediction depths beside the next token; 0 or None: plain model."""
-    mtp_loss_scaling_factor: float | str = 0.1
+    mtp_loss_scaling_factor: float | str = knob(0.1, ge=0, resume="curve")
     """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or "linear:0.3->0.1@10T"."""
-    mtp_depth_weights: list[float] | None = None
+    mtp_depth_weights: list[float] | None = knob(None, ge=0, resume="curve")
     """w_k for each depth; None: all 1."""
     mtp_variant: str = "sequential"
     """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several."""
-    mtp_use_repeated_layer: bool = False
+    mtp_use_repeated_layer: bool = knob(False, engine="same")
     """One set of MTP weights applied D times (Nemotron-3)."""
-    mtp_detach_heads: bool = False
+    mtp_detach_heads: bool = knob(False, engine="same", resume="curve")
     """MTP losses do not reach the trunk, the embedding and the head."""
-    mtp_freeze_trunk: bool = False
+    mtp_freeze_trunk: bool = knob(False, resume="curve")
     """Train the MTP layers only; trunk, embedding and head stay as they are."""
     mtp_hidden_source: Literal["post_final_norm", "pre_final_norm"] = "post_final_norm"
     """The hidden state that depth 1 reads: after the final norm (DeepSeek-V3 and most) or before it (Step-3.5; then the MTP layers share a chunk with the last decoder layer)."""
 
     # ---- parallel sizes ----
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """TP."""
-    sequence_parallel: bool = False
+    sequence_parallel: bool = knob(False, engine="same", resume="free")
     """Shards norms and residuals along the sequence over TP; means nothing at TP = 1."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """PP, the number of stages."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: int | None = knob(None, ge=1, le=10_000, engine="same", resume="free")
     """VP, model chunks for each stage (interleaved schedule); None: 1."""
-    pipeline_model_parallel_layout: str | list[int] | None = "auto"
+    pipeline_model_parallel_layout: str | list[int] | None = knob("auto", ge=0, le=10_000, engine="own", resume="free")
     """Which layers each chunk holds: "auto" (the planner's), "even", Megatron's string ("Et*3|(tt|)*29m|L"), or decoder layers of each chunk ([5, 6, 6, 4])."""
-    context_parallel_size: int = 1
+    context_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """CP, shards the sequence."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """EP, shards the experts."""
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: int | None = knob(None, ge=1, le=100_000, engine="same", resume="free")
     """ETP, tensor parallel size inside an expert; None: TP."""
 
     # ---- memory ----
-    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_granularity: Literal["full", "selective"] | None = knob(None, engine="same", resume="free")
     """Recompute whole layers, or chosen modules, in the backward pass."""
-    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = knob(None, engine="same", resume="free")
     """full: groups of recompute_num_layers layers (uniform), or the first recompute_num_layers of each chunk (block); MTP layers in both."""
-    recompute_num_layers: int | None = None
+    recompute_num_layers: int | None = knob(None, ge=1, le=10_000, engine="same", resume="free")
     """See recompute_method."""
-    recompute_modules: list[str] | None = None
+    recompute_modules: list[str] | None = knob(None, engine="same", resume="free")
     """selective: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; None: core_attn."""
-    logits_chunk_tokens: int = 1024
+    logits_chunk_tokens: int = knob(1024, ge=1, resume="free")
     """Cross entropy runs over chunks of this many tokens of one rank; logits are never whole."""
-    logits_z_loss_coeff: float = 0.0
+    logits_z_loss_coeff: float = knob(0.0, ge=0, resume="curve")
     """Coefficient of log(Z)^2 of the main and MTP logits; 0: off."""
 
     # ---- implementation ----
-    backend: Literal["auto", "torch", "transformer_engine"] = "auto"
+    backend: Literal["auto", "torch", "transformer_engine"] = knob("auto", engine="own", resume="free")
     """Which modules do the work. auto: Transformer Engine where it imports, a GPU is present and attention does not stop at documents, else torch."""
-    mcore: dict[str, Any] = field(default_factory=dict)
+    mcore: dict[str, Any] = knob({}, engine="own")
     """Fields of Megatron-Core's TransformerConfig that have no field here, by name; checked against the pinned release."""

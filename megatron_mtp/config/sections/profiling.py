@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -13,14 +14,15 @@ class ProfilingConfig(Section):
     """torch.profiler over a range of steps."""
 
     SECTION: ClassVar[str] = "profiling"
+    RESUME: ClassVar[Resume] = "free"
 
     use_pytorch_profiler: bool = False
     """Write a trace for TensorBoard or Perfetto."""
-    profile_step_start: int = 10
+    profile_step_start: int = knob(10, ge=0)
     """First step of the trace."""
-    profile_step_end: int = 12
+    profile_step_end: int = knob(12, ge=1)
     """Step after the last of the trace."""
-    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    profile_ranks: list[int] = knob([0], ge=0)
     """Ranks that write one."""
     profile_dir: str | None = None
     """Folder of the traces; needed with use_pytorch_profiler."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,5 +15,5 @@ class RNGConfig(Section):
 
     SECTION: ClassVar[str] = "rng"
 
-    seed: int = 1234
+    seed: int = knob(1234, ge=0, lt=2**32)
     """Initial weights, data order and dropout follow from it."""

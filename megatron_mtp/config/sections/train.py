@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,39 +15,39 @@ class TrainConfig(Section):
 
     SECTION: ClassVar[str] = "train"
 
-    micro_batch_size: int = 1
+    micro_batch_size: int = knob(1, ge=1, le=1_000_000, resume="free")
     """Samples in one forward pass of one rank."""
-    global_batch_size: int = 1
+    global_batch_size: int = knob(1, ge=1, le=1_000_000)
     """Samples in one optimizer step over all ranks."""
-    rampup_batch_size: list[int] | None = None
+    rampup_batch_size: list[int] | None = knob(None, ge=1)
     """[start, increment, samples]: grows the global batch from start to global_batch_size over that many samples."""
-    train_iters: int | None = None
+    train_iters: int | None = knob(None, ge=1, resume="curve")
     """Ends after this many steps."""
-    train_samples: int | None = None
+    train_samples: int | None = knob(None, ge=1, resume="curve")
     """Ends after this many samples."""
-    train_tokens: int | str | None = None
+    train_tokens: int | str | None = knob(None, ge=1, resume="curve")
     """Ends after this many tokens; "10B" is accepted."""
-    exit_interval: int | None = None
+    exit_interval: int | None = knob(None, ge=1, resume="free")
     """Saves and leaves after a step divisible by this."""
-    exit_duration_in_mins: float | None = None
+    exit_duration_in_mins: float | None = knob(None, gt=0, resume="free")
     """Saves and leaves after this much wall-clock time."""
-    manual_gc: bool = True
+    manual_gc: bool = knob(True, resume="free")
     """Python's garbage collector runs at the same steps on every rank."""
-    manual_gc_interval: int = 100
+    manual_gc_interval: int = knob(100, ge=1, resume="free")
     """Steps between collections."""
-    deterministic: bool = False
+    deterministic: bool = knob(False, resume="free")
     """Ask torch for deterministic kernels; slower on a GPU."""
-    on_nan: Literal["skip", "stop", "rollback"] = "skip"
+    on_nan: Literal["skip", "stop", "rollback"] = knob("skip", resume="curve")
     """A loss or gradient that is not finite: leave the update out, stop, or go back to the last checkpoint and pass over the batches since."""
-    on_spike: Literal["report", "skip", "stop", "rollback"] = "report"
+    on_spike: Literal["report", "skip", "stop", "rollback"] = knob("report", resume="curve")
     """A loss or gradient norm far above those before it: apply it and say so, or as on_nan."""
-    spike_sigmas: float = 6.0
+    spike_sigmas: float = knob(6.0, gt=0, resume="curve")
     """A spike is this many standard deviations above the mean of the last spike_window good steps."""
-    spike_window: int = 128
+    spike_window: int = knob(128, ge=4, le=1_000_000, resume="curve")
     """Good steps that a spike is compared with; half of them must have been done."""
-    skip_limit: int = 10
+    skip_limit: int = knob(10, ge=1, resume="free")
     """Steps left out in a row after which the run stops."""
-    rollback_limit: int = 3
+    rollback_limit: int = knob(3, ge=0, resume="free")
     """Rollbacks after which the run stops at the next fault."""
-    check_replicas_interval: int | None = None
+    check_replicas_interval: int | None = knob(None, ge=1, resume="free")
     """Steps between comparisons of the weights of data-parallel replicas, by hash; None: never."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -13,18 +14,19 @@ class ValidationConfig(Section):
     """Evaluation on held-out samples, the loss of every depth included."""
 
     SECTION: ClassVar[str] = "validation"
+    RESUME: ClassVar[Resume] = "free"
 
-    eval_interval: int | None = None
+    eval_interval: int | None = knob(None, ge=1)
     """Steps between evaluations; None: none during training."""
-    eval_iters: int = 32
+    eval_iters: int = knob(32, ge=0)
     """Global batches of one evaluation; 0: no evaluation."""
     eval_at_start: bool = False
     """Evaluate before the first step."""
     eval_at_end: bool = True
     """Evaluate after the last step."""
-    eval_micro_batch_size: int | None = None
+    eval_micro_batch_size: int | None = knob(None, ge=1, le=1_000_000)
     """None: train.micro_batch_size."""
-    eval_global_batch_size: int | None = None
+    eval_global_batch_size: int | None = knob(None, ge=1, le=1_000_000)
     """None: train.global_batch_size."""
-    draft_prompts: int = 0
+    draft_prompts: int = knob(0, ge=0, le=100_000)
     """At each evaluation, beginnings of this many held-out samples are decoded with the MTP layers as drafters (drafting/...); 0: none."""

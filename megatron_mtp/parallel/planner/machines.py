@@ -9,13 +9,12 @@ is one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards).
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from megatron_mtp.errors import PlanError
+from megatron_mtp.errors import PlanError, nearest
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -197,10 +196,10 @@ def find_machine(hardware: str | Mapping[str, Any]) -> Machine:
     name = hardware
     if name.lower() in MACHINES:
         return MACHINES[name.lower()]
-    close = difflib.get_close_matches(name.lower(), MACHINES, n=1, cutoff=0.4)
-    meant = f" Did you mean {close[0]}?" if close else ""
+    meant = nearest(name.lower(), MACHINES)
     raise PlanError(
-        f"--hardware {name!r} is not known.{meant} Known: {', '.join(MACHINES)}. Or measure: --profile FILE."
+        f"hardware {name!r} (--hardware, dist.hardware) is not known.{meant} Known: {', '.join(MACHINES)}. "
+        "Or measure: --profile FILE."
     )
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import typing
-
 import pytest
 
-from megatron_mtp.config.sections import Hardware
+from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.planner.auto_layout import even_layout
-from megatron_mtp.parallel.planner.machines import MACHINES
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.plan.compare import Request, make_plans
 from megatron_mtp.recipes import get_recipe
@@ -72,7 +69,10 @@ def test_hardware_is_a_matter_of_the_config_not_of_the_machine_at_hand():
     cfg = config()
     cfg.dist.device = "auto"
     assert resolve(cfg.finalize()).planned.machine.name == "h100"
-    assert set(typing.get_args(Hardware)) == set(MACHINES)
+    cfg = config()
+    cfg.dist.hardware = "h1000"
+    with pytest.raises(PlanError, match=r"hardware 'h1000' .*Did you mean h100\?"):
+        resolve(cfg.finalize())
 
 
 def test_a_model_that_no_split_fits_gets_the_fastest_and_a_word():

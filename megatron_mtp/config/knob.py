@@ -1,0 +1,128 @@
+"""What is known about a config field, stated where the field is declared: range, engine, resume.
+
+    rotary_percent: float = knob(1.0, ge=0, le=1, engine="mla")
+
+The range checks of `finalize`, the fields that Megatron-Core's config receives, what a resume may change and
+docs/config.md are all derived from these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal
+
+Engine = Literal["same", "mla", "moe", "own"]
+"""How Megatron-Core's config gets the field. same: under its own name; mla, moe: the same, for such models only;
+own: converted in model/transformer_config.py."""
+Resume = Literal["free", "curve", "fixed"]
+"""What may change when a run resumes. free: the run computes the same; curve: the loss curve changes from there on,
+which is reported; fixed: resuming with another value is refused."""
+INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a field accepts: all finite, integers within 64 bits. Items of a list are checked one by one.
+
+    Args:
+        gt, ge: lower bound, excluded or included.
+        lt, le: upper bound, excluded or included.
+    """
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether every number in `value` is in the range; text, flags and None are not numbers."""
+        return all(map(self._holds, numbers(value)))
+
+    def _holds(self, number: float) -> bool:
+        return (
+            _is_finite(number)
+            and (self.gt is None or number > self.gt)
+            and (self.ge is None or number >= self.ge)
+            and (self.lt is None or number < self.lt)
+            and (self.le is None or number <= self.le)
+        )
+
+    @property
+    def lowest(self) -> float:
+        """A number in the range, near its lower end."""
+        if self.ge is not None:
+            return self.ge
+        return 1 if self.gt is None or self.gt < 1 else self.gt + 1
+
+    def rule(self, value: Any) -> str:
+        """What a value outside breaks, as a rule: "must be at least 0 and below 1"."""
+        if not all(map(_is_finite, numbers(value))):
+            return "must be finite and within 64 bits"
+        bounds = [("above", self.gt), ("at least", self.ge), ("below", self.lt), ("at most", self.le)]
+        return f"must be {' and '.join(f'{words} {bound}' for words, bound in bounds if bound is not None)}"
+
+    def __str__(self) -> str:
+        """As an interval: "[0, 1)"."""
+        low = f"({self.gt}" if self.gt is not None else f"[{self.ge}" if self.ge is not None else "(-inf"
+        high = f"{self.lt})" if self.lt is not None else f"{self.le}]" if self.le is not None else "inf)"
+        return f"{low}, {high}"
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """The numbers that a value of a field holds: itself, or the items of a list."""
+    items = value if isinstance(value, list) else [value]
+    return (item for item in items if isinstance(item, int | float) and not isinstance(item, bool))
+
+
+def _is_finite(number: float) -> bool:
+    return abs(number) <= INT64_MAX if isinstance(number, int) else math.isfinite(number)
+
+
+def knob(
+    default: Any,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    engine: Engine | None = None,
+    resume: Resume | None = None,
+) -> Any:
+    """A field of a section with the facts about it; the string below the field says what it means.
+
+    Args:
+        default: a list or dict is copied for every new section.
+        gt, ge, lt, le: its range, see `Range`.
+        engine: None: Megatron-Core's config does not get it.
+        resume: None: as the section says.
+    """
+    limits = None if gt is ge is lt is le is None else Range(gt, ge, lt, le)
+    metadata = {"range": limits, "engine": engine, "resume": resume}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def range_of(section: type, name: str) -> Range | None:
+    """The range of a field; None: it holds no number."""
+    return _facts(section)[name].get("range")
+
+
+def resume_rule(section: type, name: str) -> Resume:
+    """What a resume may do with a field. A field that no version knows any more follows the section's rule."""
+    return _facts(section).get(name, {}).get("resume") or section.RESUME  # type: ignore[attr-defined]
+
+
+def engine_fields(section: type, kinds: Iterable[Engine]) -> list[str]:
+    """Names of the fields that Megatron-Core's config gets in one of these ways."""
+    wanted = set(kinds)
+    return [name for name, facts in _facts(section).items() if facts.get("engine") in wanted]
+
+
+@cache
+def _facts(section: type) -> dict[str, Any]:
+    return {field.name: field.metadata for field in fields(section)}
