@@ -30,6 +30,7 @@ from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.part_costs import PartCosts
 from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.resolve import resolve
+from megatron_mtp.parallel.shape import RunShape
 from megatron_mtp.profile.job import PRELOAD, CpuProfiler
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training import setup as setup_module
@@ -98,7 +99,7 @@ def config(depths: int, split: tuple[int, ...]) -> ConfigContainer:
 def outcome(cfg: ConfigContainer, depths: int, split: tuple[int, ...], costs: PartCosts, times: list[float]) -> Outcome:
     """Median, its interval, and the plan."""
     low, high = interval_of_median(times)
-    step = Planner(cfg, costs, 2, is_cpu=True).step(PipelineLayout.from_config(cfg.model))
+    step = Planner(RunShape.of(cfg, 2), costs, is_cpu=True).step(PipelineLayout.from_config(cfg.model))
     return Outcome(depths=depths, split=split, planned=step.total_ms, measured=median(times), low=low, high=high)
 
 

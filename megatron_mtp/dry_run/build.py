@@ -125,7 +125,7 @@ def dry_run(
     found.problems += _found_problems(check_data, cfg) + _found_problems(check_run_directory, cfg)
     if cfg.dist.device == "cpu":
         found.problems += torch_backend_problems(cfg.model)
-    planned = [predict_memory(cfg, layout, stage, world_size) for stage in range(layout.pp)]
+    planned = [predict_memory(run, layout, stage) for stage in range(layout.pp)]
     run, found.notes = _for_torch_backend(run)
     failures: dict[str, list[int]] = {}
     for stage in range(layout.pp):

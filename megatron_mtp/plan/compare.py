@@ -18,6 +18,8 @@ from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Plan, Planner
 from megatron_mtp.parallel.planner.search_sizes import Candidate, search_sizes
 from megatron_mtp.parallel.planner.search_split import SplitChoice
+from megatron_mtp.parallel.planner.stage_memory import MemoryModel
+from megatron_mtp.parallel.shape import RunShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class Plans:
 
     def chosen_planner(self) -> Planner:
         """The planner that made `chosen`."""
-        return make_planner(self.cfg, self.world_size, self.machine, self.profile)
+        return make_planner(RunShape.of(self.cfg, self.world_size), self.machine, self.profile)
 
 
 def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
@@ -92,7 +94,7 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
         cfg.finalize(world_size)
     if cfg.model.vocab_size is None:
         raise PlanError("model.vocab_size is not known before the tokenizer is opened. Set model.vocab_size to plan.")
-    planner = make_planner(cfg, world_size, machine, profile)
+    planner = make_planner(RunShape.of(cfg, world_size), machine, profile)
     chosen, choice = _choose(planner, limit)
     plans = Plans(
         cfg=cfg,
@@ -128,7 +130,7 @@ def smallest_world(cfg: ConfigContainer) -> int:
 
 
 def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | None]:
-    model = planner.cfg.model
+    model = planner.shape.cfg.model
     if not is_planned(model):
         plan = planner.plan(PipelineLayout.from_config(model))
         choice = None
@@ -151,7 +153,7 @@ def _nearest_fit(planner: Planner, limit: float | None) -> str:
     """A sentence that names the first single change after which the even split fits."""
     if limit is None:
         return ""
-    model, train = planner.cfg.model, planner.cfg.train
+    model, train = planner.shape.cfg.model, planner.shape.cfg.train
     full = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -178,18 +180,18 @@ def _nearest_fit(planner: Planner, limit: float | None) -> str:
 
 
 def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, Any]) -> float | None:
-    source = planner.cfg.to_dict()
+    source = planner.shape.cfg.to_dict()
     source["model"] |= in_model
     source["train"] |= in_train
     source["validation"] |= {"eval_micro_batch_size": None, "eval_global_batch_size": None}
     try:
         cfg = ConfigContainer.from_dict(source)
-        world_size = max(planner.world_size, smallest_world(cfg))
+        world_size = max(planner.shape.world_size, smallest_world(cfg))
         cfg.finalize(world_size)
     except (ConfigError, PlanError):
         return None
     layout = even_layout(cfg.model)
-    memory = Planner(cfg, planner.costs, world_size, is_cpu=planner.is_cpu).memory_model()
+    memory = MemoryModel(RunShape.of(cfg, world_size), planner.is_cpu)
     return max(memory.rank(layout, stage).total for stage in range(layout.pp))
 
 

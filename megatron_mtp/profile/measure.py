@@ -50,7 +50,7 @@ class PartMeasurement:
     def __init__(self, cfg: ConfigContainer):
         self.run = setup(resolve(cfg, job_size()))
         self._chunk, self._clock = unwrap(self.run.engine.chunks[0]), Clock(self.run.device.torch_device)
-        self._kinds = layer_kinds(cfg.model)
+        self._kinds = layer_kinds(self.run.resolved)
         self._timer = PartTimer(self._chunk, self._kinds, self._clock)
         objective = self.run.engine.objective
         timed = replace(objective, heads=self._timer.watch_heads(objective.heads))

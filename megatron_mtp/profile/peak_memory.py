@@ -74,5 +74,5 @@ def measure_peak(cfg: ConfigContainer) -> PeakMemory:
         peak=peak,
         held=held,
         resident=peak_resident_bytes(),
-        predicted=predict_memory(cfg, resolved.layout, stage, resolved.world_size, is_cpu=is_cpu),
+        predicted=predict_memory(resolved, resolved.layout, stage, is_cpu=is_cpu),
     )

@@ -75,7 +75,7 @@ def test_the_parts_add_up_to_what_a_step_takes(changes):
     try:
         measurement = measured(cfg, steps=4)
         costs, run = measurement.costs(), measurement.run
-        step = Planner(run.cfg, costs, 1, is_cpu=True).step(run.resolved.layout)
+        step = Planner(run.resolved, costs, is_cpu=True).step(run.resolved.layout)
         batch, times = next(run.data.train()), []
         for _ in range(7):
             start = time.perf_counter()

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.parallel.planner.cost import DTYPE_BYTES, mtp_kind
+from megatron_mtp.config.units import DTYPE_BYTES
+from megatron_mtp.parallel.planner.cost import mtp_kind
+from megatron_mtp.parallel.shape import RunShape
 
 ROUTER_BYTES = 22
 """For each token and expert: scores, maps, indices."""
@@ -34,7 +36,7 @@ class Activations:
         is_cpu: torch's CPU norms keep two fp32 copies of their input; a GPU's keep the input.
     """
 
-    cfg: ConfigContainer
+    shape: RunShape
     is_cpu: bool
     _known: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
 
@@ -47,7 +49,7 @@ class Activations:
     @property
     def model(self) -> ModelConfig:
         """The model section."""
-        return self.cfg.model
+        return self.shape.cfg.model
 
     @property
     def uses_te(self) -> bool:
@@ -57,17 +59,17 @@ class Activations:
     @property
     def item(self) -> int:
         """Bytes of one number."""
-        return DTYPE_BYTES[self.cfg.precision.dtype]
+        return DTYPE_BYTES[self.shape.cfg.precision.dtype]
 
     @property
     def tokens(self) -> float:
         """Tokens of one micro-batch on a tensor-parallel group."""
-        return self.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
+        return self.shape.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
 
     @property
     def stream(self) -> float:
         """See `hidden_bytes`."""
-        return hidden_bytes(self.cfg)
+        return hidden_bytes(self.shape.cfg)
 
     def norm(self, stream: float) -> float:
         """A norm over a tensor of `stream` bytes, and its output, which the next product keeps."""
@@ -125,7 +127,7 @@ class Activations:
     def experts(self) -> float:
         """Routed tokens, assumed to be spread evenly over experts, and the shared expert."""
         model = self.model
-        tp, etp = model.tensor_model_parallel_size, model.expert_tensor_parallel_size or 1
+        tp, etp = model.tensor_model_parallel_size, self.shape.grid.expert_tp
         routed = self.tokens * model.moe_router_topk * etp / tp
         kept = routed * (model.hidden_size * self.item + 20)
         kept += self._inner(model.moe_ffn_hidden_size, routed, etp, extra=1)
@@ -170,10 +172,10 @@ class Activations:
     def mtp_layer(self) -> float:
         """One depth: two norms, the concatenated input of the projection, a layer, a norm."""
         model = self.model
-        kind = mtp_kind(model)
+        kind = mtp_kind(self.shape)
         after = self.norm(self.stream) - self.stream
         if model.mtp_variant == "parallel":
-            return after + (self.stream if model.mtp_num_layers > 1 else self.layer(kind))
+            return after + (self.stream if self.shape.depths.count > 1 else self.layer(kind))
         if model.recompute_granularity == "full":
             return 3 * self.stream
         before = 2 * (self.norm(self.stream) - self.stream)
@@ -200,11 +202,11 @@ class Activations:
             model.recompute_granularity == "full" or (self.is_cpu and self.item < 4) or not kinds
         ):
             total += self.stream  # the received state, if no norm keeps it
-        if depths or ("L" in symbols and not model.mtp_num_layers):
+        if depths or ("L" in symbols and not self.shape.depths.count):
             total += self.norm(self.stream) - self.stream  # final norm
         total += depths * self.mtp_layer()
         if "L" in symbols:
-            total += self.head(1 + model.mtp_num_layers)
+            total += self.head(1 + self.shape.depths.count)
         elif self.is_cpu:  # on GPUs an output is freed once it is sent
             total += self.stream * (1 + depths)
         return total
@@ -222,15 +224,15 @@ class Activations:
         model, tp = self.model, self.model.tensor_model_parallel_size
         widest = max((self._once("gradients", kind, self._gradients) for kind in set(kinds)), default=0.0)
         if "m" in symbols:
-            widest = max(widest, self._gradients(mtp_kind(model)))
+            widest = max(widest, self._gradients(mtp_kind(self.shape)))
         if model.recompute_granularity == "full" and (kinds or "m" in symbols):
             group = (model.recompute_num_layers or 1) if model.recompute_method == "uniform" else 1
-            names = kinds or [mtp_kind(model)]
+            names = kinds or [mtp_kind(self.shape)]
             widest += max(self.complete_layer(kind) for kind in names) * min(group, max(1, len(kinds)))
         if "L" not in symbols:
             return widest
         rows = -(-(model.vocab_size or 0) // tp)
-        states = (1 + model.mtp_num_layers) * self.tokens
+        states = (1 + self.shape.depths.count) * self.tokens
         logits = min(model.logits_chunk_tokens, states) * rows * (4 if self.item == 4 else 4 + 2 * self.item)
         weight = rows * model.hidden_size * (4 if self.item == 4 else 4 + self.item)
         return max(widest, logits + weight + states * model.hidden_size * self.item)
@@ -241,7 +243,7 @@ class Activations:
         inner = self.tokens * model.ffn_hidden_size / tp
         weight = model.hidden_size * model.ffn_hidden_size / tp
         if "moe" in kind:
-            etp = model.expert_tensor_parallel_size or 1
+            etp = self.shape.grid.expert_tp
             inner = self.tokens * model.moe_router_topk * (model.moe_ffn_hidden_size + model.hidden_size * etp) / tp
             weight = model.hidden_size * max(
                 model.moe_ffn_hidden_size / etp, (model.moe_shared_expert_intermediate_size or 0) / tp

@@ -52,12 +52,12 @@ def auto_layout(shape: RunShape) -> AutoLayout:
     Raises:
         PlanError: there are too few layers for the chunks.
     """
-    cfg = shape.cfg
-    if cfg.model.vocab_size is None:
-        cfg = cfg.copy()
+    if shape.cfg.model.vocab_size is None:
+        cfg = shape.cfg.copy()
         cfg.model.vocab_size = VOCAB_SIZE
-    machine = machine_of(cfg)
-    planner = make_planner(cfg, shape.world_size, machine)
+        shape = RunShape.of(cfg, shape.world_size)
+    machine = machine_of(shape.cfg)
+    planner = make_planner(shape, machine)
     fits = True
     try:
         choice = planner.choose(memory_limit(machine))
@@ -76,15 +76,15 @@ def memory_limit(machine: Machine) -> float:
     return machine.memory_gib * GIB * USABLE
 
 
-def make_planner(cfg: ConfigContainer, world_size: int, machine: Machine, profile: Profile | None = None) -> Planner:
+def make_planner(shape: RunShape, machine: Machine, profile: Profile | None = None) -> Planner:
     """A planner on measured part times, or on estimated ones."""
+    cfg = shape.cfg
     if profile is not None:
         profile.check_fits(cfg)
     on_cpu = machine.is_cpu or (profile is not None and profile.device.lower() == "cpu")
     return Planner(
-        cfg=cfg,
-        costs=estimate_costs(cfg, machine, world_size) if profile is None else profile.costs,
-        world_size=world_size,
+        shape=shape,
+        costs=estimate_costs(shape, machine) if profile is None else profile.costs,
         peak_tflops=cfg.logger.device_peak_tflops or machine.peaks.of(cfg.precision.dtype),
         is_cpu=on_cpu,
     )

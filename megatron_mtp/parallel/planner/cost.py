@@ -10,62 +10,56 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
-from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.params import padded_vocab_size
 from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime
 from megatron_mtp.parallel.rank_params import layer_rank_parameters
+from megatron_mtp.parallel.shape import RunShape
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STEP_MS = 5.0
 """Once per step: batch, counts and logs."""
 
 
-def layer_kinds(model: ModelConfig) -> list[str]:
+def layer_kinds(shape: RunShape) -> list[str]:
     """Kind of each decoder layer: "dense" or "moe", after "linear " if its attention is linear."""
-    pairs = zip(moe_pattern(model), linear_pattern(model), strict=True)
+    pairs = zip(shape.is_moe, shape.is_linear, strict=True)
     return [("linear " if linear else "") + ("moe" if is_moe else "dense") for is_moe, linear in pairs]
 
 
-def mtp_kind(model: ModelConfig) -> str:
+def mtp_kind(shape: RunShape) -> str:
     """Kind of the MTP layers: that of the last decoder layer, always with full attention."""
-    return "moe" if moe_pattern(model)[-1] else "dense"
+    return "moe" if shape.is_moe[-1] else "dense"
 
 
-def estimate_costs(cfg: ConfigContainer, machine: Machine, world_size: int) -> PartCosts:
-    """Part times of a finalized config.
-
-    Args:
-        cfg: finalized, with a known vocabulary size.
-        machine: the device.
-        world_size: decides which messages leave a node.
+def estimate_costs(shape: RunShape, machine: Machine) -> PartCosts:
+    """Part times of a config with a known vocabulary size; the number of processes decides which messages leave a node.
 
     Raises:
         PlanError: the device has no units for precision.dtype.
     """
-    return _Estimate(cfg, machine, world_size).costs()
+    return _Estimate(shape, machine).costs()
 
 
 @dataclass(slots=True)
 class _Estimate:
-    cfg: ConfigContainer
+    shape: RunShape
     machine: Machine
-    world_size: int
 
     @property
     def model(self) -> ModelConfig:
-        return self.cfg.model
+        return self.shape.cfg.model
 
     @property
     def num_bytes(self) -> int:
-        return DTYPE_BYTES[self.cfg.precision.dtype]
+        return DTYPE_BYTES[self.shape.cfg.precision.dtype]
 
     @property
     def tokens(self) -> float:
         """Tokens of one micro-batch on a tensor-parallel group."""
-        return self.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
+        return self.shape.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
 
     @property
     def tp(self) -> int:
@@ -73,7 +67,7 @@ class _Estimate:
 
     def costs(self) -> PartCosts:
         model = self.model
-        kinds = {*layer_kinds(model), mtp_kind(model)}
+        kinds = {*layer_kinds(self.shape), mtp_kind(self.shape)}
         layers = {kind: self.layer(kind) for kind in kinds}
         norm = self.both(0.0, 4 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
         is_frozen = model.mtp_freeze_trunk
@@ -91,8 +85,8 @@ class _Estimate:
             update_ns_per_parameter=(8 + self.num_bytes) / memory,
             # Gradient read, master and two moments read and written.
             optimizer_ns_per_parameter=28 / memory,
-            pipeline_link=self.link(self.world_size),
-            data_link=self.link(self.world_size // model.pipeline_model_parallel_size),
+            pipeline_link=self.link(self.shape.world_size),
+            data_link=self.link(self.shape.world_size // model.pipeline_model_parallel_size),
         )
 
     @property
@@ -109,7 +103,7 @@ class _Estimate:
 
     def compute(self, flops: float, fraction: float) -> float:
         """Milliseconds of matrix products."""
-        return flops / (self.machine.peak_flops_per_ms(self.cfg.precision.dtype) * fraction)
+        return flops / (self.machine.peak_flops_per_ms(self.shape.cfg.precision.dtype) * fraction)
 
     def traffic(self, num_bytes: float) -> float:
         """Milliseconds of memory traffic."""
@@ -251,9 +245,9 @@ class _Estimate:
     def mtp_layer(self, layers: dict[str, PartTime]) -> PartTime:
         """Lookup, norms and projection, then a layer of the last decoder layer's kind, then a norm."""
         model = self.model
-        layer = layers[mtp_kind(model)]
+        layer = layers[mtp_kind(self.shape)]
         if model.mtp_variant == "parallel":
-            is_rerun = model.mtp_num_layers > 1 and model.recompute_granularity != "full"
+            is_rerun = self.shape.depths.count > 1 and model.recompute_granularity != "full"
             return layer + PartTime(0.0, layer.forward_ms * is_rerun)
         h = model.hidden_size
         flops = 2 * self.tokens * 2 * h * h / self.tp
@@ -282,12 +276,12 @@ def _forward_only(time: PartTime) -> PartTime:
     return PartTime(time.forward_ms, 0.0)
 
 
-def layer_times(costs: PartCosts, model: ModelConfig) -> list[PartTime]:
+def layer_times(costs: PartCosts, shape: RunShape) -> list[PartTime]:
     """Time of every decoder layer.
 
     A profile may lack layers with linear attention; they then take the time of their kind with full attention.
     """
     return [
         costs.layer[kind] if kind in costs.layer else costs.layer[kind.removeprefix("linear ")]
-        for kind in layer_kinds(model)
+        for kind in layer_kinds(shape)
     ]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.units import DTYPE_BYTES, GIB
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.flops import train_flops_per_token
-from megatron_mtp.parallel.grid import RankGrid
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.activations import hidden_bytes
-from megatron_mtp.parallel.planner.cost import DTYPE_BYTES, layer_times
+from megatron_mtp.parallel.planner.cost import layer_times
 from megatron_mtp.parallel.planner.part_costs import ZERO, PartCosts, PartTime
 from megatron_mtp.parallel.planner.schedule import ScheduleKind
 from megatron_mtp.parallel.planner.search_split import FEW, SplitChoice, best_split
 from megatron_mtp.parallel.planner.split import Split, SplitProblem
-from megatron_mtp.parallel.planner.stage_memory import GIB, ChunkMemory, MemoryModel, RankMemory, num_microbatches
+from megatron_mtp.parallel.planner.stage_memory import ChunkMemory, MemoryModel, RankMemory
 from megatron_mtp.parallel.planner.steady import step_time
 from megatron_mtp.parallel.rank_params import RankParameters, rank_parameters
+from megatron_mtp.parallel.shape import RunShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,36 +94,29 @@ class Planner:
     """Estimates time and memory of layouts of one config, and chooses the fastest.
 
     Args:
-        cfg: finalized, with a known vocabulary size.
+        shape: of a config with a known vocabulary size.
         costs: times of its parts, estimated or measured.
-        world_size: ranks of the job.
         peak_tflops: dense peak of one device, for MFU; None: unknown.
         is_cpu: memory is counted as on a CPU, and stages do not free what they have sent.
     """
 
-    cfg: ConfigContainer
+    shape: RunShape
     costs: PartCosts
-    world_size: int
     peak_tflops: float | None = None
     is_cpu: bool = False
 
-    @property
-    def num_microbatches(self) -> int:
-        """Micro-batches of one rank in one step."""
-        return num_microbatches(self.cfg, self.world_size)
-
     def problem(self) -> SplitProblem:
         """What can be chosen, and what each part costs."""
-        model, costs, link = self.cfg.model, self.costs, self.costs.pipeline_link
-        depths, size = model.mtp_num_layers or 0, hidden_bytes(self.cfg)
+        model, costs, link = self.shape.cfg.model, self.costs, self.costs.pipeline_link
+        depths, size = self.shape.depths.count, hidden_bytes(self.shape.cfg)
         return SplitProblem(
             kind=ScheduleKind(
                 pp=model.pipeline_model_parallel_size,
                 vp=model.virtual_pipeline_model_parallel_size or 1,
-                num_microbatches=self.num_microbatches,
+                num_microbatches=self.shape.num_microbatches,
                 sends_block=not self.is_cpu,
             ),
-            layers=tuple(layer_times(costs, model)),
+            layers=tuple(layer_times(costs, self.shape)),
             embedding=costs.embedding,
             final_norm=costs.final_norm,
             mtp=costs.mtp_layer * depths if depths else ZERO,
@@ -138,7 +131,7 @@ class Planner:
 
     def memory_model(self) -> MemoryModel:
         """Memory of the stages of this config."""
-        return MemoryModel(self.cfg, self.world_size, self.num_microbatches, self.is_cpu)
+        return MemoryModel(self.shape, self.is_cpu)
 
     def choose(
         self,
@@ -156,7 +149,7 @@ class Planner:
         Raises:
             PlanError: there is no legal layout, or none fits, or none can be faster than `to_beat_ms`.
         """
-        problem, num_layers = self.problem(), self.cfg.model.num_layers
+        problem, num_layers = self.problem(), self.shape.cfg.model.num_layers
         if not problem.variants:
             raise PlanError(
                 f"model.num_layers = {num_layers}: too few for {problem.num_chunks} chunks of which none may be empty. "
@@ -180,27 +173,27 @@ class Planner:
 
     def plan(self, layout: PipelineLayout) -> Plan:
         """Time and memory of one layout."""
-        memory, step = self.memory_model(), self.step(layout)
-        times = self.problem().work(Split.of(layout)).chunks
+        cfg, memory, step = self.shape.cfg, self.memory_model(), self.step(layout)
+        times, count = self.problem().work(Split.of(layout)).chunks, self.shape.num_microbatches
         stages = tuple(
             Stage(
                 rank=p,
                 holds=tuple("".join(chunk) for chunk in layout.chunks[p]),
                 chunks=times[p],
-                parameters=rank_parameters(self.cfg.model, layout, p).total,
+                parameters=rank_parameters(cfg.model, layout, p).total,
                 memory=memory.rank(layout, p),
-                idle=1 - self.num_microbatches * sum(time.total_ms for time in times[p]) / step.pipeline_ms,
+                idle=1 - count * sum(time.total_ms for time in times[p]) / step.pipeline_ms,
             )
             for p in range(layout.pp)
         )
-        tokens = self.cfg.train.global_batch_size * self.cfg.model.seq_length
+        tokens = cfg.train.global_batch_size * cfg.model.seq_length
         rate = tokens / step.total_ms * 1e3
-        flops = train_flops_per_token(self.cfg.model) * rate / self.world_size
+        flops = train_flops_per_token(cfg.model) * rate / self.shape.world_size
         return Plan(
             layout=layout,
             stages=stages,
             step=step,
-            num_microbatches=self.num_microbatches,
+            num_microbatches=count,
             tokens_per_s=rate,
             mfu=flops / (self.peak_tflops * 1e12) if self.peak_tflops else None,
         )
@@ -210,11 +203,11 @@ class Planner:
         problem = self.problem()
         work = problem.work(Split.of(layout))
         if layout.pp == 1:
-            pipeline_ms = self.num_microbatches * sum(time.total_ms for time in work.chunks[0])
+            pipeline_ms = self.shape.num_microbatches * sum(time.total_ms for time in work.chunks[0])
         else:
             pipeline_ms = step_time(problem.kind, work)
         after = [
-            self._after_pipeline(rank_parameters(self.cfg.model, layout, p), sum(work.chunks[p], ZERO))
+            self._after_pipeline(rank_parameters(self.shape.cfg.model, layout, p), sum(work.chunks[p], ZERO))
             for p in range(layout.pp)
         ]
         update_ms, reduce_ms = max(after, key=sum)
@@ -225,7 +218,8 @@ class Planner:
 
         Messages that overlap with computation are hidden by one micro-batch's passes.
         """
-        ddp, costs, grid = self.cfg.ddp, self.costs, RankGrid.from_config(self.cfg, self.world_size)
+        ddp, precision = self.shape.cfg.ddp, self.shape.cfg.precision
+        costs, grid = self.costs, self.shape.grid
         dense, expert = (held.dense, grid.dp_size * grid.cp), (held.expert, grid.expert_dp_size)
         sharded = ddp.use_distributed_optimizer
         owned = sum(n / (replicas if sharded else 1) for n, replicas in (dense, expert))
@@ -234,8 +228,8 @@ class Planner:
         def over_replicas_ms(item_bytes: int) -> float:
             return sum(costs.data_link.ms(n * item_bytes * (r - 1) / r) for n, r in (dense, expert) if r > 1 and n)
 
-        item = DTYPE_BYTES[self.cfg.precision.dtype]
-        reduced = 4 if self.cfg.precision.grad_reduce_in_fp32 else item
+        item = DTYPE_BYTES[precision.dtype]
+        reduced = 4 if precision.grad_reduce_in_fp32 else item
         reduce_ms = max(0.0, over_replicas_ms(reduced) - passes.backward_ms * ddp.overlap_grad_reduce)
         # An all-reduce sends gradients twice; with a sharded optimizer they are sent once, and updated weights gathered.
         gather_ms = over_replicas_ms(item if sharded else reduced)

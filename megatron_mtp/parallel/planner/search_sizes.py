@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError
 from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.parallel.planner.activations import Activations
@@ -23,8 +24,9 @@ from megatron_mtp.parallel.planner.cost import estimate_costs, layer_kinds, laye
 from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import PartCosts
 from megatron_mtp.parallel.planner.planner import Plan
-from megatron_mtp.parallel.planner.stage_memory import GIB, parameter_bytes
+from megatron_mtp.parallel.planner.stage_memory import parameter_bytes
 from megatron_mtp.parallel.rank_params import RankParameters, layer_rank_parameters, mtp_rank_parameters
+from megatron_mtp.parallel.shape import RunShape
 
 MOST_PLANNED = 40
 """Combinations that are planned; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
@@ -99,8 +101,8 @@ class _Search:
     def run(self, top: int) -> list[Candidate]:
         """The best combinations, fastest first."""
         ranked = sorted((self.estimate(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
-        found: dict[tuple, Candidate] = {}
-        sizes_of: dict[tuple, _Sizes] = {}
+        found: dict[tuple[int, ...], Candidate] = {}
+        sizes_of: dict[tuple[int, ...], _Sizes] = {}
         planned = 0
         for estimate_ms, _, sizes in ranked:
             times = sorted(candidate.plan.step.total_ms for candidate in found.values())
@@ -161,17 +163,17 @@ class _Search:
         """(part times, time of a micro-batch, parameters, kept activations) of all stages together."""
         sizes = _Sizes(tp=tp, cp=cp, ep=ep, pp=1, vp=1, dp=1, micro=micro, count=1, recompute=recompute)
         trial = self.trial(sizes)
-        model, depths = trial.model, trial.model.mtp_num_layers
-        costs = estimate_costs(trial, self.machine, self.world_size)
-        times = [*layer_times(costs, model), costs.embedding, costs.head]
+        shape = RunShape.of(trial, self.world_size)
+        model, depths = trial.model, shape.depths.count
+        costs = estimate_costs(shape, self.machine)
+        times = [*layer_times(costs, shape), costs.embedding, costs.head]
         times += [costs.mtp_layer] * depths + [costs.mtp_head] * depths
-        kinds = layer_kinds(model)
+        kinds = layer_kinds(shape)
         held = RankParameters(dense=0)
         for kind in kinds:
             held += layer_rank_parameters(model, "moe" in kind, is_linear="linear" in kind)
-        for _ in range(min(1, depths) if model.mtp_use_repeated_layer else depths):
-            held += mtp_rank_parameters(model)
-        activations = Activations(trial, self.machine.is_cpu)
+        held += mtp_rank_parameters(model) * shape.depths.distinct
+        activations = Activations(shape, self.machine.is_cpu)
         kept = sum(activations.layer(kind) for kind in kinds)
         return costs, sum(time.total_ms for time in times), held, kept
 
@@ -211,7 +213,7 @@ class _Search:
         cfg = self.trial(sizes)
         try:
             cfg.finalize(self.world_size)
-            planner = make_planner(cfg, self.world_size, self.machine)
+            planner = make_planner(RunShape.of(cfg, self.world_size), self.machine)
             choice = planner.choose(self.limit, effort, FEW_EACH, to_beat_ms)
         except (ConfigError, PlanError):
             return None

@@ -9,15 +9,15 @@ from operator import le
 from typing import NamedTuple
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.parallel.grid import RankGrid
+from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.activations import Activations
-from megatron_mtp.parallel.planner.cost import DTYPE_BYTES, layer_kinds
+from megatron_mtp.parallel.planner.cost import layer_kinds
 from megatron_mtp.parallel.planner.schedule import ScheduleKind, compute_order
 from megatron_mtp.parallel.rank_params import RankParameters, chunk_parameters, mtp_rank_parameters
+from megatron_mtp.parallel.shape import RunShape
 
 MOMENT_BYTES = {"adam": 8, "sgd": 4, "muon": 4}
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +44,6 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
-def num_microbatches(cfg: ConfigContainer, world_size: int) -> int:
-    """Micro-batches of one rank in one step at the final global batch size."""
-    replicas = RankGrid.from_config(cfg, world_size).dp_size
-    return max(1, cfg.train.global_batch_size // (cfg.train.micro_batch_size * replicas))
-
-
 class ParameterBytes(NamedTuple):
     """Bytes for each parameter: its weight and its gradient, and for each that a rank owns, its optimizer state."""
 
@@ -68,24 +62,16 @@ def parameter_bytes(cfg: ConfigContainer) -> ParameterBytes:
     )
 
 
-def predict_memory(
-    cfg: ConfigContainer,
-    layout: PipelineLayout,
-    stage: int,
-    world_size: int,
-    *,
-    is_cpu: bool | None = None,
-) -> RankMemory:
+def predict_memory(shape: RunShape, layout: PipelineLayout, stage: int, *, is_cpu: bool | None = None) -> RankMemory:
     """Memory of every rank of a pipeline stage.
 
     Args:
-        cfg: finalized, with a known vocabulary size.
+        shape: of a config with a known vocabulary size.
         layout: of this model.
         stage: pipeline rank.
-        world_size: ranks of the job.
         is_cpu: count what torch's CPU kernels keep; None: if dist.device is "cpu".
     """
-    return MemoryModel(cfg, world_size, num_microbatches(cfg, world_size), is_cpu).rank(layout, stage)
+    return MemoryModel(shape, is_cpu).rank(layout, stage)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,12 +94,11 @@ class ChunkMemory:
 class MemoryModel:
     """`predict_memory` for many layouts of one config. Chunks that hold the same are computed once."""
 
-    def __init__(self, cfg: ConfigContainer, world_size: int, count: int, is_cpu: bool | None = None):
-        self.cfg, self.grid, self.count = cfg, RankGrid.from_config(cfg, world_size), count
-        on_cpu = cfg.dist.device == "cpu" if is_cpu is None else is_cpu
-        self.parts, self.bytes = Activations(cfg, on_cpu), parameter_bytes(cfg)
-        self.kinds = tuple(layer_kinds(cfg.model))
-        self._chunks: dict[tuple, ChunkMemory] = {}
+    def __init__(self, shape: RunShape, is_cpu: bool | None = None):
+        self.shape, cfg = shape, shape.cfg
+        self.parts = Activations(shape, cfg.dist.device == "cpu" if is_cpu is None else is_cpu)
+        self.bytes, self.kinds = parameter_bytes(cfg), tuple(layer_kinds(shape))
+        self._chunks: dict[tuple[str, tuple[str, ...], bool], ChunkMemory] = {}
 
     def rank(self, layout: PipelineLayout, stage: int) -> RankMemory:
         """Memory of every rank of a stage."""
@@ -127,9 +112,9 @@ class MemoryModel:
         held = sum((chunk.held for chunk in chunks), RankParameters(dense=0))
         trained = sum((chunk.trained for chunk in chunks), RankParameters(dense=0))
         owned: float = trained.total
-        if self.cfg.ddp.use_distributed_optimizer:
-            replicas = self.grid.dp_size * self.grid.cp
-            owned = trained.dense / replicas + trained.expert / self.grid.expert_dp_size
+        if self.shape.cfg.ddp.use_distributed_optimizer:
+            grid = self.shape.grid
+            owned = trained.dense / (grid.dp_size * grid.cp) + trained.expert / grid.expert_dp_size
         return RankMemory(
             weights=held.total * self.bytes.weight,
             gradients=trained.total * self.bytes.gradient,
@@ -148,7 +133,7 @@ class MemoryModel:
         kinds = self.kinds[layers.start : layers.stop]
         key = (symbols, kinds, layers.stop == len(self.kinds))
         if key not in self._chunks:
-            held = chunk_parameters(self.cfg.model, symbols, layers)
+            held = chunk_parameters(self.shape.cfg.model, symbols, layers)
             names = list(kinds)
             self._chunks[key] = ChunkMemory(
                 held,
@@ -159,15 +144,15 @@ class MemoryModel:
         return self._chunks[key]
 
     def _trained(self, held: RankParameters, symbols: str) -> RankParameters:
-        model = self.cfg.model
+        model, depths = self.shape.cfg.model, self.shape.depths
         if not model.mtp_freeze_trunk:
             return held
-        copies = min(1, symbols.count("m")) if model.mtp_use_repeated_layer else symbols.count("m")
-        return mtp_rank_parameters(model) * copies if copies else RankParameters(dense=0)
+        return mtp_rank_parameters(model) * depths.layers_in(symbols)
 
     def peak(self, pp: int, vp: int, stage: int, kept: list[float]) -> float:
         """Most bytes of activations at once, if each micro-batch in flight keeps kept[v] bytes in chunk v."""
-        moments = _in_flight(pp, vp, stage, min(self.count, 3 * pp + self.count % pp))  # later rounds repeat
+        count = self.shape.num_microbatches
+        moments = _in_flight(pp, vp, stage, min(count, 3 * pp + count % pp))  # later rounds repeat
         return max(sum(n * size for n, size in zip(counts, kept, strict=True)) for counts in moments)
 
 

@@ -65,7 +65,7 @@ def explanation(run: ResolvedRun, rank: int, cause: str, used: str, *, is_cpu: b
         used: memory that this process had allocated, as text.
     """
     layout, stage = run.layout, run.grid.coords(rank).pp
-    planned = predict_memory(run.cfg, layout, stage, run.world_size, is_cpu=is_cpu)
+    planned = predict_memory(run, layout, stage, is_cpu=is_cpu)
     now = peak_bytes(run, is_cpu=is_cpu)
     holds = " and ".join("".join(chunk) for chunk in layout.chunks[stage])
     lines = [
@@ -102,10 +102,7 @@ def remedies(run: ResolvedRun, *, is_cpu: bool) -> list[Remedy]:
 
 def peak_bytes(run: ResolvedRun, *, is_cpu: bool) -> int:
     """Planned peak of the fullest stage."""
-    return max(
-        predict_memory(run.cfg, run.layout, stage, run.world_size, is_cpu=is_cpu).total
-        for stage in range(run.layout.pp)
-    )
+    return max(predict_memory(run, run.layout, stage, is_cpu=is_cpu).total for stage in range(run.layout.pp))
 
 
 def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
