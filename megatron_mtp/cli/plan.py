@@ -64,7 +64,7 @@ def plan(
     if picture is not None:
         from megatron_mtp.parallel.planner.picture import draw
 
-        write_file(picture, draw(plans.chosen_planner(), plans.chosen, title=recipe), "--picture")
+        write_file(picture, draw(plans.planner, plans.chosen, title=recipe), "--picture")
 
 
 def write_file(path: Path, text: str, option: str) -> None:

@@ -144,7 +144,7 @@ class LearningRate:
         if consumed_samples > self.decay:
             return min_lr
         if self.style == "inverse-square-root":
-            return max(min_lr, max_lr * max(self.warmup, 1) ** 0.5 / max(consumed_samples, 1) ** 0.5)
+            return max(min_lr, max_lr * float(max(self.warmup, 1) ** 0.5) / float(max(consumed_samples, 1) ** 0.5))
         return min_lr + self._share_left(consumed_samples) * (max_lr - min_lr)
 
     def _share_left(self, consumed_samples: int) -> float:

@@ -10,6 +10,7 @@ Source: megatron.training 0.19.2, training.py `num_floating_point_operations`; c
 from __future__ import annotations
 
 from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
 
@@ -42,9 +43,10 @@ def forward_flops_layer(model: ModelConfig, is_moe: bool, *, is_linear: bool = F
         attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
     matrices = 3 if model.gated_linear_unit else 2
     if is_moe:
-        width = model.moe_ffn_hidden_size * model.moe_router_topk + (model.moe_shared_expert_intermediate_size or 0)
+        width = filled(model.moe_ffn_hidden_size) * model.moe_router_topk
+        width += model.moe_shared_expert_intermediate_size or 0  # None: no shared expert
     else:
-        width = model.ffn_hidden_size
+        width = filled(model.ffn_hidden_size)
     return attention + 2 * model.hidden_size * width * matrices
 
 
@@ -61,8 +63,8 @@ def forward_flops_logits(model: ModelConfig) -> float:
 
 
 def _attention(model: ModelConfig) -> float:
-    h, queries = model.hidden_size, model.kv_channels * model.num_attention_heads
-    keys_values = 2 * model.kv_channels * model.num_query_groups
+    h, d = model.hidden_size, filled(model.kv_channels)
+    queries, keys_values = d * model.num_attention_heads, 2 * d * filled(model.num_query_groups)
     gate = queries if model.attention_output_gate else 0
     return 2 * (h * (queries + keys_values + gate) + queries * h) + 2 * model.seq_length * queries
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.layout_text import layout_chunks
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
@@ -31,15 +33,20 @@ class PipelineLayout:
         Raises:
             PlanError: the layout breaks a rule; all problems are named.
         """
-        pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
-        assert pp == 1 or model.pipeline_model_parallel_layout != "auto", "the planner chooses it"
-        flat, problems = layout_chunks(
-            model.pipeline_model_parallel_layout,
-            num_layers=model.num_layers,
-            num_depths=model.mtp_num_layers,
-            pp=pp,
-            vp=vp,
-        )
+        layout: str | list[int] = filled(model.pipeline_model_parallel_layout)
+        assert model.pipeline_model_parallel_size == 1 or layout != "auto", "the planner chooses it"
+        return cls.parse(layout, model)
+
+    @classmethod
+    def parse(cls, layout: str | list[int], model: ModelConfig) -> PipelineLayout:
+        """A layout of a finalized model: "even", Megatron's string, or the decoder layers of each chunk.
+
+        Raises:
+            PlanError: the layout breaks a rule; all problems are named.
+        """
+        pp, vp = model.pipeline_model_parallel_size, filled(model.virtual_pipeline_model_parallel_size)
+        depths = Depths.of(model).count
+        flat, problems = layout_chunks(layout, num_layers=model.num_layers, num_depths=depths, pp=pp, vp=vp)
         if problems:
             raise PlanError("\n".join(map(str, problems)))
         return cls.of_chunks(flat, pp, vp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 
 
@@ -101,7 +102,10 @@ def layer_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool = Fals
         attention = _gated_delta_net(model)
     else:
         attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
-    block = _experts(model, only_active) if is_moe else _mlp(model, model.ffn_hidden_size, model.add_bias_linear)
+    if is_moe:
+        block = _experts(model, only_active)
+    else:
+        block = _mlp(model, filled(model.ffn_hidden_size), model.add_bias_linear)
     return attention + block + 2 * _norm(model, model.hidden_size)
 
 
@@ -120,9 +124,9 @@ def _norm(model: ModelConfig, width: int) -> int:
 
 
 def _attention(model: ModelConfig) -> int:
-    h, d = model.hidden_size, model.kv_channels
+    h, d, groups = model.hidden_size, filled(model.kv_channels), filled(model.num_query_groups)
     queries = model.num_attention_heads * d
-    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * model.num_query_groups * d
+    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * groups * d
     biases = qkv * (model.add_bias_linear or model.add_qkv_bias) + h * model.add_bias_linear
     return h * qkv + queries * h + biases + 2 * _norm(model, d) * model.qk_layernorm
 
@@ -157,9 +161,10 @@ def _mlp(model: ModelConfig, width: int, has_bias: bool) -> int:
 
 
 def _experts(model: ModelConfig, only_active: bool) -> int:
-    num_used = model.moe_router_topk if only_active else model.num_moe_experts
-    count = num_used * _mlp(model, model.moe_ffn_hidden_size, model.add_bias_linear)
-    count += model.num_moe_experts * (model.hidden_size + model.add_bias_linear)  # router
+    num_experts = filled(model.num_moe_experts)
+    num_used = model.moe_router_topk if only_active else num_experts
+    count = num_used * _mlp(model, filled(model.moe_ffn_hidden_size), model.add_bias_linear)
+    count += num_experts * (model.hidden_size + model.add_bias_linear)  # router
     if model.moe_shared_expert_intermediate_size is not None:
         count += _mlp(model, model.moe_shared_expert_intermediate_size, has_bias=False)
         count += model.hidden_size * model.moe_shared_expert_gate

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
@@ -84,7 +85,7 @@ def layer_rank_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool =
     if is_moe:
         return shell + _experts(model)
     tp = model.tensor_model_parallel_size
-    return shell + RankParameters(dense=_mlp(model, model.ffn_hidden_size, tp, model.add_bias_linear))
+    return shell + RankParameters(dense=_mlp(model, filled(model.ffn_hidden_size), tp, model.add_bias_linear))
 
 
 def mtp_rank_parameters(model: ModelConfig) -> RankParameters:
@@ -119,9 +120,9 @@ def _norm(model: ModelConfig, width: int) -> int:
 
 
 def _attention(model: ModelConfig) -> int:
-    h, d, tp = model.hidden_size, model.kv_channels, model.tensor_model_parallel_size
+    h, d, tp = model.hidden_size, filled(model.kv_channels), model.tensor_model_parallel_size
     queries = model.num_attention_heads * d
-    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * model.num_query_groups * d
+    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * filled(model.num_query_groups) * d
     sharded = h * (qkv + queries) + qkv * (model.add_bias_linear or model.add_qkv_bias)
     return sharded // tp + h * model.add_bias_linear + 2 * _norm(model, d) * model.qk_layernorm
 
@@ -155,12 +156,11 @@ def _mlp(model: ModelConfig, width: int, shards: int, has_bias: bool) -> int:
 
 
 def _experts(model: ModelConfig) -> RankParameters:
-    tp, etp, h = model.tensor_model_parallel_size, model.expert_tensor_parallel_size, model.hidden_size
-    local = model.num_moe_experts // model.expert_model_parallel_size
-    dense = model.num_moe_experts * (h + model.add_bias_linear)  # router
+    tp, etp, h = model.tensor_model_parallel_size, filled(model.expert_tensor_parallel_size), model.hidden_size
+    num_experts, width = filled(model.num_moe_experts), filled(model.moe_ffn_hidden_size)
+    local = num_experts // model.expert_model_parallel_size
+    dense = num_experts * (h + model.add_bias_linear)  # router
     if model.moe_shared_expert_intermediate_size is not None:
         dense += _mlp(model, model.moe_shared_expert_intermediate_size, tp, has_bias=False)
         dense += h * model.moe_shared_expert_gate
-    return RankParameters(
-        dense=dense, expert=local * _mlp(model, model.moe_ffn_hidden_size, etp, model.add_bias_linear)
-    )
+    return RankParameters(dense=dense, expert=local * _mlp(model, width, etp, model.add_bias_linear))

@@ -8,11 +8,11 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
-from megatron_mtp.config.layout_text import layout_chunks
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.planner.auto_layout import even_layout, is_planned, machine_of, make_planner, memory_limit
+from megatron_mtp.parallel.planner.auto_layout import is_planned, machine_of, make_planner, memory_limit
 from megatron_mtp.parallel.planner.machines import Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Plan, Planner
@@ -40,29 +40,32 @@ class Plans:
     """The result of `make_plans`.
 
     Attributes:
-        cfg: finalized; after a search, the best candidate's.
+        planner: made `chosen`; after a search, it is for the best candidate.
         machine: the device that was estimated for; its memory is the limit.
         chosen: the plan to use.
         choice: how it was found; None for a layout that the config gives.
         others: name -> plan to compare it with.
-        refused: name -> why a split given for comparison is illegal.
         candidates: the results of a search, best first.
     """
 
-    cfg: ConfigContainer
-    world_size: int
+    planner: Planner
     machine: Machine
     profile: Profile | None
     limit_bytes: float | None
     chosen: Plan
     choice: SplitChoice | None
     others: dict[str, Plan] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
 
-    def chosen_planner(self) -> Planner:
-        """The planner that made `chosen`."""
-        return make_planner(RunShape.of(self.cfg, self.world_size), self.machine, self.profile)
+    @property
+    def cfg(self) -> ConfigContainer:
+        """The finalized config of `chosen`."""
+        return self.planner.shape.cfg
+
+    @property
+    def world_size(self) -> int:
+        """Devices of `chosen`."""
+        return self.planner.shape.world_size
 
 
 def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
@@ -97,8 +100,7 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
     planner = make_planner(RunShape.of(cfg, world_size), machine, profile)
     chosen, choice = _choose(planner, limit)
     plans = Plans(
-        cfg=cfg,
-        world_size=world_size,
+        planner=planner,
         machine=machine,
         profile=profile,
         limit_bytes=limit,
@@ -106,7 +108,7 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
         choice=choice,
         candidates=candidates,
     )
-    _compare(plans, planner, request.compare)
+    _compare(plans, request.compare)
     return plans
 
 
@@ -190,45 +192,27 @@ def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, 
         cfg.finalize(world_size)
     except (ConfigError, PlanError):
         return None
-    layout = even_layout(cfg.model)
+    layout = PipelineLayout.parse("even", cfg.model)
     memory = MemoryModel(RunShape.of(cfg, world_size), planner.is_cpu)
     return max(memory.rank(layout, stage).total for stage in range(layout.pp))
 
 
-def _compare(plans: Plans, planner: Planner, wanted: tuple[str, ...]) -> None:
-    if plans.cfg.model.pipeline_model_parallel_size > 1:
-        try:
-            plans.others["even"] = planner.plan(even_layout(plans.cfg.model))
-        except PlanError as error:
-            plans.refused["even"] = str(error)
+def _compare(plans: Plans, wanted: tuple[str, ...]) -> None:
+    model, wrong = plans.cfg.model, []
+    if model.pipeline_model_parallel_size > 1:
+        plans.others["even"] = plans.planner.plan(PipelineLayout.parse("even", model))
     for text in wanted:
         try:
-            plans.others[text] = planner.plan(_layout_of_text(plans.cfg, text))
+            plans.others[text] = plans.planner.plan(_layout_of_text(text, model))
         except PlanError as error:
-            plans.refused[text] = str(error)
-    if wrong := [f"--compare {name!r}: {reason}" for name, reason in plans.refused.items() if name != "even"]:
+            reason = str(error).replace("model.pipeline_model_parallel_layout", "the split")
+            wrong.append(f"--compare {text!r}: {reason}")
+    if wrong:
         raise PlanError("\n".join(wrong))
 
 
-def _layout_of_text(cfg: ConfigContainer, text: str) -> PipelineLayout:
-    """A split as a user writes it: numbers of decoder layers, or Megatron's string.
-
-    Raises:
-        PlanError: every rule that it breaks.
-    """
-    model = cfg.model
+def _layout_of_text(text: str, model: ModelConfig) -> PipelineLayout:
+    """A split as a user writes it: numbers of decoder layers, or Megatron's string."""
     parts = [part.strip() for part in text.strip(" []").split(",")]
     is_list = all(part.lstrip("-").isdigit() for part in parts)
-    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
-    flat, problems = layout_chunks(
-        [int(part) for part in parts] if is_list else text,
-        num_layers=model.num_layers,
-        num_depths=model.mtp_num_layers,
-        pp=pp,
-        vp=vp,
-    )
-    if problems:
-        raise PlanError(
-            "\n".join(str(found).replace("model.pipeline_model_parallel_layout", "the split") for found in problems)
-        )
-    return PipelineLayout.of_chunks(flat, pp, vp)
+    return PipelineLayout.parse([int(part) for part in parts] if is_list else text, model)

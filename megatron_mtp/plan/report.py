@@ -40,8 +40,6 @@ def as_text(recipe: str, plans: Plans) -> str:
         rows = [comparison_row("planned" if plans.choice else "as given", chosen, chosen)]
         rows += [comparison_row(name, plan, chosen) for name, plan in plans.others.items()]
         lines += ["", *_table(COMPARE_HEADER, rows, "lrrrrrrl")]
-    if plans.refused.get("even"):
-        lines += ["", f"even split: {plans.refused['even']}"]
     if plans.candidates:
         lines += ["", *_table(SEARCH_HEADER, search_rows(plans), "r" * (len(SEARCH_HEADER) - 1) + "l")]
     return "\n".join(lines)
@@ -130,7 +128,7 @@ def search_rows(plans: Plans) -> list[list[str]]:
 
 def reason(plans: Plans) -> str:
     """Why this layout, in one sentence."""
-    chosen, planner = plans.chosen, plans.chosen_planner()
+    chosen, planner = plans.chosen, plans.planner
     if chosen.layout.pp == 1:
         return "there is one stage, which holds everything."
     problem = planner.problem()
@@ -171,7 +169,7 @@ def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
         "plan": plan_data(plans.chosen),
         "gap": None if plans.choice is None else plans.choice.gap,
         "compare": {name: plan_data(plan) for name, plan in plans.others.items()},
-        "costs": asdict(plans.chosen_planner().costs),
+        "costs": asdict(plans.planner.costs),
     }
     if plans.candidates:
         data["search"] = [

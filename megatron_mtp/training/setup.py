@@ -89,7 +89,7 @@ def make_groups(run: ResolvedRun) -> ProcessGroupCollection:
         vp=run.layout.megatron_vp,
         cp=model.context_parallel_size,
         ep=model.expert_model_parallel_size,
-        etp=model.expert_tensor_parallel_size,
+        etp=run.grid.expert_tp,
         embedding_stages=embedding_stages(run.layout, model.share_embeddings_and_output_weights),
         pp_before_dp=cfg.dist.use_tp_pp_dp_mapping,
         timeout=timedelta(minutes=cfg.dist.distributed_timeout_minutes),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.layout_text import even_chunks
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import PlanError
@@ -88,16 +87,3 @@ def make_planner(shape: RunShape, machine: Machine, profile: Profile | None = No
         peak_tflops=cfg.logger.device_peak_tflops or machine.peaks.of(cfg.precision.dtype),
         is_cpu=on_cpu,
     )
-
-
-def even_layout(model: ModelConfig) -> PipelineLayout:
-    """The split into equally many layers, MTP layers counted as one each.
-
-    Raises:
-        PlanError: there are too few layers for it.
-    """
-    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
-    flat = even_chunks(model.num_layers, model.mtp_num_layers, pp * vp)
-    if not all(flat):
-        raise PlanError("there are too few layers for an even split")
-    return PipelineLayout.of_chunks(flat, pp, vp)

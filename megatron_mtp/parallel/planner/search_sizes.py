@@ -264,7 +264,7 @@ def _sizes_of(model: ModelConfig, tp: int, cp: int, ep: int, pp: int, vp: int) -
         "expert_model_parallel_size": ep,
         "expert_tensor_parallel_size": 1 if model.num_moe_experts else None,
         "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": vp if vp > 1 else None,
+        "virtual_pipeline_model_parallel_size": vp,
         "pipeline_model_parallel_layout": "auto",
     }
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.units import GIB
 from megatron_mtp.device.memory_meter import peak_resident_bytes
 from megatron_mtp.errors import ConfigError, OutOfMemoryError, PlanError
@@ -107,7 +108,7 @@ def peak_bytes(run: ResolvedRun, *, is_cpu: bool) -> int:
 
 def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
     model, micro = cfg.model, cfg.train.micro_batch_size
-    layout, depths = model.pipeline_model_parallel_layout, model.mtp_num_layers
+    layout, depths = model.pipeline_model_parallel_layout, Depths.of(model).count
     # A split written for other depths or stages no longer fits: split evenly again.
     again = {} if layout in ("auto", "even") else {"model.pipeline_model_parallel_layout": "even"}
     found: list[dict[str, Any]] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mtp.errors import PlanError
-from megatron_mtp.parallel.planner.auto_layout import even_layout
+from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.plan.compare import Request, make_plans
 from megatron_mtp.recipes import get_recipe
@@ -30,7 +30,7 @@ def test_a_run_and_the_plan_command_have_one_layout():
 
 def test_costs_shape_it_where_an_even_split_would_not():
     cfg = config(vocab_size=50_000).finalize()
-    chosen, even = resolve(cfg).layout, even_layout(cfg.model)
+    chosen, even = resolve(cfg).layout, PipelineLayout.parse("even", cfg.model)
     assert chosen.in_order[-1].count("t") < even.in_order[-1].count("t")
 
 
