@@ -186,7 +186,7 @@ class ModelConfig(Section):
     """Shards norms and residuals along the sequence over TP; means nothing at TP = 1."""
     pipeline_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """PP, the number of stages."""
-    virtual_pipeline_model_parallel_size: int | None = knob(None, ge=1, le=10_000, engine="same", resume="free")
+    virtual_pipeline_model_parallel_size: int | None = knob(None, ge=1, le=10_000, engine="own", resume="free")
     """VP, model chunks for each stage (interleaved schedule); None: 1."""
     pipeline_model_parallel_layout: str | list[int] | None = knob("auto", ge=0, le=10_000, engine="own", resume="free")
     """Which layers each chunk holds: "auto" (the planner's), "even", Megatron's string ("Et*3|(tt|)*29m|L"), or decoder layers of each chunk ([5, 6, 6, 4])."""
