@@ -12,12 +12,13 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-COLLECTIVE_TIMEOUT_S = 60.0
+TIMEOUT_S, COLLECTIVE_TIMEOUT_S = 120.0, 60.0
 
 
 class WorkerError(Exception):
@@ -38,7 +39,7 @@ class WorkerPool:
     def __init__(
         self,
         size: int,
-        timeout_s: float = 120.0,
+        timeout_s: float = TIMEOUT_S,
         preload: Sequence[str] = (),
         collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
     ):
@@ -109,6 +110,28 @@ class WorkerPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def worker_pools(
+    preload: Sequence[str] = (), timeout_s: float = TIMEOUT_S, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> Iterator[Callable[[int], WorkerPool]]:
+    """Yields a function from size to pool; the arguments are WorkerPool's.
+
+    Each pool starts at its first use, starts again if a failure ended it, and is closed at the end of the block.
+    """
+    pools: dict[int, WorkerPool] = {}
+
+    def pool_of(size: int) -> WorkerPool:
+        if size not in pools or not pools[size].is_open:
+            pools[size] = WorkerPool(size, timeout_s, preload, collective_timeout_s)
+        return pools[size]
+
+    try:
+        yield pool_of
+    finally:
+        for pool in pools.values():
+            pool.close()
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection, collective_timeout_s: float) -> None:

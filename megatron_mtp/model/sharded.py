@@ -71,7 +71,7 @@ def gradient_parts(chunks: list[nn.Module]) -> list[Part]:
     parts = []
     for chunk in chunks:
         _gather_sharded_gradients(chunk)
-        with _gradients_in_place_of_weights(chunk) as names:
+        with gradients_in_place_of_weights(chunk) as names:
             model = unwrap(chunk)
             pointers = {parameter.data.untyped_storage().data_ptr() for parameter in names}
             shards = sharded_tensors(model)
@@ -80,7 +80,8 @@ def gradient_parts(chunks: list[nn.Module]) -> list[Part]:
 
 
 @contextmanager
-def _gradients_in_place_of_weights(chunk: DistributedDataParallel) -> Iterator[list[nn.Parameter]]:
+def gradients_in_place_of_weights(chunk: DistributedDataParallel) -> Iterator[list[nn.Parameter]]:
+    """Swaps copies of the gradients in for the trainable weights, whose parameters it yields, until the block ends."""
     parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:

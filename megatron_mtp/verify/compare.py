@@ -17,7 +17,7 @@ Allowed, in fp32:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,7 +62,6 @@ class Difference:
     weights_name: str | None = None
     curve: float | None = None
     curve_steps: int = 0
-    gradients: dict[str, float] = field(default_factory=dict)
     gradient_allowed: float = GRADIENT_TOLERANCE
 
     def faults(self) -> list[str]:
@@ -98,8 +97,11 @@ class Difference:
 
 def compare(got: Measurement, reference: Measurement) -> Difference:
     """The difference of a layout from the reference."""
-    gradients, spread = gradient_errors(got, reference)
-    worst, spread_name = max(gradients, key=_of(gradients)), max(spread, key=_of(spread))
+    gradients = relative_errors(got.gradients, reference.gradients)
+    scales = _scales(reference.gradients)
+    spread = {name: _finite(value / scales[name]) for name, value in got.gradient_spread.items() if name in scales}
+    spread = spread or {"no parameter": 0.0}
+    worst, spread_name = max(gradients, key=gradients.__getitem__), max(spread, key=spread.__getitem__)
     weights_name = _unequal_weights(got, reference)
     has_linear_attention = any(name.endswith(LINEAR_ATTENTION_MARK) for name in reference.weights)
     steps = _steps_with_equal_routing(got, reference)
@@ -118,7 +120,6 @@ def compare(got: Measurement, reference: Measurement) -> Difference:
         weights_name=weights_name or next((name for name, value in got.weight_spread.items() if value), None),
         curve=max((relative(a, b) for a, b in pairs), default=0.0) if reference.curve else None,
         curve_steps=steps,
-        gradients=gradients,
         gradient_allowed=LINEAR_ATTENTION_TOLERANCE if has_linear_attention else GRADIENT_TOLERANCE,
     )
 
@@ -130,21 +131,21 @@ def relative(value: float, reference: float) -> float:
     return abs(value - reference) / abs(reference) if reference else math.inf
 
 
-def gradient_errors(got: Measurement, reference: Measurement) -> tuple[dict[str, float], dict[str, float]]:
-    """For each parameter tensor |g - r| / max(|r|, floor), infinite where one side lacks it; and the copies' spread over the same."""
-    expected = {name: tensor.double() for name, tensor in reference.gradients.items()}
-    whole_norm = math.sqrt(sum(float(r.norm()) ** 2 for r in expected.values()))
-    floor = GRADIENT_FLOOR * whole_norm / math.sqrt(len(expected)) or 1.0
-    errors, spread = dict.fromkeys(got.gradients, math.inf), {}
-    for name, r in expected.items():
-        if name not in got.gradients:
-            errors[name] = math.inf
-            continue
-        g, r = _without_padding(got.gradients[name].double(), r)
-        scale = max(float(r.norm()), floor)
-        errors[name] = _finite(float((g - r).norm()) / scale)
-        spread[name] = _finite(got.gradient_spread[name] / scale)
-    return errors, spread or {"no parameter": 0.0}
+def relative_errors(got: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """|g - r| / max(|r|, floor) of each tensor in the 2-norm; infinite where one side lacks the tensor."""
+    errors = dict.fromkeys(sorted(got.keys() ^ reference.keys()), math.inf)
+    for name, scale in _scales(reference).items():
+        if name in got:
+            g, r = _without_padding(got[name].double(), reference[name].double())
+            errors[name] = _finite(float((g - r).norm()) / scale)
+    return errors
+
+
+def _scales(reference: dict[str, Tensor]) -> dict[str, float]:
+    """max(|r|, floor) of each tensor, with the floor of the module's docstring."""
+    norms = {name: float(tensor.double().norm()) for name, tensor in reference.items()}
+    floor = GRADIENT_FLOOR * math.sqrt(sum(norm**2 for norm in norms.values())) / math.sqrt(len(norms)) or 1.0
+    return {name: max(norm, floor) for name, norm in norms.items()}
 
 
 def _without_padding(g: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,10 +177,6 @@ def _steps_with_equal_routing(got: Measurement, reference: Measurement) -> int:
         if _routing_changes(got.routing_curve[step], maps):
             return step
     return len(reference.curve)
-
-
-def _of(values: dict[str, float]):
-    return lambda name: values[name]
 
 
 def _finite(value: float) -> float:

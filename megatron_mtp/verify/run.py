@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.device.worker_pool import WorkerError, WorkerPool
+from megatron_mtp.device.worker_pool import WorkerError, worker_pools
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.logs import silence_noise
 from megatron_mtp.verify.batches import BatchSpec
@@ -122,7 +121,7 @@ def verify(plan: Plan, report: Callable[[str], None]) -> list[Outcome]:
     from megatron_mtp.verify.measure import measure
 
     outcomes = []
-    with worker_pools() as pool_of:
+    with worker_pools(PRELOAD) as pool_of:
         report("one rank, the reference")
         reference = pool_of(1).run(measure, plan.reference, plan.spec)[0]
         for layout, cfg in plan.layouts:
@@ -135,23 +134,6 @@ def verify(plan: Plan, report: Callable[[str], None]) -> list[Outcome]:
             else:
                 outcomes.append(_outcome(layout.text, ranks, got, reference))
     return outcomes
-
-
-@contextmanager
-def worker_pools() -> Iterator[Callable[[int], WorkerPool]]:
-    """Gives pools by size: each is started when first asked for, again if it was ended by a failure, and closed at the end."""
-    pools: dict[int, WorkerPool] = {}
-
-    def pool_of(size: int) -> WorkerPool:
-        if size not in pools or not pools[size].is_open:
-            pools[size] = WorkerPool(size, preload=PRELOAD)
-        return pools[size]
-
-    try:
-        yield pool_of
-    finally:
-        for pool in pools.values():
-            pool.close()
 
 
 def _outcome(text: str, ranks: int, got: Any, reference: Any) -> Outcome:

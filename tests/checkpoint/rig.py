@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +17,15 @@ import torch.distributed as dist
 
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
-from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import (
-    _gradients_in_place_of_weights,
-    gather_parts,
-    parameter_parts,
+    gradients_in_place_of_weights,
     sharded_tensors,
     unwrap,
-    whole_tensors,
 )
-from megatron_mtp.parallel.resolve import ResolvedRun, resolve
-from megatron_mtp.training.optimizer import apply_schedules, build_optimizer, wrap_model
-from megatron_mtp.training.setup import make_groups
+from megatron_mtp.training.optimizer import apply_schedules
+from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
+from tests.harness.runs import opened, weights_of
 
 DENSE = {"model.share_embeddings_and_output_weights": False}
 TIED = {"model.share_embeddings_and_output_weights": True}
@@ -74,31 +68,26 @@ def make_config(values: dict[str, Any], world_size: int, directory: str | None =
         "checkpoint.save": directory,
         "checkpoint.load": directory,
         "dataset.mock": True,
+        "dist.device": "cpu",
+        "dist.num_threads": 1,
     }
     for path, value in {**base, **values}.items():
         section, name = path.split(".")
         setattr(getattr(cfg, section), name, value)
-    cfg.finalize(world_size)
-    return cfg
+    return cfg.finalize(world_size)
 
 
-@dataclass(slots=True)
 class Rig:
-    """One rank's model, optimizer and checkpointer."""
+    """One rank's run, the checkpointer and the train state."""
 
-    resolved: ResolvedRun
-    chunks: list
-    optimizer: Any
-    checkpointer: Checkpointer
-    state: TrainState
-
-    @property
-    def cfg(self) -> ConfigContainer:
-        return self.resolved.cfg
+    def __init__(self, run: Run):
+        self.run, self.cfg = run, run.cfg
+        self.chunks, self.optimizer = run.engine.chunks, run.engine.optimizer
+        self.checkpointer, self.state = Checkpointer(run.cfg, run.groups), TrainState()
 
     def steps(self, count: int) -> None:
         """Updates with drawn gradients and the schedule's rates."""
-        lr, wd = self.resolved.learning_rate, self.resolved.weight_decay
+        lr, wd = self.run.resolved.learning_rate, self.run.resolved.weight_decay
         for _ in range(count):
             apply_schedules(self.optimizer, lr, wd, self.state.consumed_samples)
             for chunk in self.chunks:
@@ -113,22 +102,18 @@ class Rig:
     def resume(self) -> bool:
         return self.checkpointer.resume(self.chunks, self.optimizer, self.state)
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
-        """Whole tensors on rank 0, after a check that all copies agree; padding of the vocabulary is cut off."""
-        parts = gather_parts(parameter_parts(self.chunks))
-        if parts is None:
-            return None
-        whole, spread = whole_tensors(parts)
-        assert not any(spread.values()), f"replicas differ: {spread}"
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Whole tensors on rank 0, copies of equal bits; padding of the vocabulary is cut off."""
         rows = self.cfg.model.vocab_size
-        return {k: v[:rows] if "word_embeddings" in k or "output_layer" in k else v for k, v in whole.items()}
+        found = weights_of(self.run)
+        return {k: v[:rows] if "word_embeddings" in k or "output_layer" in k else v for k, v in found.items()}
 
 
 @torch.no_grad()
 def draw_gradients(chunk: Any, step: int) -> None:
     """Fills every gradient, and every buffer, of a chunk from (step, name, place)."""
     model = unwrap(chunk)
-    with _gradients_in_place_of_weights(chunk) as parameters:
+    with gradients_in_place_of_weights(chunk) as parameters:
         for shard in sharded_tensors(model):
             if not shard.data.is_floating_point():
                 continue
@@ -152,19 +137,10 @@ def _draw(shard: Any, step: int) -> torch.Tensor:
 
 @contextmanager
 def rig(cfg: ConfigContainer) -> Iterator[Rig]:
-    """Builds everything on the ranks of a pool, and forgets it afterwards."""
+    """Builds everything on the ranks of a pool, and takes it down again."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    resolved = resolve(cfg, dist.get_world_size())
-    groups = make_groups(resolved)
-    try:
-        seed_dropout(cfg.rng.seed, pp_rank=groups.pp.rank())
-        device = torch.device("cpu")
-        chunks = wrap_model(cfg, build_model(resolved, groups, device), groups, device)
-        optimizer = build_optimizer(cfg, chunks, groups)
-        yield Rig(resolved, chunks, optimizer, Checkpointer(cfg, groups), TrainState())
-    finally:
-        dist.barrier()
-        destroy_model_parallel()
+    with opened(cfg) as run:
+        yield Rig(run)
 
 
 def trained(values: dict[str, Any], steps: int, directory: str | None = None, save_at: int | None = None) -> Any:

@@ -40,10 +40,10 @@ def save_two(path: str) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def saved(pool, tmp_path_factory):
+def saved(ranks, tmp_path_factory):
     """A directory with checkpoints 1 and 2, and their weights."""
     path = tmp_path_factory.mktemp("saved")
-    return path, *pool.run(save_two, str(path))[0]
+    return path, *ranks(2).run(save_two, str(path))[0]
 
 
 class Warnings(logging.Handler):
@@ -73,24 +73,24 @@ def test_the_checkpoint_has_the_files_this_test_damages(saved):
 
 @pytest.mark.parametrize("how", ["truncated", "deleted", "bit-flipped"])
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(pool, saved, tmp_path, name, how):
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(ranks, saved, tmp_path, name, how):
     path = shutil.copytree(saved[0], tmp_path / "run")
     damage_file(path / "iter_0000002" / name, how)
-    (first, told), (second, silent) = pool.run(what_is_found, str(path))
+    (first, told), (second, silent) = ranks(2).run(what_is_found, str(path))
     assert first == second == 1
     assert any(f"iter_0000002/{name}" in text and "damaged and skipped" in text for text in told)
     assert silent == [], "one rank tells it"
 
 
-def test_the_checkpoint_before_is_what_is_loaded(pool, saved, tmp_path):
+def test_the_checkpoint_before_is_what_is_loaded(ranks, saved, tmp_path):
     path = shutil.copytree(saved[0], tmp_path / "run")
     damage_file(path / "iter_0000002" / "__1_0.distcp", "bit-flipped")
-    start, weights = pool.run(resumed, DENSE, 1, str(path))[0]
+    start, weights = ranks(2).run(resumed, DENSE, 1, str(path))[0]
     assert start == 1
     assert differences(saved[1], weights) == {}
     # Going on from there replaces the damaged one.
-    assert pool.run(resume_and_save, str(path))[0] == [2, 1]
-    assert differences(saved[2], pool.run(resumed, DENSE, 2, str(path))[0][1]) == {}
+    assert ranks(2).run(resume_and_save, str(path))[0] == [2, 1]
+    assert differences(saved[2], ranks(2).run(resumed, DENSE, 2, str(path))[0][1]) == {}
 
 
 def resume_and_save(path: str) -> list[int]:
@@ -107,11 +107,11 @@ def refused(path: str) -> str:
     return str(caught.value)
 
 
-def test_where_nothing_is_whole_every_rank_stops_and_every_file_is_named(pool, saved, tmp_path):
+def test_where_nothing_is_whole_every_rank_stops_and_every_file_is_named(ranks, saved, tmp_path):
     path = shutil.copytree(saved[0], tmp_path / "run")
     damage_file(path / "iter_0000001" / "__0_0.distcp", "bit-flipped")
     damage_file(path / "iter_0000002" / ".metadata", "bit-flipped")
-    for message in pool.run(refused, str(path)):
+    for message in ranks(2).run(refused, str(path)):
         assert "none of its checkpoints is complete" in message
         assert "iter_0000001/__0_0.distcp" in message
         assert "iter_0000002/.metadata" in message
@@ -158,7 +158,7 @@ def pickled_by_torch(value: object) -> bytes:
 
 
 @pytest.mark.parametrize("where", ["metadata", "metadata inside", "common_state", "rng_state"])
-def test_a_malicious_checkpoint_executes_nothing(pool, saved, tmp_path, where):
+def test_a_malicious_checkpoint_executes_nothing(ranks, saved, tmp_path, where):
     path, target = shutil.copytree(saved[0], tmp_path / "run"), tmp_path / "owned"
     whole = path / "iter_0000002"
     if where == "metadata":
@@ -170,7 +170,7 @@ def test_a_malicious_checkpoint_executes_nothing(pool, saved, tmp_path, where):
     forge(whole)
     assert read_manifest(whole), "the forged manifest must be intact, or checksums alone refuse it"
     assert RunDirectory(path).damages(read_manifest(whole)) == []
-    (iteration, told), _ = pool.run(what_is_found, str(path))
+    (iteration, told), _ = ranks(2).run(what_is_found, str(path))
     assert iteration == 1
     assert any("iter_0000002" in text and "mkdir" in text for text in told), told
     assert not target.exists()

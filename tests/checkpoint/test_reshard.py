@@ -14,14 +14,14 @@ PADDED = {**PP2, "model.pipeline_model_parallel_layout": "Etttt|mmL"}
 
 
 @pytest.fixture(scope="module")
-def saved(pool, tmp_path_factory):
+def saved(ranks, tmp_path_factory):
     """model and layout -> (weights of a run that was never stopped, a directory with its checkpoint), made once."""
     made = {}
 
     def get(name, model, layout):
         if name not in made:
             directory = str(tmp_path_factory.mktemp("run"))
-            made[name] = (pool.run(trained, {**model, **layout}, STEPS, directory, SAVED_AT)[0], directory)
+            made[name] = (ranks(2).run(trained, {**model, **layout}, STEPS, directory, SAVED_AT)[0], directory)
         return made[name]
 
     return get
@@ -52,8 +52,8 @@ SLOW = {"dense dp to cp", "dense dp to vp", "dense tp to dp", "moe ep to ep", "m
         for name, case in CASES.items()
     ],
 )
-def test_resume_gives_the_weights_of_a_run_that_was_never_stopped(pool, saved, name, model, old, new):
+def test_resume_gives_the_weights_of_a_run_that_was_never_stopped(ranks, saved, name, model, old, new):
     expected, directory = saved(name, model, old)
-    start, weights = pool.run(resumed, {**model, **new}, STEPS, directory)[0]
+    start, weights = ranks(2).run(resumed, {**model, **new}, STEPS, directory)[0]
     assert start == SAVED_AT
     assert differences(expected, weights) == {}

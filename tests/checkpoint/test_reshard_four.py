@@ -12,18 +12,18 @@ SAVED_AT, STEPS = 2, 4
 
 
 @pytest.fixture(scope="module")
-def saved(four, tmp_path_factory) -> SavedRuns:
+def saved(ranks, tmp_path_factory) -> SavedRuns:
     """The weights of runs that were never stopped."""
     return SavedRuns(
-        lambda values, directory: four.run(trained, values, STEPS, directory, SAVED_AT)[0], tmp_path_factory
+        lambda values, directory: ranks(4).run(trained, values, STEPS, directory, SAVED_AT)[0], tmp_path_factory
     )
 
 
 @pytest.mark.dist
 @every_case(FAST)
-def test_resume_gives_the_weights_of_a_run_that_was_never_stopped(four, saved, model, old, new):
+def test_resume_gives_the_weights_of_a_run_that_was_never_stopped(ranks, saved, model, old, new):
     expected, directory = saved(model, old)
-    start, weights = four.run(resumed, {**MODELS[model], **LAYOUTS[new]}, STEPS, directory)[0]
+    start, weights = ranks(4).run(resumed, {**MODELS[model], **LAYOUTS[new]}, STEPS, directory)[0]
     assert start == SAVED_AT
     assert differences(expected, weights) == {}
 

@@ -7,24 +7,23 @@ restored: weights, optimizer, counters, learning rate, router biases and the pos
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from megatron_mtp.checkpoint import Checkpointer
-from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.optimizer import apply_schedules
-from megatron_mtp.training.setup import Run, setup
+from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from tests.checkpoint.four_layouts import LAYOUTS, MODELS, SavedRuns, every_case
 from tests.checkpoint.rig import make_config
+from tests.harness.runs import opened
 
 SAVED_AT, STEPS = 3, 5
 TOLERANCE = 1e-5
 """Of each depth's loss, in nats per token, in fp32: layouts add in different orders."""
-REAL = {"optimizer.clip_grad": 1.0, "dist.device": "cpu", "dist.num_threads": 1, "dataset.prefetch_steps": 0}
+REAL = {"optimizer.clip_grad": 1.0, "dataset.prefetch_steps": 0}
 FAST = [("moe", "m|L", "ep2+pp2")]
 
 Losses = list[list[float]]
@@ -48,9 +47,7 @@ def train(run: Run, state: TrainState, count: int) -> Losses:
 
 def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
     """Of the steps after SAVED_AT: of a run that saves there and trains on, or of one that resumes there."""
-    world_size = dist.get_world_size()
-    run = setup(resolve(make_config({**REAL, **values}, world_size, directory), world_size))
-    try:
+    with opened(make_config({**REAL, **values}, dist.get_world_size(), directory)) as run:
         engine, state = run.engine, TrainState()
         checkpointer = Checkpointer(run.cfg, run.groups)
         if saves:
@@ -60,23 +57,19 @@ def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
             assert checkpointer.resume(engine.chunks, engine.optimizer, state)
             assert state.iteration == SAVED_AT
         return train(run, state, STEPS)
-    finally:
-        run.release()
-        del run
-        gc.collect()  # modules and hooks refer to each other in circles
 
 
 @pytest.fixture(scope="module")
-def saved(four, tmp_path_factory) -> SavedRuns:
+def saved(ranks, tmp_path_factory) -> SavedRuns:
     """The losses of runs that were never stopped."""
-    return SavedRuns(lambda values, directory: four.run(losses, values, directory, True)[0], tmp_path_factory)
+    return SavedRuns(lambda values, directory: ranks(4).run(losses, values, directory, True)[0], tmp_path_factory)
 
 
 @pytest.mark.dist
 @every_case(FAST)
-def test_the_next_five_losses_are_those_of_a_run_that_was_never_stopped(four, saved, model, old, new):
+def test_the_next_five_losses_are_those_of_a_run_that_was_never_stopped(ranks, saved, model, old, new):
     expected, directory = saved(model, old)
-    found = four.run(losses, {**MODELS[model], **LAYOUTS[new]}, directory, False)
+    found = ranks(4).run(losses, {**MODELS[model], **LAYOUTS[new]}, directory, False)
     assert len(found[0]) == STEPS
     assert all(one == found[0] for one in found), "ranks disagree on the losses"
     worst = max(abs(a - b) for x, y in zip(expected, found[0], strict=True) for a, b in zip(x, y, strict=True))

@@ -43,9 +43,9 @@ FAST = {("bf16", 2), ("fp16", 2), ("sgd", 2), ("bf16-whole-to-pp2", 2), ("bf16",
         for save_at in (0, 2)
     ],
 )
-def test_resume_is_bit_equal(pool, tmp_path, model, layout, save_at):
-    expected = pool.run(trained, model, 4, str(tmp_path), save_at)[0]
-    start, weights = pool.run(resumed, {**model, **layout}, 4, str(tmp_path))[0]
+def test_resume_is_bit_equal(ranks, tmp_path, model, layout, save_at):
+    expected = ranks(2).run(trained, model, 4, str(tmp_path), save_at)[0]
+    start, weights = ranks(2).run(resumed, {**model, **layout}, 4, str(tmp_path))[0]
     assert start == save_at
     assert differences(expected, weights) == {}
 
@@ -85,8 +85,8 @@ def draw_streams() -> list:
 
 
 @pytest.mark.parametrize("model", [pytest.param(DENSE, marks=pytest.mark.slow), FP16], ids=["fp32", "fp16"])
-def test_counters_loss_scale_and_random_streams_go_on(pool, tmp_path, model):
-    streams = pool.run(save_with_counters, model, str(tmp_path))
+def test_counters_loss_scale_and_random_streams_go_on(ranks, tmp_path, model):
+    streams = ranks(2).run(save_with_counters, model, str(tmp_path))
     assert streams[0] != streams[1], "ranks must differ, or this test cannot tell them apart"
     expected = TrainState(
         iteration=1,
@@ -95,15 +95,15 @@ def test_counters_loss_scale_and_random_streams_go_on(pool, tmp_path, model):
         acceptance={"matches_target": [2**40, 7]},
         wandb_run_id="abc",
     )
-    for rank, (state, scale, drawn) in enumerate(pool.run(resume_with_counters, model, str(tmp_path))):
+    for rank, (state, scale, drawn) in enumerate(ranks(2).run(resume_with_counters, model, str(tmp_path))):
         assert state == expected
         assert scale == ((512.0, 1) if model is FP16 else None)
         assert drawn == streams[rank]
 
 
-def test_random_streams_are_not_carried_to_other_places(pool, tmp_path):
-    streams = pool.run(save_with_counters, DENSE, str(tmp_path))
-    for rank, (_, _, drawn) in enumerate(pool.run(resume_with_counters, {**DENSE, **TP2}, str(tmp_path))):
+def test_random_streams_are_not_carried_to_other_places(ranks, tmp_path):
+    streams = ranks(2).run(save_with_counters, DENSE, str(tmp_path))
+    for rank, (_, _, drawn) in enumerate(ranks(2).run(resume_with_counters, {**DENSE, **TP2}, str(tmp_path))):
         assert drawn != streams[rank]
 
 
@@ -135,9 +135,9 @@ def masters(run: Rig) -> list[torch.Tensor]:
     ],
     ids=["fp32-bf16", "bf16-fp32", "bf16-fp16"],
 )
-def test_a_change_of_dtype_goes_on_from_the_master_weights(pool, tmp_path, old, new):
+def test_a_change_of_dtype_goes_on_from_the_master_weights(ranks, tmp_path, old, new):
     """`weights` also checks that data-parallel copies agree, which loading the masters alone would break."""
-    for before, after, weights, expected in pool.run(change_dtype, old, new, str(tmp_path)):
+    for before, after, weights, expected in ranks(2).run(change_dtype, old, new, str(tmp_path)):
         assert len(before) == len(after) > 0
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         if weights is not None:
@@ -160,8 +160,8 @@ def without_optimizer(directory: str) -> tuple:
         return expected, same, fresh, equal, run.state.iteration
 
 
-def test_weights_alone_may_be_loaded(pool, tmp_path):
-    expected, same, fresh, equal, iteration = pool.run(without_optimizer, str(tmp_path))[0]
+def test_weights_alone_may_be_loaded(ranks, tmp_path):
+    expected, same, fresh, equal, iteration = ranks(2).run(without_optimizer, str(tmp_path))[0]
     assert differences(expected, same) == {}
     assert fresh
     assert equal, "the masters must start from the loaded weights"
@@ -178,8 +178,8 @@ def saved_without_optimizer(directory: str) -> str:
         return str(caught.value)
 
 
-def test_a_checkpoint_without_optimizer_state_says_so(pool, tmp_path):
-    for message in pool.run(saved_without_optimizer, str(tmp_path)):
+def test_a_checkpoint_without_optimizer_state_says_so(ranks, tmp_path):
+    for message in ranks(2).run(saved_without_optimizer, str(tmp_path)):
         assert "was saved without optimizer state" in message
         assert "checkpoint.load_optim=false" in message
 
@@ -196,8 +196,8 @@ def resume_other_model(directory: str) -> str:
         return str(caught.value)
 
 
-def test_another_models_run_is_refused_on_every_rank(pool, tmp_path):
-    for message in pool.run(resume_other_model, str(tmp_path)):
+def test_another_models_run_is_refused_on_every_rank(ranks, tmp_path):
+    for message in ranks(2).run(resume_other_model, str(tmp_path)):
         assert "model.ffn_hidden_size = 64: the checkpoint was saved with 48" in message
         assert "rng.seed = 5" in message
 
@@ -207,8 +207,8 @@ def fresh_start(directory: str) -> bool:
         return run.resume()
 
 
-def test_an_empty_directory_is_a_fresh_start(pool, tmp_path):
-    assert pool.run(fresh_start, str(tmp_path / "new")) == [False, False]
+def test_an_empty_directory_is_a_fresh_start(ranks, tmp_path):
+    assert ranks(2).run(fresh_start, str(tmp_path / "new")) == [False, False]
 
 
 def resume_with_extra_state(path: str, at_save: bool, at_load: bool) -> tuple:
@@ -236,8 +236,8 @@ def resume_with_extra_state(path: str, at_save: bool, at_load: bool) -> tuple:
     ("at_save", "at_load"),
     [(True, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, True), (True, True)))],
 )
-def test_the_backend_may_change(pool, tmp_path, at_save, at_load):
-    _, saved, resumed_, weights = pool.run(resume_with_extra_state, str(tmp_path), at_save, at_load)[0]
+def test_the_backend_may_change(ranks, tmp_path, at_save, at_load):
+    _, saved, resumed_, weights = ranks(2).run(resume_with_extra_state, str(tmp_path), at_save, at_load)[0]
     assert resumed_
     assert differences(saved, weights) == {}
 
@@ -251,8 +251,8 @@ def save_only(values: dict, steps: int, path: str) -> None:
         run.save()
 
 
-def test_weights_are_of_the_step_even_if_they_are_gathered_later(pool, tmp_path):
+def test_weights_are_of_the_step_even_if_they_are_gathered_later(ranks, tmp_path):
     """The weights themselves, without the optimizer's: what an export or a run with load_optim=false reads."""
-    pool.run(save_only, OVERLAPPED, 3, str(tmp_path))
-    weights = pool.run(resumed, {**DENSE, "checkpoint.load_optim": False}, 3, str(tmp_path))[0][1]
-    assert differences(pool.run(trained, DENSE, 3)[0], weights) == {}
+    ranks(2).run(save_only, OVERLAPPED, 3, str(tmp_path))
+    weights = ranks(2).run(resumed, {**DENSE, "checkpoint.load_optim": False}, 3, str(tmp_path))[0][1]
+    assert differences(ranks(2).run(trained, DENSE, 3)[0], weights) == {}

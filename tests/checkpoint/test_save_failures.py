@@ -89,15 +89,15 @@ FAST = {("file of rank 1", "async"), ("metadata on rank 0", "sync"), ("folder on
         for how, values in (("sync", DENSE), ("async", ASYNC))
     ],
 )
-def test_a_full_disk_is_reported_and_survived(pool, tmp_path, values, place):
-    outcomes = pool.run(save_on_a_full_disk, values, str(tmp_path), place)
+def test_a_full_disk_is_reported_and_survived(ranks, tmp_path, values, place):
+    outcomes = ranks(2).run(save_on_a_full_disk, values, str(tmp_path), place)
     for message, left, last, _ in outcomes:
         assert "iteration 2 was not saved" in message
         assert "No space left on device" in message
         assert left == ["iter_0000001", "latest_checkpointed_iteration.txt"]
         # A save that did not begin leaves the older one the last; one that broke off may be tried again.
         assert last == (1 if place == "folder on rank 0" else None)
-    start, weights = pool.run(resumed, values, 3, str(tmp_path))[0]
+    start, weights = ranks(2).run(resumed, values, 3, str(tmp_path))[0]
     assert start == 3
     assert differences(outcomes[0][3], weights) == {}
 
@@ -121,8 +121,8 @@ def save_into_a_vanished_directory(path: str) -> tuple:
         return message, came_back, sorted(os.listdir(path))
 
 
-def test_a_vanished_directory_is_reported_and_not_made_anew(pool, tmp_path):
-    for message, came_back, names in pool.run(save_into_a_vanished_directory, str(tmp_path / "run")):
+def test_a_vanished_directory_is_reported_and_not_made_anew(ranks, tmp_path):
+    for message, came_back, names in ranks(2).run(save_into_a_vanished_directory, str(tmp_path / "run")):
         assert "No such file or directory" in message
         assert not came_back
         assert names[:2] == ["iter_0000001", "iter_0000002"]
@@ -178,8 +178,8 @@ def mend(path: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(("how", "reason"), [("full", "No space left"), ("read-only", "Read-only file system")])
-def test_a_real_disk_that_refuses(pool, small_disk, how, reason):
-    for message, left, names in pool.run(fill_up_and_go_on, str(small_disk / "run"), how):
+def test_a_real_disk_that_refuses(ranks, small_disk, how, reason):
+    for message, left, names in ranks(2).run(fill_up_and_go_on, str(small_disk / "run"), how):
         assert reason in message
         assert "iter_0000001" in left
         assert not any(name.endswith(".partial") for name in left)
@@ -195,8 +195,8 @@ def retain(path: str) -> list[str]:
         return sorted(name for name in os.listdir(path) if name.startswith("iter_"))
 
 
-def test_retention(pool, tmp_path):
-    assert pool.run(retain, str(tmp_path))[0] == ["iter_0000003", "iter_0000004"]
+def test_retention(ranks, tmp_path):
+    assert ranks(2).run(retain, str(tmp_path))[0] == ["iter_0000003", "iter_0000004"]
 
 
 def leave_remains(path: str) -> list[str]:
@@ -212,5 +212,5 @@ def leave_remains(path: str) -> list[str]:
         return sorted(name for name in os.listdir(path) if name.startswith("iter_"))
 
 
-def test_what_a_dead_process_left_is_cleared_at_the_start(pool, tmp_path):
-    assert pool.run(leave_remains, str(tmp_path))[0] == ["iter_0000001"]
+def test_what_a_dead_process_left_is_cleared_at_the_start(ranks, tmp_path):
+    assert ranks(2).run(leave_remains, str(tmp_path))[0] == ["iter_0000001"]

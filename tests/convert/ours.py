@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.harness.runs import joined
+
 
 @dataclass
 class _Ids:
@@ -23,25 +25,17 @@ class _Ids:
 def built(source: str, changes: dict[str, Any], **options: Any) -> Iterator[tuple[Any, list, Any]]:
     """(cfg, chunks, groups) of the model in `source`, its weights loaded, at the layout in `changes`."""
     from megatron_mtp.convert.load import config_of, load_weights
-    from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
     from megatron_mtp.model.build import build_model
-    from megatron_mtp.parallel.resolve import resolve
-    from megatron_mtp.training.setup import make_groups
 
     cfg = config_of(source)
     cfg.train.global_batch_size, cfg.train.micro_batch_size = 8, 1
+    cfg.dist.device, cfg.dist.num_threads = "cpu", 1
     for name, value in changes.items():
         setattr(cfg.model, name, value)
-    resolved = resolve(cfg.finalize(dist.get_world_size()), dist.get_world_size())
-    groups = make_groups(resolved)
-    try:
-        seed_dropout(1, pp_rank=groups.pp.rank())
+    with joined(cfg.finalize(dist.get_world_size())) as (resolved, groups):
         chunks = build_model(resolved, groups, torch.device("cpu"))
         load_weights(chunks, source, cfg, groups, **options)
         yield cfg, chunks, groups
-    finally:
-        dist.barrier()
-        destroy_model_parallel()
 
 
 @torch.no_grad()

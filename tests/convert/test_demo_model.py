@@ -48,7 +48,7 @@ def greedy(source: str, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
         return found
 
 
-def test_transformers_continues_the_same_way(trained, one, tmp_path):
+def test_transformers_continues_the_same_way(trained, ranks, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint, _ = trained
@@ -61,7 +61,7 @@ def test_transformers_continues_the_same_way(trained, one, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.eos_token_id == model.config.eos_token_id
     prompts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
-    (ours,) = one.run(greedy, str(checkpoint), prompts)
+    (ours,) = ranks(1).run(greedy, str(checkpoint), prompts)
     for prompt, ids in zip(prompts, ours, strict=True):
         theirs = model.generate(prompt, max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False)
         # transformers never ends before min_new_tokens: where ours would, the two differ by that rule.

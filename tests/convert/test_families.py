@@ -50,11 +50,11 @@ def test_there_and_back_are_the_same_bits(name, made, tmp_path):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in MODELS])
-def test_one_rank_computes_what_transformers_computes(name, made, one, tmp_path):
+def test_one_rank_computes_what_transformers_computes(name, made, ranks, tmp_path):
     folder, ids, expected = made(name)
     import_hf(folder, tmp_path / "checkpoint")
     for source in (folder, tmp_path / "checkpoint"):
-        (got,) = one.run(logits, str(source), ids, {})
+        (got,) = ranks(1).run(logits, str(source), ids, {})
         assert (got[0] - expected).abs().max() < LOGITS
 
 
@@ -67,9 +67,9 @@ def test_one_rank_computes_what_transformers_computes(name, made, one, tmp_path)
         if kind != "ep" or name not in DENSE
     ],
 )
-def test_two_ranks_compute_what_transformers_computes(name, layout, made, two, tmp_path):
+def test_two_ranks_compute_what_transformers_computes(name, layout, made, ranks, tmp_path):
     folder, ids, expected = made(name)
     import_hf(folder, tmp_path / "checkpoint")
     for source in (folder, tmp_path / "checkpoint"):
-        for got in two.run(logits, str(source), ids, layout):
+        for got in ranks(2).run(logits, str(source), ids, layout):
             assert got is None or (got[0] - expected).abs().max() < LOGITS

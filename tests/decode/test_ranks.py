@@ -15,25 +15,13 @@ from megatron_mtp.decode.speculate import Options, generate
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from tests.decode.models import DENSE, MLA, MOE, random_tokens
 from tests.decode.test_greedy import NEW_TOKENS, prompts
-from tests.gloo_pool import GlooPool
+from tests.harness.runs import joined
 from tests.model.plain_to_config import run_config
 from tests.reference.plain_model import PlainConfig
 
 pytestmark = pytest.mark.dist
 
 KINDS = {"dense": DENSE, "moe": MOE, "mla": MLA}
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def alone():
-    with GlooPool(1) as pool:
-        yield pool
 
 
 def config(plain: PlainConfig, tp: int, etp: int = 1) -> ConfigContainer:
@@ -47,19 +35,12 @@ def config(plain: PlainConfig, tp: int, etp: int = 1) -> ConfigContainer:
 
 def with_model(cfg, work, *arguments):
     """work(cfg, chunk, decoder, ...) on this rank, with initial weights, which are the same at every layout."""
-    from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.model.build import build_model
-    from megatron_mtp.parallel.resolve import resolve
-    from megatron_mtp.training.setup import join_groups
 
-    resolved = resolve(cfg)
-    device, groups = join_groups(resolved)
-    try:
-        [chunk] = build_model(resolved, groups, device.torch_device)
+    with joined(cfg) as (resolved, groups):
+        [chunk] = build_model(resolved, groups, torch.device("cpu"))
         decoder = Decoder.build(cfg.model, chunk.state_dict(), TensorParallel(groups.tp))
         return work(cfg, chunk, decoder, *arguments)
-    finally:
-        destroy_model_parallel()
 
 
 def training_and_decoding_logits(cfg, chunk, decoder):
@@ -94,25 +75,24 @@ def tokens_of_all_cells(cfg, chunk, decoder, rows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_logits_of_the_training_model(pool, alone, ranks, kind):
-    if ranks == 2 and kind != "dense":
+@pytest.mark.parametrize("size", [1, 2])
+def test_logits_of_the_training_model(ranks, size, kind):
+    if size == 2 and kind != "dense":
         pytest.skip("hidden states are sharded along the sequence there; tokens are compared below")
-    chosen = pool if ranks == 2 else alone
-    for trained, decoded in chosen.run(with_model, config(KINDS[kind], ranks), training_and_decoding_logits):
+    for trained, decoded in ranks(size).run(with_model, config(KINDS[kind], size), training_and_decoding_logits):
         torch.testing.assert_close(decoded, trained, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks(pool, alone, kind, depths):
+def test_two_ranks(ranks, kind, depths):
     """Three prompts, K from 1 to 6: with drafts as without, on both ranks, and as on one rank."""
     plain = replace(KINDS[kind], vocab_size=4, num_depths=depths)
     rows = prompts(3, seed=depths)
     # Experts sharded over both ranks, or whole on both.
     etp = 2 if depths == 1 else 1
-    first, second = pool.run(with_model, config(plain, 2, etp), tokens_of_all_cells, rows)
-    [one] = alone.run(with_model, config(plain, 1), tokens_of_all_cells, rows)
+    first, second = ranks(2).run(with_model, config(plain, 2, etp), tokens_of_all_cells, rows)
+    [one] = ranks(1).run(with_model, config(plain, 1), tokens_of_all_cells, rows)
     assert first == second
     for cells in (first, one):
         assert all(cells[k] == cells[0] for k in cells if k != "sampled")

@@ -6,15 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.gloo_pool import GlooPool
-
 pytestmark = pytest.mark.dist
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as pool:
-        yield pool
 
 
 def average_and_sum() -> tuple[list[float], list[float]]:
@@ -24,8 +16,8 @@ def average_and_sum() -> tuple[list[float], list[float]]:
     return mean.tolist(), total.tolist()
 
 
-def test_all_reduce_averages(pool):
-    assert pool.run(average_and_sum) == [([1.5, 3.0], [3.0, 6.0])] * 2
+def test_all_reduce_averages(ranks):
+    assert ranks(2).run(average_and_sum) == [([1.5, 3.0], [3.0, 6.0])] * 2
 
 
 def asynchronous_average() -> str:
@@ -36,8 +28,8 @@ def asynchronous_average() -> str:
     return ""
 
 
-def test_asynchronous_average_is_refused(pool):
-    assert "average_in_collective" in pool.run(asynchronous_average)[0]
+def test_asynchronous_average_is_refused(ranks):
+    assert "average_in_collective" in ranks(2).run(asynchronous_average)[0]
 
 
 def exchange_with_tensor_sizes() -> list[float]:
@@ -55,8 +47,8 @@ def exchange_with_tensor_sizes() -> list[float]:
     return output.tolist()
 
 
-def test_all_to_all_takes_sizes_as_tensors(pool):
-    assert pool.run(exchange_with_tensor_sizes) == [[0.0, 10.0, 11.0, 12.0], [1.0, 2.0]]
+def test_all_to_all_takes_sizes_as_tensors(ranks):
+    assert ranks(2).run(exchange_with_tensor_sizes) == [[0.0, 10.0, 11.0, 12.0], [1.0, 2.0]]
 
 
 def gather_uneven() -> list[float]:
@@ -66,8 +58,8 @@ def gather_uneven() -> list[float]:
     return output.flatten().tolist()
 
 
-def test_parts_of_different_length_are_gathered(pool):
-    assert pool.run(gather_uneven) == [[0.0, 1.0, 1.0, 1.0]] * 2
+def test_parts_of_different_length_are_gathered(ranks):
+    assert ranks(2).run(gather_uneven) == [[0.0, 1.0, 1.0, 1.0]] * 2
 
 
 def scatter_uneven() -> list[float]:
@@ -78,5 +70,5 @@ def scatter_uneven() -> list[float]:
     return output.flatten().tolist()
 
 
-def test_parts_of_different_length_are_scattered(pool):
-    assert pool.run(scatter_uneven) == [[10.0], [12.0, 14.0, 16.0]]
+def test_parts_of_different_length_are_scattered(ranks):
+    assert ranks(2).run(scatter_uneven) == [[10.0], [12.0, 14.0, 16.0]]

@@ -25,8 +25,8 @@ FAST = {
         for layout in layouts
     ],
 )
-def test_twenty_steps_give_one_curve(bench, model, layout, record_property):
-    difference = bench.difference(model, layout, "padded", curve_steps=NUM_STEPS)
+def test_twenty_steps_give_one_curve(compared, model, layout, record_property):
+    difference = compared(model, layout, "padded", curve_steps=NUM_STEPS)
     # With experts, rounding sends some token to another expert sooner or later; from there on curves part.
     record_property("steps with equal routing", difference.curve_steps)
     print(f"{model}, {layout}: {difference.curve_steps} steps with equal routing, curve {difference.curve:.1e}")

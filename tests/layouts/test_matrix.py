@@ -19,8 +19,8 @@ FAST = fast_pairs()
     ("model", "layout", "mask"),
     [pytest.param(*pair, marks=[] if pair in FAST else [pytest.mark.slow]) for pair in all_pairs()],
 )
-def test_a_layout_computes_what_one_rank_computes(bench, model, layout, mask):
-    assert bench.difference(model, layout, mask).faults() == []
+def test_a_layout_computes_what_one_rank_computes(compared, model, layout, mask):
+    assert compared(model, layout, mask).faults() == []
 
 
 def test_the_fast_part_holds_every_mask_and_layout():

@@ -39,8 +39,8 @@ def parallel_heads(cfg: ConfigContainer) -> None:
         pytest.param("mla_moe", "tp=2,sp=1,ep=2,etp=1", marks=pytest.mark.slow),
     ],
 )
-def test_tied_embeddings(bench, model, layout):
-    assert bench.difference(model, layout, change=tied).faults() == []
+def test_tied_embeddings(compared, model, layout):
+    assert compared(model, layout, change=tied).faults() == []
 
 
 @pytest.mark.parametrize("recompute", ["uniform", "block", "selective"])
@@ -55,14 +55,14 @@ def test_tied_embeddings(bench, model, layout):
         pytest.param("dense", "pp=4,layout=Ett|tt|mm|L", marks=pytest.mark.slow),
     ],
 )
-def test_recomputation_against_a_reference_without_it(bench, model, layout, recompute):
-    assert bench.difference(model, f"{layout},recompute={recompute}").faults() == []
+def test_recomputation_against_a_reference_without_it(compared, model, layout, recompute):
+    assert compared(model, f"{layout},recompute={recompute}").faults() == []
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
 @pytest.mark.parametrize("model", ["dense", "mla_moe"])
-def test_the_size_of_micro_batches_does_not_matter(bench, model, micro_batch_size):
-    difference = bench.difference(model, f"mbs={micro_batch_size}")
+def test_the_size_of_micro_batches_does_not_matter(compared, model, micro_batch_size):
+    difference = compared(model, f"mbs={micro_batch_size}")
     assert difference.faults() == []
     assert difference.gradient <= CUT_TOLERANCE
 
@@ -71,5 +71,5 @@ def test_the_size_of_micro_batches_does_not_matter(bench, model, micro_batch_siz
 @pytest.mark.parametrize("change", [repeated, detached, parallel_heads])
 @pytest.mark.parametrize("layout", ["tp=2,sp=1", "pp=2,vp=2", "pp=4,layout=Ett|tt|mm|L", "cp=2", "dp=2,distopt=1"])
 @pytest.mark.parametrize("model", ["dense", "mla_moe"])
-def test_variants_of_mtp(bench, model, layout, change):
-    assert bench.difference(model, layout, change=change).faults() == []
+def test_variants_of_mtp(compared, model, layout, change):
+    assert compared(model, layout, change=change).faults() == []

@@ -7,7 +7,6 @@ import torch.distributed as dist
 
 from megatron_mtp.mcore import recompute
 from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel
-from tests.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.dist
 
@@ -30,6 +29,5 @@ def groups_of_two_layouts() -> tuple[int, bool]:
     return len(seen), restored and dist.new_group is make
 
 
-def test_gloo_groups_over_the_same_ranks_are_one():
-    with GlooPool(2) as pool:
-        assert pool.run(groups_of_two_layouts) == [(1, True)] * 2
+def test_gloo_groups_over_the_same_ranks_are_one(ranks):
+    assert ranks(2).run(groups_of_two_layouts) == [(1, True)] * 2

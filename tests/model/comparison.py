@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_mtp.verify.compare import relative_errors
 from tests.model.parity import Figures
 
 # fp32 against fp64, MoE included: with fp32 weights Megatron-Core casts nothing below fp32. Measured: losses 6e-8, the
@@ -19,7 +20,7 @@ def assert_same(got: Figures, expected: Figures) -> None:
     assert got.counts == expected.counts
     assert got.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
     assert got.acceptance == expected.acceptance
-    errors = gradient_errors(got.gradients, expected.gradients)
+    errors = relative_errors(got.gradients, expected.gradients)
     too_large = {name: error for name, error in errors.items() if not error <= GRADIENT_TOLERANCE}
     assert not too_large
     assert whole_error(got.gradients, expected.gradients) <= GRADIENT_TOLERANCE
@@ -36,17 +37,6 @@ def assert_same_routing(got: list[Tensor], expected: list[Tensor]) -> None:
         call for call, (ours, theirs) in enumerate(zip(got, expected, strict=True)) if not torch.equal(ours, theirs)
     ]
     assert not different
-
-
-def gradient_errors(got: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-    """|g - r| / max(|r|, 1e-3 * global norm / sqrt(number of tensors)) for each tensor, 2-norms, r in fp64.
-
-    The floor keeps a tensor whose gradient is next to nothing from being judged by rounding alone.
-    """
-    assert got.keys() == reference.keys()
-    global_norm = sum(r.norm() ** 2 for r in reference.values()) ** 0.5
-    floor = 1e-3 * global_norm / len(reference) ** 0.5
-    return {name: float((got[name].double() - r).norm() / max(r.norm(), floor)) for name, r in reference.items()}
 
 
 def whole_error(got: dict[str, Tensor], reference: dict[str, Tensor]) -> float:

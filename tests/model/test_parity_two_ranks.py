@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gloo_pool import GlooPool
+from tests.harness.runs import opened
 from tests.model.comparison import assert_same, assert_same_routing
 from tests.model.parity import Batches, Figures, global_batch, judge, plain_figures, program_config, step_figures
 from tests.model.test_parity_one_rank import DENSE, MLA_MOE
-from tests.numerics.runs import opened
 from tests.reference.plain_model import PlainConfig
 
 pytestmark = pytest.mark.dist
@@ -31,12 +30,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as pool:
-        yield pool
-
-
 def stage_figures(plain: PlainConfig, batches: Batches) -> Figures:
     """On each rank: the step of its stage."""
     with opened(program_config(plain, batches, pp=2)) as run:
@@ -45,9 +38,9 @@ def stage_figures(plain: PlainConfig, batches: Batches) -> Figures:
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_one_step_equals_the_plain_model(pool, name, documents):
+def test_one_step_equals_the_plain_model(ranks, name, documents):
     plain, batches = CASES[name], global_batch(documents)
-    stages = pool.run(stage_figures, plain, batches)
+    stages = ranks(2).run(stage_figures, plain, batches)
     expected = plain_figures(judge(plain), batches)
 
     assert_same_routing(by_micro_batch([stage.routing_maps for stage in stages], len(batches)), expected.routing_maps)

@@ -16,7 +16,7 @@ from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.recipes import get_recipe
 from scripts.markdown import formatted
-from tests.numerics.runs import SMALL
+from tests.harness.models import SMALL
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "numerics.md"
 BEGIN, END = "<!-- pairs: begin -->", "<!-- pairs: end -->"

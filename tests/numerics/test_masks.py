@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gloo_pool import GlooPool
-from tests.numerics.runs import SMALL, Step, assert_same_step, masked_step
+from tests.harness.models import SMALL
+from tests.harness.runs import Step, assert_same_step, masked_step
 
 pytestmark = pytest.mark.dist
 
@@ -41,20 +41,14 @@ def masks() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def alone():
-    with GlooPool(1) as pool:
-        steps: dict[tuple[str, bool], Step] = {}
-        for name, mask in masks().items():
-            for detached in (False, True):
-                overrides = (*DENSE, f"model.mtp_detach_heads={detached}")
-                steps[name, detached] = pool.run(masked_step, "tiny_dense", overrides, mask)[0]
-        yield steps
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as pool:
-        yield pool
+def alone(ranks):
+    """The step of one rank, by mask and whether heads are detached."""
+    steps: dict[tuple[str, bool], Step] = {}
+    for name, mask in masks().items():
+        for detached in (False, True):
+            overrides = (*DENSE, f"model.mtp_detach_heads={detached}")
+            steps[name, detached] = ranks(1).run(masked_step, "tiny_dense", overrides, mask)[0]
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -62,8 +56,8 @@ def pool():
     ["cp2", "dp2", pytest.param("pp2", marks=pytest.mark.slow), pytest.param("cp2_detached", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("name", masks())
-def test_layouts_equal_one_rank(pool, alone, name, layout):
-    got = pool.run(masked_step, "tiny_dense", (*DENSE, *LAYOUTS[layout]), masks()[name])[0]
+def test_layouts_equal_one_rank(ranks, alone, name, layout):
+    got = ranks(2).run(masked_step, "tiny_dense", (*DENSE, *LAYOUTS[layout]), masks()[name])[0]
     assert_same_step(got, alone[name, "detached" in layout])
 
 

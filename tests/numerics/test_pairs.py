@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 
 import pytest
 import torch
 
-from tests.gloo_pool import GlooPool
+from tests.harness.runs import Step, assert_same_step, masked_step
 from tests.numerics.pairs import BASE, BEGIN, DOCUMENT, END, FEATURES, Pair, all_pairs, table
-from tests.numerics.runs import Step, assert_same_step, masked_step
 
 EXACT = [pair for pair in all_pairs() if pair.is_run and pair.refusal() is None]
 # Of every feature one pair, those that met a fault first; `make test-all` takes them all.
@@ -28,32 +27,6 @@ def test_the_document_holds_the_table():
     assert text.partition(BEGIN)[2].partition(END)[0].strip() == table(), "run python -m tests.numerics.pairs"
 
 
-class Pools:
-    """Pools by size, started when first used, and the one-rank step of each set of features."""
-
-    def __init__(self) -> None:
-        self._pools: dict[int, GlooPool] = {}
-        self._references: dict[tuple[str, ...], Step] = {}
-
-    def step(self, world_size: int, recipe: str, fields: tuple[str, ...], documents: bool) -> Step:
-        if world_size not in self._pools:
-            self._pools[world_size] = GlooPool(world_size)
-        masks, starts = samples()
-        return self._pools[world_size].run(masked_step, recipe, (*BASE, *fields), masks, starts if documents else None)[
-            0
-        ]
-
-    def reference(self, recipe: str, fields: tuple[str, ...], documents: bool) -> Step:
-        key = (recipe, *fields)
-        if key not in self._references:
-            self._references[key] = self.step(1, recipe, fields, documents)
-        return self._references[key]
-
-    def close(self) -> None:
-        for pool in self._pools.values():
-            pool.close()
-
-
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
     """Masks [4, 32] (full, padded, holes, empty) and document starts [4, 33]."""
     generator = torch.Generator().manual_seed(7)
@@ -65,10 +38,15 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[Pools]:
-    pools = Pools()
-    yield pools
-    pools.close()
+def step(ranks):
+    """A step of a recipe with fields; those of one rank are kept, for they are references."""
+
+    def take(world_size: int, recipe: str, fields: tuple[str, ...], documents: bool) -> Step:
+        masks, starts = samples()
+        return ranks(world_size).run(masked_step, recipe, (*BASE, *fields), masks, starts if documents else None)[0]
+
+    kept = functools.cache(take)
+    return lambda world_size, *args: (kept if world_size == 1 else take)(world_size, *args)
 
 
 def _parameters() -> list:
@@ -82,14 +60,14 @@ def _parameters() -> list:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("pair", _parameters())
-def test_a_pair_is_exact(pools, pair: Pair):
+def test_a_pair_is_exact(step, pair: Pair):
     """Against one rank without what must not change a number; two features of the model meet at TP+SP."""
     documents = "documents" in (pair.left, pair.right)
-    reference = pools.reference(pair.recipe, pair.reference_fields, documents)
+    reference = step(1, pair.recipe, pair.reference_fields, documents)
     fields, world_size = pair.fields, pair.world_size
     if fields == pair.reference_fields:
         fields, world_size = (*fields, *FEATURES["TP+SP"].fields), 2
-    assert_same_step(pools.step(world_size, pair.recipe, fields, documents), reference)
+    assert_same_step(step(world_size, pair.recipe, fields, documents), reference)
 
 
 @pytest.mark.unit

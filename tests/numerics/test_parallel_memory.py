@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.gloo_pool import GlooPool
-from tests.numerics.runs import masked_step
+from tests.harness.runs import masked_step
 
 pytestmark = pytest.mark.dist
 
@@ -74,9 +73,8 @@ def peak_bytes(num_depths: int) -> int:
     return live.peak
 
 
-def test_four_depths_hold_one_depths_activations():
+def test_four_depths_hold_one_depths_activations(ranks):
     """In hidden states: 98.6 at D = 1 and 126.6 at D = 4, and 236.6 with the layers' activations of all depths held. What is left of
     each depth is its state at the head: the layer's output, the stack of states, and their gradients."""
-    with GlooPool(1) as pool:
-        one, four = (pool.run(peak_bytes, depths)[0] for depths in (1, 4))
+    one, four = (ranks(1).run(peak_bytes, depths)[0] for depths in (1, 4))
     assert four - one < 3 * 12 * UNIT, (one / UNIT, four / UNIT)

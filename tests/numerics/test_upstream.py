@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_mtp.data.batch import MicroBatch
-from tests.gloo_pool import GlooPool
-from tests.numerics.runs import SMALL, Step, assert_same_step, masked_step, opened, relative_errors, small_config
+from megatron_mtp.verify.compare import relative_errors
+from tests.harness.models import SMALL, small_config
+from tests.harness.runs import Step, assert_same_step, masked_step, opened
 
 if TYPE_CHECKING:
     from megatron_mtp.objective.metrics import BatchMetrics
@@ -23,17 +24,11 @@ DENSE = (*SMALL, "train.micro_batch_size=1", "train.global_batch_size=2")
 LOSS_SCALE = 1024.0
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(1) as pool:
-        yield pool
-
-
 def ones(slots: int = 32) -> torch.Tensor:
     return torch.ones(2, slots)
 
 
-def scaled_step(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) -> Step | None:
+def scaled_step(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) -> Step:
     """`masked_step` under a loss scale that the schedule applies, the gradients divided by it."""
     from megatron_mtp.training import optimizer, setup
 
@@ -51,13 +46,13 @@ def scaled_step(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) ->
 
 
 @pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_mla_moe"])
-def test_the_loss_scale_reaches_every_term(pool, recipe):
+def test_the_loss_scale_reaches_every_term(ranks, recipe):
     router = () if recipe == "tiny_dense" else ("model.moe_z_loss_coeff=0.01", "model.moe_aux_loss_coeff=0.01")
-    got = pool.run(scaled_step, recipe, (*DENSE, *router), ones())[0]
-    assert_same_step(got, pool.run(masked_step, recipe, (*DENSE, *router), ones())[0])
+    got = ranks(1).run(scaled_step, recipe, (*DENSE, *router), ones())[0]
+    assert_same_step(got, ranks(1).run(masked_step, recipe, (*DENSE, *router), ones())[0])
 
 
-def step_without_upstream_mtp(masks: torch.Tensor) -> Step | None:
+def step_without_upstream_mtp(masks: torch.Tensor) -> Step:
     """Upstream's rolling, loss, autograd scaler and log replaced by an error, padding and packing looked for."""
     from megatron.core.models.gpt import gpt_model
     from megatron.core.transformer import multi_token_prediction as upstream
@@ -84,8 +79,8 @@ def step_without_upstream_mtp(masks: torch.Tensor) -> Step | None:
         return masked_step("tiny_dense", DENSE, masks)
 
 
-def test_nothing_is_rolled_packed_or_padded_in_the_model(pool):
-    assert pool.run(step_without_upstream_mtp, ones())[0].counts == [64, 62, 60]
+def test_nothing_is_rolled_packed_or_padded_in_the_model(ranks):
+    assert ranks(1).run(step_without_upstream_mtp, ones())[0].counts == [64, 62, 60]
 
 
 def test_the_mask_is_mandatory():
@@ -108,8 +103,8 @@ def evaluated() -> tuple[BatchMetrics, list[BatchMetrics], BatchMetrics, BatchMe
         return result, alone, run.engine.evaluate(joined, 0.7), run.engine.forward_backward(joined, 0.1)
 
 
-def test_evaluation_has_every_depth_as_sum_over_count(pool):
-    result, alone, joined, trained = pool.run(evaluated)[0]
+def test_evaluation_has_every_depth_as_sum_over_count(ranks):
+    result, alone, joined, trained = ranks(1).run(evaluated)[0]
     counts = sum(batch.depth_counts for batch in alone)
     assert alone[0].depth_counts.tolist() != alone[1].depth_counts.tolist()
     assert result.losses == (sum(batch.depth_sums for batch in alone) / counts).tolist()
@@ -131,7 +126,7 @@ RECOMPUTE = {
 MOST_KEPT = {"uniform": 0.35, "uniform_2": 0.35, "block": 0.35, "selective": 0.75}
 
 
-def kept_by_mtp_layers(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) -> tuple[Step | None, int]:
+def kept_by_mtp_layers(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) -> tuple[Step, int]:
     """A step, and the bytes of activations that the MTP layers keep for the backward pass of one micro-batch."""
     from megatron_mtp.model.mtp import MTPModel
 
@@ -156,10 +151,10 @@ def kept_by_mtp_layers(recipe: str, overrides: tuple[str, ...], masks: torch.Ten
 
 
 @pytest.mark.parametrize("method", RECOMPUTE)
-def test_recomputation_covers_mtp_layers_and_changes_no_gradient(pool, method):
+def test_recomputation_covers_mtp_layers_and_changes_no_gradient(ranks, method):
     overrides = (*DENSE, "model.moe_z_loss_coeff=0.01", "model.moe_aux_loss_coeff=0.01")
-    plain, all_kept = pool.run(kept_by_mtp_layers, "tiny_mla_moe", overrides, ones())[0]
-    got, kept = pool.run(kept_by_mtp_layers, "tiny_mla_moe", (*overrides, *RECOMPUTE[method]), ones())[0]
+    plain, all_kept = ranks(1).run(kept_by_mtp_layers, "tiny_mla_moe", overrides, ones())[0]
+    got, kept = ranks(1).run(kept_by_mtp_layers, "tiny_mla_moe", (*overrides, *RECOMPUTE[method]), ones())[0]
     assert_same_step(got, plain, gradient_tolerance=2e-6)
     assert kept < MOST_KEPT[method] * all_kept
 
@@ -172,23 +167,22 @@ def names_on_last_stage() -> list[str]:
         return [name for chunk in run.engine.chunks for name, _ in unwrap(chunk).named_parameters()]
 
 
-def stage_without_experts() -> dict[str, float] | None:
-    """Router figures of a step whose first stages, if there are several, hold dense layers only. On rank 0."""
+def stage_without_experts() -> dict[str, float]:
+    """Router figures of a step whose first stages, if there are several, hold dense layers only."""
     import torch.distributed as dist
 
     overrides = (*DENSE, "model.moe_layer_freq=[0, 0, 0, 1]", "model.moe_aux_loss_coeff=0.01")
     step = masked_step(
         "tiny_mla_moe", (*overrides, f"model.pipeline_model_parallel_size={dist.get_world_size()}"), ones()
     )
-    return None if step is None else step.router
+    return step.router
 
 
-def test_two_stages(pool):
+def test_two_stages(ranks):
     """A tied head keeps no second weight of its own, and a stage without experts takes part in the router figures."""
-    alone = pool.run(stage_without_experts)[0]
-    with GlooPool(2) as two:
-        assert "output_layer.weight" not in two.run(names_on_last_stage)[1]
-        assert two.run(stage_without_experts)[0] == pytest.approx(alone, rel=2e-6)
+    alone = ranks(1).run(stage_without_experts)[0]
+    assert "output_layer.weight" not in ranks(2).run(names_on_last_stage)[1]
+    assert ranks(2).run(stage_without_experts)[0] == pytest.approx(alone, rel=2e-6)
 
 
 def test_gradient_errors_are_seen():
@@ -198,7 +192,7 @@ def test_gradient_errors_are_seen():
 
 
 @pytest.mark.slow
-def test_a_standalone_mtp_stage_with_virtual_chunks(pool):
+def test_a_standalone_mtp_stage_with_virtual_chunks(ranks):
     """Deadlocks in the interleaved schedule unless messages overlap."""
     deep = (*DENSE, "train.global_batch_size=4", "model.num_layers=6")
     masks = torch.ones(4, 32)
@@ -208,6 +202,5 @@ def test_a_standalone_mtp_stage_with_virtual_chunks(pool):
         "model.virtual_pipeline_model_parallel_size=2",
         "model.pipeline_model_parallel_layout=Et|t|t|t|t|t|mm|L",
     )
-    reference = pool.run(masked_step, "tiny_dense", deep, masks)[0]
-    with GlooPool(4) as four:
-        assert_same_step(four.run(masked_step, "tiny_dense", (*deep, *layout), masks)[0], reference)
+    reference = ranks(1).run(masked_step, "tiny_dense", deep, masks)[0]
+    assert_same_step(ranks(4).run(masked_step, "tiny_dense", (*deep, *layout), masks)[0], reference)

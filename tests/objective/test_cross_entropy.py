@@ -8,7 +8,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_mtp.objective.cross_entropy import VocabShard, chunked_cross_entropy
-from tests.gloo_pool import GlooPool
 
 TOKENS, HIDDEN, ROWS, VOCAB = 37, 12, 64, 59
 
@@ -93,13 +92,12 @@ def _sharded(chunk: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("size", [2, 4])
-def test_vocabulary_shards_equal_whole_logits(size: int):
+def test_vocabulary_shards_equal_whole_logits(ranks, size: int):
     # With four shards the last one holds padding rows too.
-    with GlooPool(size) as pool:
-        ranks = pool.run(_sharded, 7)
-    hidden_grad = torch.stack([rank[3] for rank in ranks]).sum(0)
-    weight_grad = torch.cat([rank[4] for rank in ranks])
-    for loss, lse, top1, *_ in ranks:
+    results = ranks(size).run(_sharded, 7)
+    hidden_grad = torch.stack([result[3] for result in results]).sum(0)
+    weight_grad = torch.cat([result[4] for result in results])
+    for loss, lse, top1, *_ in results:
         _assert_close((loss, lse, top1, hidden_grad, weight_grad), _reference())
 
 

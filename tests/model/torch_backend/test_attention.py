@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from megatron_mtp.device import cpu_facade
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.torch_backend import attention
 from megatron_mtp.model.torch_backend.attention import TorchCoreAttention, visible_keys
-from tests.gloo_pool import GlooPool
 from tests.model.torch_backend.tiny import dense_config
 
 TOLERANCE = 2e-6
@@ -208,27 +208,21 @@ def sharded_run(shape: str, documents: bool, cp: int, tile_rows: int) -> float:
     groups = [dist.new_group(list(range(lo, lo + cp))) for lo in range(0, dist.get_world_size(), cp)]
     group = groups[dist.get_rank() // cp]
     core = core_attention(shape, group, context_parallel_size=cp)
-    attention.TILE_ROWS["cpu"] = tile_rows
     local = {name: zigzag(x, cp, group.rank()) for name, x in sample(shape, torch.float32).items()}
-    got = run(lambda q, k, v: core(q, k, v, segments(shape, documents)), local)
+    with mock.patch.dict(attention.TILE_ROWS, cpu=tile_rows):
+        got = run(lambda q, k, v: core(q, k, v, segments(shape, documents)), local)
     want = {name: zigzag(x, cp, group.rank()) for name, x in expected(shape, documents).items()}
     return worst(got, want)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(4) as pool:
-        yield pool
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("cp", [2, 4])
 @pytest.mark.parametrize("documents", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_context_parallel_matches_the_formula(pool, shape, documents, cp):
-    assert max(pool.run(sharded_run, shape, documents, cp, 256)) < TOLERANCE
+def test_context_parallel_matches_the_formula(ranks, shape, documents, cp):
+    assert max(ranks(4).run(sharded_run, shape, documents, cp, 256)) < TOLERANCE
 
 
 @pytest.mark.dist
-def test_context_parallel_in_tiles_matches_the_formula(pool):
-    assert max(pool.run(sharded_run, "grouped", False, 2, 3)) < TOLERANCE
+def test_context_parallel_in_tiles_matches_the_formula(ranks):
+    assert max(ranks(4).run(sharded_run, "grouped", False, 2, 3)) < TOLERANCE

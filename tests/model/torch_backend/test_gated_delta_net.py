@@ -21,7 +21,6 @@ from megatron_mtp.mcore.groups import destroy_model_parallel
 from megatron_mtp.model.torch_backend import build_layer_spec
 from megatron_mtp.model.torch_backend import gated_delta_net as module_under_test
 from megatron_mtp.recipes import get_recipe
-from tests.gloo_pool import GlooPool
 from tests.model.torch_backend.tiny import delta_net_config
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
@@ -29,12 +28,6 @@ from transformers.models.qwen3_next import modeling_qwen3_next as hf  # noqa: E4
 
 pytestmark = pytest.mark.dist
 KEYS, VALUES, KEY_WIDTH, VALUE_WIDTH, H, S = 2, 4, 8, 6, 32, 70  # S: more than one chunk of 64
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(1) as pool:
-        yield pool
 
 
 def hf_config() -> object:
@@ -198,13 +191,13 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def test_linear_attention(pool):
-    found = pool.run(linear_attention_differences)[0]
+def test_linear_attention(ranks):
+    found = ranks(1).run(linear_attention_differences)[0]
     assert max(found.values()) < 3e-6, found
 
 
-def test_gated_attention(pool):
-    assert pool.run(gated_attention_difference)[0] < 1e-6
+def test_gated_attention(ranks):
+    assert ranks(1).run(gated_attention_difference)[0] < 1e-6
 
 
 def test_a_gpu_needs_the_kernels(monkeypatch):

@@ -6,7 +6,6 @@ import functools
 
 import pytest
 
-from tests.gloo_pool import GlooPool
 from tests.model.torch_backend.gradients import gradients, worst_difference
 
 pytestmark = pytest.mark.dist
@@ -21,40 +20,34 @@ EP4 = {"expert_model_parallel_size": 4}
 
 
 @pytest.fixture(scope="module")
-def pool():
-    with GlooPool(4) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def reference(pool):
+def reference(ranks):
     """Gradients of four data-parallel ranks that read the same tokens: those of one rank."""
 
     @functools.cache
     def run(kind, fields):
-        return pool.run(gradients, kind, dict(fields))[0]
+        return ranks(4).run(gradients, kind, dict(fields))[0]
 
     return lambda kind, fields: run(kind, tuple(fields.items()))
 
 
-def check(pool, reference, kind, fields, layout):
-    got = pool.run(gradients, kind, {**fields, **layout})[0]
+def check(ranks, reference, kind, fields, layout):
+    got = ranks(4).run(gradients, kind, {**fields, **layout})[0]
     difference, name = worst_difference(got, reference(kind, fields))
     assert difference < TOLERANCE, name
 
 
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("layout", [TP2, TP2_SP, TP4_SP], ids=["tp2", "tp2+sp", "tp4+sp"])
-def test_dense(pool, reference, layout, normalization):
+def test_dense(ranks, reference, layout, normalization):
     fields = {"qk_layernorm": True, "normalization": normalization, "add_bias_linear": normalization == "LayerNorm"}
-    check(pool, reference, "dense", fields, layout)
+    check(ranks, reference, "dense", fields, layout)
 
 
 @pytest.mark.parametrize("fields", [{}, {"q_lora_rank": None}], ids=["q_lora", "full_q"])
 @pytest.mark.parametrize("qk_layernorm", [False, True], ids=["", "latent_norms"])
 @pytest.mark.parametrize("layout", [TP2, TP2_SP, TP4_SP], ids=["tp2", "tp2+sp", "tp4+sp"])
-def test_multi_latent_attention(pool, reference, layout, qk_layernorm, fields):
-    check(pool, reference, "mla", {"qk_layernorm": qk_layernorm, **fields}, layout)
+def test_multi_latent_attention(ranks, reference, layout, qk_layernorm, fields):
+    check(ranks, reference, "mla", {"qk_layernorm": qk_layernorm, **fields}, layout)
 
 
 @pytest.mark.parametrize(
@@ -69,31 +62,31 @@ def test_multi_latent_attention(pool, reference, layout, qk_layernorm, fields):
     ids=["ep2", "ep4", "tp2+sp+ep2", "tp2+sp+ep2+etp2", "tp2+sp+etp2"],
 )
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-def test_experts(pool, reference, layout, dispatcher):
-    check(pool, reference, "moe", {"moe_token_dispatcher_type": dispatcher}, layout)
+def test_experts(ranks, reference, layout, dispatcher):
+    check(ranks, reference, "moe", {"moe_token_dispatcher_type": dispatcher}, layout)
 
 
 @pytest.mark.parametrize("layout", [TP2, TP2_SP], ids=["tp2", "tp2+sp"])
-def test_gated_delta_net(pool, reference, layout):
+def test_gated_delta_net(ranks, reference, layout):
     """Megatron-Core sums the gradient of the shared output norm under sequence parallelism only."""
-    check(pool, reference, "delta_net", {}, layout)
+    check(ranks, reference, "delta_net", {}, layout)
 
 
-def test_selective_recomputation_of_core_attention(pool, reference):
+def test_selective_recomputation_of_core_attention(ranks, reference):
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    check(pool, reference, "dense", {"qk_layernorm": True}, recompute)
+    check(ranks, reference, "dense", {"qk_layernorm": True}, recompute)
 
 
-def test_selective_recomputation_of_the_latents(pool, reference):
+def test_selective_recomputation_of_the_latents(ranks, reference):
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"], **TP2_SP}
-    check(pool, reference, "mla", {"qk_layernorm": True}, recompute)
+    check(ranks, reference, "mla", {"qk_layernorm": True}, recompute)
 
 
 @pytest.mark.parametrize(
     ("qk_layernorm", "layout"), [(False, TP2), (False, TP2_SP), (True, TP2)], ids=["key", "key+sp", "norm"]
 )
-def test_upstream_is_still_wrong(pool, reference, qk_layernorm, layout):
+def test_upstream_is_still_wrong(ranks, reference, qk_layernorm, layout):
     """When this fails, Megatron-Core has mended what ExactMLASelfAttention mends."""
     fields = {"qk_layernorm": qk_layernorm}
-    got = pool.run(gradients, "mla", {**fields, **layout}, True)[0]
+    got = ranks(4).run(gradients, "mla", {**fields, **layout}, True)[0]
     assert worst_difference(got, reference("mla", fields))[0] > 0.1

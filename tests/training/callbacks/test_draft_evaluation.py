@@ -6,15 +6,9 @@ import pytest
 
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.recipes import get_recipe
-from tests.gloo_pool import GlooPool
+from tests.harness.runs import opened
 
 pytestmark = pytest.mark.dist
-
-
-@pytest.fixture(scope="module")
-def one():
-    with GlooPool(1) as pool:
-        yield pool
 
 
 def config():
@@ -31,35 +25,25 @@ def evaluate_both_ways(cfg):
     """(training's chain counts, the decoder's on the same samples, the callback's metrics)."""
     from megatron_mtp.decode.measure import TextCounts, acceptance_on_text
     from megatron_mtp.decode.model import Decoder
-    from megatron_mtp.mcore.groups import destroy_model_parallel
     from megatron_mtp.model.sharded import unwrap
-    from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.callbacks.draft_evaluation import DraftEvaluation
     from megatron_mtp.training.evaluation import evaluate
-    from megatron_mtp.training.setup import setup
     from megatron_mtp.training.state import TrainState
 
-    cfg = cfg.finalize(world_size=1)
-    run = setup(resolve(cfg, 1))
-    try:
+    with opened(cfg.finalize(world_size=1)) as run:
         results = evaluate(run.engine, run.data, 0.1)
         decoder = Decoder.build(cfg.model, unwrap(run.engine.chunks[0]).state_dict())
         counts = TextCounts()
-        stream = run.data.valid()
-        for batch in stream:
+        for batch in run.data.valid():
             for micro in batch.micro_batches:
                 for tokens, last in zip(micro.tokens.tolist(), micro.labels[0, :, -1].tolist(), strict=True):
                     counts.add(acceptance_on_text(decoder, [*tokens, last], 2))
-        stream.close()
         watch = DraftEvaluation.from_config(cfg)
         return results["valid"].acceptance, counts, watch.on_evaluation(run, TrainState(), results)
-    finally:
-        run.data.close()
-        destroy_model_parallel()
 
 
-def test_acceptance_is_that_of_training_evaluation(one):
-    [(trained, decoded, figures)] = one.run(evaluate_both_ways, config())
+def test_acceptance_is_that_of_training_evaluation(ranks):
+    [(trained, decoded, figures)] = ranks(1).run(evaluate_both_ways, config())
     assert decoded.reached == trained[3, 1:].tolist()
     assert decoded.agreed == trained[4, 1:].tolist()
     assert 0 < decoded.agreed[0] < decoded.reached[0]

@@ -14,13 +14,6 @@ from megatron_mtp.training.callbacks.replicas import check_replicas, fingerprint
 from megatron_mtp.training.guards import node_check
 from megatron_mtp.training.guards.node_check import Node, bandwidth_report, check_nodes, version_problems
 from tests.checkpoint.rig import DENSE, EP2, MOE, make_config, rig
-from tests.gloo_pool import GlooPool
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with GlooPool(2) as pool:
-        yield pool
 
 
 @pytest.mark.unit
@@ -58,10 +51,10 @@ def checked(folder: str, is_shared: bool, torch_versions: list[str]) -> str:
 
 
 @pytest.mark.dist
-def test_the_nodes_of_a_job(pool, tmp_path: Path):
-    assert pool.run(checked, str(tmp_path / "run"), True, ["2", "2"]) == ["", ""]
+def test_the_nodes_of_a_job(ranks, tmp_path: Path):
+    assert ranks(2).run(checked, str(tmp_path / "run"), True, ["2", "2"]) == ["", ""]
     assert list((tmp_path / "run").iterdir()) == [], "it leaves nothing behind"
-    for text in pool.run(checked, str(tmp_path / "apart"), False, ["2", "1"]):
+    for text in ranks(2).run(checked, str(tmp_path / "apart"), False, ["2", "1"]):
         assert "torch: versions differ" in text
         assert "(ranks 1) do not see what rank 0" in text
 
@@ -82,15 +75,15 @@ def drifted(values: dict, name: str | None) -> str:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("values", [DENSE, {**DENSE, "ddp.use_distributed_optimizer": False}], ids=["sharded", "whole"])
-def test_one_bit_of_one_replica_is_found(pool, values: dict):
-    assert pool.run(drifted, values, None) == ["", ""]
-    for text in pool.run(drifted, values, "linear_proj.weight"):
+def test_one_bit_of_one_replica_is_found(ranks, values: dict):
+    assert ranks(2).run(drifted, values, None) == ["", ""]
+    for text in ranks(2).run(drifted, values, "linear_proj.weight"):
         assert "linear_proj.weight" in text
 
 
 @pytest.mark.dist
-def test_experts_of_different_ranks_are_not_compared(pool):
-    assert pool.run(drifted, {**MOE, **EP2}, None) == ["", ""]
+def test_experts_of_different_ranks_are_not_compared(ranks):
+    assert ranks(2).run(drifted, {**MOE, **EP2}, None) == ["", ""]
 
 
 @pytest.mark.unit

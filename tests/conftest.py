@@ -1,0 +1,1 @@
+from tests.harness.ranks import ranks as ranks
