@@ -17,7 +17,7 @@ from megatron_mtp.config.schedules import LearningRate, WeightDecay
 from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 from megatron_mtp.recipes import get_recipe
-from tests.gloo_pool import GlooPool
+from tests.harness.ranks import Ranks
 
 RESOLVING = [
     (Planner, "choose"),
@@ -71,16 +71,14 @@ def train(folder: str) -> tuple[Counter, Counter]:
 
 
 @pytest.mark.dist
-def test_a_run_asks_the_planner_once_and_resolves_nothing_at_a_step(tmp_path):
-    with GlooPool(2) as pool:
-        for before, during in pool.run(train, str(tmp_path / "run")):
-            assert before.pop("LossFactor.__init__") <= 2, "the check of the config parses it too"
-            assert set(before.values()) == {1}
-            assert len(before) == len(RESOLVING) - 1
-            assert not during
+def test_a_run_asks_the_planner_once_and_resolves_nothing_at_a_step(tmp_path, ranks: Ranks):
+    for before, during in ranks(2).run(train, str(tmp_path / "run")):
+        assert before.pop("LossFactor.__init__") <= 2, "the check of the config parses it too"
+        assert set(before.values()) == {1}
+        assert len(before) == len(RESOLVING) - 1
+        assert not during
 
 
-@pytest.mark.unit
 def test_a_layout_of_the_config_asks_no_planner():
     cfg = get_recipe("tiny_dense")
     cfg.model.pipeline_model_parallel_size, cfg.model.pipeline_model_parallel_layout = 2, "Et|tttmmL"
