@@ -12,30 +12,16 @@ def demo_pretrain_config() -> ConfigContainer:
     It runs on mock data as it is; `make demo` points dataset and tokenizer at real text.
     """
     cfg = small_common()
-    cfg.model.num_layers = 10
-    cfg.model.hidden_size = 96
-    cfg.model.ffn_hidden_size = 256
-    cfg.model.num_attention_heads = 4
-    cfg.model.num_query_groups = 2
-    cfg.model.qk_layernorm = True
-    cfg.model.rotary_base = 10000.0
-    cfg.model.layernorm_epsilon = 1e-6
-    cfg.model.seq_length = 256
-    cfg.model.vocab_size = 1024
-    cfg.model.mtp_num_layers = 2
-    cfg.model.mtp_loss_scaling_factor = 0.1
+    cfg.model.update(num_layers=10, hidden_size=96, ffn_hidden_size=256, num_attention_heads=4, num_query_groups=2)
+    cfg.model.update(qk_layernorm=True, rotary_base=10000.0, layernorm_epsilon=1e-6, seq_length=256, vocab_size=1024)
+    cfg.model.update(mtp_num_layers=2, mtp_loss_scaling_factor=0.1)
     # Farther depths weigh less, as in FastMTP (arXiv 2509.18362): depth 1 then serves its own prediction first.
-    cfg.model.mtp_depth_weights = [1.0, 0.1]
-    cfg.model.pipeline_model_parallel_size = 2
+    cfg.model.update(mtp_depth_weights=[1.0, 0.1], pipeline_model_parallel_size=2)
     # Two MTP layers and three heads weigh about as much as four decoder layers.
     cfg.model.pipeline_model_parallel_layout = [7, 3]
-    cfg.train.train_iters = 500
-    cfg.train.global_batch_size = 8
-    cfg.train.micro_batch_size = 2
-    cfg.optimizer.lr = 4e-3
-    cfg.optimizer.min_lr = 4e-4
+    cfg.train.update(train_iters=500, global_batch_size=8, micro_batch_size=2)
+    cfg.optimizer.update(lr=4e-3, min_lr=4e-4)
     cfg.scheduler.lr_warmup_iters = 30
-    cfg.validation.eval_interval = 250
-    cfg.validation.eval_iters = 70
+    cfg.validation.update(eval_interval=250, eval_iters=70)
     cfg.logger.log_interval = 10
     return cfg

@@ -15,11 +15,9 @@ def mtp_finetune_config() -> ConfigContainer:
     Give it weights with checkpoint.pretrained_checkpoint, and data that the model wrote (drafting/continuations.py).
     """
     cfg = finetune_drafter(demo_pretrain_config())
-    cfg.model.pipeline_model_parallel_size = 1
-    cfg.model.pipeline_model_parallel_layout = "auto"
+    cfg.model.update(pipeline_model_parallel_size=1, pipeline_model_parallel_layout="auto")
     cfg.train.train_iters = 150
-    cfg.optimizer.lr = 1e-3
-    cfg.optimizer.min_lr = 1e-4
+    cfg.optimizer.update(lr=1e-3, min_lr=1e-4)
     cfg.scheduler.lr_warmup_iters = 8
     return cfg
 
@@ -38,13 +36,10 @@ def finetune_drafter(cfg: ConfigContainer, num_steps: int = NUM_STEPS, decay: fl
         decay: 0.6 in the paper: weights 0.51, 0.31 and 0.18.
     """
     model = cfg.model
-    model.mtp_freeze_trunk = True
-    model.mtp_use_repeated_layer = True
-    model.mtp_num_layers = num_steps
+    model.update(mtp_freeze_trunk=True, mtp_use_repeated_layer=True, mtp_num_layers=num_steps)
     # Apart from the learning rate only proportions matter: lambda / D * w_k sums to 1.
     weights = [decay**k for k in range(num_steps)]
-    model.mtp_depth_weights = [num_steps * weight / sum(weights) for weight in weights]
-    model.mtp_loss_scaling_factor = 1.0
-    cfg.optimizer.lr = 5e-5
-    cfg.optimizer.min_lr = 0.0
+    model.update(mtp_depth_weights=[num_steps * weight / sum(weights) for weight in weights])
+    model.update(mtp_loss_scaling_factor=1.0)
+    cfg.optimizer.update(lr=5e-5, min_lr=0.0)
     return cfg

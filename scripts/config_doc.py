@@ -46,7 +46,7 @@ def render() -> str:
             limits = range_of(section, field.name)
             cells = (
                 f"`{field.name}`",
-                f"`{field.type}`",
+                f"`{_type(field.type)}`",
                 f"`{getattr(defaults, field.name)!r}`",
                 "" if limits is None else f"`{limits}`",
                 resume_rule(section, field.name),
@@ -74,6 +74,12 @@ def _plain(text: str | None) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _type(declared: str) -> str:
+    """A field's type as a user writes it; `Derived[int]` may be left at None."""
+    inner = declared.removeprefix("Derived[").removesuffix("]")
+    return declared if inner == declared else f"{inner} | None"
 
 
 if __name__ == "__main__":

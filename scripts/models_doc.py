@@ -58,7 +58,7 @@ def unpadded(name: str) -> ModelConfig:
     model = cfg.model
     model.tensor_model_parallel_size = model.pipeline_model_parallel_size = 1
     model.context_parallel_size = model.expert_model_parallel_size = 1
-    model.virtual_pipeline_model_parallel_size, model.pipeline_model_parallel_layout = None, "auto"
+    model.update(virtual_pipeline_model_parallel_size=None, pipeline_model_parallel_layout="auto")
     model.make_vocab_size_divisible_by = 1
     return cfg.finalize().model
 

@@ -102,6 +102,11 @@ class Section:
         """Whether `freeze` was called."""
         return getattr(self, "_frozen", False)
 
+    def update(self, **values: Any) -> None:
+        """Assigns several fields: `cfg.model.update(num_layers=32, hidden_size=4096)`."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
     def copy(self) -> Self:
         """A deep copy that can be changed."""
         values = {name: getattr(self, name) for name in _names(type(self))}

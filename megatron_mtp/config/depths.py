@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 
 
@@ -30,7 +29,7 @@ class Depths:
     @classmethod
     def of(cls, model: ModelConfig) -> Depths:
         """The depths of a finalized model config."""
-        count = filled(model.mtp_num_layers)
+        count = model.mtp_num_layers
         weights = tuple(model.mtp_depth_weights or [1.0] * count)
         return cls(count, distinct_layers(count, model.mtp_use_repeated_layer), weights)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 Engine = Literal["same", "mla", "moe", "own"]
 """How Megatron-Core's config gets the field. same: under its own name; mla, moe: the same, for such models only;
@@ -22,6 +22,15 @@ Resume = Literal["free", "curve", "fixed"]
 """What may change when a run resumes. free: the run computes the same; curve: the loss curve changes from there on,
 which is reported; fixed: resuming with another value is refused."""
 INT64_MAX = 2**63 - 1
+if TYPE_CHECKING:
+    type Derived[T] = T
+else:
+
+    class Derived:
+        """The type of a field that may be None until `finalize` fills it. To a type checker, it is never None."""
+
+        def __class_getitem__(cls, kind: Any) -> Any:
+            return kind | None
 
 
 @dataclass(frozen=True, slots=True)

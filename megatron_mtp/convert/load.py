@@ -45,7 +45,7 @@ def config_of(source: str | Path) -> ConfigContainer:
         cfg = StoredWeights(Path(source), verify=False).config()
         for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
             setattr(cfg.model, f"{name}_parallel_size", 1)
-        cfg.model.virtual_pipeline_model_parallel_size = cfg.model.expert_tensor_parallel_size = None
+        cfg.model.update(virtual_pipeline_model_parallel_size=None, expert_tensor_parallel_size=None)
         cfg.model.pipeline_model_parallel_layout = "auto"
         cfg.model.sequence_parallel = False
     return cfg

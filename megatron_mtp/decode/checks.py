@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.units import GIB
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.options import MAX_AUTO_DRAFTS, Options
@@ -47,7 +46,7 @@ def check_request(decoder: Decoder, prompts: Sequence[Sequence[int]], options: O
 
 
 def _num_drafts(decoder: Decoder, options: Options) -> int:
-    depths = filled(decoder.model.mtp_num_layers)
+    depths = decoder.model.mtp_num_layers
     if options.widths:
         wanted = len(options.widths)
     elif isinstance(options.num_draft, int):

@@ -11,7 +11,6 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 
 
@@ -31,7 +30,7 @@ def rotations(model: ModelConfig, positions: int, device: torch.device) -> Tenso
             rope_scaling_factor=model.rope_scaling_factor,
             use_cpu_initialization=True,
         )
-        angles, factor, width = embedding.get_freqs_non_repeated(positions), 1.0, filled(model.kv_channels)
+        angles, factor, width = embedding.get_freqs_non_repeated(positions), 1.0, model.kv_channels
     else:
         return None
     turned = torch.polar(torch.full_like(angles, factor), angles)

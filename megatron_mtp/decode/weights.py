@@ -95,7 +95,7 @@ def block(weights: Weights, prefix: str, is_moe: bool) -> Block:
     if is_moe:
         feed_forward = _experts(weights, f"{prefix}mlp.", second_weight)
     else:
-        feed_forward = _dense(weights, f"{prefix}mlp.", second_weight, filled(weights.model.ffn_hidden_size))
+        feed_forward = _dense(weights, f"{prefix}mlp.", second_weight, weights.model.ffn_hidden_size)
     return Block(first, attend(weights, f"{prefix}self_attention.", first_weight), second, feed_forward)
 
 
@@ -116,8 +116,8 @@ def depth(weights: Weights, prefix: str, is_moe: bool) -> Depth:
 
 def _grouped(weights: Weights, prefix: str, columns: Tensor | None) -> GroupedAttention:
     model, tp = weights.model, weights.tp
-    heads, groups = model.num_attention_heads // tp.size, filled(model.num_query_groups) // tp.size
-    width = filled(model.kv_channels)
+    heads, groups = model.num_attention_heads // tp.size, model.num_query_groups // tp.size
+    width = model.kv_channels
     order = _head_order(model)
     weight = _by_kind(weights.get(f"{prefix}linear_qkv.weight"), heads, groups, width, order)
     bias = weights.find(f"{prefix}linear_qkv.bias")
@@ -144,7 +144,7 @@ def _grouped(weights: Weights, prefix: str, columns: Tensor | None) -> GroupedAt
 
 
 def _head_order(model: ModelConfig) -> list[int]:
-    is_rotated, width = model.position_embedding_type == "rope", filled(model.kv_channels)
+    is_rotated, width = model.position_embedding_type == "rope", model.kv_channels
     return pair_order(width, model.rotary_percent) if is_rotated else list(range(width))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.data.prepare.jsonl import list_inputs, read_documents
 from megatron_mtp.decode.choice import expected_speed_up
 from megatron_mtp.decode.measure import TextCounts, acceptance_on_text
@@ -131,7 +130,7 @@ def _measure(
         )
     plain = Options(max_new_tokens=options.new_tokens, num_draft=0)
     drafted = Options(max_new_tokens=options.new_tokens, num_draft=options.num_draft)
-    depths = max(filled(decoder.model.mtp_num_layers), options.num_draft if isinstance(options.num_draft, int) else 0)
+    depths = max(decoder.model.mtp_num_layers, options.num_draft if isinstance(options.num_draft, int) else 0)
     warm_up = [usable[0][: options.prompt_tokens]]
     for each in (plain, drafted):
         generate(decoder, warm_up, each)

@@ -46,7 +46,7 @@ def forward_flops_layer(model: ModelConfig, is_moe: bool, *, is_linear: bool = F
         width = filled(model.moe_ffn_hidden_size) * model.moe_router_topk
         width += model.moe_shared_expert_intermediate_size or 0  # None: no shared expert
     else:
-        width = filled(model.ffn_hidden_size)
+        width = model.ffn_hidden_size
     return attention + 2 * model.hidden_size * width * matrices
 
 
@@ -63,8 +63,8 @@ def forward_flops_logits(model: ModelConfig) -> float:
 
 
 def _attention(model: ModelConfig) -> float:
-    h, d = model.hidden_size, filled(model.kv_channels)
-    queries, keys_values = d * model.num_attention_heads, 2 * d * filled(model.num_query_groups)
+    h, d = model.hidden_size, model.kv_channels
+    queries, keys_values = d * model.num_attention_heads, 2 * d * model.num_query_groups
     gate = queries if model.attention_output_gate else 0
     return 2 * (h * (queries + keys_values + gate) + queries * h) + 2 * model.seq_length * queries
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_mtp.config.depths import Depths
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.layout_text import layout_chunks
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
@@ -33,7 +32,7 @@ class PipelineLayout:
         Raises:
             PlanError: the layout breaks a rule; all problems are named.
         """
-        layout: str | list[int] = filled(model.pipeline_model_parallel_layout)
+        layout: str | list[int] = model.pipeline_model_parallel_layout
         assert model.pipeline_model_parallel_size == 1 or layout != "auto", "the planner chooses it"
         return cls.parse(layout, model)
 
@@ -44,7 +43,7 @@ class PipelineLayout:
         Raises:
             PlanError: the layout breaks a rule; all problems are named.
         """
-        pp, vp = model.pipeline_model_parallel_size, filled(model.virtual_pipeline_model_parallel_size)
+        pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
         depths = Depths.of(model).count
         flat, problems = layout_chunks(layout, num_layers=model.num_layers, num_depths=depths, pp=pp, vp=vp)
         if problems:

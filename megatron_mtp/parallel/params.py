@@ -102,10 +102,7 @@ def layer_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool = Fals
         attention = _gated_delta_net(model)
     else:
         attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
-    if is_moe:
-        block = _experts(model, only_active)
-    else:
-        block = _mlp(model, filled(model.ffn_hidden_size), model.add_bias_linear)
+    block = _experts(model, only_active) if is_moe else _mlp(model, model.ffn_hidden_size, model.add_bias_linear)
     return attention + block + 2 * _norm(model, model.hidden_size)
 
 
@@ -124,7 +121,7 @@ def _norm(model: ModelConfig, width: int) -> int:
 
 
 def _attention(model: ModelConfig) -> int:
-    h, d, groups = model.hidden_size, filled(model.kv_channels), filled(model.num_query_groups)
+    h, d, groups = model.hidden_size, model.kv_channels, model.num_query_groups
     queries = model.num_attention_heads * d
     qkv = queries * (2 if model.attention_output_gate else 1) + 2 * groups * d
     biases = qkv * (model.add_bias_linear or model.add_qkv_bias) + h * model.add_bias_linear

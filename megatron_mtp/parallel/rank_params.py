@@ -85,7 +85,7 @@ def layer_rank_parameters(model: ModelConfig, is_moe: bool, *, is_linear: bool =
     if is_moe:
         return shell + _experts(model)
     tp = model.tensor_model_parallel_size
-    return shell + RankParameters(dense=_mlp(model, filled(model.ffn_hidden_size), tp, model.add_bias_linear))
+    return shell + RankParameters(dense=_mlp(model, model.ffn_hidden_size, tp, model.add_bias_linear))
 
 
 def mtp_rank_parameters(model: ModelConfig) -> RankParameters:
@@ -120,9 +120,9 @@ def _norm(model: ModelConfig, width: int) -> int:
 
 
 def _attention(model: ModelConfig) -> int:
-    h, d, tp = model.hidden_size, filled(model.kv_channels), model.tensor_model_parallel_size
+    h, d, tp = model.hidden_size, model.kv_channels, model.tensor_model_parallel_size
     queries = model.num_attention_heads * d
-    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * filled(model.num_query_groups) * d
+    qkv = queries * (2 if model.attention_output_gate else 1) + 2 * model.num_query_groups * d
     sharded = h * (qkv + queries) + qkv * (model.add_bias_linear or model.add_qkv_bias)
     return sharded // tp + h * model.add_bias_linear + 2 * _norm(model, d) * model.qk_layernorm
 
@@ -156,7 +156,7 @@ def _mlp(model: ModelConfig, width: int, shards: int, has_bias: bool) -> int:
 
 
 def _experts(model: ModelConfig) -> RankParameters:
-    tp, etp, h = model.tensor_model_parallel_size, filled(model.expert_tensor_parallel_size), model.hidden_size
+    tp, etp, h = model.tensor_model_parallel_size, model.expert_tensor_parallel_size, model.hidden_size
     num_experts, width = filled(model.num_moe_experts), filled(model.moe_ffn_hidden_size)
     local = num_experts // model.expert_model_parallel_size
     dense = num_experts * (h + model.add_bias_linear)  # router

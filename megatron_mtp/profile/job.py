@@ -54,8 +54,7 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
     trial.train.global_batch_size = MICRO_BATCHES * replicas * trial.train.micro_batch_size
     trial.train.rampup_batch_size = None
     trial.validation.eval_iters = 0
-    trial.validation.eval_interval = None
-    trial.validation.eval_micro_batch_size = trial.validation.eval_global_batch_size = None
+    trial.validation.update(eval_interval=None, eval_micro_batch_size=None, eval_global_batch_size=None)
     # Every rank owns all its optimizer state, so that the time for each parameter is seen without messages.
     trial.ddp.use_distributed_optimizer = trial.ddp.overlap_grad_reduce = trial.ddp.overlap_param_gather = False
     dataset = trial.dataset

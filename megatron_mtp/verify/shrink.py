@@ -93,7 +93,7 @@ def _shrink_run(small: ConfigContainer, whole: ConfigContainer, sizes: _Sizes) -
     small.checkpoint, small.logger, small.profiling = CheckpointConfig(), LoggerConfig(), ProfilingConfig()
     small.scheduler = SchedulerConfig()
     small.validation.eval_iters, small.validation.eval_interval = 0, None
-    small.validation.eval_micro_batch_size = small.validation.eval_global_batch_size = None
+    small.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
     small.train.train_iters, small.train.train_samples, small.train.train_tokens = 1, None, None
     small.train.rampup_batch_size = None
     small.train.micro_batch_size = sizes.micro_batch_size
@@ -133,7 +133,7 @@ def _shrink_attention(model: ModelConfig, sizes: _Sizes) -> None:
     if not model.multi_latent_attention:
         return
     model.num_query_groups = model.num_attention_heads
-    model.kv_channels = None
+    model.update(kv_channels=None)
     model.q_lora_rank = None if model.q_lora_rank is None else _multiple(12, sizes.tp)
     model.qk_pos_emb_head_dim = 4
     model.kv_lora_rank = _multiple(12, sizes.tp) - model.qk_pos_emb_head_dim

@@ -19,45 +19,24 @@ def deepseek_v2_lite_pretrain_config() -> ConfigContainer:
     cfg = pretrain_common()
     _set_architecture(cfg)
     model = cfg.model
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = 0.3
-    model.expert_model_parallel_size = 8
-    model.recompute_granularity = "full"
-    model.recompute_method = "uniform"
-    model.recompute_num_layers = 1
-    cfg.train.train_iters = None
-    cfg.train.train_tokens = "5.7T"
-    cfg.train.global_batch_size = 4608
-    cfg.train.micro_batch_size = 1
-    cfg.optimizer.lr = 4.2e-4
-    cfg.optimizer.min_lr = 4.2e-5
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor=0.3, expert_model_parallel_size=8)
+    model.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    cfg.train.update(train_iters=None, train_tokens="5.7T", global_batch_size=4608, micro_batch_size=1)
+    cfg.optimizer.update(lr=4.2e-4, min_lr=4.2e-5)
     cfg.scheduler.lr_warmup_iters = 2000
     return cfg
 
 
 def _set_architecture(cfg: ConfigContainer) -> None:
     model = cfg.model
-    model.num_layers = 27
-    model.hidden_size = 2048
-    model.ffn_hidden_size = 10944
-    model.num_attention_heads = 16
-    model.layernorm_epsilon = 1e-6
-    model.init_method_std = 0.006
-    model.vocab_size = 102400
+    model.update(num_layers=27, hidden_size=2048, ffn_hidden_size=10944, num_attention_heads=16, layernorm_epsilon=1e-6)
+    model.update(init_method_std=0.006, vocab_size=102400)
 
-    model.multi_latent_attention = True
-    model.qk_layernorm = True
-    model.q_lora_rank = None
-    model.kv_lora_rank = 512
-    model.qk_head_dim = 128
-    model.qk_pos_emb_head_dim = 64
-    model.v_head_dim = 128
+    model.update(multi_latent_attention=True, qk_layernorm=True, q_lora_rank=None, kv_lora_rank=512, qk_head_dim=128)
+    model.update(qk_pos_emb_head_dim=64, v_head_dim=128)
 
-    model.num_moe_experts = 64
-    model.moe_layer_freq = [0] + [1] * 26
-    model.moe_ffn_hidden_size = 1408
+    model.update(num_moe_experts=64, moe_layer_freq=[0] + [1] * 26, moe_ffn_hidden_size=1408)
     model.moe_shared_expert_intermediate_size = 2816  # two of the routed width
     model.moe_router_topk = 6
     model.moe_router_pre_softmax = True  # the chosen scores are not normalised
-    model.moe_router_load_balancing_type = "seq_aux_loss"
-    model.moe_aux_loss_coeff = 1e-3
+    model.update(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=1e-3)

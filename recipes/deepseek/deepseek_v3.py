@@ -18,11 +18,8 @@ def deepseek_v3_pretrain_config() -> ConfigContainer:
     cfg = deepseek_v3_architecture()
     _set_training(cfg)
     model = cfg.model
-    model.tensor_model_parallel_size = 2
-    model.sequence_parallel = True
-    model.pipeline_model_parallel_size = 16
-    model.expert_model_parallel_size = 64
-    model.expert_tensor_parallel_size = 1
+    model.update(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=16)
+    model.update(expert_model_parallel_size=64, expert_tensor_parallel_size=1)
     return cfg
 
 
@@ -32,57 +29,30 @@ def deepseek_v3_architecture() -> ConfigContainer:
     """
     cfg = pretrain_common()
     model = cfg.model
-    model.num_layers = 61
-    model.hidden_size = 7168
-    model.ffn_hidden_size = 18432
-    model.num_attention_heads = 128
-    model.layernorm_epsilon = 1e-6
-    model.init_method_std = 0.006
-    model.vocab_size = 129280
+    model.update(num_layers=61, hidden_size=7168, ffn_hidden_size=18432, num_attention_heads=128)
+    model.update(layernorm_epsilon=1e-6, init_method_std=0.006, vocab_size=129280)
 
-    model.multi_latent_attention = True
-    model.qk_layernorm = True
-    model.q_lora_rank = 1536
-    model.kv_lora_rank = 512
-    model.qk_head_dim = 128
-    model.qk_pos_emb_head_dim = 64
-    model.v_head_dim = 128
+    model.update(multi_latent_attention=True, qk_layernorm=True, q_lora_rank=1536, kv_lora_rank=512, qk_head_dim=128)
+    model.update(qk_pos_emb_head_dim=64, v_head_dim=128)
     model.rope_type = "rope"  # YaRN comes with the extension to long context, after pretraining at 4K
 
-    model.num_moe_experts = 256
-    model.moe_layer_freq = [0] * 3 + [1] * 58
-    model.moe_ffn_hidden_size = 2048
-    model.moe_shared_expert_intermediate_size = 2048
-    model.moe_router_topk = 8
-    model.moe_router_num_groups = 8
-    model.moe_router_group_topk = 4
-    model.moe_router_topk_scaling_factor = 2.5
-    model.moe_router_score_function = "sigmoid"
-    model.moe_router_enable_expert_bias = True
-    model.moe_router_bias_update_rate = 1e-3
-    model.moe_router_load_balancing_type = "seq_aux_loss"
-    model.moe_aux_loss_coeff = 1e-4
+    model.update(num_moe_experts=256, moe_layer_freq=[0] * 3 + [1] * 58, moe_ffn_hidden_size=2048)
+    model.update(moe_shared_expert_intermediate_size=2048, moe_router_topk=8, moe_router_num_groups=8)
+    model.update(moe_router_group_topk=4, moe_router_topk_scaling_factor=2.5, moe_router_score_function="sigmoid")
+    model.update(moe_router_enable_expert_bias=True, moe_router_bias_update_rate=1e-3)
+    model.update(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=1e-4)
 
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = "0.3@0,0.1@10T"
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor="0.3@0,0.1@10T")
     return cfg
 
 
 def _set_training(cfg: ConfigContainer) -> None:
     samples_per_token = 1 / cfg.model.seq_length
-    cfg.train.train_iters = None
-    cfg.train.train_tokens = "14.8T"
-    cfg.train.micro_batch_size = 1
-    cfg.train.global_batch_size = 15360
-    cfg.train.rampup_batch_size = [3072, 3072, round(469e9 * samples_per_token)]
-    cfg.optimizer.lr = 2.2e-4
-    cfg.optimizer.min_lr = 2.2e-5
+    cfg.train.update(train_iters=None, train_tokens="14.8T", micro_batch_size=1, global_batch_size=15360)
+    cfg.train.update(rampup_batch_size=[3072, 3072, round(469e9 * samples_per_token)])
+    cfg.optimizer.update(lr=2.2e-4, min_lr=2.2e-5)
     # 2000 steps of the first batch size, constant to 10T, then a cosine over 4.3T.
-    cfg.scheduler.lr_warmup_iters = 0
-    cfg.scheduler.lr_warmup_tokens = 2000 * 3072 * cfg.model.seq_length
-    cfg.scheduler.lr_decay_style = "WSD"
-    cfg.scheduler.lr_decay_tokens = "14.3T"
-    cfg.scheduler.lr_wsd_decay_style = "cosine"
-    cfg.scheduler.lr_wsd_decay_tokens = "4.3T"
+    cfg.scheduler.update(lr_warmup_iters=0, lr_warmup_tokens=2000 * 3072 * cfg.model.seq_length, lr_decay_style="WSD")
+    cfg.scheduler.update(lr_decay_tokens="14.3T", lr_wsd_decay_style="cosine", lr_wsd_decay_tokens="4.3T")
     cfg.validation.eval_interval = 2000
     cfg.checkpoint.save_interval = 2000

@@ -17,24 +17,14 @@ def llama3_8b_pretrain_config() -> ConfigContainer:
     """
     cfg = pretrain_common()
     model = cfg.model
-    model.num_layers = 32
-    model.hidden_size = 4096
-    model.ffn_hidden_size = 14336
-    model.num_attention_heads = 32
-    model.num_query_groups = 8
-    model.rotary_base = 500_000.0
-    model.layernorm_epsilon = 1e-5
-    model.vocab_size = 128256
-    model.seq_length = 8192
+    model.update(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8)
+    model.update(rotary_base=500_000.0, layernorm_epsilon=1e-5, vocab_size=128256, seq_length=8192)
 
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = 0.1
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
 
     model.context_parallel_size = 2
-    cfg.train.global_batch_size = 512
-    cfg.train.micro_batch_size = 1
-    cfg.optimizer.lr = 3e-4
-    cfg.optimizer.min_lr = 3e-6
+    cfg.train.update(global_batch_size=512, micro_batch_size=1)
+    cfg.optimizer.update(lr=3e-4, min_lr=3e-6)
     cfg.scheduler.lr_warmup_iters = 2000
     return cfg
 
@@ -47,14 +37,8 @@ def llama3_70b_pretrain_config() -> ConfigContainer:
     """
     cfg = llama3_8b_pretrain_config()
     model = cfg.model
-    model.num_layers = 80
-    model.hidden_size = 8192
-    model.ffn_hidden_size = 28672
-    model.num_attention_heads = 64
-    model.tensor_model_parallel_size = 4
-    model.sequence_parallel = True
-    model.pipeline_model_parallel_size = 4
-    model.virtual_pipeline_model_parallel_size = 5
-    cfg.optimizer.lr = 1.5e-4
-    cfg.optimizer.min_lr = 1.5e-6
+    model.update(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64)
+    model.update(tensor_model_parallel_size=4, sequence_parallel=True, pipeline_model_parallel_size=4)
+    model.update(virtual_pipeline_model_parallel_size=5)
+    cfg.optimizer.update(lr=1.5e-4, min_lr=1.5e-6)
     return cfg

@@ -14,22 +14,12 @@ def smollm2_135m_pretrain_config() -> ConfigContainer:
     """
     cfg = pretrain_common()
     model = cfg.model
-    model.num_layers = 30
-    model.hidden_size = 576
-    model.ffn_hidden_size = 1536
-    model.num_attention_heads = 9
-    model.num_query_groups = 3
-    model.rotary_base = 100_000.0
-    model.layernorm_epsilon = 1e-5
-    model.vocab_size = 49152
-    model.share_embeddings_and_output_weights = True
-    model.seq_length = 2048
+    model.update(num_layers=30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9, num_query_groups=3)
+    model.update(rotary_base=100_000.0, layernorm_epsilon=1e-5, vocab_size=49152)
+    model.update(share_embeddings_and_output_weights=True, seq_length=2048)
 
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = 0.1
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
 
-    cfg.train.global_batch_size = 256
-    cfg.train.micro_batch_size = 8
-    cfg.optimizer.lr = 5e-4
-    cfg.optimizer.min_lr = 5e-5
+    cfg.train.update(global_batch_size=256, micro_batch_size=8)
+    cfg.optimizer.update(lr=5e-4, min_lr=5e-5)
     return cfg

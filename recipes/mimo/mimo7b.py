@@ -17,32 +17,14 @@ def mimo_7b_pretrain_config() -> ConfigContainer:
     """
     cfg = pretrain_common()
     model = cfg.model
-    model.num_layers = 36
-    model.hidden_size = 4096
-    model.ffn_hidden_size = 11008
-    model.num_attention_heads = 32
-    model.num_query_groups = 8
-    model.add_qkv_bias = True
-    model.rotary_base = 640_000.0
-    model.layernorm_epsilon = 1e-5
-    model.vocab_size = 151680
-    model.seq_length = 8192
+    model.update(num_layers=36, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=8)
+    model.update(add_qkv_bias=True, rotary_base=640_000.0, layernorm_epsilon=1e-5, vocab_size=151680, seq_length=8192)
 
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = "0.3@0,0.1@10.3T"
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor="0.3@0,0.1@10.3T")
 
-    model.tensor_model_parallel_size = 4
-    model.sequence_parallel = True
-    cfg.train.train_iters = None
-    cfg.train.train_tokens = "25T"
-    cfg.train.global_batch_size = 2560
-    cfg.train.micro_batch_size = 1
-    cfg.optimizer.lr = 1.07e-4
-    cfg.optimizer.min_lr = 3e-5
-    cfg.scheduler.lr_warmup_iters = 0
-    cfg.scheduler.lr_warmup_tokens = 2000 * 2560 * 8192
-    cfg.scheduler.lr_decay_style = "WSD"
-    cfg.scheduler.lr_wsd_decay_style = "cosine"
-    cfg.scheduler.lr_decay_tokens = "25T"
-    cfg.scheduler.lr_wsd_decay_tokens = "14.7T"
+    model.update(tensor_model_parallel_size=4, sequence_parallel=True)
+    cfg.train.update(train_iters=None, train_tokens="25T", global_batch_size=2560, micro_batch_size=1)
+    cfg.optimizer.update(lr=1.07e-4, min_lr=3e-5)
+    cfg.scheduler.update(lr_warmup_iters=0, lr_warmup_tokens=2000 * 2560 * 8192, lr_decay_style="WSD")
+    cfg.scheduler.update(lr_wsd_decay_style="cosine", lr_decay_tokens="25T", lr_wsd_decay_tokens="14.7T")
     return cfg

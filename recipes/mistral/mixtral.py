@@ -17,28 +17,15 @@ def mixtral_8x7b_pretrain_config() -> ConfigContainer:
     """
     cfg = pretrain_common()
     model = cfg.model
-    model.num_layers = 32
-    model.hidden_size = 4096
-    model.ffn_hidden_size = 14336
-    model.num_attention_heads = 32
-    model.num_query_groups = 8
-    model.rotary_base = 1_000_000.0
-    model.layernorm_epsilon = 1e-5
-    model.vocab_size = 32000
+    model.update(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8)
+    model.update(rotary_base=1_000_000.0, layernorm_epsilon=1e-5, vocab_size=32000)
 
-    model.num_moe_experts = 8
-    model.moe_router_topk = 2
-    model.moe_router_load_balancing_type = "aux_loss"
-    model.moe_aux_loss_coeff = 1e-3
+    model.update(num_moe_experts=8, moe_router_topk=2, moe_router_load_balancing_type="aux_loss")
+    model.update(moe_aux_loss_coeff=1e-3)
 
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = 0.1
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
 
-    model.pipeline_model_parallel_size = 2
-    model.expert_model_parallel_size = 8
-    model.recompute_granularity = "full"
-    model.recompute_method = "uniform"
-    model.recompute_num_layers = 1
-    cfg.train.global_batch_size = 256
-    cfg.train.micro_batch_size = 1
+    model.update(pipeline_model_parallel_size=2, expert_model_parallel_size=8, recompute_granularity="full")
+    model.update(recompute_method="uniform", recompute_num_layers=1)
+    cfg.train.update(global_batch_size=256, micro_batch_size=1)
     return cfg

@@ -17,35 +17,16 @@ def moonlight_16b_a3b_pretrain_config() -> ConfigContainer:
     """
     cfg = deepseek_v3_architecture()
     model = cfg.model
-    model.num_layers = 27
-    model.hidden_size = 2048
-    model.ffn_hidden_size = 11264
-    model.num_attention_heads = 16
-    model.q_lora_rank = None
-    model.rotary_base = 50_000.0
-    model.layernorm_epsilon = 1e-5
-    model.latent_norm_epsilon = 1e-6
-    model.init_method_std = 0.02
-    model.vocab_size = 163840
-    model.seq_length = 8192
-    model.num_moe_experts = 64
-    model.moe_layer_freq = [0] + [1] * 26
-    model.moe_ffn_hidden_size = 1408
-    model.moe_shared_expert_intermediate_size = 2816
-    model.moe_router_topk = 6
+    model.update(num_layers=27, hidden_size=2048, ffn_hidden_size=11264, num_attention_heads=16, q_lora_rank=None)
+    model.update(rotary_base=50_000.0, layernorm_epsilon=1e-5, latent_norm_epsilon=1e-6, init_method_std=0.02)
+    model.update(vocab_size=163840, seq_length=8192, num_moe_experts=64, moe_layer_freq=[0] + [1] * 26)
+    model.update(moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=2816, moe_router_topk=6)
     _without_groups(cfg, scaling=2.446)
 
-    model.tensor_model_parallel_size = 2
-    model.sequence_parallel = True
-    model.expert_model_parallel_size = 8
-    model.expert_tensor_parallel_size = 1
-    model.recompute_granularity = "selective"
-    cfg.train.train_iters = None
-    cfg.train.train_tokens = "5.7T"
-    cfg.train.global_batch_size = 2048
-    cfg.train.micro_batch_size = 1
-    cfg.optimizer.lr = 4.2e-4
-    cfg.optimizer.min_lr = 4.2e-5
+    model.update(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=8)
+    model.update(expert_tensor_parallel_size=1, recompute_granularity="selective")
+    cfg.train.update(train_iters=None, train_tokens="5.7T", global_batch_size=2048, micro_batch_size=1)
+    cfg.optimizer.update(lr=4.2e-4, min_lr=4.2e-5)
     cfg.scheduler.lr_warmup_iters = 2000
     return cfg
 
@@ -61,37 +42,20 @@ def kimi_k2_pretrain_config() -> ConfigContainer:
     """
     cfg = deepseek_v3_architecture()
     model = cfg.model
-    model.num_attention_heads = 64
-    model.rotary_base = 50_000.0
-    model.vocab_size = 163840
-    model.num_moe_experts = 384
-    model.moe_layer_freq = [0] + [1] * 60
+    model.update(num_attention_heads=64, rotary_base=50_000.0, vocab_size=163840, num_moe_experts=384)
+    model.update(moe_layer_freq=[0] + [1] * 60)
     _without_groups(cfg, scaling=2.827)
 
-    model.tensor_model_parallel_size = 2
-    model.sequence_parallel = True
-    model.pipeline_model_parallel_size = 16
-    model.expert_model_parallel_size = 32
-    model.expert_tensor_parallel_size = 1
-    model.recompute_granularity = "selective"
-    cfg.train.train_iters = None
-    cfg.train.train_tokens = "15.5T"
-    cfg.train.global_batch_size = 16384
-    cfg.train.micro_batch_size = 1
-    cfg.optimizer.lr = 2e-4
-    cfg.optimizer.min_lr = 2e-5
-    cfg.scheduler.lr_warmup_iters = 0
-    cfg.scheduler.lr_warmup_tokens = 500 * 16384 * 4096
-    cfg.scheduler.lr_decay_style = "WSD"
-    cfg.scheduler.lr_wsd_decay_style = "cosine"
-    cfg.scheduler.lr_decay_tokens = "15.5T"
-    cfg.scheduler.lr_wsd_decay_tokens = "5.5T"
+    model.update(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=16)
+    model.update(expert_model_parallel_size=32, expert_tensor_parallel_size=1, recompute_granularity="selective")
+    cfg.train.update(train_iters=None, train_tokens="15.5T", global_batch_size=16384, micro_batch_size=1)
+    cfg.optimizer.update(lr=2e-4, min_lr=2e-5)
+    cfg.scheduler.update(lr_warmup_iters=0, lr_warmup_tokens=500 * 16384 * 4096, lr_decay_style="WSD")
+    cfg.scheduler.update(lr_wsd_decay_style="cosine", lr_decay_tokens="15.5T", lr_wsd_decay_tokens="5.5T")
     return cfg
 
 
 def _without_groups(cfg: ConfigContainer, scaling: float) -> None:
     """Every expert may be chosen; one MTP layer with DeepSeek-V3's first loss factor."""
-    cfg.model.moe_router_num_groups = None
-    cfg.model.moe_router_group_topk = None
-    cfg.model.moe_router_topk_scaling_factor = scaling
-    cfg.model.mtp_loss_scaling_factor = 0.3
+    cfg.model.update(moe_router_num_groups=None, moe_router_group_topk=None, moe_router_topk_scaling_factor=scaling)
+    cfg.model.update(mtp_loss_scaling_factor=0.3)

@@ -18,60 +18,41 @@ def qwen3_8b_pretrain_config() -> ConfigContainer:
     """
     cfg = pretrain_common()
     model = cfg.model
-    model.num_layers = 36
-    model.hidden_size = 4096
-    model.ffn_hidden_size = 12288
-    model.num_attention_heads = 32
-    model.num_query_groups = 8
-    model.kv_channels = 128
-    model.qk_layernorm = True
-    model.rotary_base = 1_000_000.0
-    model.layernorm_epsilon = 1e-6
-    model.vocab_size = 151936
+    model.update(num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, num_query_groups=8)
+    model.update(kv_channels=128, qk_layernorm=True, rotary_base=1_000_000.0, layernorm_epsilon=1e-6, vocab_size=151936)
 
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = 0.1
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
 
-    model.tensor_model_parallel_size = 4
-    model.sequence_parallel = True
+    model.update(tensor_model_parallel_size=4, sequence_parallel=True)
     return cfg
 
 
 def qwen3_600m_pretrain_config() -> ConfigContainer:
     """Qwen3-0.6B with one MTP layer, on one GPU; the head is tied."""
     cfg = _tied(qwen3_8b_pretrain_config())
-    cfg.model.num_layers = 28
-    cfg.model.hidden_size = 1024
-    cfg.model.ffn_hidden_size = 3072
-    cfg.model.num_attention_heads = 16
+    cfg.model.update(num_layers=28, hidden_size=1024, ffn_hidden_size=3072, num_attention_heads=16)
     return cfg
 
 
 def qwen3_1p7b_pretrain_config() -> ConfigContainer:
     """Qwen3-1.7B with one MTP layer, on one GPU; the head is tied."""
     cfg = qwen3_600m_pretrain_config()
-    cfg.model.hidden_size = 2048
-    cfg.model.ffn_hidden_size = 6144
+    cfg.model.update(hidden_size=2048, ffn_hidden_size=6144)
     return cfg
 
 
 def qwen3_4b_pretrain_config() -> ConfigContainer:
     """Qwen3-4B with one MTP layer, on 2 GPUs of 80 GB: TP=2; the head is tied."""
     cfg = _tied(qwen3_8b_pretrain_config())
-    cfg.model.hidden_size = 2560
-    cfg.model.ffn_hidden_size = 9728
-    cfg.model.tensor_model_parallel_size = 2
+    cfg.model.update(hidden_size=2560, ffn_hidden_size=9728, tensor_model_parallel_size=2)
     return cfg
 
 
 def qwen3_14b_pretrain_config() -> ConfigContainer:
     """Qwen3-14B with one MTP layer, on 8 GPUs of 80 GB: TP=8."""
     cfg = qwen3_8b_pretrain_config()
-    cfg.model.num_layers = 40
-    cfg.model.hidden_size = 5120
-    cfg.model.ffn_hidden_size = 17408
-    cfg.model.num_attention_heads = 40
-    cfg.model.tensor_model_parallel_size = 8
+    cfg.model.update(num_layers=40, hidden_size=5120, ffn_hidden_size=17408, num_attention_heads=40)
+    cfg.model.update(tensor_model_parallel_size=8)
     return cfg
 
 
@@ -79,18 +60,12 @@ def qwen3_32b_pretrain_config() -> ConfigContainer:
     """Qwen3-32B with one MTP layer, on 16 GPUs of 80 GB: TP=8, PP=2, layers recomputed."""
     cfg = qwen3_14b_pretrain_config()
     model = cfg.model
-    model.num_layers = 64
-    model.ffn_hidden_size = 25600
-    model.num_attention_heads = 64
-    model.pipeline_model_parallel_size = 2
-    model.recompute_granularity = "full"
-    model.recompute_method = "uniform"
-    model.recompute_num_layers = 1
+    model.update(num_layers=64, ffn_hidden_size=25600, num_attention_heads=64, pipeline_model_parallel_size=2)
+    model.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     cfg.train.micro_batch_size = 1
     return cfg
 
 
 def _tied(cfg: ConfigContainer) -> ConfigContainer:
-    cfg.model.share_embeddings_and_output_weights = True
-    cfg.model.tensor_model_parallel_size = 1
+    cfg.model.update(share_embeddings_and_output_weights=True, tensor_model_parallel_size=1)
     return cfg

@@ -17,34 +17,19 @@ def qwen3_30b_a3b_pretrain_config() -> ConfigContainer:
     """
     cfg = pretrain_common()
     model = cfg.model
-    model.num_layers = 48
-    model.hidden_size = 2048
+    model.update(num_layers=48, hidden_size=2048)
     model.ffn_hidden_size = 6144  # of a dense layer; every layer is MoE
-    model.num_attention_heads = 32
-    model.num_query_groups = 4
-    model.kv_channels = 128
-    model.qk_layernorm = True
-    model.rotary_base = 1_000_000.0
-    model.layernorm_epsilon = 1e-6
-    model.vocab_size = 151936
+    model.update(num_attention_heads=32, num_query_groups=4, kv_channels=128, qk_layernorm=True)
+    model.update(rotary_base=1_000_000.0, layernorm_epsilon=1e-6, vocab_size=151936)
 
-    model.num_moe_experts = 128
-    model.moe_router_topk = 8
-    model.moe_ffn_hidden_size = 768
-    model.moe_router_load_balancing_type = "aux_loss"
-    model.moe_aux_loss_coeff = 1e-3
+    model.update(num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768)
+    model.update(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1e-3)
 
-    model.mtp_num_layers = 1
-    model.mtp_loss_scaling_factor = 0.1
+    model.update(mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
 
-    model.tensor_model_parallel_size = 4
-    model.sequence_parallel = True
-    model.pipeline_model_parallel_size = 2
-    model.expert_model_parallel_size = 4
-    model.expert_tensor_parallel_size = 1
-    model.recompute_granularity = "full"
-    model.recompute_method = "uniform"
-    model.recompute_num_layers = 1
+    model.update(tensor_model_parallel_size=4, sequence_parallel=True, pipeline_model_parallel_size=2)
+    model.update(expert_model_parallel_size=4, expert_tensor_parallel_size=1, recompute_granularity="full")
+    model.update(recompute_method="uniform", recompute_num_layers=1)
     return cfg
 
 
@@ -55,13 +40,8 @@ def qwen3_235b_a22b_pretrain_config() -> ConfigContainer:
     """
     cfg = qwen3_30b_a3b_pretrain_config()
     model = cfg.model
-    model.num_layers = 94
-    model.hidden_size = 4096
-    model.ffn_hidden_size = 12288
-    model.num_attention_heads = 64
-    model.moe_ffn_hidden_size = 1536
-    model.pipeline_model_parallel_size = 16
-    model.context_parallel_size = 2
-    model.expert_model_parallel_size = 8
+    model.update(num_layers=94, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=64)
+    model.update(moe_ffn_hidden_size=1536, pipeline_model_parallel_size=16, context_parallel_size=2)
+    model.update(expert_model_parallel_size=8)
     cfg.train.micro_batch_size = 1
     return cfg

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.layout_text import layout_chunks
 from megatron_mtp.config.problem import refusal
 from megatron_mtp.config.sections import ModelConfig, RunConfig
@@ -24,7 +23,7 @@ def _hidden_source_problems(model: ModelConfig) -> list[Problem]:
     """Depth 1 reads the input of the final norm, which exists only where the last decoder layer is."""
     if model.mtp_hidden_source != "pre_final_norm" or not model.mtp_num_layers:
         return []
-    pp, vp = model.pipeline_model_parallel_size, filled(model.virtual_pipeline_model_parallel_size)
+    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     if vp > 1 and pp == 1:
         return []  # reported as a mistake
     if model.pipeline_model_parallel_layout == "auto" and model.num_layers >= pp * vp - 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.layout_text import layout_chunks
 from megatron_mtp.config.problem import problem
 from megatron_mtp.config.sections import ModelConfig, RunConfig
@@ -17,7 +16,7 @@ def placement_problems(model: ModelConfig) -> list[Problem]:
     """Divisions of the model over TP, PP, CP, EP, and its recomputation. Expects values inside their ranges."""
     problems = _tensor_problems(model) + _sequence_problems(model) + _expert_problems(model)
     problems += _recompute_problems(model)
-    pp, vp = model.pipeline_model_parallel_size, filled(model.virtual_pipeline_model_parallel_size)
+    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     if vp > 1 and pp == 1:
         rule = "the interleaved schedule needs {model.pipeline_model_parallel_size} above 1"
         return [*problems, problem(model, "model.virtual_pipeline_model_parallel_size", rule)]
@@ -175,7 +174,7 @@ def _batch_problem(cfg: RunConfig, name: str, size: int, micro_name: str, dp: in
             f"{subject}must be divisible by {{{micro_name}=}}{replicas}; {max(1, round(size / unit)) * unit} would be"
         )
         return problem(cfg, name, rule)
-    pp, vp = cfg.model.pipeline_model_parallel_size, filled(cfg.model.virtual_pipeline_model_parallel_size)
+    pp, vp = cfg.model.pipeline_model_parallel_size, cfg.model.virtual_pipeline_model_parallel_size
     if dp is not None and vp > 1 and (size // unit) % pp:
         rule = (
             f"{subject}makes {size // unit} micro-batches for each rank; the interleaved schedule "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import knob
+from megatron_mtp.config.knob import Derived, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class DatasetConfig(Section):
     """One blend for each of train, validation, test (None where a split is absent)."""
     split: str | None = "9999,8,2"
     """Shares of train, validation and test within each prefix of `blend`."""
-    seq_length: int | None = knob(None, ge=1, le=2**31)
+    seq_length: Derived[int] = knob(None, ge=1, le=2**31)
     """None: model.seq_length."""
     path_to_cache: str | None = knob(None, resume="free")
     """Where indices are kept; None: beside each prefix."""

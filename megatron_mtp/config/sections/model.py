@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import knob
+from megatron_mtp.config.knob import Derived, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,13 +20,13 @@ class ModelConfig(Section):
     """Decoder layers of the trunk, MTP layers not counted."""
     hidden_size: int = knob(0, ge=1, engine="same")
     """Width h of the residual stream."""
-    ffn_hidden_size: int | None = knob(None, ge=1, engine="same")
+    ffn_hidden_size: Derived[int] = knob(None, ge=1, engine="same")
     """Width of the dense feed-forward block; None: 4 * hidden_size."""
     num_attention_heads: int = knob(0, ge=1, engine="same")
     """Query heads."""
-    num_query_groups: int | None = knob(None, ge=1, engine="same")
+    num_query_groups: Derived[int] = knob(None, ge=1, engine="same")
     """Key/value heads (grouped-query attention); None: num_attention_heads."""
-    kv_channels: int | None = knob(None, ge=1, engine="same")
+    kv_channels: Derived[int] = knob(None, ge=1, engine="same")
     """Width of one attention head; None: hidden_size / num_attention_heads."""
     seq_length: int = knob(4096, ge=1, le=2**31)
     """Tokens in one sample; dataset.seq_length follows it."""
@@ -162,7 +162,7 @@ class ModelConfig(Section):
     """One grouped matrix product for all local experts (transformer_engine backend); None: where the backend has it."""
 
     # ---- multi-token prediction ----
-    mtp_num_layers: int | None = knob(None, ge=0, le=1000, engine="own")
+    mtp_num_layers: Derived[int] = knob(None, ge=0, le=1000, engine="own")
     """D, the number of prediction depths beside the next token; 0 or None: plain model."""
     mtp_loss_scaling_factor: float | str = knob(0.1, ge=0, resume="curve")
     """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or "linear:0.3->0.1@10T"."""
@@ -186,15 +186,17 @@ class ModelConfig(Section):
     """Shards norms and residuals along the sequence over TP; means nothing at TP = 1."""
     pipeline_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """PP, the number of stages."""
-    virtual_pipeline_model_parallel_size: int | None = knob(None, ge=1, le=10_000, engine="own", resume="free")
+    virtual_pipeline_model_parallel_size: Derived[int] = knob(None, ge=1, le=10_000, engine="own", resume="free")
     """VP, model chunks for each stage (interleaved schedule); None: 1."""
-    pipeline_model_parallel_layout: str | list[int] | None = knob("auto", ge=0, le=10_000, engine="own", resume="free")
+    pipeline_model_parallel_layout: Derived[str | list[int]] = knob(
+        "auto", ge=0, le=10_000, engine="own", resume="free"
+    )
     """Which layers each chunk holds: "auto" (the planner's), "even", Megatron's string ("Et*3|(tt|)*29m|L"), or decoder layers of each chunk ([5, 6, 6, 4])."""
     context_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """CP, shards the sequence."""
     expert_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """EP, shards the experts."""
-    expert_tensor_parallel_size: int | None = knob(None, ge=1, le=100_000, engine="same", resume="free")
+    expert_tensor_parallel_size: Derived[int] = knob(None, ge=1, le=100_000, engine="same", resume="free")
     """ETP, tensor parallel size inside an expert; None: TP."""
 
     # ---- memory ----

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Resume, knob
+from megatron_mtp.config.knob import Derived, Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,9 +24,9 @@ class ValidationConfig(Section):
     """Evaluate before the first step."""
     eval_at_end: bool = True
     """Evaluate after the last step."""
-    eval_micro_batch_size: int | None = knob(None, ge=1, le=1_000_000)
+    eval_micro_batch_size: Derived[int] = knob(None, ge=1, le=1_000_000)
     """None: train.micro_batch_size."""
-    eval_global_batch_size: int | None = knob(None, ge=1, le=1_000_000)
+    eval_global_batch_size: Derived[int] = knob(None, ge=1, le=1_000_000)
     """None: train.global_batch_size."""
     draft_prompts: int = knob(0, ge=0, le=100_000)
     """At each evaluation, beginnings of this many held-out samples are decoded with the MTP layers as drafters (drafting/...); 0: none."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
@@ -144,7 +143,7 @@ class _Estimate:
         if model.recompute_granularity != "full":
             return 0.0
         if model.recompute_method == "block":
-            chunks = model.pipeline_model_parallel_size * filled(model.virtual_pipeline_model_parallel_size)
+            chunks = model.pipeline_model_parallel_size * model.virtual_pipeline_model_parallel_size
             return min(1.0, (model.recompute_num_layers or 0) * chunks / model.num_layers)
         return 1.0
 
@@ -170,12 +169,12 @@ class _Estimate:
         model, machine = self.model, self.machine
         total, core = self.attention_flops(is_linear), 0.0 if is_linear else self.core_flops()
         compute = self.compute(total - core, machine.matmul_fraction) + self.compute(core, machine.attention_fraction)
-        width = model.num_attention_heads * filled(model.kv_channels) * 4 / self.tp
+        width = model.num_attention_heads * model.kv_channels * 4 / self.tp
         num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 2 * width)
         messages = 2 * self.collective(self.tokens * model.hidden_size * self.num_bytes)
         cp = model.context_parallel_size
         if cp > 1:  # keys and values go around the ring; about half of it is hidden by the scores
-            keys = 2 * filled(model.kv_channels) * model.num_query_groups / self.tp
+            keys = 2 * model.kv_channels * model.num_query_groups / self.tp
             messages += 0.5 * self.link(self.tp * cp).ms(self.tokens * keys * self.num_bytes * (cp - 1))
         return self.both(compute, num_bytes, messages, machine.launch_ms)
 

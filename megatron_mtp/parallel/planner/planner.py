@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_mtp.config.filled import filled
 from megatron_mtp.config.units import DTYPE_BYTES, GIB
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.flops import train_flops_per_token
@@ -113,7 +112,7 @@ class Planner:
         return SplitProblem(
             kind=ScheduleKind(
                 pp=model.pipeline_model_parallel_size,
-                vp=filled(model.virtual_pipeline_model_parallel_size),
+                vp=model.virtual_pipeline_model_parallel_size,
                 num_microbatches=self.shape.num_microbatches,
                 sends_block=not self.is_cpu,
             ),

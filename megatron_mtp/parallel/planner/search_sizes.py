@@ -83,7 +83,7 @@ def search_sizes(
     for name, value in _sizes_of(base.model, 1, 1, 1, 1, 1).items():
         setattr(base.model, name, value)
     base.train.micro_batch_size = 1
-    base.validation.eval_micro_batch_size = base.validation.eval_global_batch_size = None
+    base.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
     base.finalize()
     search = _Search(base, machine, world_size, limit_bytes)
     found = search.run(top)
@@ -154,7 +154,7 @@ class _Search:
         for name, value in values.items():
             setattr(trial.model, name, value)
         trial.train.micro_batch_size = sizes.micro
-        trial.validation.eval_micro_batch_size = trial.validation.eval_global_batch_size = None
+        trial.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
         return trial
 
     def _parts(

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # not in their __all__
+from torch.distributed import Store, TCPStore
 
 from megatron_mtp.observe.failure_file import Failure
 
