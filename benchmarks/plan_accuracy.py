@@ -1,10 +1,11 @@
-"""Planned against measured step time on this machine: two pipeline stages on the CPU, several splits, with and without MTP.
+"""Planned against measured step time on this machine: two pipeline stages on the CPU, with and without MTP.
 
     python benchmarks/plan_accuracy.py [--rounds 11] [--write FILE.json]
 
-Every round times a step of each split, one after the other (A B C ... A B C ...), and one step of the profile, so that all of them
-see the same machine. Each process has one thread. Prints for each split the median with its 95 % confidence interval
-beside the plan; exit code 1 if a plan is off by more than 10 %, or two splits whose intervals are apart are planned in the other order.
+Every round times a step of each split, one after the other (A B C ... A B C ...), and one step of the profile, so that
+load on the machine affects all of them alike. Each process has one thread. Prints the plan of each split, and the
+measured median with its 95 % confidence interval. Exit code 1 if a plan is off by more than 10 %, or if two splits whose
+intervals do not overlap are planned in the wrong order.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from megatron_mtp.parallel.planner.part_costs import PartCosts
 from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.parallel.shape import RunShape
-from megatron_mtp.profile.job import PRELOAD, CpuProfiler
+from megatron_mtp.profile.job import CpuProfiler
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training import setup as setup_module
+from megatron_mtp.verify.run import PRELOAD
 
 TOLERANCE = 0.10
 SIZE = (
@@ -69,11 +71,11 @@ def main() -> int:
     times: list[list[float]] = [[] for _ in SPLITS]
     began = time.monotonic()
     with CpuProfiler(configs[-1], processes=2) as profiler, WorkerPool(2, timeout_s=600, preload=PRELOAD) as pair:
-        pair.run(build, configs)
-        pair.run(time_round)
+        pair.hold(SplitRuns, configs)
+        pair.run_held(SplitRuns.time_round)
         for _ in range(arguments.rounds):
             profiler.advance(1)
-            for found, ranks in zip(times, zip(*pair.run(time_round), strict=True), strict=True):
+            for found, ranks in zip(times, zip(*pair.run_held(SplitRuns.time_round), strict=True), strict=True):
                 found.append(max(ranks))
         profile = profiler.profile()
     outcomes = [
@@ -104,7 +106,7 @@ def outcome(cfg: ConfigContainer, depths: int, split: tuple[int, ...], costs: Pa
 
 
 def interval_of_median(values: list[float]) -> tuple[float, float]:
-    """A 95 % confidence interval by order statistics, whatever the distribution."""
+    """A 95 % confidence interval from order statistics, for any distribution."""
     ordered, count = sorted(values), len(values)
     tail, outside = 0, 0.0
     while outside + 2 * comb(count, tail) / 2**count <= 0.05:
@@ -114,7 +116,7 @@ def interval_of_median(values: list[float]) -> tuple[float, float]:
 
 
 def report(outcomes: list[Outcome]) -> bool:
-    """Prints the table and what is wrong; whether nothing is."""
+    """Prints the table and what is wrong. Returns whether everything is right."""
     print(f"{'depths':>6} {'split':>8} {'planned':>8} {'measured':>9} {'95 % interval':>17} {'error':>7}  ms")
     for one in outcomes:
         split = ",".join(map(str, one.split))
@@ -133,36 +135,33 @@ def report(outcomes: list[Outcome]) -> bool:
     return worst <= TOLERANCE and not wrong
 
 
-_runs: list = []
-"""Of a worker, between calls: one run for each split, all over the same process groups."""
+class SplitRuns:
+    """On a worker: one run for each split, all over the same process groups."""
 
-
-def build(configs: list[ConfigContainer]) -> None:
-    """On a worker: builds every split."""
-    runs = [resolve(cfg, job_size()) for cfg in configs]
-    joined = setup_module.join_groups(runs[-1])  # groups of the deepest model serve the others too
-    with mock.patch.object(setup_module, "join_groups", return_value=joined):
-        for resolved in runs:
-            run = setup_module.setup(resolved)
-            _runs.append((run, next(run.data.train())))
+    def __init__(self, configs: list[ConfigContainer]):
+        resolved = [resolve(cfg, job_size()) for cfg in configs]
+        joined = setup_module.join_groups(resolved[-1])  # groups of the deepest model serve the others too
+        with mock.patch.object(setup_module, "join_groups", return_value=joined):
+            self.runs = [setup_module.setup(one) for one in resolved]
+        self.batches = [next(run.data.train()) for run in self.runs]
+        for run in self.runs:
             run.data.close()
 
-
-def time_round() -> list[float]:
-    """On a worker: one step of each split, in milliseconds."""
-    found = []
-    for run, batch in _runs:
-        dist.barrier()
-        start = time.perf_counter()
-        run.engine.train(batch, 0.1)
-        found.append((time.perf_counter() - start) * 1e3)
-    return found
+    def time_round(self) -> list[float]:
+        """One step of each split, in milliseconds."""
+        found = []
+        for run, batch in zip(self.runs, self.batches, strict=True):
+            dist.barrier()
+            start = time.perf_counter()
+            run.engine.train(batch, 0.1)
+            found.append((time.perf_counter() - start) * 1e3)
+        return found
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each split")
-    parser.add_argument("--write", type=Path, help="keep every figure in this file")
+    parser.add_argument("--write", type=Path, help="write all numbers to this file")
     return parser.parse_args()
 
 

@@ -13,6 +13,7 @@ from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.profile.peak_memory import PeakMemory, measure_peak
 from megatron_mtp.recipes import get_recipe
+from megatron_mtp.verify.run import PRELOAD
 
 MIB = 2**20
 TOLERANCE = 0.10
@@ -48,7 +49,7 @@ def main() -> int:
     worst = 0.0
     print(f"{'rank':>4} {'measured':>9} {'predicted':>9} {'error':>7} {'held':>8} {'resident':>9}  MiB")
     for ranks in (1, 2):
-        with WorkerPool(ranks, timeout_s=600, preload=["megatron_mtp.verify.preload"]) as pool:
+        with WorkerPool(ranks, timeout_s=600, preload=PRELOAD) as pool:
             for recipe, size, changes in CASES:
                 if size == ranks:
                     print(f"{recipe}, {ranks} rank(s): {changes or 'as it is'}", flush=True)

@@ -66,8 +66,19 @@ class WorkerPool:
         Raises:
             WorkerError: a rank raised, ended, or took too long. It ends the pool: other ranks may wait in a collective.
         """
+        return self._send("run", work, args)
+
+    def hold(self, make: Callable[..., Any], *args: Any) -> None:
+        """Makes make(*args) on every rank and keeps it there for `run_held`."""
+        self._send("hold", make, args)
+
+    def run_held(self, method: Callable[..., Any], *args: Any) -> list[Any]:
+        """`run` with what each rank holds as the first argument: method(held, *args)."""
+        return self._send("run_held", method, args)
+
+    def _send(self, mode: str, work: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         for pipe in self._pipes:
-            pipe.send((work, args))
+            pipe.send((mode, work, args))
         return self._collect(work.__qualname__)
 
     def _collect(self, what: str) -> list[Any]:
@@ -148,9 +159,13 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, collective_timeou
         timeout = timedelta(seconds=collective_timeout_s)
         dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size, timeout=timeout)
         pipe.send((False, None))
+        held = None
         while True:
-            work, args = pipe.recv()
-            pipe.send((False, work(*args)))
+            mode, work, args = pipe.recv()
+            result = work(held, *args) if mode == "run_held" else work(*args)
+            if mode == "hold":
+                held, result = result, None
+            pipe.send((False, result))
     except EOFError:
         return
     except BaseException:

@@ -1,7 +1,8 @@
-"""Times every part of a model on the device at hand, sharded as a run shards it, while the model trains."""
+"""Times every part of a model on this device, sharded as in the run, while the model trains."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,15 +17,15 @@ from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 from megatron_mtp.parallel.planner.part_costs import PartCosts, PartTime, Profile, measured_fields
 from megatron_mtp.profile.measure import PartMeasurement, measure_links
+from megatron_mtp.verify.run import PRELOAD
 
 LAYERS_OF_A_KIND = 4
-"""Enough that a layer's weights are not in the cache when its turn comes again."""
+"""Enough that a layer's weights have left the cache before its next call."""
 MICRO_BATCHES = 4
-PRELOAD = ["megatron_mtp.verify.preload", "megatron_mtp.profile.job"]
 
 
 def profile_config(cfg: ConfigContainer) -> ConfigContainer:
-    """A small model of the same parts on one pipeline stage: a few layers of each kind, at least one MTP depth, mock data.
+    """A small model of the same parts on one stage: a few layers of each kind, at least one MTP depth, mock data.
 
     Args:
         cfg: finalized.
@@ -55,7 +56,7 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
     trial.train.rampup_batch_size = None
     trial.validation.eval_iters = 0
     trial.validation.update(eval_interval=None, eval_micro_batch_size=None, eval_global_batch_size=None)
-    # Every rank owns all its optimizer state, so that the time for each parameter is seen without messages.
+    # Every rank owns all its optimizer state, so that the time for each parameter is measured without messages.
     trial.ddp.use_distributed_optimizer = trial.ddp.overlap_grad_reduce = trial.ddp.overlap_param_gather = False
     dataset = trial.dataset
     dataset.blend = dataset.blend_per_split = dataset.valid_sets = None
@@ -66,12 +67,12 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
 
 
 def block_size(cfg: ConfigContainer) -> int:
-    """Ranks of one pipeline stage that compute together: over TP, CP, EP and ETP."""
+    """Ranks of one pipeline stage that compute together, over TP, CP, EP and ETP."""
     return minimum_world_size(cfg.model) // cfg.model.pipeline_model_parallel_size
 
 
 class CpuProfiler:
-    """Times parts in several local processes at once, as many as the run has here: they share caches and memory.
+    """Times parts in as many local processes as the run has on this machine, because they share caches and memory.
 
     Args:
         cfg: finalized.
@@ -83,16 +84,17 @@ class CpuProfiler:
         trial, block = profile_config(on_cpu(cfg, processes)), block_size(cfg)
         self._pools = [WorkerPool(block, timeout_s=3600.0, preload=PRELOAD) for _ in range(max(1, processes // block))]
         self._threads = ThreadPoolExecutor(len(self._pools))
-        self._on_all(_begin, trial)
+        self._on_all(lambda pool: pool.hold(PartMeasurement, trial))
 
     def advance(self, steps: int) -> None:
         """Times further steps in all processes."""
         self._steps += steps
-        self._on_all(_advance, steps)
+        self._on_all(lambda pool: pool.run_held(PartMeasurement.advance, steps))
 
     def profile(self) -> Profile:
         """Medians so far, and the time of messages between two processes."""
-        costs = mean_costs(self._on_all(_costs))
+        pools = self._on_all(lambda pool: pool.run_held(PartMeasurement.costs))
+        costs = mean_costs([found for ranks in pools for found in ranks])
         with WorkerPool(2, preload=PRELOAD) as pair:
             links = pair.run(measure_links, "cpu")[0]
         return _profile(self._cfg, replace(costs, **links), "cpu", self._processes, self._steps)
@@ -109,13 +111,12 @@ class CpuProfiler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _on_all(self, work: Any, *args: Any) -> list[Any]:
-        results = list(self._threads.map(lambda pool: pool.run(work, *args), self._pools))
-        return [result for ranks in results for result in ranks]
+    def _on_all[T](self, work: Callable[[WorkerPool], T]) -> list[T]:
+        return list(self._threads.map(work, self._pools))
 
 
 def profile_in_job(cfg: ConfigContainer, steps: int) -> Profile:
-    """Times in the job that this process belongs to, `block_size` ranks; the same result on every rank.
+    """Times parts in the job that this process belongs to, `block_size` ranks; every rank returns the same result.
 
     With one rank there is no message to time, and the links cost nothing: plan with a profile of two ranks or more.
     """
@@ -146,27 +147,8 @@ def mean_costs(found: list[PartCosts]) -> PartCosts:
     return PartCosts(**{name: mean([getattr(costs, name) for costs in found]) for name in names})
 
 
-_current: PartMeasurement | None = None
-"""Of this process, between the calls that a pool sends it."""
-
-
-def _begin(cfg: ConfigContainer) -> None:
-    global _current
-    _current = PartMeasurement(cfg)
-
-
-def _advance(steps: int) -> None:
-    assert _current is not None
-    _current.advance(steps)
-
-
-def _costs() -> PartCosts:
-    assert _current is not None
-    return _current.costs()
-
-
 def on_cpu(cfg: ConfigContainer, processes: int) -> ConfigContainer:
-    """A finalized copy that shares the cores among that many processes."""
+    """A finalized copy for the CPU, whose cores `processes` processes share."""
     trial = cfg.copy()
     trial.dist.device = "cpu"
     trial.dist.num_threads = cfg.dist.num_threads or max(1, cores_per_rank() // processes)
