@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields
-from functools import cache
 from typing import Any, ClassVar, Self
 
 from megatron_mtp.config.frozen import frozen, refuse_change
-from megatron_mtp.config.knob import Resume
+from megatron_mtp.config.knob import Resume, per_class
 from megatron_mtp.errors import ConfigError, nearest
 
 # Fields that are gone, with the reason. A config file may still name them; they are ignored.
@@ -37,7 +36,7 @@ RENAMED = {
 }
 
 
-@cache
+@per_class
 def _names(section: type) -> dict[str, None]:
     """Field names in order; a dict because every assignment looks one up."""
     return dict.fromkeys(f.name for f in fields(section))

@@ -10,8 +10,9 @@ import math
 import types
 import typing
 from dataclasses import fields
-from functools import cache
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+
+from megatron_mtp.config.knob import per_class
 
 NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
@@ -20,7 +21,7 @@ class MisfitError(Exception):
     """A value does not fit; the text says what would, e.g. "must be an integer"."""
 
 
-@cache
+@per_class
 def field_types(section: type) -> dict[str, Any]:
     """The resolved type of every field of a config section, by name."""
     hints = typing.get_type_hints(section)

@@ -35,7 +35,7 @@ def derive(cfg: RunConfig) -> list[Problem]:
 
 
 def _derive_model(model: ModelConfig) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     for name, value in WHEN_NULL.items():
         if getattr(model, name) is None:
             setattr(model, name, value)

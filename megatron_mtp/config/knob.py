@@ -9,11 +9,11 @@ docs/config.md are all derived from these.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 Engine = Literal["same", "mla", "moe", "own"]
 """How Megatron-Core's config gets the field. same: under its own name; mla, moe: the same, for such models only;
@@ -118,12 +118,14 @@ def knob(
 
 def range_of(section: type, name: str) -> Range | None:
     """The range of a field; None: it holds no number."""
-    return _facts(section)[name].get("range")
+    found: Range | None = _facts(section)[name].get("range")
+    return found
 
 
 def resume_rule(section: type, name: str) -> Resume:
     """What a resume may do with a field. A field that no version knows any more follows the section's rule."""
-    return _facts(section).get(name, {}).get("resume") or section.RESUME  # type: ignore[attr-defined]
+    rule: Resume = _facts(section).get(name, {}).get("resume") or getattr(section, "RESUME")  # noqa: B009
+    return rule
 
 
 def engine_fields(section: type, kinds: Iterable[Engine]) -> list[str]:
@@ -132,6 +134,11 @@ def engine_fields(section: type, kinds: Iterable[Engine]) -> list[str]:
     return [name for name, facts in _facts(section).items() if facts.get("engine") in wanted]
 
 
-@cache
+def per_class[F: Callable[..., Any]](function: F) -> F:
+    """`functools.cache`, typed for functions of a section's class: mypy takes that class for unhashable."""
+    return cast(F, cache(function))
+
+
+@per_class
 def _facts(section: type) -> dict[str, Any]:
     return {field.name: field.metadata for field in fields(section)}

@@ -119,7 +119,8 @@ def section_of(cfg: RunConfig, name: str) -> Section:
     """
     sections = field_types(RunConfig)
     if name in sections:
-        return getattr(cfg, name)
+        section: Section = getattr(cfg, name)
+        return section
     if owners := [owner for owner, kind in sections.items() if name in field_types(kind)]:
         rule = f"{name}: the name of its section is missing"
         raise ConfigError(Problem(rule=rule, remedy=f"Write {' or '.join(f'{o}.{name}' for o in owners)}."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.problem import problem
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.errors import Problem
@@ -103,12 +104,12 @@ def _tokenizer_problems(cfg: RunConfig) -> list[Problem]:
         if vocab_size is None:
             rule = "needs {model.vocab_size} or {tokenizer.vocab_size}"
             problems.append(problem(cfg, "tokenizer.tokenizer_type", rule))
-        elif tokenizer.vocab_size > vocab_size:
+        elif filled(tokenizer.vocab_size) > vocab_size:
             problems.append(problem(cfg, "tokenizer.vocab_size", "must not be above {model.vocab_size=}"))
     elif tokenizer.vocab_size is not None:
         rule = "belongs to the null tokenizer, not to {tokenizer.tokenizer_type=}"
         problems.append(problem(cfg, "tokenizer.vocab_size", rule, "Use model.vocab_size."))
-    if kind == "bytes" and vocab_size < 257:
+    if kind == "bytes" and filled(vocab_size) < 257:
         rule = "the tokenizer of {tokenizer.tokenizer_type=} needs 257 (256 bytes and an end of document)"
         problems.append(problem(cfg, "model.vocab_size", rule))
     return problems

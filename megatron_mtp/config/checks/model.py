@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import ModelConfig
@@ -135,7 +136,11 @@ def _freq_problems(model: ModelConfig) -> list[Problem]:
 
 
 def _group_problems(model: ModelConfig) -> list[Problem]:
-    groups, group_topk, experts = model.moe_router_num_groups, model.moe_router_group_topk, model.num_moe_experts
+    groups, group_topk, experts = (
+        model.moe_router_num_groups,
+        model.moe_router_group_topk,
+        filled(model.num_moe_experts),
+    )
     if groups is None and group_topk is None:
         return []
     if groups is None or group_topk is None:

@@ -130,7 +130,7 @@ def _module_problems(model: ModelConfig) -> list[Problem]:
             "{model.moe_shared_expert_intermediate_size}",
         ),
     }
-    for module in model.recompute_modules:
+    for module in model.recompute_modules or ():
         if module not in RECOMPUTE_MODULES:
             rule, known = "there is no {module}; known are {known}", ", ".join(RECOMPUTE_MODULES)
             problems.append(problem(model, name, rule, module=repr(module), known=known))
