@@ -46,7 +46,7 @@ def render() -> str:
             limits = range_of(section, field.name)
             cells = (
                 f"`{field.name}`",
-                f"`{_type(field.type)}`",
+                f"`{_type(str(field.type))}`",
                 f"`{getattr(defaults, field.name)!r}`",
                 "" if limits is None else f"`{limits}`",
                 resume_rule(section, field.name),

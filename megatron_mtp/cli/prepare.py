@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_mtp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_mtp.data.prepare.run import Prepared
 
 
 def prepare(
@@ -72,7 +75,7 @@ def prepare(
     _report(made)
 
 
-def _report(made) -> None:
+def _report(made: Prepared) -> None:
     counts = made.counts
     if made.was_there:
         typer.echo("Nothing to do: an earlier run made the same.")

@@ -1,9 +1,9 @@
-"""For fields that may be None until `finalize` fills them."""
+"""For values that are None only where their reader is never called, such as fields that `finalize` fills."""
 
 from __future__ import annotations
 
 
 def filled[T](value: T | None) -> T:
-    """The value of such a field in a finalized config, for a reader that needs its type without None."""
-    assert value is not None, "the config is not finalized"
+    """`value`, which is not None here; a type checker then knows it."""
+    assert value is not None, "it is filled before this is called: is the config finalized?"
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -43,7 +43,7 @@ class MicroBatch:
         """A copy in page-locked memory, from which a copy to a GPU overlaps with compute."""
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, function) -> MicroBatch:
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
@@ -110,7 +110,7 @@ def make_micro_batch(samples: Sequence[Sample], rules: BatchRules) -> MicroBatch
 
 def count_targets(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
     """Valid targets of each depth over micro-batches, int64 [1+D]."""
-    return sum((batch.loss_mask != 0).sum(dim=(1, 2)) for batch in micro_batches)
+    return torch.stack([(batch.loss_mask != 0).sum(dim=(1, 2)) for batch in micro_batches]).sum(dim=0)
 
 
 def hash_samples(batch: GlobalBatch) -> dict[int, tuple[int, str]]:

@@ -109,10 +109,10 @@ def draw(positions: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, n
         times.append(due[inside])
         draws.append(numbers[inside])
         sets.append(np.full(len(draws[-1]), i))
-    sets, draws = np.concatenate(sets), np.concatenate(draws)
-    in_order = np.lexsort((sets, np.concatenate(times)))
+    set_of, draw_of = np.concatenate(sets), np.concatenate(draws)
+    in_order = np.lexsort((set_of, np.concatenate(times)))
     chosen = in_order[positions - before]
-    return sets[chosen], draws[chosen]
+    return set_of[chosen], draw_of[chosen]
 
 
 class BlendedSource:

@@ -111,6 +111,7 @@ class Corpus:
 
     def read(self, sample: int) -> Sample:
         """Tokens [sample * s, sample * s + s + 1) of the shuffled documents."""
+        assert self._index is not None, "build_index was not called"
         order, begins = self._index
         wanted = self.seq_length + 1
         place = int(np.searchsorted(begins, sample * self.seq_length, side="right")) - 1
@@ -120,7 +121,7 @@ class Corpus:
         while filled < wanted:
             part = self.reader.read(int(order[place]), offset)[: wanted - filled]
             tokens[filled : filled + len(part)] = part
-            if is_target is not None:
+            if self.targets is not None and is_target is not None:
                 is_target[filled : filled + len(part)] = self.targets.read(int(order[place]), offset, len(part))
             if offset == 0 and len(part):
                 starts[filled] = True

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -55,12 +56,13 @@ def cached_array(path: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
                 with replacing(path) as temporary, temporary.open("wb") as file:
                     np.save(file, build())
     try:
-        return np.load(path, mmap_mode="r")
+        loaded: np.ndarray = np.load(path, mmap_mode="r")
+        return loaded
     except (ValueError, EOFError) as error:
         raise DataError(f"{path}: is a damaged index ({error}). Delete it; it will be built again.") from error
 
 
-def _wait_for_turn(lock, path: Path) -> None:
+def _wait_for_turn(lock: IO[str], path: Path) -> None:
     """Returns when `path` exists or this process holds the lock."""
     began = said = time.monotonic()
     while not path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from typing import cast
 
 _WAIT_S = 0.1  # how long a blocked thread takes to notice that the other end has gone
 
@@ -37,7 +38,7 @@ class Prefetcher[T]:
             return next(self._source)
         kind, value = self._queue.get()  # the thread always puts an end or an error last
         if kind == "item":
-            return value
+            return cast(T, value)
         self.close()
         raise value if kind == "error" else StopIteration
 

@@ -31,7 +31,7 @@ def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, d
     """
     opener = _Opener(cfg, vocab_size)
     wanted = SPLITS[: 2 if cfg.validation.eval_iters else 1]  # the test split is only kept apart
-    sources = {which: opener.mock(which) for which in wanted} if is_mock(cfg) else {}
+    sources: dict[str, SampleSource] = {which: opener.mock(which) for which in wanted} if is_mock(cfg) else {}
     for which, (blend, split) in ({} if is_mock(cfg) else _main_blends(cfg, wanted)).items():
         sources[which] = opener.blend(blend, which, split)
     if cfg.validation.eval_iters:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError, DataError
@@ -130,10 +131,10 @@ class SentencePieceTokenizer:
             raise DataError(f"tokenizer {path}: has no end-of-sentence piece, which is needed to end documents.")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts)
+        return cast(list[list[int]], self._processor.encode(texts))
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        return str(self._processor.decode(ids))
 
     def fingerprint(self) -> str:
         return _hash(self.kind, self._content)
@@ -215,7 +216,7 @@ class NullTokenizer:
         return _hash(self.kind, str(self.vocab_size).encode())
 
 
-_FILE_KINDS = {
+_FILE_KINDS: dict[str, Callable[[Path], Tokenizer]] = {
     "huggingface": HuggingFaceTokenizer,
     "sentencepiece": SentencePieceTokenizer,
     "tiktoken": TiktokenTokenizer,

@@ -25,7 +25,7 @@ FIELDS = {
 }
 KEYS = (*FIELDS, "dp", "recompute")
 SWITCHES = ("sp", "distopt", "overlap")
-RECOMPUTE = {
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective"},
@@ -86,7 +86,7 @@ class Layout:
             section, field = name.split(".")
             setattr(getattr(placed, section), field, self.values.get(key, ONE_RANK.get(key, 1)))
         placed.ddp.overlap_param_gather = placed.ddp.overlap_grad_reduce and placed.ddp.use_distributed_optimizer
-        for name, value in RECOMPUTE.get(self.values.get("recompute", ""), {}).items():
+        for name, value in RECOMPUTE.get(str(self.values.get("recompute", "")), {}).items():
             setattr(placed.model, name, value)
         return placed
 

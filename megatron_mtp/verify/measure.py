@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mtp.config import ConfigContainer
@@ -82,7 +81,7 @@ def _measure(run: Run, spec: BatchSpec, curve_steps: int) -> Measurement | None:
     figures, routing = _pass(run, spec, step=0, update=False)
     gradients = gather_parts(gradient_parts(chunks))
     curve = [_pass(run, spec, step, update=True) for step in range(curve_steps)]
-    if dist.get_rank() != 0:
+    if weights is None or gradients is None or routing is None:  # another rank than 0
         return None
     found = Measurement(
         sums=figures.depth_sums.tolist(),
@@ -92,7 +91,7 @@ def _measure(run: Run, spec: BatchSpec, curve_steps: int) -> Measurement | None:
         router=figures.router,
         routing=routing,
         curve=[step.losses for step, _ in curve],
-        routing_curve=[maps for _, maps in curve],
+        routing_curve=[maps for _, maps in curve if maps is not None],
     )
     found.weights, found.weight_spread = whole_tensors(weights)
     found.gradients, found.gradient_spread = whole_tensors(gradients)

@@ -76,7 +76,7 @@ class RoutingRecorder:
             hook.remove()
         found = []
         for name, maps in self._maps.items():
-            calls = Counter()
+            calls: Counter[int] = Counter()
             per_batch = len(maps) // len(self._places)
             assert per_batch * len(self._places) == len(maps), f"{name}: {len(maps)} calls for {len(self._places)}"
             for index, chosen in enumerate(maps):
@@ -116,7 +116,7 @@ def gather_routing(parts: list[RoutingPart], num_samples: int, seq_length: int) 
     return dict(sorted(whole.items()))
 
 
-def _named_routers(chunk: nn.Module) -> list[tuple[str, TopKRouter]]:
+def _named_routers(chunk: Any) -> list[tuple[str, TopKRouter]]:
     """Routers by their name in the whole model: a stage counts its decoder layers from 0."""
     first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     found = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.filled import filled
 from megatron_mtp.device.worker_pool import WorkerError, worker_pools
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.logs import silence_noise
@@ -99,7 +100,7 @@ def plan(cfg: ConfigContainer, layouts: str | None) -> Plan:
     spec = BatchSpec(
         num_samples=reference.train.global_batch_size,
         seq_length=reference.model.seq_length,
-        vocab_size=reference.model.vocab_size,
+        vocab_size=filled(reference.model.vocab_size),
         num_depths=reference.model.mtp_num_layers,
         mask="documents" if reference.dataset.reset_attention_mask else "empty_micro_batch",
         micro_batch_size=reference.train.micro_batch_size,

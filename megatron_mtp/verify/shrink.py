@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.knob import resume_rule
 from megatron_mtp.config.sections import (
     CheckpointConfig,
@@ -152,12 +153,10 @@ def _shrink_experts(model: ModelConfig, sizes: _Sizes) -> None:
     groups = model.moe_router_num_groups
     if groups is not None:
         model.moe_router_num_groups = groups = min(groups, 4)
-        model.moe_router_group_topk = min(model.moe_router_group_topk, max(1, groups // 2))
+        model.moe_router_group_topk = min(filled(model.moe_router_group_topk), max(1, groups // 2))
     num_experts = _multiple(NUM_EXPERTS, math.lcm(sizes.ep, groups or 1))
     model.num_moe_experts = num_experts
-    model.moe_router_topk = min(model.moe_router_topk, num_experts // 4)
-    if groups is not None:
-        model.moe_router_topk = max(model.moe_router_topk, model.moe_router_group_topk)
+    model.moe_router_topk = max(min(model.moe_router_topk, num_experts // 4), model.moe_router_group_topk or 0)
     model.moe_ffn_hidden_size = _multiple(EXPERT_FFN_SIZE, sizes.etp)
     if model.moe_shared_expert_intermediate_size is not None:
         model.moe_shared_expert_intermediate_size = _multiple(SHARED_FFN_SIZE, sizes.tp)

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import zstandard
 
 from megatron_mtp.errors import DataError
 
@@ -138,12 +141,13 @@ class _ZstdFile(io.RawIOBase):
 
         self._raw, self._error = raw, zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame, self._rest, self._ready = None, b"", b""
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._rest, self._ready = b"", b""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._ready and self._decompress_more():
             pass
         count = min(len(buffer), len(self._ready))
@@ -157,11 +161,11 @@ class _ZstdFile(io.RawIOBase):
             if self._frame is not None:
                 raise EOFError("the file ends within a Zstandard frame")
             return False
-        self._frame = self._frame or self._new_frame()
+        frame = self._frame = self._frame or self._new_frame()
         try:
-            self._ready = self._frame.decompress(piece)
+            self._ready = frame.decompress(piece)
         except self._error as error:
             raise EOFError(str(error)) from error
-        if self._frame.eof:
-            self._frame, self._rest = None, self._frame.unused_data
+        if frame.eof:
+            self._frame, self._rest = None, frame.unused_data
         return True

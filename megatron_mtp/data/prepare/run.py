@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.data.files import write_atomically
 from megatron_mtp.data.indexed import token_dtype
 from megatron_mtp.data.prepare.assemble import assemble_shard
@@ -163,7 +164,7 @@ def _plan(files: Sequence[Path], options: PrepareOptions) -> str:
     """A hash of all that shapes the result: the same plan may be continued and need not be done twice."""
     values = asdict(options)
     if options.train_vocab_size is None:
-        values["tokenizer"] = tokenizer_from_spec(options.tokenizer).fingerprint()
+        values["tokenizer"] = tokenizer_from_spec(filled(options.tokenizer)).fingerprint()
     states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([_FORMAT, values, states]).encode()).hexdigest()[:32]
 
@@ -176,7 +177,7 @@ def _finished(prefixes: Sequence[str], plan: str, tokenizer: str) -> Prepared | 
         if sidecar is None or sidecar.plan != plan or not Path(f"{prefix}.idx").exists():
             return None
         counts.add(SpoolCounts(sidecar.num_documents, sidecar.num_tokens, sidecar.largest_id))
-    return Prepared(list(prefixes), tokenizer, sidecar.vocab_size, counts, was_there=True)
+    return Prepared(list(prefixes), tokenizer, filled(sidecar).vocab_size, counts, was_there=True)
 
 
 def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
@@ -217,7 +218,7 @@ def _trained_tokenizer(
         if target.exists() and not overwrite:
             raise DataError(f"{target}: exists. Use it with --tokenizer, choose another --output, or pass --overwrite.")
         share = min(1.0, options.train_bytes / max(1, sum(map(text_bytes, files))))
-        train_bpe(_some_texts(files, options, share), options.train_vocab_size, path)
+        train_bpe(_some_texts(files, options, share), filled(options.train_vocab_size), path)
     return str(path)
 
 
@@ -257,7 +258,9 @@ def _sidecar_template(tokenizer: Tokenizer, options: PrepareOptions, plan: str, 
     )
 
 
-def _assemble(work: Path, num_files: int, buckets: Buckets, shards: int, template: Sidecar, on_tokens) -> None:
+def _assemble(
+    work: Path, num_files: int, buckets: Buckets, shards: int, template: Sidecar, on_tokens: Callable[[int], None]
+) -> None:
     """Writes the shards that are not whole yet into the work folder."""
     dtype = token_dtype(template.vocab_size)
     spools = [Spool(spool_path(work, number), dtype) for number in range(num_files)]
@@ -286,7 +289,7 @@ def _publish(work: Path, prefixes: Sequence[str], template: Sidecar) -> None:
         if there is None or there.plan != template.plan:
             Path(f"{prefix}.idx").unlink(missing_ok=True)
         _move(Path(f"{source}.bin"), Path(f"{prefix}.bin"))
-        Sidecar.load(str(source)).save(prefix)
+        filled(Sidecar.load(str(source))).save(prefix)
         _move(Path(f"{source}.idx"), Path(f"{prefix}.idx"))
 
 
@@ -308,7 +311,7 @@ def _progress_bar(shown: bool) -> Progress:
     return Progress(*columns, disable=not shown)
 
 
-def _task(bar: Progress, name: str, total: int):
+def _task(bar: Progress, name: str, total: int) -> Callable[[float], None]:
     """A callback that advances a new line of the progress bar."""
     return partial(bar.advance, bar.add_task(name, total=total))
 

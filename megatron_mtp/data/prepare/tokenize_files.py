@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -171,7 +172,11 @@ def _raise_first_error(futures: Sequence[Future]) -> None:
             raise error
 
 
-def _start_worker(job: TokenizeJob, threads: int, read, stop) -> None:
+_worker: Any = None
+"""(job, tokenizer, bytes read, stop) of this worker process, set when it starts."""
+
+
+def _start_worker(job: TokenizeJob, threads: int, read: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it and sets `stop`
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers library, before it is imported
@@ -181,7 +186,9 @@ def _start_worker(job: TokenizeJob, threads: int, read, stop) -> None:
 
 def _die_with_parent() -> None:
     """Ends this worker if the parent is killed; it would wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    wait([parent.sentinel])
     os._exit(1)
 
 
