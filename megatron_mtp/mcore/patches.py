@@ -104,7 +104,7 @@ PATCHES = (
           "param_sync_func", "training/optimizer.py", "object",
           "Megatron-Core's own hooks, by which the schedules scale the loss and reduce gradients",
           "tests/numerics/test_upstream.py::test_the_loss_scale_reaches_every_term"),
-    Patch("TransformerConfig.finalize_model_grads_func", "training/setup.py", "object",
+    Patch("TransformerConfig.finalize_model_grads_func", "training/optimizer.py", "object",
           "gradients are examined before they are reduced, so that a bad one is attributed to its rank",
           "tests/training/guards/test_faults.py::test_the_rank_is_named"),
     Patch("TransformerConfig.finalize_model_grads_func", "profile/measure.py", "object",

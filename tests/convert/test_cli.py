@@ -30,7 +30,7 @@ def test_import_export_check(tmp_path, capsys):
     assert run("check", tmp_path / "run", tmp_path / "hf") == 0  # with the duplicates
     printed = capsys.readouterr().out
     assert "glm4_moe: " in printed
-    assert "0 do not" in printed
+    assert "0 are not" in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["duplicated"]) == 2
     accounted = {*report["read"], *report["duplicated"]}

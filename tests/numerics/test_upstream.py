@@ -32,14 +32,11 @@ def scaled_step(recipe: str, overrides: tuple[str, ...], masks: torch.Tensor) ->
     """`masked_step` under a loss scale that the schedule applies, the gradients divided by it."""
     from megatron_mtp.training import optimizer, setup
 
-    real = optimizer.build_optimizer
-
-    def with_scale(cfg, chunks, groups):
-        built = real(cfg, chunks, groups)
+    def with_scale(cfg, chunks, *arguments):
+        optimizer.set_hooks(cfg, chunks, *arguments)
         chunks[0].config.grad_scale_func = lambda loss: loss * LOSS_SCALE
-        return built
 
-    with mock.patch.object(setup, "build_optimizer", with_scale):
+    with mock.patch.object(setup, "set_hooks", with_scale):
         step = masked_step(recipe, overrides, masks)
     step.gradients = {name: gradient / LOSS_SCALE for name, gradient in step.gradients.items()}
     return step

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.config.schedules import LearningRate, WeightDecay
+from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 from megatron_mtp.recipes import get_recipe
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import TIMEOUT_S
 
 RESOLVING = [
     (Planner, "choose"),
@@ -71,8 +72,10 @@ def train(folder: str) -> tuple[Counter, Counter]:
 
 
 @pytest.mark.dist
-def test_a_run_asks_the_planner_once_and_resolves_nothing_at_a_step(tmp_path, ranks: Ranks):
-    for before, during in ranks(2).run(train, str(tmp_path / "run")):
+def test_a_run_asks_the_planner_once_and_resolves_nothing_at_a_step(tmp_path):
+    with WorkerPool(2, TIMEOUT_S, ["tests.harness.preload"]) as pool:  # pretrain leaves the group: not the shared ranks
+        found = pool.run(train, str(tmp_path / "run"))
+    for before, during in found:
         assert before.pop("LossFactor.__init__") <= 2, "the check of the config parses it too"
         assert set(before.values()) == {1}
         assert len(before) == len(RESOLVING) - 1
