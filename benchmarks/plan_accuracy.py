@@ -4,8 +4,8 @@
 
 Every round times a step of each split, one after the other (A B C ... A B C ...), and one step of the profile, so that
 load on the machine affects all of them alike. Each process has one thread. Prints the plan of each split, and the
-measured median with its 95 % confidence interval. Exit code 1 if a plan is off by more than 10 %, or if two splits whose
-intervals do not overlap are planned in the wrong order.
+measured median with its 95 % confidence interval. Exit code 1 if a plan is off by more than 10 %, or if two splits
+whose intervals do not overlap are planned in the wrong order.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/plan_memory.py
 
-Prints one line for each rank and ends with exit code 1 if a prediction is off by more than 10 %.
+Prints one line for each rank. Exit code 1 if a prediction is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def config(recipe: str, changes: str, ranks: int):
 
 
 def line(one: PeakMemory) -> float:
-    """Prints one rank's figures and returns the error."""
+    """Prints the measurement of one rank and returns its error."""
     sizes = (one.peak, one.predicted.total)
     print(
         f"{one.rank:>4} {sizes[0] / MIB:>9.1f} {sizes[1] / MIB:>9.1f} {one.error:>+7.1%} {one.held / MIB:>8.1f} "

@@ -1,10 +1,10 @@
-"""Processor time of `megatron-mtp plan`, and the steps that it finds, for several models and numbers of devices.
+"""Processor time of `megatron-mtp plan`, and the step times that it finds, for several models and numbers of devices.
 
     python benchmarks/plan_speed.py [--only WORD] [--write FILE.json] [--against FILE.json] [--limit-s 10]
 
-Each case is a process of its own, as a user starts it; what is counted is its user and system time, which other work on the machine hardly
-changes. With `--against`, a file that an earlier version wrote, its figures are printed beside. Exit code 1 if a search takes longer
-than the limit, or finds a slower step than before.
+Each case is a process of its own, as a user starts it. Its user and system time counts, which other work on the machine
+hardly changes. With `--against`, a file that an earlier version wrote, its numbers are printed next to the new ones.
+Exit code 1 if a search takes longer than the limit, or finds a slower step than before.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ SPLITS = [
         "model.virtual_pipeline_model_parallel_size=4",
         *FULL,
     ),
-    ("deepseek_v3", "train.global_batch_size=512", "--memory", "0"),
-    ("deepseek_v3", "train.global_batch_size=1024", "model.virtual_pipeline_model_parallel_size=2", "--memory", "0"),
+    ("deepseek_v3", "train.global_batch_size=512", "train.rampup_batch_size=null", "--memory", "0"),
+    (
+        *("deepseek_v3", "train.global_batch_size=1024", "train.rampup_batch_size=null", "--memory", "0"),
+        "model.virtual_pipeline_model_parallel_size=2",
+    ),
     ("kimi_k2", "--memory", "0"),
     ("qwen3_235b_a22b", "--memory", "0"),
     ("deepseek_v3", "model.pipeline_model_parallel_layout=Et*4|(t*4|)*14tmL"),
@@ -54,9 +57,9 @@ SPLITS = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose arguments contain this word")
-    parser.add_argument("--write", type=Path, help="keep the figures in this file")
-    parser.add_argument("--against", type=Path, help="figures of an earlier version")
-    parser.add_argument("--limit-s", type=float, default=10.0, help="processor time that a case may take")
+    parser.add_argument("--write", type=Path, help="write the results to this file")
+    parser.add_argument("--against", type=Path, help="results of an earlier version")
+    parser.add_argument("--limit-s", type=float, default=10.0, help="maximum processor time of a case")
     options = parser.parse_args()
     earlier = json.loads(options.against.read_text()) if options.against else {}
     cases = [(recipe, "--search", "--devices", str(n)) for recipe, n in SEARCHES] + SPLITS
@@ -82,7 +85,7 @@ def main() -> int:
 
 
 def measure(arguments: tuple[str, ...]) -> dict:
-    """One case: processor seconds, and of its result the step, the gap to the bound and the steps of all rows."""
+    """One case: processor seconds, step time, gap to the bound, layout, and the step times of all rows."""
     command = [sys.executable, "-m", "megatron_mtp", "plan", *arguments, "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True)

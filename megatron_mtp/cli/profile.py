@@ -13,6 +13,7 @@ from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
 from megatron_mtp.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_mtp.config import ConfigContainer
     from megatron_mtp.parallel.planner.part_costs import Profile
 
 
@@ -25,15 +26,14 @@ def profile(
         int | None,
         typer.Option(
             min=1,
-            help="On a CPU: processes that compute at once, as many as the run has on this machine. Default: one model's.",
+            help="On a CPU: processes that compute at once; as many as the run has here. Default: one model's.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of 4 micro-batches.")] = 6,
 ) -> None:
-    """Time each part of a model on the device at hand, sharded as configured.
+    """Time each part of a model on this device, sharded as configured.
 
-    Trains a few layers of each kind on mock data. On GPUs one pipeline stage's ranks are started (or torchrun starts
-    them).
+    Trains a few layers of each kind on mock data. On GPUs it starts one pipeline stage's ranks, unless torchrun does.
     """
     cfg = choose_config(recipe, config, overrides)
     cfg.copy().finalize()  # before torch is imported
@@ -63,7 +63,7 @@ def profile(
         typer.echo(f"wrote {output}", err=True)
 
 
-def _on_cpu(cfg, nproc: int | None, steps: int) -> Profile:
+def _on_cpu(cfg: ConfigContainer, nproc: int | None, steps: int) -> Profile:
     from rich.console import Console
 
     from megatron_mtp.config.checks.parallel import minimum_world_size
@@ -86,7 +86,7 @@ def _on_cpu(cfg, nproc: int | None, steps: int) -> Profile:
 def _check_writable(output: Path) -> None:
     folder = output.parent
     if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--output {output}: cannot be written. Name a file in a folder that exists and is yours.")
+        raise ConfigError(f"--output {output}: cannot be written. Name a file in a folder that exists and is writable.")
 
 
 def _print(found: Profile) -> None:

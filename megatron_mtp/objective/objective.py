@@ -8,7 +8,7 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 2.2, equations 21-25, with the me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ class Objective:
     """
 
     run: ResolvedRun
-    heads: DepthHeads
+    heads: Callable[[Tensor, Tensor, MicroBatch], HeadOutput]
     groups: ProcessGroupCollection
     device: torch.device
 

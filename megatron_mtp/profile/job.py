@@ -15,8 +15,8 @@ from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.device.process_group import cores_per_rank
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
-from megatron_mtp.parallel.planner.part_costs import PartCosts, PartTime, Profile, measured_fields
-from megatron_mtp.profile.measure import PartMeasurement, measure_links
+from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime, Profile, measured_fields
+from megatron_mtp.profile.measure import UNMEASURED, PartMeasurement, measure_links
 from megatron_mtp.verify.run import PRELOAD
 
 LAYERS_OF_A_KIND = 4
@@ -97,7 +97,7 @@ class CpuProfiler:
         costs = mean_costs([found for ranks in pools for found in ranks])
         with WorkerPool(2, preload=PRELOAD) as pair:
             links = pair.run(measure_links, "cpu")[0]
-        return _profile(self._cfg, replace(costs, **links), "cpu", self._processes, self._steps)
+        return _profile(self._cfg, costs, links, "cpu", self._processes, self._steps)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -126,8 +126,8 @@ def profile_in_job(cfg: ConfigContainer, steps: int) -> Profile:
         measurement.advance(steps)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, measurement.costs())
-        links = measure_links(device.torch_device.type) if len(everyone) > 1 else {}
-        return _profile(cfg, replace(mean_costs(everyone), **links), device.name, len(everyone), steps)
+        links = measure_links(device.torch_device.type) if len(everyone) > 1 else (UNMEASURED, UNMEASURED)
+        return _profile(cfg, mean_costs(everyone), links, device.name, len(everyone), steps)
     finally:
         measurement.close()
 
@@ -155,9 +155,11 @@ def on_cpu(cfg: ConfigContainer, processes: int) -> ConfigContainer:
     return trial.finalize()
 
 
-def _profile(cfg: ConfigContainer, costs: PartCosts, device: str, processes: int, steps: int) -> Profile:
+def _profile(
+    cfg: ConfigContainer, costs: PartCosts, links: tuple[Link, Link], device: str, processes: int, steps: int
+) -> Profile:
     return Profile(
-        costs=costs,
+        costs=replace(costs, pipeline_link=links[0], data_link=links[1]),
         model=measured_fields(cfg.model),
         dtype=cfg.precision.dtype,
         micro_batch_size=cfg.train.micro_batch_size,

@@ -1,4 +1,4 @@
-"""One rank's share of a profile: a small model trains, and its calls are cut into parts."""
+"""Part times of one rank: a small model trains, and its calls are cut into parts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.device.process_group import job_size
 from megatron_mtp.mcore.optimizer import guarded_step
 from megatron_mtp.mcore.schedules import watch_calls
+from megatron_mtp.model.mtp import MTPModel
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.parallel.planner.cost import layer_kinds
 from megatron_mtp.parallel.planner.part_costs import ZERO, Link, PartCosts, PartTime
@@ -31,7 +32,7 @@ class StepTimes:
 
     Attributes:
         gradients: emptying and finishing the gradient buffers.
-        rest: counts, the schedule, reductions of figures.
+        rest: counts, the schedule, reductions of metrics.
         update: gradient norm, clipping, the update.
     """
 
@@ -49,7 +50,9 @@ class PartMeasurement:
 
     def __init__(self, cfg: ConfigContainer):
         self.run = setup(resolve(cfg, job_size()))
-        self._chunk, self._clock = unwrap(self.run.engine.chunks[0]), Clock(self.run.device.torch_device)
+        chunk = unwrap(self.run.engine.chunks[0])
+        assert isinstance(chunk, MTPModel)
+        self._chunk, self._clock = chunk, Clock(self.run.device.torch_device)
         self._kinds = layer_kinds(self.run.resolved)
         self._timer = PartTimer(self._chunk, self._kinds, self._clock)
         objective = self.run.engine.objective
@@ -99,7 +102,7 @@ class PartMeasurement:
         )
 
     def close(self) -> None:
-        """Takes hooks and model down; the process stays in its group."""
+        """Removes hooks and model; the process stays in its group."""
         self._timer.remove()
         self.run.release()
         del self.run, self._engine, self._chunk
@@ -142,7 +145,7 @@ class PartMeasurement:
             self._heads.setdefault(count, []).append(times)
 
     def _head_share(self) -> PartTime:
-        """What depth 0 alone takes of the heads' time with all depths: the weight's gradient comes once for all of them."""
+        """Share of depth 0 in the heads' time: the weight's gradient is computed once for all depths."""
         one, every = ([median(column) for column in zip(*self._heads[n], strict=True)] for n in (1, max(self._heads)))
         return PartTime(min(1.0, one[0] / every[0]), min(1.0, one[1] / every[1]))
 
@@ -171,8 +174,11 @@ def _medians(calls: list[Segments]) -> Segments:
     return {name: median(call.get(name, 0.0) for call in calls) for name in {name for call in calls for name in call}}
 
 
-def measure_links(device_type: str) -> dict[str, Link]:
-    """Message times between ranks 0 and 1, and of a reduce-scatter over all ranks; the same on every rank."""
+def measure_links(device_type: str) -> tuple[Link, Link]:
+    """(pipeline link, data link): messages between ranks 0 and 1, and a reduce-scatter over all ranks.
+
+    Every rank returns the same.
+    """
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
     clock, rank = Clock(device), dist.get_rank()
     small, large = (torch.zeros(count, dtype=torch.float32, device=device) for count in (256, 2**21))
@@ -189,7 +195,7 @@ def measure_links(device_type: str) -> dict[str, Link]:
         low, high = (_median_ms(clock, call, tensor) / messages for tensor in (small, large))
         return Link(latency_ms=low, gb_per_s=large.nbytes / 1e6 / max(high - low, 1e-6))
 
-    found = [{"pipeline_link": link(ping_pong, 2), "data_link": link(reduce_scatter, 1)}]
+    found = [(link(ping_pong, 2), link(reduce_scatter, 1))]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 

@@ -1,4 +1,4 @@
-"""Times the parts of a model while it trains: each call of a chunk is cut into segments at the borders of its parts."""
+"""Times the parts of a model while it trains: each call of a chunk is cut into segments at the limits of its parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_mtp.model.mtp import MTPModel
 
 Segments = dict[str, float]
-"""Part -> milliseconds in one call. "other" is what lies between parts."""
+"""Part -> milliseconds in one call. "other" is the time between parts."""
 
 
 class Clock:
@@ -39,15 +39,15 @@ class Clock:
 
 
 class PartTimer:
-    """Cuts the forward and backward calls of one chunk into its parts, with hooks on modules and on their inputs' gradients.
+    """Cuts the forward and backward calls of one chunk into parts, with hooks on modules and their inputs' gradients.
 
-    A segment of a forward call ends where a part begins ("other") or ends (that part). A segment of a backward call ends where the gradient of a
-    part's input is ready, and is that part's, recomputation included; what is left at the end is the embedding's.
+    A segment of a forward call ends where a part begins ("other") or ends (that part). A segment of a backward call
+    ends when the gradient of a part's input is ready, and belongs to that part, recomputation included. The rest of the
+    call belongs to the embedding.
 
     Args:
-        chunk: a whole model, embedding to loss.
-        kinds: of each decoder layer, the name its segments get.
-        clock: of the device.
+        chunk: a complete model, embedding to loss.
+        kinds: the name of each decoder layer's segments.
 
     Attributes:
         forward, backward: the segments of every call so far.
@@ -80,7 +80,7 @@ class PartTimer:
         self._is_forward = False
 
     def watch_heads(self, heads: Callable[..., Any]) -> Callable[..., Any]:
-        """The output processor, timed as "head"."""
+        """The heads, timed as "head"."""
 
         def call(states: Tensor, weight: Tensor, batch: Any) -> Any:
             self._mark("other")
@@ -104,8 +104,8 @@ class PartTimer:
         return found
 
     def _enters(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            # A recomputed part is called in the backward pass again; an MTP layer looks tokens up by itself.
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # A recomputed part is called again in the backward pass; an MTP layer calls the embedding itself.
             if not self._is_forward or self._inside is not None:
                 return
             self._inside = module

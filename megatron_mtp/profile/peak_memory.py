@@ -1,4 +1,4 @@
-"""How much memory a training step takes on this device, beside what was predicted."""
+"""Measured peak memory of a training step on this device, next to the prediction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.setup import setup
 
 STEPS = 2
-"""The optimizer's moments are made in the first step; the second shows what every later one takes."""
+"""The first step allocates the optimizer's moments; the second shows what every later one takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +26,9 @@ class PeakMemory:
 
     Attributes:
         peak: most that tensors held at once in a step: live storage on a CPU, the allocator's peak on a GPU.
-        held: between steps.
-        resident: largest resident set of the process, libraries and all; on a GPU the host's.
-        predicted: of this rank.
+        held: what tensors hold between steps.
+        resident: largest resident set of the process, libraries included; on a GPU the host's.
+        predicted: prediction for this rank.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class PeakMemory:
 
 
 def measure_peak(cfg: ConfigContainer) -> PeakMemory:
-    """Trains two steps in the group that this process is in, or alone, and takes the run down again. Every rank calls it.
+    """Trains two steps in the group of this process, or alone, and releases the run. Every rank calls it.
 
     Args:
         cfg: finalized for the size of the group.

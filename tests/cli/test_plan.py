@@ -141,7 +141,7 @@ def test_mistakes_name_the_rule_and_what_works(run, arguments, words):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("torch", "no JSON"),
+        ("torch", "not JSON"),
         ("[]", "version missing"),
         ('{"costs": {}, "version": 1}', "device, dtype, micro_batch_size, model missing"),
         ('{"version": 0, "costs": 0, "model": 0, "dtype": 0, "micro_batch_size": 0, "device": 0}', "another version"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.planner.cost import mtp_kind
@@ -130,8 +131,8 @@ class Activations:
         tp, etp = model.tensor_model_parallel_size, self.shape.grid.expert_tp
         routed = self.tokens * model.moe_router_topk * etp / tp
         kept = routed * (model.hidden_size * self.item + 20)
-        kept += self._inner(model.moe_ffn_hidden_size, routed, etp, extra=1)
-        kept += self.tokens / tp * ROUTER_BYTES * model.num_moe_experts
+        kept += self._inner(filled(model.moe_ffn_hidden_size), routed, etp, extra=1)
+        kept += self.tokens / tp * ROUTER_BYTES * filled(model.num_moe_experts)
         if model.moe_shared_expert_intermediate_size:
             kept += self._inner(model.moe_shared_expert_intermediate_size, self.tokens, tp)
         return kept
@@ -162,7 +163,7 @@ class Activations:
             return dropped + self.experts() - self.stream
         if is_moe and "moe_act" in modules:
             routed = self.tokens * model.moe_router_topk / tp
-            dropped += routed * model.moe_ffn_hidden_size * self.item
+            dropped += routed * filled(model.moe_ffn_hidden_size) * self.item
         if is_moe and "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
             dropped += self._inner(model.moe_shared_expert_intermediate_size, self.tokens, tp)
         if not is_moe and "mlp" in modules:
@@ -243,10 +244,8 @@ class Activations:
         inner = self.tokens * model.ffn_hidden_size / tp
         weight = model.hidden_size * model.ffn_hidden_size / tp
         if "moe" in kind:
-            etp = self.shape.grid.expert_tp
-            inner = self.tokens * model.moe_router_topk * (model.moe_ffn_hidden_size + model.hidden_size * etp) / tp
-            weight = model.hidden_size * max(
-                model.moe_ffn_hidden_size / etp, (model.moe_shared_expert_intermediate_size or 0) / tp
-            )
+            etp, width = self.shape.grid.expert_tp, filled(model.moe_ffn_hidden_size)
+            inner = self.tokens * model.moe_router_topk * (width + model.hidden_size * etp) / tp
+            weight = model.hidden_size * max(width / etp, (model.moe_shared_expert_intermediate_size or 0) / tp)
         factor = 4 if model.gated_linear_unit else 2
         return 3 * self.stream + (factor * inner + (2 if model.gated_linear_unit else 1) * weight) * self.item

@@ -35,15 +35,15 @@ class RankBounds:
 
     def __init__(self, problem: SplitProblem, is_standalone: bool):
         self.problem, self.is_standalone, kind = problem, is_standalone, problem.kind
-        self._count = kind.num_microbatches
+        self._count: int = kind.num_microbatches
         self._message_ms = problem.message_ms + (problem.shapes_ms if is_standalone else 0.0)
         self._blocking = [blocking_exchanges(kind, rank) for rank in range(kind.pp)]
         # Forward calls that are left to a rank when the first micro-batch's gradient has come back to it.
         self._left = [max(0, self._count - kind.num_warmup(rank) - 1) for rank in range(kind.pp)]
         extras = problem.extras[is_standalone]
         norm = problem.final_norm if problem.num_depths else ZERO
-        forward, backward = (sum(ms) for ms in zip(*map(_pair, (*problem.layers, *extras, norm)), strict=True))
-        self._round_trip_ms = forward + backward + 2 * (kind.pp - 1) * self._message_ms
+        everything = sum((*problem.layers, *extras, norm), ZERO)
+        self._round_trip_ms = everything.total_ms + 2 * (kind.pp - 1) * self._message_ms
         self._upstream_ms = [0.0, *accumulate(extra.total_ms for extra in extras[: kind.pp])]
         self._layers_ms = [time.total_ms for time in problem.layer_sums]
         self.fewest_ms = min((layer.total_ms for layer in problem.layers), default=0.0)
@@ -260,7 +260,3 @@ def _count_blocking(kind: ScheduleKind, rank: int) -> tuple[int, int, int]:
         sum(first_backward < idx < last for idx in blocking),
         sum(first < idx < last_forward for idx in blocking),
     )
-
-
-def _pair(time: PartTime) -> tuple[float, float]:
-    return time.forward_ms, time.backward_ms

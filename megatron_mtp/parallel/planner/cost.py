@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
@@ -192,11 +193,11 @@ class _Estimate:
         """Routed experts: products or weights' traffic, whichever takes longer; permutation; two exchanges over the
         expert-parallel group; and the shared expert."""
         model, machine = self.model, self.machine
-        routed = self.tokens * model.moe_router_topk / self.tp
-        flops = 2 * model.hidden_size * model.moe_ffn_hidden_size * self.matrices * routed
+        routed, width = self.tokens * model.moe_router_topk / self.tp, filled(model.moe_ffn_hidden_size)
+        flops = 2 * model.hidden_size * width * self.matrices * routed
         weights = self.traffic(layer_rank_parameters(model, True).expert * self.num_bytes)
         compute = max(self.compute(flops, machine.expert_fraction), weights)
-        num_bytes = routed * self.num_bytes * (8 * model.hidden_size + 3 * model.moe_ffn_hidden_size)
+        num_bytes = routed * self.num_bytes * (8 * model.hidden_size + 3 * width)
         num_bytes += self.tokens / self.shards * self.num_bytes * 6 * model.hidden_size
         time = self.both(compute, num_bytes, 2 * self.all_to_all(routed), 2 * machine.launch_ms)
         if model.moe_shared_expert_intermediate_size:
@@ -235,7 +236,7 @@ class _Estimate:
         elif is_moe:
             if "moe_act" in modules:
                 routed = self.tokens * model.moe_router_topk / self.tp
-                extra += self.traffic(3 * routed * model.moe_ffn_hidden_size * self.num_bytes)
+                extra += self.traffic(3 * routed * filled(model.moe_ffn_hidden_size) * self.num_bytes)
             if "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
                 extra += self.mlp(model.moe_shared_expert_intermediate_size).forward_ms
         elif "mlp" in modules:

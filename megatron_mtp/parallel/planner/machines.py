@@ -3,8 +3,8 @@
 Dense means without structured sparsity, which data sheets quote at twice the rate. Half precision accumulates in fp32;
 fp32 is the rate of the ordinary cores, because torch does not use TF32 for matrix products unless asked to.
 
-Sources: NVIDIA and AMD data sheets of each device: peaks, memory size and bandwidth, links in one direction; the network
-is one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards).
+Sources: NVIDIA and AMD data sheets of each device: peaks, memory size and bandwidth, links in one direction. The
+network is one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Peaks(NamedTuple):
 
     def of(self, dtype: Dtype) -> float | None:
         """The peak for matrix products in `dtype`."""
-        return self._asdict()[dtype]
+        return {"bf16": self.bf16, "fp16": self.fp16, "fp32": self.fp32}[dtype]
 
 
 PEAKS = {
@@ -76,8 +76,8 @@ def dense_peak_tflops(device_name: str, dtype: Dtype) -> float | None:
         dtype: of the matrix products.
 
     Returns:
-        TFLOP/s. None for a CPU, for a dtype that the device has no units for, and for a device that is not in the table:
-        no MFU is better than a wrong one, and logger.device_peak_tflops sets the peak.
+        TFLOP/s. None for a CPU, for a dtype that the device has no units for, and for a device that is not in the
+        table: no MFU is better than a wrong one, and logger.device_peak_tflops sets the peak.
     """
     name = f" {device_name.upper().replace('-', ' ')} "
     if any(word in name for word in OTHER_CHIPS):
@@ -103,6 +103,7 @@ class Machine:
         network_gb_per_s: link to a device of another node, one direction.
         node_size: devices of one node.
         launch_ms: time to start one layer's kernels from Python while the device has nothing else to do.
+        is_cpu: count what torch's CPU kernels keep; stages do not free what they have sent.
     """
 
     name: str
@@ -119,11 +120,7 @@ class Machine:
     memory_fraction: float = 0.8
     node_latency_ms: float = 0.01
     network_latency_ms: float = 0.03
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether it computes on a CPU."""
-        return self.name == "cpu"
+    is_cpu: bool = False
 
     def peak_flops_per_ms(self, dtype: Dtype) -> float:
         """Dense peak.
@@ -174,6 +171,7 @@ _MACHINES = (
         launch_ms=0.5,
         node_latency_ms=0.1,
         network_latency_ms=0.2,
+        is_cpu=True,
     ),
 )
 MACHINES = {machine.name: machine for machine in _MACHINES}
@@ -189,7 +187,7 @@ def find_machine(hardware: str | Mapping[str, Any]) -> Machine:
     Example: {"base": "h100", "name": "h100-ethernet", "network_gb_per_s": 25, "peaks": {"bf16": 900}}.
 
     Raises:
-        PlanError: a name or a field is not known, and the message names the nearest one, or a value is no number above 0.
+        PlanError: a name or a field is unknown (the message names the nearest one), or a value is no number above 0.
     """
     if not isinstance(hardware, str):
         return _changed(hardware)

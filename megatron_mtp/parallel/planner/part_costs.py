@@ -1,4 +1,4 @@
-"""How long each part of a model takes on one rank: the shape of an estimate and of a measurement, and its file."""
+"""Time of each part of a model on one rank, estimated or measured, and the file of measured times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 
 VERSION = 1
-# Fields of the model section that change no part's time: how many parts there are and where they sit, and the loss.
+# Fields of the model section that do not change a part's time: the number of parts, their places, and the loss.
 FREE_FIELDS = frozenset(
     "num_layers moe_layer_freq mtp_num_layers mtp_loss_scaling_factor mtp_depth_weights mtp_use_repeated_layer "
     "pipeline_model_parallel_size virtual_pipeline_model_parallel_size pipeline_model_parallel_layout "
@@ -23,7 +23,7 @@ FREE_FIELDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PartTime:
-    """One part, one micro-batch, one rank, in milliseconds; the backward pass includes recomputation."""
+    """Time of one part for one micro-batch on one rank; the backward pass includes recomputation."""
 
     forward_ms: float
     backward_ms: float
@@ -45,7 +45,7 @@ ZERO = PartTime(0.0, 0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A way between ranks: a message of n bytes takes latency_ms + n / gb_per_s / 1e6 milliseconds."""
+    """A link between ranks: a message of n bytes takes latency_ms + n / gb_per_s / 1e6 milliseconds."""
 
     latency_ms: float
     gb_per_s: float
@@ -57,43 +57,42 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartCosts:
-    """Times of every part of one model, sharded as its config says (TP, SP, CP, EP, ETP, micro-batch, recomputation)."""
+    """Times of all parts of a model, sharded as in its config (TP, SP, CP, EP, ETP, micro-batch, recomputation)."""
 
     embedding: PartTime
     layer: dict[str, PartTime]
-    """By kind: "dense", "moe"; a kind that the model lacks may be missing."""
+    """By kind, such as "dense" or "moe"; a kind that the model lacks may be missing."""
     final_norm: PartTime
-    """Sits with the last decoder layer."""
+    """In the chunk of the last decoder layer."""
     mtp_layer: PartTime
-    """One depth: lookup of its tokens, norms, projection, transformer layer, norm; without its pass through the head."""
+    """One depth without its pass through the head: lookup of its tokens, norms, projection, transformer layer, norm."""
     head: PartTime
     """Output head and loss of depth 0."""
     mtp_head: PartTime
     """Output head and loss of one further depth."""
     chunk: PartTime = ZERO
-    """Once for each call of a chunk: Python, launches, the schedule's own bookkeeping."""
+    """Once for each call of a chunk: Python, launches, the schedule's bookkeeping."""
     step_ms: float = 0.0
-    """Once per step on every rank, whatever it holds: batch, counts, gradient norm, logs."""
+    """Once per step on every rank: batch, counts, gradient norm, logs."""
     update_ns_per_parameter: float = 0.0
-    """Once per step, for each parameter that a rank holds: zeroing and reducing gradients locally, casts."""
+    """Once per step for each parameter that a rank holds: zeroing and local reduction of gradients, casts."""
     optimizer_ns_per_parameter: float = 0.0
-    """Once per step, for each parameter whose optimizer state a rank owns."""
+    """Once per step for each parameter whose optimizer state a rank owns."""
     pipeline_link: Link
     """Between neighbouring stages."""
     data_link: Link
-    """One rank's share of a reduce-scatter or all-gather over data-parallel ranks; bytes are those of the whole buffer."""
+    """A reduce-scatter or all-gather over data-parallel ranks; bytes are those of the complete buffer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Measured part times and what they were measured on.
+    """Measured part times and what they were measured with.
 
     Args:
-        model: fields of the model section (all but FREE_FIELDS) that the parts were built with.
+        model: fields of the model section except FREE_FIELDS.
         dtype: precision.dtype.
-        micro_batch_size: samples in one micro-batch.
-        device: name of the device, for the reader.
-        notes: whatever else a reader may want: versions, number of repetitions, spread.
+        device: name of the device; "cpu" counts memory as on a CPU.
+        notes: for the reader: versions, number of steps.
     """
 
     costs: PartCosts
@@ -104,7 +103,7 @@ class Profile:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def check_fits(self, cfg: ConfigContainer) -> None:
-        """Raises PlanError naming every field in which a finalized `cfg` differs from what was measured."""
+        """Raises PlanError that names every field in which a finalized `cfg` differs from what was measured."""
         here = measured_fields(cfg.model) | {
             "dtype": cfg.precision.dtype,
             "micro_batch_size": cfg.train.micro_batch_size,
@@ -122,7 +121,7 @@ class Profile:
             )
 
     def write(self, path: str | Path) -> None:
-        """As JSON."""
+        """Writes JSON."""
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=2)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
@@ -131,25 +130,25 @@ class Profile:
         """A profile from the file that `write` made.
 
         Raises:
-            PlanError: the file cannot be read or is no profile.
+            PlanError: the file cannot be read or is not a profile.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise _unusable(path, f"it cannot be read: {error.strerror}") from None
         except ValueError as error:
-            raise _unusable(path, f"it is no JSON: {error}") from None
+            raise _unusable(path, f"it is not JSON: {error}") from None
         needed = {"version", "costs", "model", "dtype", "micro_batch_size", "device"}
         if not isinstance(data, dict) or needed - data.keys():
             missing = sorted(needed - data.keys()) if isinstance(data, dict) else sorted(needed)
-            raise _unusable(path, f"it is no profile: {', '.join(missing)} missing")
+            raise _unusable(path, f"it is not a profile: {', '.join(missing)} missing")
         if data.pop("version") != VERSION:
             raise _unusable(path, "it was written by another version")
         try:
             costs = {name: _part(value) for name, value in data.pop("costs").items()}
             return cls(costs=PartCosts(**costs), **data)
         except (ValueError, TypeError, AttributeError) as error:
-            raise _unusable(path, f"an entry of it is wrong: {error}") from None
+            raise _unusable(path, f"an entry is wrong: {error}") from None
 
 
 def _unusable(path: str | Path, reason: str) -> PlanError:

@@ -231,7 +231,7 @@ class Planner:
         item = DTYPE_BYTES[precision.dtype]
         reduced = 4 if precision.grad_reduce_in_fp32 else item
         reduce_ms = max(0.0, over_replicas_ms(reduced) - passes.backward_ms * ddp.overlap_grad_reduce)
-        # An all-reduce sends gradients twice; with a sharded optimizer they are sent once, and updated weights gathered.
+        # An all-reduce sends gradients twice; a sharded optimizer sends them once and gathers updated weights.
         gather_ms = over_replicas_ms(item if sharded else reduced)
         return update_ms, reduce_ms + max(0.0, gather_ms - passes.forward_ms * ddp.overlap_param_gather)
 

@@ -1,11 +1,11 @@
-"""What each pipeline rank does in one step, in order, as Megatron-Core's schedules do it. Pure data.
+"""The instructions of each pipeline rank in one step, in the order of Megatron-Core's schedules. Pure data.
 
 A rank's program is a tuple of instructions. `Compute` is one call of a chunk. `Exchange` posts messages to and from the
 neighbours and, if it is blocking, waits for all of them. `Wait` waits for one message that was posted before.
 
 A message is (is_gradient, boundary, micro-batch): the activations that chunk `boundary` hands to the next chunk, or the
-gradients of them on their way back. Chunks are counted in execution order: chunk v * pp + p sits on rank p as its virtual
-stage v.
+gradients of them on their way back. Chunks are counted in execution order: chunk v * pp + p sits on rank p as its
+virtual stage v.
 
 Source: megatron-core 0.19.2, pipeline_parallel/schedules.py, `forward_backward_pipelining_without_interleaving` and
 `forward_backward_pipelining_with_interleaving` with overlap_p2p_comm, which is how this project runs them
@@ -48,12 +48,12 @@ Instruction = Compute | Exchange | Wait
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleKind:
-    """Everything the order of work depends on.
+    """Everything that the order of instructions depends on.
 
     Args:
         pp: pipeline size.
         vp: chunks of each rank; above 1 the interleaved schedule runs.
-        num_microbatches: of one rank in one step; with vp above 1 a multiple of pp.
+        num_microbatches: micro-batches of one rank in one step; with vp above 1 a multiple of pp.
         sends_block: a forward send is waited for at once, because its buffer is freed (deallocate_pipeline_outputs, on
             GPUs). Without interleaving every send is.
     """
@@ -83,12 +83,18 @@ def compute_order(kind: ScheduleKind, rank: int) -> list[Compute]:
 
 
 def _plain(kind: ScheduleKind, rank: int) -> list[Instruction]:
-    """1F1B: warm-up forwards, then one forward and one backward in turn, then the backwards that are left."""
+    """1F1B: warm-up forward calls, then one forward and one backward call in turn, then the other backward calls."""
     program: list[Instruction] = []
     is_first, is_last = rank == 0, rank == kind.pp - 1
     num_warmup, total = kind.num_warmup(rank), kind.num_microbatches
 
-    def exchange(*, send_next=None, recv_next=None, send_prev=None, recv_prev=None) -> None:
+    def exchange(
+        *,
+        send_next: int | None = None,
+        recv_next: int | None = None,
+        send_prev: int | None = None,
+        recv_prev: int | None = None,
+    ) -> None:
         sends = [] if send_next is None or is_last else [(False, rank, send_next)]
         sends += [] if send_prev is None or is_first else [(True, rank - 1, send_prev)]
         receives = [] if recv_next is None or is_last else [(True, rank, recv_next)]
@@ -118,7 +124,7 @@ def _plain(kind: ScheduleKind, rank: int) -> list[Instruction]:
 class _Interleaved:
     """Interleaved 1F1B with overlapped messages in its steady part and blocking ones in warm-up and cool-down.
 
-    A receive for the next call is posted together with the send of the present one, so that it travels meanwhile. The
+    A receive for the next call is posted together with the send of the current one, so that it travels meanwhile. The
     names follow Megatron-Core's: `k` counts calls of this rank in one direction, over all its chunks.
     """
 
@@ -146,7 +152,7 @@ class _Interleaved:
         return micro_batch, v if is_forward else self.kind.vp - 1 - v
 
     def sent(self, k: int, is_forward: bool) -> Message | None:
-        """What the k-th call hands on; None where the pipeline ends."""
+        """What the k-th call sends; None at the end of the pipeline."""
         micro_batch, v = self.call(k, is_forward)
         chunk = v * self.kind.pp + self.rank
         if is_forward:
@@ -156,7 +162,7 @@ class _Interleaved:
     def awaited(self, k: int, is_forward: bool) -> Message | None:
         """The message whose receive is posted with the k-th call (Megatron-Core's recv_tensor_from_previous_stage).
 
-        The first rank of a direction lags the last one, whose output it takes up, by pp - 1 calls.
+        The first rank of a direction lags the last one, whose output it receives, by pp - 1 calls.
         """
         pp, vp = self.kind.pp, self.kind.vp
         is_leading = self.is_first if is_forward else self.is_last
@@ -199,7 +205,7 @@ class _Interleaved:
             self._overlapped_call(k, False, receives=True)
 
     def _overlapped_call(self, k: int, is_forward: bool, *, receives: bool) -> None:
-        """Waits for the input, computes, posts output and next input, and waits for the send before this one."""
+        """Waits for the input, computes, posts output and next input, and waits for the previous send."""
         is_gradient = not is_forward
         micro_batch, v = self.call(k, is_forward)
         chunk = v * self.kind.pp + self.rank

@@ -1,4 +1,4 @@
-"""Ranks parallel sizes, micro-batch sizes and recomputation for a number of devices, each with its best split that fits.
+"""Ranks parallel sizes, micro-batch sizes and recomputation for a number of devices, each with its best fitting split.
 
 Each combination that divides evenly has a lower bound on its step time, and an estimate that adds the time to fill and
 drain the pipeline. Combinations are planned in the order of the estimate until the effort is spent. Those whose lower
@@ -31,7 +31,7 @@ from megatron_mtp.parallel.shape import RunShape
 MOST_PLANNED = 40
 """Combinations that are planned; DeepSeek-V3 on 1024 devices has thousands that divide evenly."""
 NEAR = 1.05
-"""The search ends once estimates exceed the last row of the table by this factor. Estimates rarely exceed simulations."""
+"""The search ends when estimates exceed the last row of the table by this factor; they rarely exceed simulations."""
 SPLITS_EACH, FEW_EACH = 12, 3000
 """Effort for each of them, see `best_split`."""
 REFINED, SPLITS_REFINED = 4, 40
@@ -101,11 +101,10 @@ class _Search:
     def run(self, top: int) -> list[Candidate]:
         """The best combinations, fastest first."""
         ranked = sorted((self.estimate(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
-        found: dict[tuple[int, ...], Candidate] = {}
-        sizes_of: dict[tuple[int, ...], _Sizes] = {}
+        found: dict[tuple[int, ...], tuple[Candidate, _Sizes]] = {}
         planned = 0
         for estimate_ms, _, sizes in ranked:
-            times = sorted(candidate.plan.step.total_ms for candidate in found.values())
+            times = sorted(candidate.plan.step.total_ms for candidate, _ in found.values())
             key = (sizes.tp, sizes.cp, sizes.ep, sizes.pp, sizes.vp, sizes.micro)
             if len(times) >= top and estimate_ms >= NEAR * times[top - 1]:
                 break
@@ -114,14 +113,15 @@ class _Search:
             planned += 1
             to_beat_ms = times[top - 1] if len(times) >= top else float("inf")
             if (candidate := self.candidate(sizes, SPLITS_EACH, to_beat_ms)) is not None:
-                found[key], sizes_of[key] = candidate, sizes
+                found[key] = candidate, sizes
             if planned >= MOST_PLANNED:
                 break
-        for key in sorted(found, key=lambda key: found[key].plan.step.total_ms)[:REFINED]:
-            candidate = self.candidate(sizes_of[key], SPLITS_REFINED)
-            if candidate is not None and candidate.plan.step.total_ms < found[key].plan.step.total_ms:
-                found[key] = candidate
-        return sorted(found.values(), key=lambda candidate: candidate.plan.step.total_ms)[:top]
+        best = sorted(found.values(), key=_step_ms)
+        for idx, (before, sizes) in enumerate(best[:REFINED]):
+            candidate = self.candidate(sizes, SPLITS_REFINED)
+            if candidate is not None and candidate.plan.step.total_ms < before.plan.step.total_ms:
+                best[idx] = candidate, sizes
+        return [candidate for candidate, _ in sorted(best, key=_step_ms)[:top]]
 
     def combinations(self) -> Iterator[_Sizes]:
         """All combinations that divide evenly."""
@@ -182,7 +182,7 @@ class _Search:
         return self.parts(sizes.tp, sizes.cp, sizes.ep, sizes.micro, sizes.recompute)
 
     def bound(self, sizes: _Sizes) -> float:
-        """A lower bound on the step: some stage has at least the mean work, and one at least its share of the layers."""
+        """A lower bound on the step: a stage has at least the mean work, and one at least its share of the layers."""
         costs, work_ms, _, _ = self.of(sizes)
         layer_ms = min(time.total_ms for time in costs.layer.values())
         return sizes.count * max(work_ms / sizes.pp, layer_ms * -(-self.base.model.num_layers // sizes.pp))
@@ -233,7 +233,8 @@ class _Search:
         return (
             f"--devices {self.world_size}: no sizes fit {limit:.1f} GiB; the best that divides evenly needs about "
             f"{lowest:.1f} GiB on a device. Use more devices (at least about "
-            f"{_rounded_up(self.world_size * lowest / max(limit, 1e-9))}), devices with more memory, or a smaller model."
+            f"{_rounded_up(self.world_size * lowest / max(limit, 1e-9))}), devices with more memory, or a smaller "
+            "model."
         )
 
     def _nearest_number(self) -> str:
@@ -246,6 +247,10 @@ class _Search:
         below = next(filter(divides, range(world - 1, 0, -1)), None)
         above = next(filter(divides, range(world + 1, 2 * world + 1)), None)
         return f"Nearest that works: --devices {' or '.join(str(n) for n in (below, above) if n is not None)}."
+
+
+def _step_ms(found: tuple[Candidate, _Sizes]) -> float:
+    return found[0].plan.step.total_ms
 
 
 def _powers(most: int) -> list[int]:

@@ -60,8 +60,8 @@ def best_split(
     Args:
         fits: whether a split fits the memory; None: all do.
         stage_fits: the same for a single stage, without interleaving.
-        effort: splits to simulate before the best one so far is returned with its bound. A count and not a time, because
-            every rank of a run works its layout out for itself.
+        effort: splits to simulate before the best one so far is returned with its bound. A count and not a time,
+            because every rank of a run works its layout out for itself.
         tolerance: the search ends within this share of its bound.
         few: with fewer legal splits than this, all get a bound and are simulated in its order, until none can be better
             or `FEW_EFFORT` times the effort is spent.

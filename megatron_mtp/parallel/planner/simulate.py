@@ -1,8 +1,8 @@
-"""Runs a pipeline schedule event by event with given times. Pure arithmetic.
+"""Simulates a pipeline schedule event by event with given times. Pure arithmetic.
 
-A message travels once both ends have posted it (rendezvous, as gloo and NCCL do it), takes its time on a link of its
-own, and is then done for both. Which event waits for which does not depend on the times, so a schedule is compiled once into a list
-of nodes, each the later of two earlier ones plus a cost, and any number of splits are timed by running down the list.
+A message starts when both ends have posted it (rendezvous, as in gloo and NCCL), takes its time on a link of its own,
+and then ends for both. Which event waits for which does not depend on the times. So a schedule is compiled once into a
+list of nodes, each the later of two earlier ones plus a cost, and one pass over the list times a split.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Work:
     Args:
         chunks: `chunks[pp_rank][vp_rank]`, the times of one micro-batch.
         message_ms: for each boundary between chunks in execution order, pp * vp - 1 of them, the time of a message.
-        shapes_ms: time of the message about shapes that goes before each message if MTP layers have a stage of their own;
-            None: there is none.
+        shapes_ms: time of the message about shapes that precedes each message if the MTP layers stand alone; None:
+            there is none.
     """
 
     chunks: tuple[tuple[PartTime, ...], ...]
@@ -68,11 +68,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """A whole step of the pipeline, forward and backward passes only."""
+    """Forward and backward passes of a step.
+
+    Attributes:
+        busy_ms: computing time of each rank.
+    """
 
     total_ms: float
     busy_ms: tuple[float, ...]
-    """Of each rank."""
     events: tuple[Event, ...]
 
     @property
@@ -108,19 +111,19 @@ def simulate(kind: ScheduleKind, work: Work) -> Timeline:
 
 @dataclass(frozen=True, slots=True)
 class CompiledSchedule:
-    """Nodes in an order in which each comes after what it waits for; node 0 is the start of the step."""
+    """Nodes in an order in which each comes after those that it waits for; node 0 is the start of the step."""
 
     first: list[int]
     second: list[int]
     costs: list[int]
     """Class of each node's cost."""
     calls: list[tuple[int, Compute, int]]
-    """(rank, call, node), in that order too."""
+    """(rank, call, node), in the order of nodes."""
     last: list[int]
     """The last node of each rank."""
 
     def times(self, costs: list[float]) -> list[float]:
-        """When each node is done."""
+        """End of each node."""
         times = [0.0]
         append = times.append
         for first, second, cost in islice(zip(self.first, self.second, self.costs, strict=True), 1, None):
@@ -129,7 +132,7 @@ class CompiledSchedule:
         return times
 
     def total(self, costs: list[float]) -> float:
-        """When the last rank is done."""
+        """End of the last rank."""
         times = self.times(costs)
         return max(times[node] for node in self.last)
 
@@ -145,14 +148,14 @@ def compile_schedule(kind: ScheduleKind, exchanges_shapes: bool) -> CompiledSche
 
 
 class _Compiler:
-    """Executes the programs of all ranks as far as each can go, in turn, and notes what waits for what."""
+    """Executes the programs of all ranks in turn, each as far as it can go, and records what waits for what."""
 
     def __init__(self, kind: ScheduleKind, exchanges_shapes: bool):
         self.kind, self.exchanges_shapes = kind, exchanges_shapes
         self.first, self.second, self.costs = [0], [0], [NO_COST]
         self.calls: list[tuple[int, Compute, int]] = []
-        self.clock = [0] * kind.pp  # the node after which each rank goes on
-        # The end of a message that came first, and when it is done; those about shapes apart.
+        self.clock = [0] * kind.pp  # the node after which each rank continues
+        # The node that posted a message first, and the node at which it ends; messages about shapes separately.
         self.posted: dict[Message, int] = {}
         self.done: dict[Message, int] = {}
         self.posted_shapes: dict[Message, int] = {}
@@ -176,7 +179,7 @@ class _Compiler:
     def _run_rank(self, rank: int) -> Iterator[bool]:
         """Yields whether this rank has moved, after each call and whenever it must wait for another.
 
-        The ranks take turns call by call, so that the order of nodes repeats from round to round (parallel/planner/steady.py).
+        The ranks take turns call by call, so that the order of nodes repeats from round to round (see steady.py).
         """
         clock, first_cost = self.clock, 2 + 2 * self.kind.pp * self.kind.vp
         for step in rank_program(self.kind, rank):
@@ -216,7 +219,7 @@ class _Compiler:
             done[message] = self._node(other, node, cost)
 
     def _later(self, node: int, other: int) -> int:
-        """The later of two; a message that was posted at this very node is later anyway."""
+        """The later of two nodes; a message that was posted at this node ends later anyway."""
         if node in (self.first[other], self.second[other]):
             return other
         return self._node(node, other, NO_COST)

@@ -20,7 +20,7 @@ from megatron_mtp.parallel.planner.simulate import Work
 
 @dataclass(frozen=True, slots=True, order=True)
 class Split:
-    """Decoder layers of each chunk in execution order; `is_standalone`: the MTP layers are in the last chunk but one."""
+    """Decoder layers of each chunk in execution order; `is_standalone`: the MTP layers have the last chunk but one."""
 
     counts: tuple[int, ...]
     is_standalone: bool = False
@@ -52,7 +52,8 @@ class SplitProblem:
         message_ms: time of one hidden state between neighbouring chunks.
         wide_message_ms: time of the 1+D hidden states from a standalone MTP chunk to the loss.
         shapes_ms: time of the message about shapes that precedes each message if the MTP layers stand alone.
-        mtp_needs_layer: the MTP layers must share a chunk with the last decoder layer (mtp_hidden_source=pre_final_norm).
+        mtp_needs_layer: the MTP layers must share a chunk with the last decoder layer (mtp_hidden_source=
+            pre_final_norm).
     """
 
     kind: ScheduleKind

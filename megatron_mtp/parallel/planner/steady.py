@@ -1,9 +1,9 @@
-"""The time of a long step, without compiling it: its middle repeats.
+"""The time of a long step without compiling all of it, because its middle repeats.
 
-Each further round of pp micro-batches adds the same nodes to a compiled schedule, with the same distances to the nodes they wait for.
-Two short schedules that differ by one round show which nodes those are; a step of any length is then the beginning, those nodes as often
-as needed, and the end. And once every node of a round comes the same time after its counterpart one round before, so will all that follow, because
-each is the later of two earlier ones plus a constant: the rest of the rounds is one multiplication.
+Each further round of pp micro-batches adds the same nodes to a compiled schedule, at the same distances from the nodes
+that they wait for. Two short schedules that differ by one round show which nodes those are. A step of any length is the
+beginning, these nodes as often as needed, and the end. Once two consecutive rounds differ by a constant shift, all
+later rounds do, because each node is the later of two earlier ones plus a constant. The rest is one multiplication.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from megatron_mtp.parallel.planner.schedule import ScheduleKind
 from megatron_mtp.parallel.planner.simulate import CompiledSchedule, Work, compile_schedule
 
 FIRST_ROUNDS, LAST_ROUNDS = 3, 8
-"""Lengths at which the repeating part is looked for, in rounds of pp micro-batches."""
+"""Lengths in which the repeating part is searched, in rounds of pp micro-batches."""
 Node = tuple[int, int, int]
 """Distances to the two nodes that this one waits for, and the class of its cost."""
 
 
 def step_time(kind: ScheduleKind, work: Work) -> float:
-    """`simulate(kind, work).total_ms`."""
+    """Time of the forward and backward passes of a step: `simulate(kind, work).total_ms`."""
     exchanges_shapes = work.shapes_ms is not None
     shortest = FIRST_ROUNDS * kind.pp + kind.num_microbatches % kind.pp
     parts = None
@@ -34,19 +34,22 @@ def step_time(kind: ScheduleKind, work: Work) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RepeatingSchedule:
-    """A schedule of `num_microbatches`, cut where whole rounds can be put in."""
+    """A schedule of `num_microbatches`, cut at the place where further rounds can be inserted.
+
+    Attributes:
+        last: distance of each rank's last node from the end of the list.
+        reach: the longest distance to an earlier node in a round or in the end.
+    """
 
     num_microbatches: int
     start: list[Node]
     round: list[Node]
     end: list[Node]
     last: list[int]
-    """Distances of each rank's last node from the end of the list."""
     reach: int
-    """The longest distance that a node of a round or of the end looks back."""
 
     def total(self, costs: list[float], num_rounds: int) -> float:
-        """When the last rank is done, with this many rounds put in."""
+        """End of the last rank with `num_rounds` further rounds."""
         times = [0.0]
         _run(self.start, costs, times)
         gained = 0.0
@@ -69,7 +72,7 @@ def _run(nodes: list[Node], costs: list[float], times: list[float]) -> None:
 
 
 def _steady(times: list[float], length: int, span: int) -> float | None:
-    """The time of a round, if everything that later nodes look back to has moved on by it since the round before."""
+    """The time of a round if all nodes that later ones wait for are shifted by it against the round before; or None."""
     if len(times) < span + length:
         return None
     round_ms = times[-1] - times[-1 - length]
@@ -83,7 +86,7 @@ def _steady(times: list[float], length: int, span: int) -> float | None:
 
 @lru_cache(maxsize=512)
 def _parts(kind: ScheduleKind, exchanges_shapes: bool) -> RepeatingSchedule | None:
-    """Cuts a schedule into start, round and end; None if none of the lengths tried repeats."""
+    """Cuts a schedule into start, round and end; None if it repeats at none of the lengths."""
     longer = compile_schedule(kind, exchanges_shapes)
     for _ in range(LAST_ROUNDS - FIRST_ROUNDS):
         shorter, count = longer, kind.num_microbatches
@@ -106,7 +109,7 @@ def _cut(shorter: CompiledSchedule, longer: CompiledSchedule, num_microbatches: 
     start, middle, end = short[:equal], short[equal - length : equal], short[equal:]
     if start[-2 * length : -length] != middle:
         return None
-    # An end node that looks back into its own part needs nothing of the rounds; those before it may.
+    # An end node that waits for a node of the end needs nothing of the rounds; one that waits for an earlier node does.
     reach = max(max(first, second) for first, second, _ in middle + end[:length])
     reach = max([reach, *(max(f, s) - idx for idx, (f, s, _) in enumerate(end))])
     return RepeatingSchedule(num_microbatches, start, middle, end, last, reach)

@@ -1,4 +1,4 @@
-"""Runs Megatron-Core's own schedule for one rank, with its computing and messages replaced by notes, and returns the notes.
+"""Runs Megatron-Core's own schedule for one rank, with computation and messages replaced by records, and returns them.
 
 The schedule function, its order table and its handling of buffers are Megatron-Core's, untouched. Replaced are the two
 functions it computes with and the function of its communicator that talks to other ranks.
@@ -104,7 +104,7 @@ def engine_program(kind: ScheduleKind, rank: int) -> list[Instruction]:
             # Outside torch.distributed these take every group for a group of one.
             mock.patch.object(utils, "get_pg_rank", lambda group: group.rank()),
             mock.patch.object(utils, "get_pg_size", lambda group: group.size()),
-            # Frees what a tensor holds; these hold a number, and are told apart by identity.
+            # Frees what a tensor holds; these hold a number, and their identity distinguishes them.
             mock.patch.object(schedules, "deallocate_output_tensor", return_value=None),
         ):
             run(

@@ -82,6 +82,6 @@ def test_a_model_that_no_split_fits_gets_the_fastest_and_a_word():
     assert found.layout.pp == 4
 
 
-def test_the_mtp_layers_stay_beside_the_last_layer_where_they_read_its_output():
+def test_the_mtp_layers_share_a_chunk_with_the_last_layer_if_they_read_its_output():
     cfg = config(mtp_hidden_source="pre_final_norm", mtp_num_layers=4, num_layers=5, vocab_size=50_000).finalize()
     assert any("m" in chunk and "t" in chunk for chunk in resolve(cfg).layout.in_order)

@@ -1,4 +1,4 @@
-"""The planner's split equals brute force where that is possible, and elsewhere its bound is never above a simulated split."""
+"""The planner's split equals brute force where that is possible, and its bound is never above a simulated split."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from megatron_mtp.config.layout_text import layout_chunks
+from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.planner.bounds import RankBounds, lowest_by_loads, lowest_by_stages, splits_below
 from megatron_mtp.parallel.planner.part_costs import PartTime
 from megatron_mtp.parallel.planner.schedule import ScheduleKind
@@ -140,7 +141,7 @@ def test_large_models_come_close_to_the_bound(pp, vp):
 
 
 def test_three_virtual_stages_are_staggered():
-    """Sixteen ranks at four layers each: the layer more is in the first virtual stage of some ranks, in the last of others."""
+    """Sixteen ranks: the extra layer is in the first virtual stage of some ranks, and in the last one of others."""
     choice = best_split(large(16, 3, 480))
     assert choice is not None
     assert choice.step_ms <= 43_714
@@ -167,6 +168,11 @@ def test_a_limit_is_kept_with_virtual_stages():
     choice = best_split(problem, fits=lambda split: max(split.counts) <= 8)
     assert choice is not None
     assert max(choice.split.counts) == 8
+
+
+def test_a_search_that_cannot_win_says_so_and_does_not_blame_memory():
+    with pytest.raises(PlanError, match="are to be beaten"):
+        best_split(large(8, 1, 480), to_beat_ms=1.0)
 
 
 def test_too_few_layers():

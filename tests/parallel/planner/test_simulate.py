@@ -1,4 +1,4 @@
-"""Schedules worked out by hand, what must hold for any times, and the short cut against the whole simulation."""
+"""Schedules worked out by hand, what must hold for any times, and the short cut against the complete simulation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_messages_about_shapes_go_first():
 
 
 def test_a_send_waits_until_it_is_received():
-    """Rank 1 is slow: it takes micro-batch 1 at 11 only, so rank 0 is held up in its send and starts micro-batch 2 then."""
+    """Rank 1 is slow: it receives micro-batch 1 at 11, so rank 0's send ends there, and micro-batch 2 starts."""
     kind = ScheduleKind(pp=3, vp=1, num_microbatches=3)
     assert drawn(kind, work([[(1, 1)], [(10, 10)], [(1, 1)]])) == [
         "F0 0-1, F1 1-2, F2 11-12, B0 31-32, B1 51-52, B2 61-62",
@@ -100,16 +100,20 @@ def test_interleaved_two_stages_whose_messages_take_half_a_millisecond():
         "F0a 0-1, F1a 1.5-2.5, F0b 3-4, F1b 4.5-5.5, F2a 6-7, B0b 8-10, F3a 10-11, B1b 11-13, F2b 13-14, B0a 14-16, "
         "F3b 16-17, B1a 17-19, B2b 20-22, B3b 23-25, B2a 25.5-27.5, B3a 28-30",
         "F0a 1.5-2.5, F1a 3-4, F0b 4.5-5.5, B0b 5.5-7.5, F1b 7.5-8.5, B1b 8.5-10.5, F2a 10.5-11.5, B0a 11.5-13.5, "
-        "F3a 13.5-14.5, B1a 14.5-16.5, F2b 16.5-17.5, B2b 17.5-19.5, F3b 19.5-20.5, B3b 20.5-22.5, B2a 23-25, B3a 25.5-27.5",
+        "F3a 13.5-14.5, B1a 14.5-16.5, F2b 16.5-17.5, B2b 17.5-19.5, F3b 19.5-20.5, B3b 20.5-22.5, "
+        "B2a 23-25, B3a 25.5-27.5",
     ]
 
 
 def test_interleaved_three_stages():
     kind = ScheduleKind(pp=3, vp=2, num_microbatches=3)
     assert drawn(kind, work([[(1, 2)] * 2] * 3)) == [
-        "F0a 0-1, F1a 1-2, F2a 2-3, F0b 3-4, F1b 4-5, F2b 5-6, B0b 10-12, B1b 14-16, B2b 16-18, B0a 18-20, B1a 20-22, B2a 22-24",
-        "F0a 1-2, F1a 2-3, F2a 3-4, F0b 4-5, F1b 5-6, F2b 6-7, B0b 8-10, B1b 11-13, B2b 14-16, B0a 16-18, B1a 18-20, B2a 20-22",
-        "F0a 2-3, F1a 3-4, F2a 4-5, F0b 5-6, B0b 6-8, F1b 8-9, B1b 9-11, F2b 11-12, B2b 12-14, B0a 14-16, B1a 16-18, B2a 18-20",
+        "F0a 0-1, F1a 1-2, F2a 2-3, F0b 3-4, F1b 4-5, F2b 5-6, B0b 10-12, B1b 14-16, B2b 16-18, "
+        "B0a 18-20, B1a 20-22, B2a 22-24",
+        "F0a 1-2, F1a 2-3, F2a 3-4, F0b 4-5, F1b 5-6, F2b 6-7, B0b 8-10, B1b 11-13, B2b 14-16, "
+        "B0a 16-18, B1a 18-20, B2a 20-22",
+        "F0a 2-3, F1a 3-4, F2a 4-5, F0b 5-6, B0b 6-8, F1b 8-9, B1b 9-11, F2b 11-12, B2b 12-14, "
+        "B0a 14-16, B1a 16-18, B2a 18-20",
     ]
 
 
@@ -121,7 +125,8 @@ def test_interleaved_four_stages():
         "B3b 14-15, B0a 15-16, B1a 16-17, B2a 17-18, B3a 18-19"
     )
     assert lines[0] == (
-        "F0a 0-1, F1a 1-2, F2a 2-3, F3a 3-4, F0b 4-5, F1b 5-6, F2b 6-7, F3b 7-8, B0b 11-12, B1b 15-16, B2b 16-17, B3b 17-18, "
+        "F0a 0-1, F1a 1-2, F2a 2-3, F3a 3-4, F0b 4-5, F1b 5-6, F2b 6-7, F3b 7-8, B0b 11-12, "
+        "B1b 15-16, B2b 16-17, B3b 17-18, "
         "B0a 18-19, B1a 19-20, B2a 20-21, B3a 21-22"
     )
 
@@ -168,10 +173,10 @@ def test_equal_chunks_without_messages_take_the_textbook_time(case):
 
 @settings(deadline=None, max_examples=60)
 @given(cases(max_rounds=40))
-def test_the_short_cut_equals_the_whole_simulation(case):
+def test_the_short_cut_equals_the_complete_simulation(case):
     kind, costs = case
-    whole = compile_schedule(kind, costs.shapes_ms is not None).total(costs.costs())
-    assert step_time(kind, costs) == pytest.approx(whole, rel=1e-9)
+    complete = compile_schedule(kind, costs.shapes_ms is not None).total(costs.costs())
+    assert step_time(kind, costs) == pytest.approx(complete, rel=1e-9)
 
 
 def test_the_short_cut_is_taken():
