@@ -113,7 +113,7 @@ class UnsupportedError(ConfigError):
 
 
 class NumericsError(MegatronMTPError):
-    """Losses or gradients are bad, and the run's policy is to stop. Starting again without a change leads here again."""
+    """Losses or gradients are bad, and the run's policy is to stop. A restart without a change ends here again."""
 
     exit_code = 4
 

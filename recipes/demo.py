@@ -7,7 +7,7 @@ from megatron_mtp.recipes.common import small_common
 
 
 def demo_pretrain_config() -> ConfigContainer:
-    """A Qwen3-like dense model for two CPU ranks: PP=2, D=2, the MTP layers beside the loss on the last stage.
+    """A Qwen3-like dense model for two CPU ranks: PP=2, D=2, the MTP layers with the loss on the last stage.
 
     It runs on mock data as it is; `make demo` points dataset and tokenizer at real text.
     """

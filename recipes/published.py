@@ -16,7 +16,7 @@ class Figure:
     """With B or T, as many digits as were published."""
     counted: Counted = "all"
     is_cut: bool = False
-    """The published digits are cut off, not rounded."""
+    """The published digits are truncated, not rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Config sections, checks across fields, overrides, and save and load of the resolved run. Imports neither torch nor megatron."""
+"""Config sections, checks across fields, overrides, YAML. Imports neither torch nor megatron."""
 
 from megatron_mtp.config.container import ConfigContainer
 

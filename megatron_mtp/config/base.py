@@ -111,7 +111,7 @@ class Section:
         values = {name: getattr(self, name) for name in _names(type(self))}
         return type(self)(**{name: v.copy() if isinstance(v, Section) else deepcopy(v) for name, v in values.items()})
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # The default protocol would set slots one by one through __setattr__, which refuses `_frozen`.
         values = {name: getattr(self, name) for name in _names(type(self))}
         return _rebuild, (type(self), values, self.is_frozen)

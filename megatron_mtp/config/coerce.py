@@ -92,7 +92,7 @@ def _fit_union(value: Any, wanted: Any, from_text: bool) -> Any:
     raise MisfitError(f"must be {describe(wanted)}")
 
 
-def _fit_list(value: Any, wanted: Any, from_text: bool) -> list:
+def _fit_list(value: Any, wanted: Any, from_text: bool) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise MisfitError(f"must be {describe(wanted)}")
     (item_type,) = get_args(wanted) or (Any,)
@@ -102,7 +102,7 @@ def _fit_list(value: Any, wanted: Any, from_text: bool) -> list:
         raise MisfitError(f"must be {describe(wanted)}") from None
 
 
-def _fit_dict(value: Any, wanted: Any, from_text: bool) -> dict:
+def _fit_dict(value: Any, wanted: Any, from_text: bool) -> dict[str, Any]:
     _, value_type = get_args(wanted) or (str, Any)
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise MisfitError(f"must be {describe(wanted)}")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from megatron_mtp.errors import ConfigError, Problem
 
 
-class FrozenList(list):
+class FrozenList(list[Any]):
     """A list that refuses changes. A copy, also a deep one or one through pickle, is a plain list."""
 
     __slots__ = ("name",)
@@ -17,11 +17,11 @@ class FrozenList(list):
         super().__init__(frozen(item, name) for item in items)
         self.name = name
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)
 
 
-class FrozenDict(dict):
+class FrozenDict(dict[str, Any]):
     """A dict that refuses changes. A copy, also a deep one or one through pickle, is a plain dict."""
 
     __slots__ = ("name",)
@@ -30,7 +30,7 @@ class FrozenDict(dict):
         super().__init__({key: frozen(value, name) for key, value in dict(items).items()})
         self.name = name
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
 

@@ -27,8 +27,8 @@ def _mtp_hints(model: ModelConfig) -> list[str]:
     found = []
     if depths > 2:
         found.append(
-            f"model.mtp_num_layers = {depths}: published pretraining runs use 1 or 2 depths; each costs about one layer and "
-            "one more pass through the output head."
+            f"model.mtp_num_layers = {depths}: published pretraining runs use 1 or 2 depths. Each costs about one "
+            "layer and one more pass through the output head."
         )
     low, high = LossFactor.parse(model.mtp_loss_scaling_factor).extremes
     if low < USUAL_FACTOR[0] or high > USUAL_FACTOR[1]:
@@ -50,13 +50,14 @@ def _layout_hints(model: ModelConfig) -> list[str]:
             found.append(f"model.{name} = {getattr(model, name)}: the curve depends on the layout.")
     if model.moe_router_load_balancing_type == "aux_loss" and model.moe_aux_loss_coeff:
         found.append(
-            "model.moe_router_load_balancing_type = 'aux_loss': balances inside each micro-batch by definition, so the curve "
-            "depends on train.micro_batch_size and on which samples share one. 'seq_aux_loss' and the expert bias do not."
+            "model.moe_router_load_balancing_type = 'aux_loss': balances inside each micro-batch by definition, so "
+            "the curve depends on train.micro_batch_size and on which samples share one. 'seq_aux_loss' and the expert "
+            "bias do not."
         )
     if model.moe_expert_capacity_factor is not None:
         found.append(
-            f"model.moe_expert_capacity_factor = {model.moe_expert_capacity_factor}: which tokens are dropped, and so the "
-            "curve, depends on the layout."
+            f"model.moe_expert_capacity_factor = {model.moe_expert_capacity_factor}: which tokens are dropped, and so "
+            "the curve, depends on the layout."
         )
     if model.mcore.get("moe_router_force_load_balancing"):
         found.append("model.mcore.moe_router_force_load_balancing: the router is random; for timing only.")
@@ -69,8 +70,8 @@ def _schedule_hints(cfg: RunConfig) -> list[str]:
         warmup, length = getattr(sched, f"lr_warmup_{unit}"), getattr(train, f"train_{unit}")
         if length is not None and warmup >= length:
             found.append(
-                f"scheduler.lr_warmup_{unit} = {warmup}: the run ends after {length} {unit}, before the learning rate reaches "
-                "its peak."
+                f"scheduler.lr_warmup_{unit} = {warmup}: the run ends after {length} {unit}, before the learning rate "
+                "reaches its peak."
             )
     if train.rampup_batch_size is not None and len(batch_sizes(cfg)) == 1:
         found.append("train.rampup_batch_size starts at train.global_batch_size: there is no ramp.")

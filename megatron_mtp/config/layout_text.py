@@ -51,7 +51,8 @@ def even_chunks(num_layers: int, num_depths: int, num_chunks: int) -> list[str]:
     What does not divide goes to the chunks before the last: the last one also has the loss, and the first pipeline rank
     keeps the activations of most micro-batches in flight.
 
-    Example: 4 layers and 2 depths on 2 chunks -> ["Ettt", "tmmL"]; 5 layers and 1 depth on 4 -> ["Et", "tt", "tt", "mL"].
+    Example: 4 layers and 2 depths on 2 chunks -> ["Ettt", "tmmL"]; 5 layers and 1 depth on 4 ->
+    ["Et", "tt", "tt", "mL"].
     """
     if num_chunks == 1:
         return with_ends([num_layers], num_depths)
@@ -139,8 +140,8 @@ def _too_few_layers(num_layers: int, num_depths: int, pp: int, vp: int) -> Probl
     return Problem(
         fields=("model.num_layers", "model.mtp_num_layers", FIELD, *SIZES),
         value=num_layers,
-        rule=f"no {chunks} may be empty, and there are {pp * vp} ({SIZES[0]} = {pp} x {SIZES[1]} = {vp}) for {num_layers} "
-        f"decoder layers, embedding, loss{' and MTP layers' if num_depths else ''}",
+        rule=f"no {chunks} may be empty, and there are {pp * vp} ({SIZES[0]} = {pp} x {SIZES[1]} = {vp}) for "
+        f"{num_layers} decoder layers, embedding, loss{' and MTP layers' if num_depths else ''}",
         remedy=f"Use {lower}, or more layers.",
     )
 
@@ -148,7 +149,8 @@ def _too_few_layers(num_layers: int, num_depths: int, pp: int, vp: int) -> Probl
 def _list_rules(counts: list[int], num_layers: int, pp: int, vp: int) -> list[tuple[str, str]]:
     rules = []
     if len(counts) != pp * vp:
-        rule = f"has {len(counts)} entries; it needs one for each of the {pp * vp} chunks (pipeline size {pp} x virtual size {vp})"
+        sizes = f"pipeline size {pp} x virtual size {vp}"
+        rule = f"has {len(counts)} entries; it needs one for each of the {pp * vp} chunks ({sizes})"
         rules.append((rule, "Add or remove entries, or use 'auto'."))
     if any(count < 0 for count in counts):
         rules.append(("a chunk cannot hold a negative number of layers", ""))

@@ -1,4 +1,4 @@
-"""Changes from YAML files and from `section.field=value` arguments. Later ones win: recipe, then files, then arguments."""
+"""Changes from YAML files and from `section.field=value` arguments: files win over the recipe, arguments over files."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def problem(section: Section, field: str, rule: str, remedy: str = "", **values:
     """
     fields = [field]
 
-    def text(match: re.Match) -> str:
+    def text(match: re.Match[str]) -> str:
         owner, name, with_value = match.groups()
         if name is None:
             return str(values[owner])

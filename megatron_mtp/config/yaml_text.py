@@ -26,7 +26,7 @@ RESOLVERS = (
 class Loader(yaml.SafeLoader):
     """Safe, with YAML 1.2's plain scalars; a repeated key and an alias are errors."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML reads it from the class
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML reads it from the class
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -34,7 +34,7 @@ class Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported", mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if repeated := next((key for key, count in counts.items() if count > 1), None):
             raise yaml.constructor.ConstructorError(None, None, f"the key {repeated!r} is given twice", node.start_mark)
@@ -47,7 +47,7 @@ class Loader(yaml.SafeLoader):
 class Dumper(yaml.SafeDumper):
     """Quotes whatever `Loader` would not read back as text; writes no anchors."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML reads it from the class
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML reads it from the class
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

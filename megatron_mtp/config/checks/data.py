@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.problem import problem
 from megatron_mtp.config.sections import RunConfig
@@ -109,7 +110,7 @@ def _tokenizer_problems(cfg: RunConfig) -> list[Problem]:
     elif tokenizer.vocab_size is not None:
         rule = "belongs to the null tokenizer, not to {tokenizer.tokenizer_type=}"
         problems.append(problem(cfg, "tokenizer.vocab_size", rule, "Use model.vocab_size."))
-    if kind == "bytes" and filled(vocab_size) < 257:
+    if kind == "bytes" and filled(vocab_size) < BYTES_VOCAB_SIZE:
         rule = "the tokenizer of {tokenizer.tokenizer_type=} needs 257 (256 bytes and an end of document)"
         problems.append(problem(cfg, "model.vocab_size", rule))
     return problems

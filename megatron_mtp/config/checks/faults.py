@@ -57,8 +57,8 @@ def _dist_problems(cfg: RunConfig) -> list[Problem]:
     limit_s = 60 * dist.distributed_timeout_minutes
     if watchdog_timeout_s(cfg) >= limit_s:
         rule = (
-            f"must be below {{dist.distributed_timeout_minutes=}} ({limit_s:g} s), or a collective gives up before the stacks "
-            "are written"
+            f"must be below {{dist.distributed_timeout_minutes=}} ({limit_s:g} s), or a collective gives up before the "
+            "stacks are written"
         )
         problems.append(problem(cfg, "dist.watchdog_s", rule))
     if 0 < dist.straggler_factor <= 1:

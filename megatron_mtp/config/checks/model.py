@@ -197,8 +197,8 @@ def model_refusals(model: ModelConfig) -> list[Problem]:
     refused = []
     if model.mtp_num_layers and model.position_embedding_type == "learned_absolute":
         rule = (
-            "MTP layers ({model.mtp_num_layers=}) read the token k ahead at position i, which a table of positions does "
-            "not describe"
+            "MTP layers ({model.mtp_num_layers=}) read the token k ahead at position i, which a table of positions "
+            "does not describe"
         )
         remedy = "Use 'rope' or 'none', or turn MTP off."
         refused.append(refusal(model, "model.position_embedding_type", rule, remedy))

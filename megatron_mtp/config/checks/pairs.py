@@ -1,4 +1,4 @@
-"""Pairs of features that are refused by name before a launch. docs/numerics.md lists them, from tests/numerics/pairs.py."""
+"""Pairs of features that are refused before a launch. docs/numerics.md lists them, from tests/numerics/pairs.py."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def _document_problems(cfg: RunConfig) -> list[Problem]:
     if cfg.model.backend != "transformer_engine" or not cfg.dataset.reset_attention_mask:
         return []
     rule = (
-        "documents reach the attention as one id for each token, which the attention of {model.backend=} would misread as "
-        "a mask"
+        "documents reach the attention as one id for each token, which the attention of {model.backend=} would misread "
+        "as a mask"
     )
     remedy = (
-        "Use model.backend = 'torch' (or 'auto', which then chooses it), at every parallel size; or leave documents joined "
-        "and set dataset.eod_mask_loss = True."
+        "Use model.backend = 'torch' (or 'auto', which then chooses it), at every parallel size; or leave documents "
+        "joined and set dataset.eod_mask_loss = True."
     )
     return [refusal(cfg, "dataset.reset_attention_mask", rule, remedy)]
 
@@ -78,8 +78,8 @@ def _recompute_problems(model: ModelConfig) -> list[Problem]:
     if model.recompute_method == "uniform" and model.recompute_num_layers == 1:
         return []
     rule = (
-        "in FP8 or FP4 the MTP layers ({model.mtp_num_layers=}) are recomputed by 'uniform' with 1 layer only, not with "
-        "{model.recompute_num_layers=}"
+        "in FP8 or FP4 the MTP layers ({model.mtp_num_layers=}) are recomputed by 'uniform' with 1 layer only, not "
+        "with {model.recompute_num_layers=}"
     )
     return [refusal(model, "model.recompute_method", rule, "Use these, or no recomputation.")]
 

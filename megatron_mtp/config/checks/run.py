@@ -84,8 +84,11 @@ def _length_of_decay_problems(cfg: RunConfig) -> list[Problem]:
 
 
 def _order_problems(cfg: RunConfig) -> list[Problem]:
-    """Warmup, then decay: an explicit decay must be longer. A decay over the complete run may be shorter than its warmup:
-    a trial of ten steps of a long recipe is no mistake, and `hints` says that it never reaches the peak."""
+    """Warmup, then decay: an explicit decay must be longer than its warmup.
+
+    A decay over the complete run may be shorter: ten steps of a long recipe are no mistake, and `hints` says that the
+    learning rate never reaches its peak.
+    """
     sched = cfg.scheduler
     for unit in UNITS:
         warmup, decay = getattr(sched, f"lr_warmup_{unit}"), getattr(sched, f"lr_decay_{unit}")

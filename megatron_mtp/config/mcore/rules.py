@@ -150,7 +150,7 @@ def torch_backend_problems(model: ModelConfig) -> list[Problem]:
 
 
 def without_transformer_engine(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
-    """A copy that the plain PyTorch backend can build, and the fields that it leaves out; no parameter depends on them."""
+    """A copy that the plain PyTorch backend can build, and the fields left out, on which no parameter depends."""
     plain = model.copy()
     left_out = [f"model.mcore.{name}" for name in model.mcore if _lookup(TRANSFORMER_ENGINE_ONLY, name)]
     plain.mcore = {name: value for name, value in model.mcore.items() if f"model.mcore.{name}" not in left_out}

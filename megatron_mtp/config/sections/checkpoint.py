@@ -19,9 +19,11 @@ class CheckpointConfig(Section):
     save: str | None = None
     """Folder of this run's checkpoints; None: nothing is saved."""
     load: str | None = None
-    """Folder to resume from; the newest whole checkpoint in it. An empty or absent folder is a fresh start when it equals `save`."""
+    """Folder to resume from: its newest complete checkpoint. If it equals `save`, an empty or absent folder starts
+    a new run."""
     pretrained_checkpoint: str | None = None
-    """Weights to start from where there is nothing to resume: run directory or checkpoint folder, such as `convert import` makes. Optimizer and counters start anew."""
+    """Weights to start from if there is nothing to resume: a run directory or checkpoint folder, such as `convert
+    import` writes. The optimizer and all counters start from zero."""
     save_interval: int | None = knob(None, ge=1)
     """Steps between checkpoints; None: only at the end."""
     save_optim: bool = True
@@ -29,14 +31,15 @@ class CheckpointConfig(Section):
     load_optim: bool = True
     """Load optimizer state."""
     save_interval_mins: float | None = knob(None, gt=0)
-    """Minutes between checkpoints, beside save_interval; None: none by the clock."""
+    """Minutes between checkpoints, in addition to save_interval; None: only by steps."""
     most_recent_k: int = knob(-1, ge=-1)
-    """Keep this many; -1: all."""
+    """Number of checkpoints to keep; -1: all."""
     keep_every: int | None = knob(None, ge=1)
-    """Checkpoints of iterations divisible by this are kept for ever, beside the most recent ones."""
+    """Checkpoints of iterations divisible by this are never deleted, in addition to the most recent ones."""
     keep_best: int = knob(0, ge=0)
-    """Save after an evaluation with the lowest loss so far, and keep this many with the lowest ones, beside the most recent ones."""
+    """Save after each evaluation with the lowest loss so far, and keep this many with the lowest losses, in
+    addition to the most recent ones."""
     async_save: bool = False
-    """Write while training goes on."""
+    """Write in the background while training continues."""
     exit_on_missing_checkpoint: bool = False
-    """Stop if `load` holds no checkpoint."""
+    """Stop with an error if `load` holds no checkpoint."""

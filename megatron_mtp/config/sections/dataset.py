@@ -1,9 +1,9 @@
-"""Megatron `.bin/.idx` datasets and how samples are cut from them."""
+"""Megatron `.bin/.idx` datasets and how samples are made of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.knob import Derived, knob
@@ -11,30 +11,31 @@ from megatron_mtp.config.knob import Derived, knob
 
 @dataclass(kw_only=True, slots=True)
 class DatasetConfig(Section):
-    """Megatron `.bin/.idx` datasets and how samples are cut from them."""
+    """Megatron `.bin/.idx` datasets and how samples are made of them."""
 
     SECTION: ClassVar[str] = "dataset"
 
-    blend: list | None = None
+    blend: list[Any] | None = None
     """[[prefix, ...], [weight, ...] or None], or a flat list of prefixes; None (and no blend_per_split): mock data."""
-    blend_per_split: list | None = None
+    blend_per_split: list[Any] | None = None
     """One blend for each of train, validation, test (None where a split is absent)."""
     split: str | None = "9999,8,2"
     """Shares of train, validation and test within each prefix of `blend`."""
     seq_length: Derived[int] = knob(None, ge=1, le=2**31)
-    """None: model.seq_length."""
+    """Tokens in one sample; None: model.seq_length."""
     path_to_cache: str | None = knob(None, resume="free")
-    """Where indices are kept; None: beside each prefix."""
-    valid_sets: dict[str, list] | None = knob(None, resume="free")
+    """Folder for the index files; None: next to each prefix."""
+    valid_sets: dict[str, list[Any]] | None = knob(None, resume="free")
     """Further validation sets: name -> blend. Each is reported under its name."""
     eod_mask_loss: bool = False
     """Targets after an end-of-document token carry no loss."""
     loss_mask_suffix: str | None = None
-    """Beside each prefix lies <prefix><suffix>.bin/.idx, one number for each token: 0 if it is no target (a prompt); None: all are."""
+    """Next to each prefix lies <prefix><suffix>.bin/.idx with one number for each token: 0 if it is no target, as
+    in a prompt. None: every token is a target."""
     reset_attention_mask: bool = False
     """Attention stays within a document, and no depth predicts across its end."""
     reset_position_ids: bool = False
-    """Positions start again at each document."""
+    """Positions start at 0 again at each document."""
     mock: bool = False
     """Random tokens that repeat with a pattern, made from rng.seed; no files needed."""
     prefetch_steps: int = knob(2, ge=0, le=1000, resume="free")

@@ -25,15 +25,16 @@ class DistConfig(Section):
     distributed_timeout_minutes: float = knob(10.0, gt=0, le=525_600)
     """A collective that waits longer ends the job."""
     watchdog_s: float | None = knob(None, ge=0)
-    """A rank without progress for this long ends the job, with the stack of every rank; None: nine tenths of distributed_timeout_minutes; 0: off."""
+    """A rank without progress for this long ends the job, and the stack of every rank is logged. None: nine tenths
+    of distributed_timeout_minutes; 0: off."""
     node_check: bool = True
     """Before the first step: versions equal, checkpoint folder shared, bandwidth between ranks."""
     straggler_factor: float = knob(1.5, ge=0)
-    """Ranks whose own work takes this many times the median are named in the log; 0: off."""
+    """Ranks whose own work takes more than this multiple of the median are named in the log; 0: off."""
     preempted_exit_code: int = knob(3, ge=1, le=125)
-    """Exit code after SIGTERM and its checkpoint; launchers start such a job again."""
+    """Exit code after SIGTERM and its checkpoint, on which launchers restart the job."""
     preemption_grace_s: int = knob(300, ge=1, le=86_400)
-    """Seconds that launchers leave between SIGTERM and SIGKILL; the scripts of `megatron-mtp launch` are made with it."""
+    """Seconds between SIGTERM and SIGKILL; `megatron-mtp launch` writes it into the scripts."""
     use_tp_pp_dp_mapping: bool = False
     """Rank order tp-cp-ep-pp-dp in place of tp-cp-ep-dp-pp."""
     num_threads: int | None = knob(None, ge=1, le=10_000)

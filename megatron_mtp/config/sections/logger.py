@@ -1,4 +1,4 @@
-"""Where figures go and how often."""
+"""Where metrics are written, and how often."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_mtp.config.knob import Resume, knob
 
 @dataclass(kw_only=True, slots=True)
 class LoggerConfig(Section):
-    """Where figures go and how often."""
+    """Where metrics are written, and how often."""
 
     SECTION: ClassVar[str] = "logger"
     RESUME: ClassVar[Resume] = "free"
@@ -19,24 +19,24 @@ class LoggerConfig(Section):
     log_interval: int = knob(10, ge=1)
     """Steps between console lines."""
     log_dir: str | None = None
-    """Folder of metrics.jsonl; None: the file is CHECKPOINT_SAVE.metrics.jsonl beside checkpoint.save, if that is set."""
+    """Folder of metrics.jsonl; None: CHECKPOINT_SAVE.metrics.jsonl, next to checkpoint.save, if that is set."""
     tensorboard_dir: str | None = None
-    """TensorBoard events; None: off."""
+    """Folder of TensorBoard events; None: off."""
     tensorboard_log_interval: int = knob(1, ge=1)
     """Steps between TensorBoard, W&B and JSONL records."""
     wandb_project: str | None = None
     """Weights & Biases project; None: off."""
     wandb_exp_name: str | None = None
-    """Name of the run; needed with wandb_project."""
+    """Name of the run in W&B; required with wandb_project."""
     wandb_entity: str | None = None
-    """Team or user."""
+    """W&B team or user."""
     wandb_save_dir: str | None = None
-    """Folder of the local W&B files."""
+    """Folder of the local W&B files; None: W&B's default."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline writes to wandb_save_dir only."""
     progress_bar: bool | None = None
-    """None: only in a terminal."""
+    """Show a progress bar; None: only in a terminal."""
     log_throughput: bool = True
     """Tokens/s, TFLOP/s and MFU on each console line."""
     device_peak_tflops: float | None = knob(None, gt=0)
-    """Dense peak of the device in the training dtype; None: from the table of known devices."""
+    """Dense peak of the device in the training dtype, for MFU; None: from the table of known devices."""

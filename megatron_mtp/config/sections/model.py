@@ -33,19 +33,19 @@ class ModelConfig(Section):
     vocab_size: int | None = knob(None, ge=1, le=2**31)
     """Token ids are below this; None: taken from the tokenizer."""
     make_vocab_size_divisible_by: int = knob(128, ge=1, le=2**31, resume="free")
-    """The embedding is padded to a multiple of this times tensor_model_parallel_size. The padding never takes part in a loss."""
+    """The embedding is padded to a multiple of this times tensor_model_parallel_size. Padding is in no loss."""
     share_embeddings_and_output_weights: bool = False
     """Tied input embedding and output head."""
     position_embedding_type: Literal["rope", "none", "learned_absolute"] = "rope"
-    """Rotary positions, or none. learned_absolute cannot be used with MTP."""
+    """Rotary position embedding, or none. learned_absolute cannot be used with MTP."""
     rotary_base: float = knob(10000.0, gt=0, engine="mla")
     """RoPE theta."""
     rotary_percent: float = knob(1.0, ge=0, le=1, engine="mla")
-    """Share of each head that RoPE turns."""
+    """Fraction of each head that RoPE rotates."""
     rope_scaling: bool = False
     """Llama-3.1 frequency scaling."""
     rope_scaling_factor: float = knob(8.0, gt=0)
-    """Factor of the Llama-3.1 scaling."""
+    """Factor of the Llama-3.1 frequency scaling."""
     normalization: Literal["RMSNorm", "LayerNorm"] = knob("RMSNorm", engine="same")
     """Norm of every block."""
     layernorm_epsilon: float = knob(1e-5, gt=0, engine="same")
@@ -79,35 +79,36 @@ class ModelConfig(Section):
     kv_lora_rank: int = knob(512, ge=1, engine="mla")
     """Rank of the shared key/value latent."""
     qk_head_dim: int = knob(128, ge=1, engine="mla")
-    """Width of the part of each query/key head without position."""
+    """Width of the part of each query/key head that RoPE leaves unchanged."""
     qk_pos_emb_head_dim: int = knob(64, ge=1, engine="mla")
-    """Width of the part of each query/key head that RoPE turns."""
+    """Width of the part of each query/key head that RoPE rotates."""
     v_head_dim: int = knob(128, ge=1, engine="mla")
     """Width of each value head."""
     rope_type: Literal["rope", "yarn"] = knob("rope", engine="mla")
     """RoPE of MLA; yarn for long context."""
     rotary_scaling_factor: float = knob(40.0, gt=0, engine="mla")
-    """YaRN factor."""
+    """YaRN: factor by which the context grows."""
     original_max_position_embeddings: int = knob(4096, ge=1, engine="mla")
-    """YaRN's original context."""
+    """YaRN: context length before scaling."""
     beta_fast: float = knob(32.0, gt=0, engine="mla")
-    """YaRN beta fast."""
+    """YaRN: rotations over the original context above which a frequency is kept."""
     beta_slow: float = knob(1.0, gt=0, engine="mla")
-    """YaRN beta slow."""
+    """YaRN: rotations over the original context below which a frequency is divided by the factor."""
     mscale: float = knob(1.0, ge=0, engine="mla")
-    """YaRN mscale."""
+    """YaRN: coefficient of the scale on the rotary embedding."""
     mscale_all_dim: float = knob(0.0, ge=0, engine="mla")
-    """YaRN mscale over all dimensions."""
+    """YaRN: coefficient of the scale on the softmax, by which the other scale is divided; 0: off."""
     latent_norm_epsilon: float | None = knob(None, gt=0, engine="own")
-    """Epsilon of the norms of the latents; None: layernorm_epsilon. Hugging Face's DeepSeek classes have 1e-6 whatever the others have."""
+    """Epsilon of the norms of the latents; None: layernorm_epsilon. Hugging Face's DeepSeek classes always use 1e-6."""
 
     # ---- linear attention ----
     experimental_attention_variant: Literal["gated_delta_net"] | None = knob(None, engine="same")
     """gated_delta_net: linear attention in some layers (Qwen3-Next). None: attention in all."""
     linear_attention_freq: int | list[int] | None = knob(None, ge=0, le=10_000, engine="same")
-    """Every n-th layer has full attention and the others are linear, or a list of 1 (linear) and 0 (full), one for each decoder layer. MTP layers have full attention."""
+    """Every n-th layer has full attention and the others are linear, or a list of 1 (linear) and 0 (full), one for
+    each decoder layer. MTP layers have full attention."""
     linear_conv_kernel_dim: int = knob(4, ge=1, engine="same")
-    """Tokens that the short convolution over queries, keys and values sees."""
+    """Kernel size, in tokens, of the short convolution over queries, keys and values."""
     linear_key_head_dim: int = knob(128, ge=1, engine="same")
     """Width of one query and key head of linear attention."""
     linear_value_head_dim: int = knob(128, ge=1, engine="same")
@@ -145,7 +146,7 @@ class ModelConfig(Section):
     moe_router_enable_expert_bias: bool = knob(False, engine="moe")
     """Auxiliary-loss-free balancing: a bias for each expert, updated from the global counts of a step."""
     moe_router_bias_update_rate: float = knob(1e-3, ge=0, engine="moe", resume="curve")
-    """Step of that bias."""
+    """Step size of that update."""
     moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = knob(
         "none", engine="moe", resume="curve"
     )
@@ -155,35 +156,38 @@ class ModelConfig(Section):
     moe_z_loss_coeff: float | None = knob(None, ge=0, engine="moe", resume="curve")
     """Coefficient of the router z-loss, a mean over tokens."""
     moe_expert_capacity_factor: float | None = knob(None, gt=0, engine="moe", resume="curve")
-    """Tokens above this capacity are dropped; the curve then depends on the layout. None: no token is dropped."""
+    """Tokens above this capacity are dropped, and the curve depends on the layout. None: no token is dropped."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = knob("alltoall", engine="moe", resume="free")
-    """How tokens travel to their experts."""
+    """How tokens are sent to their experts."""
     moe_grouped_gemm: bool | None = knob(None, engine="own", resume="free")
     """One grouped matrix product for all local experts (transformer_engine backend); None: where the backend has it."""
 
     # ---- multi-token prediction ----
     mtp_num_layers: Derived[int] = knob(None, ge=0, le=1000, engine="own")
-    """D, the number of prediction depths beside the next token; 0 or None: plain model."""
+    """D, the number of prediction depths in addition to the next token; 0 or None: no MTP."""
     mtp_loss_scaling_factor: float | str = knob(0.1, ge=0, resume="curve")
-    """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or "linear:0.3->0.1@10T"."""
+    """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or
+    "linear:0.3->0.1@10T"."""
     mtp_depth_weights: list[float] | None = knob(None, ge=0, resume="curve")
     """w_k for each depth; None: all 1."""
     mtp_variant: str = "sequential"
-    """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several."""
+    """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the
+    trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several."""
     mtp_use_repeated_layer: bool = knob(False, engine="same")
     """One set of MTP weights applied D times (Nemotron-3)."""
     mtp_detach_heads: bool = knob(False, engine="same", resume="curve")
     """MTP losses do not reach the trunk, the embedding and the head."""
     mtp_freeze_trunk: bool = knob(False, resume="curve")
-    """Train the MTP layers only; trunk, embedding and head stay as they are."""
+    """Train the MTP layers only; trunk, embedding and head are frozen."""
     mtp_hidden_source: Literal["post_final_norm", "pre_final_norm"] = "post_final_norm"
-    """The hidden state that depth 1 reads: after the final norm (DeepSeek-V3 and most) or before it (Step-3.5; then the MTP layers share a chunk with the last decoder layer)."""
+    """The hidden state that depth 1 reads: after the final norm (DeepSeek-V3 and most) or before it (Step-3.5; then
+    the MTP layers share a chunk with the last decoder layer)."""
 
     # ---- parallel sizes ----
     tensor_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """TP."""
     sequence_parallel: bool = knob(False, engine="same", resume="free")
-    """Shards norms and residuals along the sequence over TP; means nothing at TP = 1."""
+    """Shards norms and residuals along the sequence over TP; has no effect at TP = 1."""
     pipeline_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """PP, the number of stages."""
     virtual_pipeline_model_parallel_size: Derived[int] = knob(None, ge=1, le=10_000, engine="own", resume="free")
@@ -191,7 +195,8 @@ class ModelConfig(Section):
     pipeline_model_parallel_layout: Derived[str | list[int]] = knob(
         "auto", ge=0, le=10_000, engine="own", resume="free"
     )
-    """Which layers each chunk holds: "auto" (the planner's), "even", Megatron's string ("Et*3|(tt|)*29m|L"), or decoder layers of each chunk ([5, 6, 6, 4])."""
+    """Which layers each chunk holds: "auto" (the planner's), "even", Megatron's string ("Et*3|(tt|)*29m|L"), or
+    decoder layers of each chunk ([5, 6, 6, 4])."""
     context_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
     """CP, shards the sequence."""
     expert_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
@@ -201,20 +206,23 @@ class ModelConfig(Section):
 
     # ---- memory ----
     recompute_granularity: Literal["full", "selective"] | None = knob(None, engine="same", resume="free")
-    """Recompute whole layers, or chosen modules, in the backward pass."""
+    """Recompute complete layers (full) or chosen modules (selective) in the backward pass."""
     recompute_method: Literal["uniform", "block"] | None = knob(None, engine="same", resume="free")
-    """full: groups of recompute_num_layers layers (uniform), or the first recompute_num_layers of each chunk (block); MTP layers in both."""
+    """full: groups of recompute_num_layers layers (uniform), or the first recompute_num_layers of each chunk
+    (block); MTP layers in both."""
     recompute_num_layers: int | None = knob(None, ge=1, le=10_000, engine="same", resume="free")
     """See recompute_method."""
     recompute_modules: list[str] | None = knob(None, engine="same", resume="free")
     """selective: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; None: core_attn."""
     logits_chunk_tokens: int = knob(1024, ge=1, resume="free")
-    """Cross entropy runs over chunks of this many tokens of one rank; logits are never whole."""
+    """Cross entropy is computed in chunks of this many tokens of one rank, so the full logits never exist."""
     logits_z_loss_coeff: float = knob(0.0, ge=0, resume="curve")
     """Coefficient of log(Z)^2 of the main and MTP logits; 0: off."""
 
     # ---- implementation ----
     backend: Literal["auto", "torch", "transformer_engine"] = knob("auto", engine="own", resume="free")
-    """Which modules do the work. auto: Transformer Engine where it imports, a GPU is present and attention does not stop at documents, else torch."""
+    """Which modules the model is built from. auto: Transformer Engine where it imports, a GPU is present and
+    attention does not stop at documents; else torch."""
     mcore: dict[str, Any] = knob({}, engine="own")
-    """Fields of Megatron-Core's TransformerConfig that have no field here, by name; checked against the pinned release."""
+    """Fields of Megatron-Core's TransformerConfig that have no field here, by name; checked against the pinned
+    release."""

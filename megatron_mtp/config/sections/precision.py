@@ -25,7 +25,7 @@ class PrecisionConfig(Section):
     initial_loss_scale: float = knob(2.0**16, gt=0)
     """Where the dynamic loss scale starts."""
     min_loss_scale: float = knob(1.0, gt=0)
-    """The dynamic loss scale stops halving here; training ends if steps go on overflowing."""
+    """The dynamic loss scale stops halving here; training ends if steps keep overflowing."""
     loss_scale_window: int = knob(1000, ge=1)
     """Good steps before the scale doubles."""
     hysteresis: int = knob(2, ge=1)

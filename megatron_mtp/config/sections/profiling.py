@@ -21,8 +21,8 @@ class ProfilingConfig(Section):
     profile_step_start: int = knob(10, ge=0)
     """First step of the trace."""
     profile_step_end: int = knob(12, ge=1)
-    """Step after the last of the trace."""
+    """First step after the trace."""
     profile_ranks: list[int] = knob([0], ge=0)
-    """Ranks that write one."""
+    """Ranks that write a trace."""
     profile_dir: str | None = None
-    """Folder of the traces; needed with use_pytorch_profiler."""
+    """Folder of the traces; required with use_pytorch_profiler."""

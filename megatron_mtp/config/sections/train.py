@@ -1,4 +1,4 @@
-"""Batch sizes, the end of training, and what to do about bad numbers."""
+"""Batch sizes, the length of training, and what to do about bad numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_mtp.config.knob import knob
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig(Section):
-    """Batch sizes, the end of training, and what to do about bad numbers."""
+    """Batch sizes, the length of training, and what to do about bad numbers."""
 
     SECTION: ClassVar[str] = "train"
 
@@ -28,9 +28,9 @@ class TrainConfig(Section):
     train_tokens: int | str | None = knob(None, ge=1, resume="curve")
     """Ends after this many tokens; "10B" is accepted."""
     exit_interval: int | None = knob(None, ge=1, resume="free")
-    """Saves and leaves after a step divisible by this."""
+    """Saves a checkpoint and exits after a step divisible by this."""
     exit_duration_in_mins: float | None = knob(None, gt=0, resume="free")
-    """Saves and leaves after this much wall-clock time."""
+    """Saves a checkpoint and exits after this much wall-clock time."""
     manual_gc: bool = knob(True, resume="free")
     """Python's garbage collector runs at the same steps on every rank."""
     manual_gc_interval: int = knob(100, ge=1, resume="free")
@@ -38,15 +38,16 @@ class TrainConfig(Section):
     deterministic: bool = knob(False, resume="free")
     """Ask torch for deterministic kernels; slower on a GPU."""
     on_nan: Literal["skip", "stop", "rollback"] = knob("skip", resume="curve")
-    """A loss or gradient that is not finite: leave the update out, stop, or go back to the last checkpoint and pass over the batches since."""
+    """A loss or gradient that is not finite: skip the update, stop, or go back to the last checkpoint and skip the
+    batches since."""
     on_spike: Literal["report", "skip", "stop", "rollback"] = knob("report", resume="curve")
-    """A loss or gradient norm far above those before it: apply it and say so, or as on_nan."""
+    """A loss or gradient norm far above those before it: apply the update and log it (report), or as on_nan."""
     spike_sigmas: float = knob(6.0, gt=0, resume="curve")
     """A spike is this many standard deviations above the mean of the last spike_window good steps."""
     spike_window: int = knob(128, ge=4, le=1_000_000, resume="curve")
-    """Good steps that a spike is compared with; half of them must have been done."""
+    """Good steps that a spike is compared with. Spikes are detected once half of them exist."""
     skip_limit: int = knob(10, ge=1, resume="free")
-    """Steps left out in a row after which the run stops."""
+    """Steps skipped in a row after which the run stops."""
     rollback_limit: int = knob(3, ge=0, resume="free")
     """Rollbacks after which the run stops at the next fault."""
     check_replicas_interval: int | None = knob(None, ge=1, resume="free")

@@ -1,4 +1,4 @@
-"""Evaluation on held-out samples, the loss of every depth included."""
+"""Evaluation on held-out samples, with the loss of every depth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_mtp.config.knob import Derived, Resume, knob
 
 @dataclass(kw_only=True, slots=True)
 class ValidationConfig(Section):
-    """Evaluation on held-out samples, the loss of every depth included."""
+    """Evaluation on held-out samples, with the loss of every depth."""
 
     SECTION: ClassVar[str] = "validation"
     RESUME: ClassVar[Resume] = "free"
@@ -25,8 +25,9 @@ class ValidationConfig(Section):
     eval_at_end: bool = True
     """Evaluate after the last step."""
     eval_micro_batch_size: Derived[int] = knob(None, ge=1, le=1_000_000)
-    """None: train.micro_batch_size."""
+    """Samples in one forward pass of one rank; None: train.micro_batch_size."""
     eval_global_batch_size: Derived[int] = knob(None, ge=1, le=1_000_000)
-    """None: train.global_batch_size."""
+    """Samples in one evaluation step over all ranks; None: train.global_batch_size."""
     draft_prompts: int = knob(0, ge=0, le=100_000)
-    """At each evaluation, beginnings of this many held-out samples are decoded with the MTP layers as drafters (drafting/...); 0: none."""
+    """At each evaluation, this many held-out samples are decoded from their first tokens on, with the MTP layers as
+    drafters (metrics drafting/...); 0: none."""

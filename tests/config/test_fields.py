@@ -1,0 +1,237 @@
+"""What a field states about itself holds: ranges are checked, nothing of a finalized config changes, all are read."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+
+import megatron_mtp
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.coerce import field_types
+from megatron_mtp.config.frozen import FrozenDict, FrozenList
+from megatron_mtp.config.knob import INT64_MAX, Range, engine_fields, range_of
+from megatron_mtp.config.yaml_text import dump_yaml, load_yaml
+from megatron_mtp.errors import ConfigError
+from megatron_mtp.recipes import RECIPES, get_recipe
+
+pytestmark = pytest.mark.unit
+
+SECTIONS = field_types(ConfigContainer)
+FIELDS = [(section, name) for section, kind in SECTIONS.items() for name in field_types(kind)]
+
+
+def number_types(wanted: Any) -> set[type]:
+    """int and float, where a field accepts them, also as items of a list."""
+    found = {wanted} & {int, float}
+    return found.union(*(number_types(arg) for arg in get_args(wanted) if isinstance(arg, type) or get_args(arg)))
+
+
+NUMBERS = [(s, n) for s, n in FIELDS if number_types(field_types(SECTIONS[s])[n])]
+
+
+def outside(limits: Range, kinds: set[type]) -> Iterator[float]:
+    """Numbers just below and above a range, and those that no range holds."""
+    step = 1 if kinds == {int} else 1e-6
+    if limits.gt is not None:
+        yield limits.gt
+    if limits.ge is not None:
+        yield limits.ge - step
+    if limits.lt is not None:
+        yield limits.lt
+    if limits.le is not None:
+        yield limits.le + step
+    yield from (math.nan, math.inf, -math.inf) if float in kinds else (INT64_MAX + 1,)
+
+
+def test_every_number_has_a_range_with_a_lower_bound():
+    for section, name in NUMBERS:
+        limits = range_of(SECTIONS[section], name)
+        assert limits is not None, f"{section}.{name}"
+        assert limits.gt is not None or limits.ge is not None, f"{section}.{name}"
+
+
+@pytest.mark.parametrize(("section", "name"), NUMBERS)
+def test_a_value_outside_its_range_is_refused(section, name):
+    kind = SECTIONS[section]
+    wanted, limits = field_types(kind)[name], range_of(kind, name)
+    takes_scalar = bool({int, float} & ({wanted} if get_origin(wanted) is list else {wanted, *get_args(wanted)}))
+    for number in outside(limits, number_types(wanted)):
+        assert not limits.holds(number)
+        for value in [number] * takes_scalar + [[number]] * ("list" in str(wanted)):
+            cfg = get_recipe("tiny_dense")
+            setattr(getattr(cfg, section), name, value)
+            with pytest.raises(ConfigError) as caught:
+                cfg.finalize()
+            (found,) = [problem for problem in caught.value.problems if problem.fields[0] == f"{section}.{name}"]
+            assert found.value == value or math.isnan(number)
+            assert found.rule == limits.rule(value)
+
+
+def test_a_wrong_field_hides_no_problem_of_another_whose_name_begins_with_its_own():
+    cfg = get_recipe("tiny_dense")
+    cfg.dataset.blend = 7
+    cfg.dataset.blend_per_split = [["a"], None]
+    with pytest.raises(ConfigError) as caught:
+        cfg.finalize()
+    assert [problem.fields[0] for problem in caught.value.problems] == ["dataset.blend", "dataset.blend_per_split"]
+
+
+def test_a_problem_is_left_out_where_one_of_its_fields_is_wrong():
+    cfg = get_recipe("tiny_dense")
+    cfg.model.update(tensor_model_parallel_size=0, num_attention_heads=-1, num_query_groups=3)
+    with pytest.raises(ConfigError) as caught:
+        cfg.finalize()
+    fields = {problem.fields[0] for problem in caught.value.problems}
+    assert fields == {"model.tensor_model_parallel_size", "model.num_attention_heads"}
+
+
+@pytest.mark.parametrize("layout", ["auto", "(t*10000)*10000"])
+def test_absurd_sizes_are_refused_without_being_expanded(layout):
+    cfg = get_recipe("tiny_dense")
+    cfg.model.update(
+        pipeline_model_parallel_size=100_000,
+        virtual_pipeline_model_parallel_size=10_000,
+        pipeline_model_parallel_layout=layout,
+    )
+    with pytest.raises(ConfigError, match=r"no chunk may be empty|more than 100000 symbols"):
+        cfg.finalize()
+
+
+def containers(value: Any) -> Iterator[list | dict]:
+    if isinstance(value, list | dict):
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from containers(item)
+
+
+def frozen_config(recipe: str) -> ConfigContainer:
+    cfg = get_recipe(recipe)
+    cfg.model.mcore["window_size"] = [4, 0]
+    cfg.model.mtp_depth_weights = [1.0] * cfg.model.mtp_num_layers
+    cfg.dataset.valid_sets = {"code": [["a"], None]}
+    return cfg.finalize()
+
+
+CHANGES = {
+    list: ["append(1)", "extend([1])", "insert(0, 1)", "pop()", "remove(1)", "clear()", "sort()", "reverse()"],
+    dict: ["update(a=1)", "setdefault('a', 1)", "pop('a')", "popitem()", "clear()"],
+}
+STATEMENTS = {
+    list: ["it[0] = 1", "it[:] = []", "del it[:]", "it += [1]", "it *= 2"],
+    dict: ["it['a'] = 1", "del it['a']", "it |= {'a': 1}"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_list_or_dict_of_a_finalized_config_can_change(recipe):
+    cfg = frozen_config(recipe)
+    before, count = cfg.to_dict(), 0
+    for section, name in FIELDS:
+        for it in containers(getattr(getattr(cfg, section), name)):
+            kind = list if isinstance(it, list) else dict
+            for code in [f"it.{call}" for call in CHANGES[kind]] + STATEMENTS[kind]:
+                with pytest.raises(ConfigError, match=rf"{section}\.{name} = .*finalized"):
+                    exec(code, {"it": it})
+                count += 1
+    assert count > 50
+    assert cfg.to_dict() == before
+
+
+def test_frozen_lists_and_dicts_behave_as_plain_ones():
+    cfg = frozen_config("tiny_mla_moe")
+    sets, freq = cfg.dataset.valid_sets, cfg.model.moe_layer_freq
+    assert (type(sets), type(freq)) == (FrozenDict, FrozenList)
+    assert sets == {"code": [["a"], None]}
+    assert freq == [0, 1, 1, 1]
+    assert json.loads(json.dumps(sets)) == load_yaml(dump_yaml(sets), "test") == sets
+    for plain in (copy.deepcopy(sets), pickle.loads(pickle.dumps(sets)), cfg.copy().dataset.valid_sets):
+        plain["code"][0].append("b")
+        assert plain == {"code": [["a", "b"], None]}
+    assert type(cfg.to_dict()["dataset"]["valid_sets"]["code"]) is list
+    assert asdict(cfg) == cfg.to_dict()
+    with pytest.raises(ConfigError, match="finalized"):
+        pickle.loads(pickle.dumps(cfg)).model.moe_layer_freq.append(1)
+
+
+def test_files_that_name_a_removed_field_still_open():
+    data = yaml.safe_load(ConfigContainer().to_yaml())
+    data["logger"]["log_params_norm"] = True
+    assert ConfigContainer.from_dict(data) == ConfigContainer()
+    with pytest.raises(ConfigError, match=r"logger\.log_params_norm: there is no such field\. It was removed"):
+        ConfigContainer().logger.log_params_norm = True
+
+
+# ---- every field is read by the package ----
+IN_CHECKS = {"ddp.use_megatron_fsdp", "ddp.use_torch_fsdp2", "dist.watchdog_s"}
+"""Read by checks only: two exist to be refused by name, one is half of watchdog_timeout_s."""
+ALIASES = {
+    "checkpoint": {"ckpt"},
+    "scheduler": {"sched"},
+    "optimizer": {"opt"},
+    "validation": {"val"},
+    "dataset": {"data"},
+}
+NOT_READERS = ("sections", "checks", "mcore", "hints.py", "derive.py", "finalize.py")
+
+
+def fields_read() -> set[str]:
+    """Fields that some file outside the declarations and checks of the config reads, as "section.field".
+
+    A read is `<section>.<field>` where the name before the dot is the section's or an alias of it (`cfg.model.x`,
+    `model.x`, `ckpt.save`), a name with an annotation or an assignment that says so (`def f(own: LoggerConfig)`,
+    `own = cfg.logger`), or a text with the field's name where fields are read by name.
+    """
+    root = Path(megatron_mtp.__file__).parent
+    found: set[str] = {f"model.{name}" for name in engine_fields(SECTIONS["model"], ("same", "mla", "moe"))}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        if not (parts[0] == "config" and parts[1] in NOT_READERS):
+            found |= reads_of(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def reads_of(tree: ast.AST) -> set[str]:
+    owners = {alias: section for section in SECTIONS for alias in (section, *ALIASES.get(section, ()))}
+    classes = {kind.__name__: section for section, kind in SECTIONS.items()}
+    nodes, found = list(ast.walk(tree)), set()
+    for node in nodes:
+        if isinstance(node, ast.arg | ast.AnnAssign) and ast.unparse(node.annotation or node) in classes:
+            owners[last_name(node)] = classes[ast.unparse(node.annotation)]
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            is_pair = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            for name, source in zip(target.elts, value.elts, strict=True) if is_pair else [(target, value)]:
+                if isinstance(source, ast.Attribute) and source.attr in SECTIONS:
+                    owners[last_name(name)] = source.attr
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and last_name(node.value) in owners:
+            found.add(f"{owners[last_name(node.value)]}.{node.attr}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and last_name(node.args[0]) in owners:
+            section = owners[last_name(node.args[0])]  # getattr(sched, f"lr_decay_{unit}") reads what begins like that
+            prefix = ast.unparse(node.args[1]).strip("f'").partition("{")[0]
+            found |= {
+                f"{section}.{name}" for name in field_types(SECTIONS[section]) if prefix and name.startswith(prefix)
+            }
+    return found
+
+
+def last_name(node: ast.AST) -> str:
+    """The name by which an expression or a declaration goes, without the underscore of private ones."""
+    if isinstance(node, ast.arg):
+        return node.arg
+    return ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node).rpartition(".")[2].lstrip("_")
+
+
+def test_every_field_is_read():
+    unread = {f"{section}.{name}" for section, name in FIELDS} - fields_read()
+    assert unread == IN_CHECKS, "nothing in the package reads these fields: use them, or remove them"
