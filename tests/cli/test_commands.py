@@ -136,6 +136,18 @@ def test_mistakes_end_with_2_and_one_message(run, monkeypatch, tmp_path, command
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["show", "plan", "verify"])
+def test_with_json_mistakes_are_objects(run, command):
+    code, out, err = run(command, "tiny_dense", "--json", "train.global_batch_size=7", "optimizer.lr=0")
+    data = json.loads(out)
+    assert (code, data["error"]) == (2, "ConfigError")
+    by_field = {problem["fields"][0]: problem for problem in data["problems"]}
+    assert by_field["optimizer.lr"]["rule"] == "must be above 0"
+    batch = by_field["train.global_batch_size"]
+    assert (batch["value"], batch["fields"][1]) == (7, "train.micro_batch_size")
+    assert "train.global_batch_size = 7: must be divisible" in err
+
+
 def test_world_size_that_does_not_fit(run, monkeypatch):
     code, _, err = run("pretrain", "demo")
     assert (code, "world_size = 1: must be a multiple of 2" in err, "--nproc 2" in err) == (2, True, True)

@@ -7,7 +7,9 @@ from importlib.metadata import version
 import pytest
 
 from megatron_mtp.config import mcore_table
+from megatron_mtp.config.knob import engine_fields
 from megatron_mtp.config.mcore import rules as mcore_rules
+from megatron_mtp.config.sections import ModelConfig
 from scripts.mcore_table import render
 
 pytestmark = pytest.mark.unit
@@ -34,3 +36,17 @@ def test_defaults_have_their_own_type():
     for name, (wanted, default) in mcore_table.MCORE_FIELDS.items():
         if wanted is not None and not (name == "cuda_graph_modules" and default == "full"):
             check(default, wanted)
+
+
+def test_what_a_field_says_about_megatron_core_is_so():
+    """Fields that go under their own name exist there; a field that both sides have is passed on."""
+    from dataclasses import fields
+
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    all_kinds, plain_kinds = ("same", "moe", "mla", "own"), ("same", "moe")
+    for config_class, kinds in ((MLATransformerConfig, ("same", "moe", "mla")), (TransformerConfig, plain_kinds)):
+        assert set(engine_fields(ModelConfig, kinds)) <= {field.name for field in fields(config_class)}
+    both = {field.name for field in fields(MLATransformerConfig)} & {field.name for field in fields(ModelConfig)}
+    # The objective weighs the losses itself.
+    assert both - set(engine_fields(ModelConfig, all_kinds)) == {"mtp_loss_scaling_factor"}
