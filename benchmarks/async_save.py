@@ -2,10 +2,12 @@
 
     python benchmarks/async_save.py
 
-A model with Adam state of at least 500 MB trains on one rank. Steps are timed without a save, and during an asynchronous one of which every
-file is on the disk only after some steps: there are as many saves as it takes to see at least 20. Steps without a save lie between them, so that
-a machine that gets slower or faster does so for both. The step in which a checkpoint is made whole and an old one retired counts as one
-beside a save; the stall at the start is a figure of its own, `checkpoint/stall_ms`. Exits with 1 where the median step is longer by 15 %.
+A model with Adam state of at least 500 MB trains on one rank. Steps are timed without a save, and during an
+asynchronous one of which every file is on the disk only after some steps: there are as many saves as it takes to see at
+least 20. Steps without a save lie between them, so that a machine that gets slower
+or faster does so for both. The step in which a checkpoint is made whole and an old one
+retired counts as one beside a save; the stall at the start is a figure of its own, `checkpoint/stall_ms`. Exits with 1
+where the median step is longer by 15 %.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ def main() -> None:
 
 
 def make_config(folder: Path, options: argparse.Namespace) -> Any:
-    """About 45M weights: 12 bytes of fp32 weights and Adam moments for each, and the weights once more in the optimizer's shards."""
+    """About 45M weights: 12 bytes of fp32 weights and Adam moments for each, and the weights once more in the
+    optimizer's shards.
+    """
     cfg = get_recipe("tiny_dense")
     cfg.model.hidden_size, cfg.model.ffn_hidden_size = options.hidden, 4 * options.hidden
     cfg.model.num_layers, cfg.model.mtp_num_layers, cfg.model.seq_length = 4, 1, 16

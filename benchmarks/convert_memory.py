@@ -1,8 +1,10 @@
-"""Peak resident memory of `convert import` and `convert export` on a model of several GB, against the bound that is promised.
+"""Peak resident memory of `convert import` and `convert export` on a model of several GB, against the bound that is
+promised.
 
     python benchmarks/convert_memory.py --folder runs/convert_memory
 
-Makes a random dense model, carries it there and back in a process of its own each time, compares the bits, and removes it all.
+Makes a random dense model, carries it there and back in a process of its own each time, compares the bits, and removes
+it all.
 The bound: the interpreter's own memory (after the imports) + twice the largest tensor + 1 GiB.
 """
 
@@ -94,7 +96,8 @@ def run(kind: str, source: Path, target: Path, largest: int) -> bool:
     bound = found["own"] + 2 * largest + GIB
     holds = found["peak"] <= bound and found["same"] is not False
     print(
-        f"{kind}: peak {found['peak'] / GIB:.2f} GiB of {bound / GIB:.2f} allowed (interpreter {found['own'] / GIB:.2f}), "
+        f"{kind}: peak {found['peak'] / GIB:.2f} GiB of {bound / GIB:.2f} allowed "
+        f"(interpreter {found['own'] / GIB:.2f}), "
         f"{found['seconds']:.0f} s, {time.monotonic() - started:.0f} s with imports: {'holds' if holds else 'BROKEN'}"
     )
     return holds

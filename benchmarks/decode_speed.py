@@ -1,9 +1,11 @@
 """Plain decoding against transformers on the same export, and drafting against plain decoding, all in one process.
 
-    python -m benchmarks.decode_speed runs/demo/run_001/checkpoints --tokenizer runs/demo/data/tokenizer.json --data runs/demo/data/text/stdlib_valid.jsonl
+    python -m benchmarks.decode_speed runs/demo/run_001/checkpoints --tokenizer runs/demo/data/tokenizer.json \\
+        --data runs/demo/data/text/stdlib_valid.jsonl
 
-Each prompt is decoded greedily by transformers (dynamic cache, `generate`), by this package without drafts, and with 1, 2, 3 drafts and the automatic number; batch 1. Runs of
-one prompt follow each other, so that all meet the same machine, and medians over prompts are printed. transformers is left out with --no-transformers.
+Each prompt is decoded greedily by transformers (dynamic cache, `generate`), by this package without drafts, and with 1,
+2, 3 drafts and the automatic number; batch 1. Runs of one prompt follow each other, so that all meet the same machine,
+and medians over prompts are printed. transformers is left out with --no-transformers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What `mtp_finetune` gains: a demo model with one MTP layer drafts three tokens, before and after its layer was trained to.
+"""What `mtp_finetune` gains: a demo model with one MTP layer drafts three tokens, before and after its layer was
+trained to.
 
     python -m benchmarks.finetune_drafter --folder runs/finetune
 
-Steps, each kept in --folder and not repeated: the demo's data; a D=1 model trained on it; the model's own continuations; the recipe mtp_finetune from that model's
-weights; acceptance by depth on held-out prompts with both, decoded with three drafts a round.
+Steps, each kept in --folder and not repeated: the demo's data; a D=1 model trained on it; the model's own
+continuations; the recipe mtp_finetune from that model's weights; acceptance by depth on held-out prompts with both,
+decoded with three drafts a round.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def spec_eval(
 ) -> dict[str, float | list[float]]:
     """Figures over all held-out prompts."""
     run(
-        "megatron_mtp", "spec-eval", checkpoints, "--data", text, "--tokenizer", data.tokenizer, "--num-draft", NUM_DRAFT,
+        "megatron_mtp", "spec-eval", checkpoints, "--data", text,
+        "--tokenizer", data.tokenizer, "--num-draft", NUM_DRAFT,
         "--prompts", options.prompts, "--prompt-tokens", 32, "--new-tokens", 128, "--threads", options.threads,
         "--device", "cpu", "--json", out,
     )  # fmt: skip

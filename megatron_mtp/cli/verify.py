@@ -17,8 +17,9 @@ def verify(
     layouts: Annotated[
         str | None,
         typer.Option(
-            help='Layouts to compare with one rank, such as "tp=2,sp=1; pp=2,vp=2; pp=4,layout=Ett|tt|mm|L; dp=2,distopt=1". '
-            "Keys: tp sp pp vp layout cp ep etp dp distopt overlap mbs recompute. Default: one of each that the model can use."
+            help='Layouts to compare with one rank: "tp=2,sp=1; pp=2,vp=2; pp=4,layout=Ett|tt|mm|L; dp=2,distopt=1". '
+            "Keys: tp sp pp vp layout cp ep etp dp distopt overlap mbs recompute. "
+            "Default: one of each that the model can use."
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,

@@ -50,7 +50,8 @@ def parse_blend(value: Any, field: str) -> Blend:
         numbers = [math.nan]
     if len(numbers) != len(prefixes) or not all(0 <= n < math.inf for n in numbers) or sum(numbers) <= 0:
         raise ConfigError(
-            f"{field}: weights {weights!r} must be {len(prefixes)} numbers, one for each prefix, none negative and not all 0."
+            f"{field}: weights {weights!r} must be {len(prefixes)} numbers, one for each prefix, none negative and "
+            "not all 0."
         )
     kept = [(prefix, number) for prefix, number in zip(prefixes, numbers, strict=True) if number > 0]
     return Blend(tuple(p for p, _ in kept), tuple(n for _, n in kept))

@@ -70,7 +70,8 @@ class Corpus:
         self.reader, self.documents, self.which, self.targets = reader, documents, which, targets
         if targets is not None and not np.array_equal(targets.lengths, reader.lengths):
             raise DataError(
-                f"{targets.prefix}: its {len(targets)} sequences have other lengths than the {len(reader)} of {reader.prefix}, "
+                f"{targets.prefix}: its {len(targets)} sequences have other lengths than the {len(reader)} of "
+                f"{reader.prefix}, "
                 "whose loss mask it is (dataset.loss_mask_suffix). Write one number for each token."
             )
         self.seq_length, self.eod, self.seed = seq_length, eod, seed
@@ -79,8 +80,10 @@ class Corpus:
         self.num_samples = (self.num_tokens - 1) // seq_length
         if self.num_samples < 1:
             raise DataError(
-                f"{reader.prefix}: its {which} split holds {self.num_tokens} tokens in {documents[1] - documents[0]} of "
-                f"{len(reader)} documents, too few for one sample of {seq_length} + 1 tokens. Change dataset.split, shorten "
+                f"{reader.prefix}: its {which} split holds {self.num_tokens} tokens in {documents[1] - documents[0]} "
+                "of "
+                f"{len(reader)} documents, too few for one sample of {seq_length} + 1 tokens. Change dataset.split, "
+                "shorten "
                 "model.seq_length, give more data"
                 + (", or set validation.eval_iters = 0." if which == "valid" else ".")
             )

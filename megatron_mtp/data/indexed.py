@@ -1,4 +1,5 @@
-"""Megatron's `.bin/.idx` files: a memory-mapped reader that names what is wrong, and a writer for many documents at once.
+"""Megatron's `.bin/.idx` files: a memory-mapped reader that names what is wrong, and a writer for many documents at
+once.
 
 Megatron-Core's own IndexedDataset reads and writes the same bytes (there is a test), but importing it takes seconds and
 torch, and a damaged file ends in an assertion or a bus error.

@@ -1,4 +1,6 @@
-"""From a config to batches: one data module for each rank, which builds that rank's micro-batches of every global batch."""
+"""From a config to batches: one data module for each rank, which builds that rank's micro-batches of every global
+batch.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ class BatchBuilder:
             if not 0 <= worst < self.vocab_size:
                 raise DataError(
                     f"{self.source.describe(sample_id)}: holds token id {worst}, outside the vocabulary of "
-                    f"{self.vocab_size} ids (model.vocab_size). The data was made with another tokenizer, or the file is "
+                    f"{self.vocab_size} ids (model.vocab_size). The data was made with another tokenizer, or the "
+                    "file is "
                     "damaged: set model.vocab_size to the tokenizer's, or prepare the data again."
                 )
         return sample

@@ -1,6 +1,7 @@
 """Which samples form each global batch: positions in one endless sequence, cut by the batch-size schedule.
 
-Nothing here knows the data-parallel size, the micro-batch or the length of the run, so none of them can change the order.
+Nothing here knows the data-parallel size, the micro-batch or the length of the run, so none of them can change the
+order.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def local_positions(global_batch_size: int, micro_batch_size: int, dp_rank: int,
 
 
 def epoch_samples(ordinals: np.ndarray, size: int, seed: int, name: str) -> np.ndarray:
-    """Maps the n-th draw from a data set to one of its samples: epoch n // size is a permutation from (seed, name, epoch).
+    """Maps the n-th draw from a data set to one of its samples: epoch n // size is a permutation from (seed, name,
+    epoch).
 
     Args:
         ordinals: int64 [n], draws counted from 0 over all epochs.

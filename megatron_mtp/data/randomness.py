@@ -1,4 +1,5 @@
-"""Random numbers by position: any element of any stream at once, without state, equal on every machine and numpy release.
+"""Random numbers by position: any element of any stream at once, without state, equal on every machine and numpy
+release.
 
 Data order is defined through these, so that a resumed run, or another data-parallel size, computes the same order from
 the position alone and holds no index in memory.

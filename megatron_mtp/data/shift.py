@@ -1,4 +1,5 @@
-"""What each prediction depth reads and predicts: shifted ids, labels and masks, made on the full sequence before any slicing.
+"""What each prediction depth reads and predicts: shifted ids, labels and masks, made on the full sequence before any
+slicing.
 
 With t the token ids of a sample (s+1 of them), slot i (0 <= i < s) and depth k:
 

@@ -1,4 +1,6 @@
-"""The `<prefix>.json` beside a data set: what it holds and which tokenizer made it, so that a mix-up is found before a run."""
+"""The `<prefix>.json` beside a data set: what it holds and which tokenizer made it, so that a mix-up is found before a
+run.
+"""
 
 from __future__ import annotations
 
@@ -66,13 +68,16 @@ class Sidecar:
             )
         if self.largest_id >= vocab_size:
             found.append(
-                f"{prefix}: holds token id {self.largest_id} (tokenizer {self.tokenizer_type}, {self.vocab_size} ids), outside "
-                f"the model's vocabulary of {vocab_size} ids. Set model.vocab_size = {self.vocab_size}, or prepare the data with "
+                f"{prefix}: holds token id {self.largest_id} (tokenizer {self.tokenizer_type}, {self.vocab_size} "
+                "ids), outside "
+                f"the model's vocabulary of {vocab_size} ids. Set model.vocab_size = {self.vocab_size}, or prepare "
+                "the data with "
                 "the model's tokenizer."
             )
         if fingerprint is not None and fingerprint != self.tokenizer_fingerprint:
             found.append(
-                f"{prefix}: was made by the tokenizer {self.tokenizer_fingerprint}, but the run's is {fingerprint}. Set "
+                f"{prefix}: was made by the tokenizer {self.tokenizer_fingerprint}, but the run's is {fingerprint}. "
+                "Set "
                 "tokenizer.tokenizer_model to the one that made the data, or prepare it again."
             )
         return found

@@ -15,7 +15,8 @@ class Sample:
     Attributes:
         tokens: int64 [s+1].
         starts: bool [s+1], true where a token begins a document.
-        is_target: bool [s+1], false where a token carries no loss at any depth, such as a prompt's; None: all are targets.
+        is_target: bool [s+1], false where a token carries no loss at any depth, such as a prompt's; None: all are
+            targets.
     """
 
     tokens: np.ndarray

@@ -98,7 +98,8 @@ class HuggingFaceTokenizer:
             if name in vocab:
                 return vocab[name]
         raise DataError(
-            f"tokenizer {file}: has no end-of-document token. It is eos_token of a tokenizer_config.json beside it, or one "
+            f"tokenizer {file}: has no end-of-document token. It is eos_token of a tokenizer_config.json beside it, "
+            "or one "
             f"of {', '.join(_EOD_NAMES)}: add one to the tokenizer."
         )
 
@@ -246,8 +247,8 @@ def open_tokenizer(kind: str, model: str | None = None, vocab_size: int | None =
 def tokenizer_from_spec(spec: str) -> Tokenizer:
     """Opens a tokenizer named by one word: "bytes", "null:VOCAB", or a path whose ending tells its kind.
 
-    `*.model` is SentencePiece, `*.tiktoken` tiktoken, and a folder or any other `*.json` Hugging Face; write "tiktoken:PATH" and the like
-    where the ending misleads.
+    `*.model` is SentencePiece, `*.tiktoken` tiktoken, and a folder or any other `*.json` Hugging Face; write
+    "tiktoken:PATH" and the like where the ending misleads.
     """
     kind, _, rest = spec.partition(":")
     if kind == "null":

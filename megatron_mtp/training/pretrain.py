@@ -188,7 +188,8 @@ def _log_plan(run: Run) -> None:
     logger.info("pipeline layout %s, planned for %s (dist.hardware)", found.layout.string, name)
     if not found.fits:
         logger.warning(
-            "no split fits the memory of %s by estimate; this is the fastest one. `megatron-mtp plan` shows each stage.",
+            "no split fits the memory of %s by estimate; this is the fastest one. `megatron-mtp plan` shows each "
+            "stage.",
             name,
         )
     if name not in run.device.name.lower():

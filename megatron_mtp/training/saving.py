@@ -56,7 +56,9 @@ class Saver:
         return True
 
     def metrics(self) -> dict[str, float]:
-        """Cost of saves since the last call: time during which training stood still, and time until a checkpoint was complete."""
+        """Cost of saves since the last call: time during which training stood still, and time until a checkpoint was
+        complete.
+        """
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -69,7 +71,8 @@ class Saver:
             logger.error("%s", error)
 
     def roll_back(self, samples: int) -> None:
-        """Goes back to the newest complete checkpoint of this run and skips the data up to and including the current step.
+        """Goes back to the newest complete checkpoint of this run and skips the data up to and including the current
+        step.
 
         Args:
             samples: samples of the current step, which the state does not count yet.

@@ -8,8 +8,9 @@ Allowed, in fp32:
                reference, |G| the norm of the whole reference gradient and n the number of parameter tensors. A tensor
                is what the sharded state dict calls one: layers and experts apart, gate and up projection apart. The
                floor, a thousandth of a typical tensor's norm, keeps a gradient next to nothing from being judged by
-               rounding alone. With linear attention 5e-5 are allowed: a head that forgets at once gives (q k) v, of which
-               the norm that follows leaves little but the sign of q k, and where that is near zero rounding grows.
+               rounding alone. With linear attention 5e-5 are allowed: a head that forgets at once gives (q k) v, of
+               which the norm that follows leaves little but the sign of q k, and where that is near zero rounding
+               grows.
     copies     a replicated parameter's gradients on two ranks: as gradients. Initial weights: equal bit for bit.
     curve      |a - b| <= 1e-5 * |b| for each depth and optimizer step, up to the first step with another routing.
 """

@@ -1,4 +1,7 @@
-"""One layout measured: losses, counts, routing, every gradient, initial weights and a short curve. Runs on every worker of a pool."""
+"""One layout measured: losses, counts, routing, every gradient, initial weights and a short curve.
+
+Runs on every worker of a pool.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Imported once by the fork server of `verify`, so that its workers start in a tenth of a second and without notices."""
+"""Imported once by the fork server of `verify`, so that its workers start in a tenth of a second and without
+notices.
+"""
 
 import warnings
 

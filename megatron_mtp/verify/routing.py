@@ -22,7 +22,9 @@ RouterCall = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class RoutingPart:
-    """One router call on one rank: its map [b, s', E] bool, the samples' places in the global batch and the slots' positions."""
+    """One router call on one rank: its map [b, s', E] bool, the samples' places in the global batch and the slots'
+    positions.
+    """
 
     call: RouterCall
     places: np.ndarray

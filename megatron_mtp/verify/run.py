@@ -1,4 +1,6 @@
-"""Runs a shrunk recipe at several layouts on the CPU and compares each with one rank: loss, counts, routing, every gradient."""
+"""Runs a shrunk recipe at several layouts on the CPU and compares each with one rank: loss, counts, routing, every
+gradient.
+"""
 
 from __future__ import annotations
 

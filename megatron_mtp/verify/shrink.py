@@ -1,4 +1,6 @@
-"""A recipe cut down to a size that this machine can run at every layout asked for, with the same kinds of layers and losses."""
+"""A recipe cut down to a size that this machine can run at every layout asked for, with the same kinds of layers and
+losses.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ class _Sizes:
         written = {layout.values["layout"].count("t") for layout in self.layouts if "layout" in layout.values}
         if len(written) > 1:
             raise ConfigError(
-                f"--layouts: the hand-written layouts hold {', '.join(map(str, sorted(written)))} decoder layers (t). One "
+                f"--layouts: the hand-written layouts hold {', '.join(map(str, sorted(written)))} decoder layers "
+                "(t). One "
                 "reference serves all layouts: give them equally many."
             )
         chunks = max(layout.values.get("pp", 1) * layout.values.get("vp", 1) for layout in self.layouts)

@@ -1,4 +1,5 @@
-"""Every layout computes what one rank computes, whatever the mask: loss of every depth, counts, routing, every gradient.
+"""Every layout computes what one rank computes, whatever the mask: loss of every depth, counts, routing, every
+gradient.
 
 What is allowed stands in megatron_mtp/verify/compare.py; no pair of the matrix needs more.
 """

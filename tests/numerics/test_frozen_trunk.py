@@ -83,7 +83,10 @@ def test_layouts_equal_one_rank(ranks, alone, layout):
 
 
 def frozen_after_pretraining(directory: str) -> Any:
-    """Two steps that train the trunk, a save, and a step on the frozen trunk. Weights at the save and after, on rank 0."""
+    """Two steps that train the trunk, a save, and a step on the frozen trunk.
+
+    Weights at the save and after, on rank 0.
+    """
     places = (f"checkpoint.save={directory}", f"checkpoint.load={directory}", "checkpoint.load_optim=false")
     return [
         trained_to(end, (*FROZEN, *places, f"model.mtp_freeze_trunk={end == 3}"), is_resumed=end == 3, save_at=2)
@@ -120,7 +123,10 @@ def test_a_trunk_can_be_frozen_after_pretraining(ranks, tmp_path):
 
 
 def saved_and_resumed(overrides: tuple[str, ...], directory: str) -> Any:
-    """Three steps with a save after the second; then a new run that resumes and takes the third. The weights of both."""
+    """Three steps with a save after the second; then a new run that resumes and takes the third.
+
+    The weights of both.
+    """
     fields = (*FROZEN, *overrides, f"checkpoint.save={directory}", f"checkpoint.load={directory}")
     return [trained_to(3, fields, is_resumed, save_at=2) for is_resumed in (False, True)]
 

@@ -1,4 +1,5 @@
-"""The normaliser is the global number of targets: masks at which local counts give another gradient, at two ranks against one.
+"""The normaliser is the global number of targets: masks at which local counts give another gradient, at two ranks
+against one.
 
 Each mask is one with which Megatron-Core 0.19.2 was measured to be wrong.
 """

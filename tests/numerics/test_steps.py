@@ -1,4 +1,6 @@
-"""Steps with clipping at two ranks against one: gradient norms, losses after updates, weights; where norms have groups of their own."""
+"""Steps with clipping at two ranks against one: gradient norms, losses after updates, weights; where norms have groups
+of their own.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ TOKENS, HIDDEN, ROWS, VOCAB = 37, 12, 64, 59
 
 
 def _inputs(masked: int = 0) -> tuple[torch.Tensor, ...]:
-    """Hidden states, weight, targets, and the weight of each token's loss and log-sum-exp: 0 for every token but one in `masked`."""
+    """Hidden states, weight, targets, and the weight of each token's loss and log-sum-exp: 0 for every token but one in
+    `masked`.
+    """
     torch.manual_seed(3)
     counts = torch.arange(TOKENS) % masked == 0 if masked else torch.ones(TOKENS)
     return (

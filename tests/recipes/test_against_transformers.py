@@ -1,4 +1,6 @@
-"""The exact size of every recipe's model is that of the family's class in transformers, built on meta tensors from our config.json."""
+"""The exact size of every recipe's model is that of the family's class in transformers, built on meta tensors from our
+config.json.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The tiny model of every family trains on one CPU: the loss of each depth falls on text whose next token follows from the last."""
+"""The tiny model of every family trains on one CPU: the loss of each depth falls on text whose next token follows from
+the last.
+"""
 
 from __future__ import annotations
 

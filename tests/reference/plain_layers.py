@@ -1,6 +1,7 @@
 """One transformer block as formulas: norms, RoPE, attention with an explicit mask, MLA, feed-forward.
 
-Shapes are batch first, `[b, s, h]`. Attention matrices are whole. Nothing casts: a model in fp64 computes everything in fp64.
+Shapes are batch first, `[b, s, h]`. Attention matrices are whole. Nothing casts: a model in fp64 computes everything in
+fp64.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 class Norm(nn.Module):
-    """RMSNorm: g * x / sqrt(mean(x^2) + eps). LayerNorm: the same of x - mean(x), plus a bias. g is the weight, or 1 + weight."""
+    """RMSNorm: g * x / sqrt(mean(x^2) + eps). LayerNorm: the same of x - mean(x), plus a bias.
+
+    g is the weight, or 1 + weight.
+    """
 
     def __init__(self, cfg: PlainConfig, size: int):
         super().__init__()
@@ -43,13 +47,15 @@ class Norm(nn.Module):
 
 
 def rotate(x: Tensor, positions: Tensor, cfg: PlainConfig, pairs: str) -> Tensor:
-    """RoPE (arXiv 2104.09864, equation 34): the pair j of a head at position m is turned by the angle m * base^(-2j / width).
+    """RoPE (arXiv 2104.09864, equation 34): the pair j of a head at position m is turned by the angle m * base^(-2j /
+    width).
 
     Args:
         x: [b, s, heads, d]; only the first `rope_percent` of d is turned, the rest passes.
         positions: [b, s].
-        pairs: which coordinates form the pair j: "halves" (j, j + width/2), or "neighbours" (2j, 2j + 1) as in MLA, whose result
-            is laid out in halves. Queries and keys share the layout, so it does not show in their products.
+        pairs: which coordinates form the pair j: "halves" (j, j + width/2), or "neighbours" (2j, 2j + 1) as in MLA,
+            whose result is laid out in halves. Queries and keys share the layout, so it does not show in their
+            products.
     """
     if cfg.rope_base is None:
         return x

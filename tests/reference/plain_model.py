@@ -1,7 +1,7 @@
 """A plain PyTorch model of what the project trains: trunk, MTP modules, shared embedding and head, objective.
 
-It is the judge of parity tests, so it is written from the definitions and shares no code with what it judges. Run it in fp64:
-`PlainMTPModel(cfg).double()`.
+It is the judge of parity tests, so it is written from the definitions and shares no code with what it judges. Run it in
+fp64: `PlainMTPModel(cfg).double()`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ __all__ = [
 
 
 class MTPModule(nn.Module):
-    """One depth. Sequential: h_k = norm(block(M [enorm(Emb(t[i+k])); hnorm(h_{k-1})])); parallel: h_k = norm(block(h_0))."""
+    """One depth.
+
+    Sequential: h_k = norm(block(M [enorm(Emb(t[i+k])); hnorm(h_{k-1})])); parallel: h_k = norm(block(h_0)).
+    """
 
     def __init__(self, cfg: PlainConfig):
         super().__init__()
@@ -53,9 +56,9 @@ class MTPModule(nn.Module):
 class PlainMTPModel(nn.Module):
     """Trunk and D MTP depths on whole tensors.
 
-    The trunk's own prediction always reads the hidden state after the final norm. Depth 1 reads the trunk after the final norm, or
-    before it with `mtp_hidden="pre_final_norm"`; depth k+1 reads what depth k gave to the head, after that depth's final norm, as
-    Megatron-Core does. RoPE turns slot i by position i at every depth.
+    The trunk's own prediction always reads the hidden state after the final norm. Depth 1 reads the trunk after the
+    final norm, or before it with `mtp_hidden="pre_final_norm"`; depth k+1 reads what depth k gave to the head, after
+    that depth's final norm, as Megatron-Core does. RoPE turns slot i by position i at every depth.
     """
 
     def __init__(self, cfg: PlainConfig, seed: int = 0):

@@ -1,4 +1,6 @@
-"""Mixture of experts as formulas: every expert runs on every token, and a weight of zero drops what the router did not choose."""
+"""Mixture of experts as formulas: every expert runs on every token, and a weight of zero drops what the router did not
+choose.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def route(logits: Tensor, moe: MoEConfig, expert_bias: Tensor | None) -> tuple[T
         scores = torch.sigmoid(logits)
         chosen = choose(scores if expert_bias is None else scores + expert_bias, moe)
         weights = scores * chosen
-        # A single chosen expert keeps its raw score: normalised it would always be 1 and the router would learn nothing.
+        # A single chosen expert keeps its raw score: normalised it would always be 1 and the router would learn
+        # nothing.
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if moe.topk > 1 else weights
     return chosen, weights * moe.scaling_factor
 
@@ -69,8 +72,10 @@ def route(logits: Tensor, moe: MoEConfig, expert_bias: Tensor | None) -> tuple[T
 def sequence_balance(logits: Tensor, moe: MoEConfig) -> Tensor:
     """Sequence-wise balancing loss of each sequence, [b], as Megatron-Core's `seq_aux_loss` defines it.
 
-    For one sequence of s tokens: E / (K s^2) * sum over experts e of (sum_t f_te) (sum_t p_te), where p_t is the softmax, or the
-    sigmoid scores over their sum, of token t, and f_t marks the K largest of p_t: group limits and the expert bias play no part.
+    For one sequence of s tokens: E / (K s^2) * sum over experts e of (sum_t f_te) (sum_t p_te), where p_t is the
+        softmax, or the
+    sigmoid scores over their sum, of token t, and f_t marks the K largest of p_t: group limits and the expert bias play
+        no part.
     DeepSeek-V3, equations 17-20, has the same form. No gradient flows through f.
     """
     s = logits.shape[1]
@@ -83,8 +88,8 @@ def sequence_balance(logits: Tensor, moe: MoEConfig) -> Tensor:
 
 
 def updated_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: float) -> Tensor:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): after a step, up by `rate` where an expert got less than its share, down
-    where it got more. `tokens_per_expert` counts the whole global batch, [E]."""
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): after a step, up by `rate` where an expert got less than its
+    share, down where it got more. `tokens_per_expert` counts the whole global batch, [E]."""
     share = tokens_per_expert.sum() / tokens_per_expert.numel()
     return expert_bias + rate * torch.sign(share - tokens_per_expert).to(expert_bias.dtype)
 

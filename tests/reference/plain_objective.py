@@ -1,11 +1,13 @@
 """The objective: which slot predicts what at which depth, and how sums over micro-batches become one number.
 
-With t the token ids, slot i of depth k (0: main prediction) predicts t[i+k+1]; at depth k >= 1 it also reads the embedding of t[i+k].
+With t the token ids, slot i of depth k (0: main prediction) predicts t[i+k+1]; at depth k >= 1 it also reads the
+embedding of t[i+k].
 
-    L_k   = (1 / N_k) * sum of cross entropies over the valid targets of depth k in the global batch         [nats per token]
-    total = L_0 + lambda / D * sum_k w_k * L_k + router losses
+    L_k   = (1 / N_k) * sum of cross entropies over the valid targets of depth k in the global batch         [nats per
+    token] total = L_0 + lambda / D * sum_k w_k * L_k + router losses
 
-Source: DeepSeek-V3, arXiv 2412.19437, equations 21-25, with N_k in place of their constant T. The parallel heads of Gloeckle et al.
+Source: DeepSeek-V3, arXiv 2412.19437, equations 21-25, with N_k in place of their constant T. The parallel heads of
+    Gloeckle et al.
 (arXiv 2404.19737) are summed unweighted in that paper: that is lambda = D with all w_k = 1 here.
 """
 
@@ -43,8 +45,8 @@ def depth_view(tokens: Tensor, base_mask: Tensor, segment_ids: Tensor | None, de
     Args:
         tokens: [b, s+1].
         base_mask: [b, s], nonzero where the target t[i+1] counts. The target t[j] counts at every depth or at none.
-        segment_ids: [b, s] document of each slot (t[s] counts to the document of t[s-1]; mask it if it does not), or [b, s+1],
-            or None where documents do not separate.
+        segment_ids: [b, s] document of each slot (t[s] counts to the document of t[s-1]; mask it if it does not), or
+            [b, s+1], or None where documents do not separate.
     """
     s = tokens.shape[1] - 1
     slot = torch.arange(s)
@@ -84,9 +86,9 @@ class PlainOutput:
 
     @property
     def acceptance(self) -> Tensor:
-        """[5, 1+D] int64, teacher-forced. For each depth, over its valid slots: how many there are; top-1 is the target; top-1 is
-        the main prediction's top-1 for that token, made k slots on; depths 1..k-1 all agreed with the main prediction; and
-        depth k then agrees too."""
+        """[5, 1+D] int64, teacher-forced. For each depth, over its valid slots: how many there are; top-1 is the
+        target; top-1 is the main prediction's top-1 for that token, made k slots on; depths 1..k-1 all agreed with the
+        main prediction; and depth k then agrees too."""
         columns = []
         agreed = torch.ones_like(self.valid[0])
         for depth, (valid, labels, top1) in enumerate(zip(self.valid, self.labels, self.top1, strict=True)):
@@ -121,7 +123,9 @@ class PlainTotals:
     counts: Tensor
     """[1+D] int64 N_k."""
     router_losses: dict[str, Tensor]
-    """"load_balancing_loss" and "z_loss" without their coefficients: mean over sequences and over tokens, summed over layers."""
+    """"load_balancing_loss" and "z_loss" without their coefficients: mean over sequences and over tokens, summed over
+    layers.
+    """
     tokens_per_expert: list[Tensor]
     """[E] for each router, over the whole global batch, in the order of `PlainOutput.routers`."""
     total: Tensor
@@ -135,8 +139,9 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 def combine(outputs: list[PlainOutput]) -> PlainTotals:
     """The global batch from all its micro-batches: every sum and every count is global before anything is divided.
 
-    A depth without a single valid target has the loss 0. Router losses are means over all sequences (balance) and all tokens (z) of
-    the global batch, valid target or not, summed over routers; the applications of one repeated MTP layer share the weight of one.
+    A depth without a single valid target has the loss 0. Router losses are means over all sequences (balance) and all
+    tokens (z) of the global batch, valid target or not, summed over routers; the applications of one repeated MTP layer
+    share the weight of one.
     """
     cfg = outputs[0].cfg
     counts = torch.stack([o.counts for o in outputs]).sum(0)

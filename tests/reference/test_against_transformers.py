@@ -1,7 +1,8 @@
-"""The judge judged: trunk logits, and MTP chains, equal those of `transformers`, which nobody here wrote, to 1e-10 in fp64.
+"""The judge judged: trunk logits, and MTP chains, equal those of `transformers`, which nobody here wrote, to 1e-10 in
+fp64.
 
-`transformers` casts to fp32 inside norms, softmax, RoPE and routers. Here fp32 means fp64 while its models are built and run, so
-that the formulas are compared and not the casts.
+`transformers` casts to fp32 inside norms, softmax, RoPE and routers. Here fp32 means fp64 while its models are built
+and run, so that the formulas are compared and not the casts.
 """
 
 from __future__ import annotations
@@ -194,8 +195,8 @@ def test_trunk_logits(fp64, name, fields, plain_fields):
 
 @pytest.mark.parametrize(("name", "fields", "plain_fields"), [("Qwen3", QWEN3, GQA), ("DeepseekV3", DEEPSEEK, MLA_MOE)])
 def test_mtp_chain(fp64, name, fields, plain_fields):
-    """Two depths of `transformers`' own MTP layer, chained as its drafter chains them: each reads the hidden state of the depth
-    before and the embedding of the token k ahead, at the position of the slot."""
+    """Two depths of `transformers`' own MTP layer, chained as its drafter chains them: each reads the hidden state of
+    the depth before and the embedding of the token k ahead, at the position of the slot."""
     model = hf_model(name, **fields)
     norm_type = type(model.model.norm)
     layers = [MtpLayer(model.config, type(model.model.layers[-1]), norm_type, 2).double().eval() for _ in range(2)]

@@ -1,4 +1,6 @@
-"""What may reach what: causality along depths, documents, detached heads, frozen trunk, repeated layer, parallel heads."""
+"""What may reach what: causality along depths, documents, detached heads, frozen trunk, repeated layer, parallel
+heads.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ def test_a_depth_sees_tokens_up_to_i_plus_k_only(cfg):
     "cfg", [DENSE, MLA, replace(DENSE, mtp_variant="parallel")], ids=["dense", "mla_moe", "parallel"]
 )
 def test_documents_equal_separate_runs(cfg):
-    # Rows of documents of 5, 3 and 4 slots. RoPE is relative, so a document alone gives the same logits; a target lies in
-    # the document of its slot, so each document alone has one target fewer at each depth.
+    # Rows of documents of 5, 3 and 4 slots. RoPE is relative, so a document alone gives the same logits; a target lies
+    # in the document of its slot, so each document alone has one target fewer at each depth.
     model = PlainMTPModel(cfg).double()
     bounds = [(0, 5), (5, 8), (8, 12)]
     segment_ids = torch.tensor([[0] * 5 + [1] * 3 + [2] * 4] * 2)

@@ -1,8 +1,9 @@
 """Names and layouts: the plain model's parameters <-> the state dict of a Megatron-Core 0.19 GPTModel on one rank.
 
-Names are those of Megatron-Core's local specs. One rule describes every tensor: Megatron's rows are those of one or more plain
-tensors, cut into `blocks` equal blocks that alternate. One part is a plain copy; [gate, up] in one block each is `linear_fc1`;
-[q, k, v] in one block for each key/value group is `linear_qkv`, whose rows run q q k v | q q k v for two query heads a group.
+Names are those of Megatron-Core's local specs. One rule describes every tensor: Megatron's rows are those of one or
+more plain tensors, cut into `blocks` equal blocks that alternate. One part is a plain copy; [gate, up] in one block
+each is `linear_fc1`; [q, k, v] in one block for each key/value group is `linear_qkv`, whose rows run q q k v | q q k v
+for two query heads a group.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def weights_as_megatron(plain: PlainMTPModel) -> dict[str, Tensor]:
 
 
 def gradients_as_megatron(plain: PlainMTPModel) -> dict[str, Tensor]:
-    """Gradients under Megatron's names and in its layout: zeros where the loss does not reach, nothing for frozen tensors."""
+    """Gradients under Megatron's names and in its layout: zeros where the loss does not reach, nothing for frozen
+    tensors.
+    """
     entries = {name: e for name, e in megatron_entries(plain).items() if e.parts[0].requires_grad}
 
     def gradient(part: Tensor) -> Tensor:

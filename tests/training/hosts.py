@@ -1,4 +1,5 @@
-"""Two hosts of one job on this machine: two network namespaces with addresses of their own, behind a switch that can cut each off.
+"""Two hosts of one job on this machine: two network namespaces with addresses of their own, behind a switch that can
+cut each off.
 
 Where namespaces cannot be made, both agents run on loopback and nothing can be cut.
 """

@@ -150,7 +150,8 @@ def test_every_scalar_of_the_console_line_is_in_tensorboard_and_wandb(
     line = next(line for line in capsys.readouterr().out.splitlines() if "iteration" in line and "lm loss" in line)
     labels = [part.split(":")[0].strip() for part in line.split("|") if ":" in part]
     order = ["consumed samples", "elapsed time per iteration (ms)", "learning rate", "global batch size", "lm loss",
-             "load_balancing_loss", "mtp_1 loss", "mtp_2 loss", "loss scale", "grad norm", "number of skipped iterations",
+             "load_balancing_loss", "mtp_1 loss", "mtp_2 loss", "loss scale", "grad norm",
+              "number of skipped iterations",
              "number of nan iterations"]  # fmt: skip
     assert [label for label in labels if label in order] == order
 

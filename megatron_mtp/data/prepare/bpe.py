@@ -14,8 +14,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Trains on `texts` and writes `path`, a tokenizer.json, whole or not at all.
 
     Args:
-        vocab_size: 257 or more: 256 bytes and the end-of-document token, which is id 0, then merges. The result has fewer
-            ids where the texts give fewer merges.
+        vocab_size: 257 or more: 256 bytes and the end-of-document token, which is id 0, then merges. The result has
+            fewer ids where the texts give fewer merges.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

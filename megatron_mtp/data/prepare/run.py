@@ -1,4 +1,5 @@
-"""Text to training data: JSONL -> tokens -> Megatron `.bin/.idx`, shuffled in bounded memory, safe to stop and to run again.
+"""Text to training data: JSONL -> tokens -> Megatron `.bin/.idx`, shuffled in bounded memory, safe to stop and to run
+again.
 
 Two passes. First each input file is tokenized into a spool, whose documents are sorted into buckets; then each shard is
 put together from its buckets, shuffled one bucket at a time. Everything is written in `<output>.prepare/` and moved to
@@ -44,8 +45,8 @@ class PrepareOptions:
     """What shapes the result.
 
     Attributes:
-        tokenizer: "bytes", "null:VOCAB" or a path (see `tokenizer_from_spec`). With `train_vocab_size` the file to write; None:
-            `tokenizer.json` beside the output.
+        tokenizer: "bytes", "null:VOCAB" or a path (see `tokenizer_from_spec`). With `train_vocab_size` the file to
+            write; None: `tokenizer.json` beside the output.
         shards: data sets to spread the documents over.
         shuffle: seed of a global shuffle; None: keep the order of the input.
         json_key: field of each line that holds the text.
@@ -73,7 +74,8 @@ class PrepareOptions:
             (self.shuffle is None or self.shuffle >= 0, f"--shuffle {self.shuffle}: the seed must not be negative."),
             (
                 self.train_vocab_size is None or self.train_vocab_size > 256,
-                f"--vocab-size {self.train_vocab_size}: must be more than 256, for the bytes and the end of a document.",
+                f"--vocab-size {self.train_vocab_size}: must be more than 256, for the bytes and the end of a "
+                "document.",
             ),
             (
                 self.tokenizer is not None or self.train_vocab_size is not None,
@@ -111,7 +113,8 @@ def prepare(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Prepared:
-    """Turns JSONL files into `<output>_text_document.{bin,idx,json}`, or `<output>_01_text_document...` for several shards.
+    """Turns JSONL files into `<output>_text_document.{bin,idx,json}`, or `<output>_01_text_document...` for several
+    shards.
 
     The result depends on the inputs and the options only: not on the number of workers, nor on interruptions.
 
@@ -153,7 +156,9 @@ def prepare(
 
 
 def shard_prefixes(output: Path, options: PrepareOptions) -> list[str]:
-    """Prefixes as Megatron names them: `out_text_document`, or `out_01_text_document`, `out_02_...` for several shards."""
+    """Prefixes as Megatron names them: `out_text_document`, or `out_01_text_document`, `out_02_...` for several
+    shards.
+    """
     if options.shards == 1:
         return [f"{output}_{options.json_key}_document"]
     width = max(2, len(str(options.shards)))
@@ -191,7 +196,9 @@ def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
 
 @contextmanager
 def _work_folder(output: Path, plan: str) -> Iterator[Path]:
-    """The folder of this plan's unfinished work, emptied if it holds another plan's, removed when the block ends well."""
+    """The folder of this plan's unfinished work, emptied if it holds another plan's, removed when the block ends
+    well.
+    """
     work = output.with_name(f"{output.name}.prepare")
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:

@@ -1,4 +1,5 @@
-"""Tokenized documents on their way to a shuffled data set: written in the order of the input, read back bucket by bucket.
+"""Tokenized documents on their way to a shuffled data set: written in the order of the input, read back bucket by
+bucket.
 
 Each input file becomes one spool. Its documents go to buckets at random (or in turn); a bucket of all spools together
 fits in memory, where it is shuffled. A spool is written in runs of bounded size, each sorted by bucket:

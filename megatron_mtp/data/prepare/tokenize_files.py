@@ -166,7 +166,8 @@ def _raise_first_error(futures: Sequence[Future]) -> None:
         error = future.exception() if future.done() else None
         if isinstance(error, BrokenProcessPool):
             raise DataError(
-                "A worker process died, most likely for want of memory. Run again with fewer --workers; what is done is kept."
+                "A worker process died, most likely for want of memory. Run again with fewer --workers; what is done "
+                "is kept."
             ) from error
         if error is not None:
             raise error

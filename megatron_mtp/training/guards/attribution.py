@@ -45,7 +45,7 @@ class GradientWatch:
         self._started = self._done = 0.0
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if next(chunks[0].parameters()).device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             self._events = first, last
 
     @property

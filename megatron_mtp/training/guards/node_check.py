@@ -1,6 +1,7 @@
 """Checks the machines of a job before the first step, for mistakes that would otherwise show hours later or as a hang.
 
-Versions must be equal on all ranks, and all ranks must share the checkpoint folder. Bandwidth is measured and logged: a slow
+Versions must be equal on all ranks, and all ranks must share the checkpoint folder. Bandwidth is measured and logged: a
+    slow
 link is not a mistake of the user, but often the reason for a slow run.
 """
 
@@ -76,7 +77,8 @@ def version_problems(nodes: list[Node]) -> list[str]:
 def _versions(device: torch.device) -> dict[str, str]:
     found = package_versions()
     if device.type == "cuda":
-        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}  # type: ignore[no-untyped-call]
+        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch leaves it out
+        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(nccl)}
     return found
 
 

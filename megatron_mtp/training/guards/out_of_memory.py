@@ -1,4 +1,6 @@
-"""The message when a rank runs out of memory: which rank, what was planned and used, and what each remedy would save."""
+"""The message when a rank runs out of memory: which rank, what was planned and used, and what each remedy would
+save.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,8 @@ def _used_on_gpu() -> str:
 def _used_on_cpu() -> str:
     memory = psutil.virtual_memory()
     return (
-        f"Used: {_gib(peak_resident_bytes())} by this process at most, libraries included; {_gib(memory.total)} on this "
+        f"Used: {_gib(peak_resident_bytes())} by this process at most, libraries included; {_gib(memory.total)} on "
+        "this "
         f"machine, {_gib(memory.available)} free for all its processes."
     )
 

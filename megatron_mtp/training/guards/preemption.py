@@ -1,6 +1,7 @@
 """Turns signals, clocks and requests to stop into one decision of all ranks after each step.
 
-SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and go on. A signal may reach one rank only, and clocks
+SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and go on. A signal may reach one rank only, and
+    clocks
 differ, so one small all-reduce tells every rank what any rank has noticed: no rank saves alone.
 """
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals: it notes nothing.
+    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals: it notes
+    nothing.
 
     Args:
         on_leave: called by the signal handler when SIGTERM comes, whatever the main thread does at that moment.

@@ -1,9 +1,9 @@
 """Ends a job that hangs, with the stack of every rank in one report.
 
-A thread on each rank checks the age of the rank's last heartbeat. When the heartbeat times out, the thread writes the stacks of
-all threads of its process into the job's key-value store, which a hung collective does not block. Ranks that wait in the same
-collective time out at about the same time. The lowest rank that can still run prints all stacks and names the ranks that are
-behind or missing; then every rank ends.
+A thread on each rank checks the age of the rank's last heartbeat. When the heartbeat times out, the thread writes the
+stacks of all threads of its process into the job's key-value store, which a hung collective does not block. Ranks that
+wait in the same collective time out at about the same time. The lowest rank that can still run prints all stacks and
+names the ranks that are behind or missing; then every rank ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ REPORT_S = 2.0
 SHORT_TIMEOUT_S, SHORT_TIMEOUT_FACTOR = 5.0, 3.0
 """After SIGTERM the timeout is this many seconds, or this many times the longest gap between two heartbeats so far."""
 FROZEN_S = 30.0
-"""If even this thread cannot run (a C extension that holds the GIL), faulthandler ends the process this much later, from C."""
+"""If even this thread cannot run (a C extension that holds the GIL), faulthandler ends the process this much later,
+from C.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ class Watchdog:
 
     Args:
         timeout_s: maximum time between two heartbeats; 0: off.
-        store: key-value store of the job; None: found through the environment on entry. Without one, each rank reports alone.
+        store: key-value store of the job; None: found through the environment on entry. Without one, each rank reports
+            alone.
     """
 
     def __init__(self, timeout_s: float, rank: int = 0, world_size: int = 1, store: Store | None = None):
@@ -82,8 +85,8 @@ class Watchdog:
         self._doing, self._beats, self._last = doing, self._beats + 1, time.monotonic()
 
     def shorten_timeout(self) -> None:
-        """Called after SIGTERM. A launcher sends it too when another rank has died; this rank may then wait in a collective for
-        a rank that never comes, and should not use up the grace period."""
+        """Called after SIGTERM. A launcher sends it too when another rank has died; this rank may then wait in a
+        collective for a rank that never comes, and should not use up the grace period."""
         self._is_short = True
 
     def restore_timeout(self) -> None:
@@ -151,7 +154,9 @@ class Watchdog:
         os._exit(EXIT_CODE)
 
     def _collect(self, own: RankReport) -> list[RankReport]:
-        """Reports of all ranks that can still write one, in order of rank; only this rank's own if the store is lost."""
+        """Reports of all ranks that can still write one, in order of rank; only this rank's own if the store is
+        lost.
+        """
         found, store = {self._rank: own}, self._store
         if store is None:
             return [own]

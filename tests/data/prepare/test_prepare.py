@@ -304,7 +304,8 @@ def test_command_line(inputs, tmp_path):
 
 def test_needs_no_torch():
     code = (
-        "import sys; import megatron_mtp.data.prepare.run, megatron_mtp.examples.bigram, megatron_mtp.examples.stdlib_corpus\n"
+        "import sys; import megatron_mtp.data.prepare.run, megatron_mtp.examples.bigram, "
+        "megatron_mtp.examples.stdlib_corpus\n"
         "assert not {'torch', 'megatron', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
