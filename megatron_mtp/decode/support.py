@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from megatron_mtp.config.checks.model import MTP_VARIANTS
 from megatron_mtp.config.mcore.effects import changed_function
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import UnsupportedError
@@ -48,7 +49,7 @@ def refuse_unsupported(model: ModelConfig) -> None:
     problems = []
     if model.position_embedding_type == "learned_absolute":
         problems.append("model.position_embedding_type = learned_absolute: decoding supports rope and none only.")
-    if model.mtp_num_layers and model.mtp_variant not in ("sequential", "parallel"):
+    if model.mtp_num_layers and model.mtp_variant not in MTP_VARIANTS:
         problems.append(f"model.mtp_variant = {model.mtp_variant!r}: decoding computes sequential and parallel only.")
     for field in fields(model):
         value = getattr(model, field.name)

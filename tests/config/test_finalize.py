@@ -110,6 +110,7 @@ BAD = [
     ("tiny_dense", ["model.mtp_loss_scaling_factor=inf"], "finite number that is not negative"),
     ("tiny_dense", ["model.mtp_loss_scaling_factor=often"], "must be a number such as 0.1"),
     ("tiny_dense", ["model.mtp_loss_scaling_factor=inf@0"], "finite number that is not negative"),
+    ("tiny_dense", ["model.mtp_variant=paralel"], "Did you mean parallel?"),
     ("tiny_dense", ["model.mtp_depth_weights=[1.0]"],
      "must hold one weight for each depth of model.mtp_num_layers = 2"),
     ("tiny_dense", ["model.mtp_depth_weights=[1.0, -1]"], "must be at least 0"),

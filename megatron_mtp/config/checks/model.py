@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.errors import ConfigError, Problem, nearest
+
+MTP_VARIANTS = ("sequential", "parallel")
 
 
 def model_problems(model: ModelConfig) -> list[Problem]:
@@ -186,6 +189,10 @@ def _mtp_problems(model: ModelConfig) -> list[Problem]:
     if weights is not None and len(weights) != model.mtp_num_layers:
         rule = "must hold one weight for each depth of {model.mtp_num_layers=}, or be null"
         problems.append(problem(model, "model.mtp_depth_weights", rule))
+    if model.mtp_variant not in MTP_VARIANTS and not re.fullmatch(r"[\w.]+:\w+", model.mtp_variant):
+        rule = "must be 'sequential', 'parallel', or module:NAME of a variant of your own (docs/extending.md)"
+        remedy = nearest(model.mtp_variant, MTP_VARIANTS).strip()
+        problems.append(problem(model, "model.mtp_variant", rule, remedy))
     if model.mtp_freeze_trunk and not model.mtp_num_layers:
         rule = "with {model.mtp_num_layers=} nothing would be trained"
         problems.append(problem(model, "model.mtp_freeze_trunk", rule))

@@ -172,7 +172,8 @@ class ModelConfig(Section):
     """w_k for each depth; None: all 1."""
     mtp_variant: str = "sequential"
     """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the
-    trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several."""
+    trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several. module:NAME: a variant of
+    your own (docs/extending.md)."""
     mtp_use_repeated_layer: bool = knob(False, engine="same")
     """One set of MTP weights applied D times (Nemotron-3)."""
     mtp_detach_heads: bool = knob(False, engine="same", resume="curve")
