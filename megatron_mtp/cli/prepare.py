@@ -22,33 +22,36 @@ def prepare(
         str | None,
         typer.Option(help="bytes, null:VOCAB, a tokenizer.json or its folder, *.model (SentencePiece) or *.tiktoken."),
     ] = None,
-    shards: Annotated[int, typer.Option(help="Spread the documents over this many data sets, PREFIX_01_... on.")] = 1,
+    shards: Annotated[
+        int, typer.Option(help="Number of data sets to spread the documents over, PREFIX_01_... and so on.")
+    ] = 1,
     shuffle: Annotated[
         int | None, typer.Option(metavar="SEED", help="Shuffle all documents; the same seed gives the same files.")
     ] = None,
     json_key: Annotated[str, typer.Option(help="Field of each line that holds the text.")] = "text",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes, at most one for each file. Default: one for each core.")
+        int | None,
+        typer.Option(min=1, help="Number of processes, at most one for each file. Default: one for each core."),
     ] = None,
     train_tokenizer: Annotated[
         bool,
         typer.Option(
             "--train-tokenizer",
-            help="Train a byte-level BPE on the input first and write it to --tokenizer "
+            help="First train a byte-level BPE on the input and write it to --tokenizer "
             "(default: tokenizer.json next to PREFIX).",
         ),
     ] = False,
-    vocab_size: Annotated[int | None, typer.Option(help="Ids of the tokenizer that is trained.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Number of ids of the tokenizer to train.")] = None,
     append_eod: Annotated[bool, typer.Option(help="End each document with the end-of-document id.")] = True,
     skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Count malformed lines in place of stopping at the first.")
+        bool, typer.Option("--skip-bad-lines", help="Skip and count malformed lines instead of stopping at the first.")
     ] = False,
-    memory_mib: Annotated[int, typer.Option(help="About how much memory the shuffle may take.")] = 1024,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies at PREFIX.")] = False,
+    memory_mib: Annotated[int, typer.Option(help="Approximate memory limit of the shuffle.")] = 1024,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files at PREFIX.")] = False,
 ) -> None:
     """Turn JSONL text into training data: tokenize, shuffle, and write Megatron .bin/.idx files.
 
-    Safe to interrupt: run the same command again and it goes on where it was.
+    Safe to interrupt: run the same command again to continue.
     """
     from rich.console import Console
 
@@ -71,15 +74,15 @@ def prepare(
     try:
         made = run(inputs, output, options, workers=workers, overwrite=overwrite, show_progress=console.is_terminal)
     except KeyboardInterrupt:
-        console.print(f"Stopped. What is done is kept in {output}.prepare: run the same command again to go on.")
+        console.print(f"Stopped. Finished work is kept in {output}.prepare: run the same command again to continue.")
         raise typer.Exit(130) from None
     _report(made)
 
 
 def _report(made: Prepared) -> None:
     counts = made.counts
-    if made.was_there:
-        typer.echo("Nothing to do: an earlier run made the same.")
+    if made.was_done:
+        typer.echo("Nothing to do: an earlier run made the same data.")
     typer.echo(
         f"{counts.documents:,} documents, {counts.tokens:,} tokens, largest id {counts.largest_id} of {made.vocab_size}"
     )

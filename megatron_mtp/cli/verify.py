@@ -17,28 +17,28 @@ def verify(
     layouts: Annotated[
         str | None,
         typer.Option(
-            help='Layouts to compare with one rank: "tp=2,sp=1; pp=2,vp=2; pp=4,layout=Ett|tt|mm|L; dp=2,distopt=1". '
+            help="Layouts to compare with one rank, such as "
+            '"tp=2,sp=1; pp=2,vp=2; pp=4,layout=Ett|tt|mm|L; dp=2,distopt=1". '
             "Keys: tp sp pp vp layout cp ep etp dp distopt overlap mbs recompute. "
-            "Default: one of each that the model can use."
+            "Default: one layout for each parallelism that the model can use."
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
 ) -> None:
     """Check that parallel layouts compute what one rank computes: the loss of every depth and every gradient.
 
-    The recipe is shrunk to a size that this machine can run, in fp32 on the CPU. Exit code 1 if a layout is off.
+    The recipe is shrunk to a size that this machine can run, in fp32 on the CPU. Exits with 1 if a layout differs.
     """
     from rich.console import Console
 
-    from megatron_mtp.verify.run import plan, print_outcomes
+    from megatron_mtp.verify.run import prepare, print_outcomes
     from megatron_mtp.verify.run import verify as run
 
-    planned = plan(
-        choose_config(recipe, config, overrides), layouts
-    )  # before torch is imported or a process is started
+    # Mistakes are reported before torch is imported or a process starts.
+    comparison = prepare(choose_config(recipe, config, overrides), layouts)
     console = Console(stderr=True)
-    console.print(f"shrunk for this machine: {', '.join(planned.changes)}", markup=False, highlight=False)
-    total = 1 + len(planned.layouts)
+    console.print(f"shrunk for this machine: {', '.join(comparison.changes)}", markup=False, highlight=False)
+    total = 1 + len(comparison.layouts)
     with console.status("starting") as status:
         done = 0
 
@@ -50,9 +50,9 @@ def verify(
             if not console.is_terminal:
                 console.print(line, markup=False, highlight=False)
 
-        outcomes = run(planned, report)
+        outcomes = run(comparison, report)
     if json:
-        data = {"recipe": recipe, "shrunk": planned.changes, "outcomes": [outcome.as_dict() for outcome in outcomes]}
+        data = {"recipe": recipe, "shrunk": comparison.changes, "outcomes": [outcome.as_dict() for outcome in outcomes]}
         typer.echo(json_format.dumps(data, indent=2))
     else:
         print_outcomes(outcomes)

@@ -1,8 +1,7 @@
-"""Batches as the model receives them: one rank's micro-batches of one global batch."""
+"""Batches as the model receives them: the micro-batches of one rank in one global batch."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -16,16 +15,15 @@ from megatron_mtp.data.zigzag import zigzag_slice
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass reads. Sequences are zigzag-sharded over cp, but for the segment ids.
+    """The input of one forward pass. Sequences are zigzag-sharded over cp, except the segment ids.
 
     Attributes:
         tokens: int64 [b, s/cp].
         position_ids: int64 [b, s/cp].
-        shifted_ids: int64 [D, b, s/cp], what depth 1..D reads.
-        labels: int64 [1+D, b, s/cp], what depth 0..D predicts.
+        shifted_ids: int64 [D, b, s/cp], the ids that depths 1..D read.
+        labels: int64 [1+D, b, s/cp], the ids that depths 0..D predict.
         loss_mask: float32 [1+D, b, s/cp].
-        segment_ids: int32 [b, s], the document of each token on the FULL sequence, or None where attention does not
-            stay inside documents.
+        segment_ids: int32 [b, s], the document of each token on the FULL sequence; None: attention may cross documents.
     """
 
     tokens: torch.Tensor
@@ -53,9 +51,9 @@ class GlobalBatch:
     """One rank's part of one optimizer step.
 
     Attributes:
-        step: steps before this one; in evaluation, the number of the batch.
+        step: number of steps before this one; in evaluation, the index of the batch.
         sample_ids: int64 [global batch], ids of ALL samples of the step, in order.
-        places: int64 [micro-batches, b], which of them this rank holds.
+        places: int64 [micro-batches, b], the indices in `sample_ids` of the samples that this rank holds.
         micro_batches: this rank's micro-batches.
         num_targets: int64 [1+D], valid targets of each depth in this rank's micro-batches and sequence slice. Summed
             over data-parallel and context-parallel ranks it is N_k of the objective.
@@ -70,7 +68,15 @@ class GlobalBatch:
 
 @dataclass(frozen=True, slots=True)
 class BatchRules:
-    """How samples become tensors: depths, masks, and the slice of the sequence."""
+    """How samples become tensors.
+
+    Attributes:
+        num_depths: D.
+        mask_document_starts: the first token of a document is no target.
+        separate_documents: attention and targets stay inside a document.
+        reset_position_ids: positions start at 0 in each document.
+        cp_rank, cp_size: the slice of the sequence.
+    """
 
     num_depths: int
     mask_document_starts: bool = False
@@ -81,7 +87,7 @@ class BatchRules:
 
 
 def make_micro_batch(samples: Sequence[Sample], rules: BatchRules) -> MicroBatch:
-    """Stacks samples, makes the inputs and targets of every depth on full sequences, then slices for cp.
+    """Stacks samples, makes the inputs and targets of every depth on full sequences, then slices them for cp.
 
     Args:
         samples: b samples of s+1 tokens.
@@ -111,16 +117,3 @@ def make_micro_batch(samples: Sequence[Sample], rules: BatchRules) -> MicroBatch
 def count_targets(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
     """Valid targets of each depth over micro-batches, int64 [1+D]."""
     return torch.stack([(batch.loss_mask != 0).sum(dim=(1, 2)) for batch in micro_batches]).sum(dim=0)
-
-
-def hash_samples(batch: GlobalBatch) -> dict[int, tuple[int, str]]:
-    """Place in the global batch -> (sample id, hash of its tokens and labels), for the samples this rank holds.
-
-    The union over data-parallel ranks must be the same for every data-parallel and micro-batch size.
-    """
-    hashes = {}
-    for places, micro_batch in zip(batch.places, batch.micro_batches, strict=True):
-        for row, place in enumerate(places):
-            text = micro_batch.tokens[row].numpy().tobytes() + micro_batch.labels[:, row].contiguous().numpy().tobytes()
-            hashes[int(place)] = (int(batch.sample_ids[place]), hashlib.sha256(text).hexdigest())
-    return hashes

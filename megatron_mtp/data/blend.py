@@ -1,4 +1,4 @@
-"""Mixing data sets by weight: how a blend is written, and which data set each position of the mixture draws from."""
+"""Mixes data sets by weight: parses blends, and computes which data set each position of the mixture draws from."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from megatron_mtp.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """Prefixes of data sets and their weights; weights None: each in proportion to its samples, so that one epoch of
-    the mixture is one epoch of every data set."""
+    """Data sets to mix.
+
+    Attributes:
+        prefixes: of the files.
+        weights: one for each prefix; None: its number of samples, so that an epoch of the mixture is an epoch of each.
+    """
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...] | None
@@ -58,7 +62,7 @@ def parse_blend(value: Any, field: str) -> Blend:
 
 
 def _take_apart(value: Any) -> tuple[list, list | None]:
-    """Prefixes and weights of any of the forms; no prefixes where it has none of them."""
+    """Prefixes and weights of a blend in any form; no prefixes if the value has none of the forms."""
     items = list(value) if isinstance(value, list | tuple) else []
     if items and isinstance(items[0], list | tuple):
         weights = items[1] if len(items) == 2 else None
@@ -78,27 +82,25 @@ def _is_number(item: Any) -> bool:
 
 
 def draw(positions: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Which data set each position draws from, and the how-manieth draw from that data set it is.
+    """The data set that each position draws from, and the index of the draw in that data set.
 
     Draw m of data set i is due at time (m + 1/2) / w_i, and draws are taken in order of time (Webster's apportionment,
-    ties to the first data set). Like Megatron's greedy rule it keeps every data set within about one draw of its share
-    at every moment; unlike it, any position is computed at once, so that a run resumes in the middle without a table
-    of all the draws before.
+    ties to the first data set). As with Megatron's greedy rule, every data set is always within about one draw of its
+    share. Unlike that rule, this one computes any position directly, so a run resumes without a table of earlier draws.
 
     Args:
         positions: int64 [n].
         weights: positive.
 
     Returns:
-        int64 [n] data set, and int64 [n] number of the draw, both from 0.
+        int64 [n] data sets and int64 [n] draws, both counted from 0.
 
     Example: weights (2, 1), positions 0..5 -> data sets [0 1 0 0 1 0], draws [0 0 1 2 1 3].
     """
     positions = np.asarray(positions, np.int64)
     w, total, slack = np.asarray(weights, np.float64), float(np.sum(weights)), len(weights) + 1
     first, last = int(positions.min()), int(positions.max())
-    # By time t between (share * t - 1/2) and (share * t + 1/2) draws are due from each data set: a window in time that
-    # surely holds the positions asked for.
+    # By time t, each data set has between w * t - 1/2 and w * t + 1/2 draws due: this window holds all the positions.
     begin, end = (first - slack) / total, (last + 1 + slack) / total
     times, sets, draws, before = [], [], [], 0
     for i, weight in enumerate(w):
@@ -119,7 +121,7 @@ def draw(positions: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, n
 class BlendedSource:
     """An endless mixture of corpora: draw n from a corpus is sample n of its endless epochs, each a new permutation.
 
-    A sample's id counts the samples of all corpora in the order of the blend.
+    Sample ids count through all corpora in the order of the blend.
     """
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float] | None, seed: int):
@@ -128,7 +130,7 @@ class BlendedSource:
         self._first_id = np.cumsum([0] + [corpus.num_samples for corpus in corpora])
 
     def build_indices(self, path_to_cache: str | None) -> None:
-        """Builds the index of each corpus, or finds it in the cache; needed before `read`."""
+        """Builds the index of each corpus or loads it from the cache. Call it before `read`."""
         for corpus in self.corpora:
             corpus.build_index(path_to_cache)
 

@@ -1,4 +1,4 @@
-"""One split of one `.bin/.idx` data set, cut into samples of s+1 tokens."""
+"""One split of a `.bin/.idx` data set as samples of s+1 tokens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CHUNK = 1 << 22  # documents permuted at a time, to bound memory
 
 
 def split_range(split: str, which: str, num_documents: int) -> tuple[int, int]:
-    """First document and the one after the last of a split: Megatron's arithmetic, rounding included.
+    """The documents [first, end) of a split, with Megatron's arithmetic and rounding.
 
     Args:
-        split: shares such as "9999,8,2"; any scale, missing ones are 0.
+        split: shares such as "9999,8,2", in any unit; missing shares are 0.
         which: "train", "valid" or "test".
 
     Example: split_range("8,1,1", "valid", 20) -> (16, 18).
@@ -31,7 +31,7 @@ def split_range(split: str, which: str, num_documents: int) -> tuple[int, int]:
     shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
     if not 1 <= len(shares) <= 3 or sum(shares) <= 0:
         raise ConfigError(
-            f"dataset.split = {split!r}: give one to three shares that are not all 0, such as '9999,8,2'."
+            f"dataset.split = {split!r}: write one to three shares that are not all 0, such as '9999,8,2'."
         )
     shares += [0.0] * (3 - len(shares))
     shares = (np.array(shares) / np.sum(shares)).tolist()
@@ -43,15 +43,17 @@ def split_range(split: str, which: str, num_documents: int) -> tuple[int, int]:
 
 
 class Corpus:
-    """Samples of one prefix and split: its documents in a random order that follows from the seed, end to end, cut into
-    samples of s+1 tokens that share one token with the next.
+    """Samples of one prefix and split.
+
+    The documents are shuffled by the seed and concatenated, then cut into samples of s+1 tokens; neighbouring samples
+    share one token.
 
     Args:
         reader: the open files.
-        documents: first document and the one after the last.
-        which: name of the split, for messages and for the random order.
-        eod: a token after this one starts a document, as does the first token of each document.
-        targets: a data set of the same lengths, 0 where a token is no target; None: all are.
+        documents: [first, end) of the split.
+        which: name of the split, used in messages and in the random order.
+        eod: end-of-document id; the next token starts a document, as the first token of each stored document does.
+        targets: a data set of the same lengths with 0 where a token is no target; None: every token is a target.
 
     Raises:
         DataError: the split is too small for one sample, or `targets` has other lengths.
@@ -71,8 +73,7 @@ class Corpus:
         if targets is not None and not np.array_equal(targets.lengths, reader.lengths):
             raise DataError(
                 f"{targets.prefix}: its {len(targets)} sequences have other lengths than the {len(reader)} of "
-                f"{reader.prefix}, "
-                "whose loss mask it is (dataset.loss_mask_suffix). Write one number for each token."
+                f"{reader.prefix}, whose loss mask it is (dataset.loss_mask_suffix). Write one number for each token."
             )
         self.seq_length, self.eod, self.seed = seq_length, eod, seed
         self.name = f"{Path(reader.prefix).name}:{which}"
@@ -81,19 +82,17 @@ class Corpus:
         if self.num_samples < 1:
             raise DataError(
                 f"{reader.prefix}: its {which} split holds {self.num_tokens} tokens in {documents[1] - documents[0]} "
-                "of "
-                f"{len(reader)} documents, too few for one sample of {seq_length} + 1 tokens. Change dataset.split, "
-                "shorten "
-                "model.seq_length, give more data"
+                f"of {len(reader)} documents, too few for one sample of {seq_length} + 1 tokens. Change dataset.split, "
+                "reduce model.seq_length, add data"
                 + (", or set validation.eval_iters = 0." if which == "valid" else ".")
             )
         self._index: np.ndarray | None = None
 
     def build_index(self, path_to_cache: str | None) -> None:
-        """Builds, or finds in the cache, the order of the documents and the token each one begins at.
+        """Builds the order of the documents and their first tokens, or loads them from the cache.
 
         Args:
-            path_to_cache: folder; None: beside the prefix, and in memory where that cannot be written.
+            path_to_cache: folder; None: next to the prefix, or in memory if that folder cannot be written.
         """
         folder = Path(path_to_cache or f"{self.reader.prefix}_cache")
         path = folder / f"{Path(self.reader.prefix).name}-{self.which}-{self._cache_key():016x}.npy"
@@ -102,7 +101,7 @@ class Corpus:
         except OSError as error:
             if path_to_cache is not None:
                 raise DataError(
-                    f"dataset.path_to_cache = {path_to_cache!r}: cannot be written ({error.strerror}). Give a folder "
+                    f"dataset.path_to_cache = {path_to_cache!r}: cannot be written ({error.strerror}). Set a folder "
                     "that every node can write."
                 ) from error
             logger.warning(
@@ -132,7 +131,7 @@ class Corpus:
         return Sample(tokens, starts | document_starts(tokens, self.eod), is_target)
 
     def _make_index(self) -> np.ndarray:
-        """int64 [2, n+1]: documents in their random order (the last entry unused), and the token each begins at."""
+        """int64 [2, n+1]: documents in their random order (last entry unused), and the index of their first tokens."""
         first, last = self.documents
         count = last - first
         index = np.zeros((2, count + 1), np.int64)
@@ -144,7 +143,7 @@ class Corpus:
         return index
 
     def _cache_key(self) -> int:
-        """Changes with everything the index depends on; the sequence length is not part of it."""
+        """A hash of everything that the index depends on; the sequence length is not part of it."""
         files = [Path(f"{self.reader.prefix}{ending}").resolve() for ending in (".bin", ".idx")]
         state = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         return derive_key("index 1", *state, *self.documents, self.seed, self.name)

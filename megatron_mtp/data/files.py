@@ -1,4 +1,4 @@
-"""Files that several processes share: written whole or not at all, built by one while the others wait for the file."""
+"""Files that several processes share: written atomically, and built by one process while the others wait."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SAY_AFTER_S = 10.0
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is never seen half written, not even after a power cut."""
+    """Writes a file that never exists half written, even after a power failure."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place if the block ends well."""
+    """Yields a temporary path next to `path`, which replaces `path` if the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -40,10 +40,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def cached_array(path: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in the `.npy` file `path`, memory-mapped; the first process to come builds it, the others wait for it.
+    """The array in the `.npy` file `path`, memory-mapped. The first process builds it and the others wait for the file.
 
-    No process waits in a collective. A builder that dies frees its lock and another takes over. Where the file system
-    has no locks, several may build the same array; each file that appears is whole.
+    No process waits in a collective. If the builder dies, its lock is released and another process takes over. On a
+    file system without locks, several processes may build the same array; the file is always complete.
 
     Raises:
         OSError: the folder cannot be written.
@@ -59,7 +59,7 @@ def cached_array(path: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
         loaded: np.ndarray = np.load(path, mmap_mode="r")
         return loaded
     except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: is a damaged index ({error}). Delete it; it will be built again.") from error
+        raise DataError(f"{path}: is damaged ({error}). Delete it, and it is built again.") from error
 
 
 def _wait_for_turn(lock: IO[str], path: Path) -> None:

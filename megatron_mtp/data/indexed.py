@@ -1,8 +1,7 @@
-"""Megatron's `.bin/.idx` files: a memory-mapped reader that names what is wrong, and a writer for many documents at
-once.
+"""Megatron's `.bin/.idx` files: a memory-mapped reader with clear errors, and a writer for batches of documents.
 
-Megatron-Core's own IndexedDataset reads and writes the same bytes (there is a test), but importing it takes seconds and
-torch, and a damaged file ends in an assertion or a bus error.
+Megatron-Core's IndexedDataset reads and writes the same bytes (a test compares them), but its import takes seconds and
+needs torch, and a damaged file ends in an assertion or a bus error.
 
 `.idx`: 9 bytes magic; version, uint64 = 1; dtype code, uint8; number of sequences n, uint64; length of the document
 index, uint64; then int32 lengths [n] in tokens, int64 offsets [n] in bytes, int64 document index. `.bin`: the tokens.
@@ -24,12 +23,12 @@ _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype Megatron-Core stores a vocabulary in: uint16 below 65500 ids, else int32."""
+    """The dtype in which Megatron-Core stores a vocabulary: uint16 below 65500 ids, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class IndexedReader:
-    """Read-only view of `<prefix>.bin` and `<prefix>.idx`; a sequence is a document.
+    """Read-only view of `<prefix>.bin` and `<prefix>.idx`. Each sequence is a document.
 
     Attributes:
         lengths: int32 [n], tokens in each sequence.
@@ -83,7 +82,7 @@ class IndexedReader:
         return len(self.lengths)
 
     def count_tokens(self, first: int, last: int) -> int:
-        """Tokens in the sequences [first, last), which lie end to end."""
+        """Number of tokens in the sequences [first, last), which are stored contiguously."""
         if first >= last:
             return 0
         begin, end = int(self._offsets[first]), int(self._offsets[last - 1])
@@ -97,7 +96,7 @@ class IndexedReader:
 
 
 class IndexedWriter:
-    """Writes `<prefix>.bin`, and `<prefix>.idx` on `close`: before that there is no data set.
+    """Writes `<prefix>.bin`, and `<prefix>.idx` on `close`. Without the latter there is no data set.
 
     Args:
         dtype: of the stored tokens; see `token_dtype`.
@@ -109,7 +108,7 @@ class IndexedWriter:
         self._lengths: list[np.ndarray] = []
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents: their tokens end to end, and the number of tokens of each."""
+        """Appends documents, given as concatenated tokens and the number of tokens of each."""
         assert int(np.sum(lengths, dtype=np.int64)) == len(tokens)
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
         self._lengths.append(np.asarray(lengths, np.int32))

@@ -1,6 +1,4 @@
-"""From a config to batches: one data module for each rank, which builds that rank's micro-batches of every global
-batch.
-"""
+"""From a config to batches: each rank's data module builds the rank's micro-batches of every global batch."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from megatron_mtp.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True)
 class DataPlacement:
-    """Which part of each global batch a rank computes; ranks that differ in tp or pp only compute the same part."""
+    """The part of each global batch that a rank reads. Ranks that differ only in tp or pp read the same part."""
 
     dp_rank: int = 0
     dp_size: int = 1
@@ -33,10 +31,10 @@ class DataPlacement:
 
 @dataclass(frozen=True, slots=True)
 class BatchBuilder:
-    """Makes one rank's part of global batches that are drawn from one source.
+    """Builds one rank's part of global batches from one source.
 
     Args:
-        vocab_size: every token id must lie below it; None: ids are not looked at.
+        vocab_size: every token id must be below it; None: ids are not checked.
     """
 
     source: SampleSource
@@ -46,7 +44,7 @@ class BatchBuilder:
     vocab_size: int | None
 
     def build(self, step: int, positions: np.ndarray) -> GlobalBatch:
-        """The global batch of these positions (int64 [global batch]), this rank's micro-batches only."""
+        """This rank's micro-batches of the global batch at these positions, int64 [global batch]."""
         sample_ids = self.source.sample_ids(positions)
         places = local_positions(len(positions), self.micro_batch_size, self.placement.dp_rank, self.placement.dp_size)
         micro_batches = [
@@ -61,19 +59,18 @@ class BatchBuilder:
             if not 0 <= worst < self.vocab_size:
                 raise DataError(
                     f"{self.source.describe(sample_id)}: holds token id {worst}, outside the vocabulary of "
-                    f"{self.vocab_size} ids (model.vocab_size). The data was made with another tokenizer, or the "
-                    "file is "
+                    f"{self.vocab_size} ids (model.vocab_size). Another tokenizer made the data, or the file is "
                     "damaged: set model.vocab_size to the tokenizer's, or prepare the data again."
                 )
         return sample
 
 
 class DataModule:
-    """All the data of a run, as one rank sees it.
+    """The data of a run, as one rank sees it.
 
     Attributes:
-        schedule: global batch size over the run.
-        valid_names: validation sets, the main one ("valid") first; empty if the run does not evaluate.
+        schedule: global batch size as a function of consumed samples.
+        valid_names: names of the validation sets, the main one ("valid") first; empty if the run does not evaluate.
     """
 
     def __init__(
@@ -108,14 +105,14 @@ class DataModule:
         return tuple(self._valid)
 
     def train(self, consumed_samples: int = 0) -> Prefetcher[GlobalBatch]:
-        """Global batches for ever, starting after `consumed_samples`."""
+        """An endless stream of global batches that starts after `consumed_samples`."""
         build = self.builder(self._train, self._cfg.train.micro_batch_size).build
         return self._stream(
             build(step, positions) for step, positions in batch_positions(self.schedule, consumed_samples)
         )
 
     def valid(self, name: str = "valid") -> Prefetcher[GlobalBatch]:
-        """The validation.eval_iters global batches of one evaluation: the same samples at each call."""
+        """The validation.eval_iters global batches of one evaluation, the same at each call."""
         build = self.builder(self._valid[name], self._eval_micro).build
         size = self._eval_global
         return self._stream(
@@ -129,7 +126,7 @@ class DataModule:
         self._open.clear()
 
     def builder(self, source: SampleSource, micro_batch_size: int) -> BatchBuilder:
-        """Makes this rank's batches of `source` by the rules of the run; `verify` passes samples of its own."""
+        """A builder of this rank's batches by the rules of the run; `verify` passes its own source."""
         return BatchBuilder(source, self._placement, self._rules, micro_batch_size, self._vocab_size)
 
     def _stream(self, batches: Iterator[GlobalBatch]) -> Prefetcher[GlobalBatch]:
@@ -156,14 +153,14 @@ def _pin(batch: GlobalBatch) -> GlobalBatch:
 def build_data(
     cfg: ConfigContainer, placement: DataPlacement, num_depths: int, *, pin_memory: bool = False
 ) -> DataModule:
-    """Opens the data of a run for one rank. Every rank calls it; none waits in a collective.
+    """Opens the data of a run for one rank. Every rank calls it, without collectives.
 
-    Indices that take long to build are built by one rank of each file system while the others wait for the file.
+    One rank of each file system builds a missing index while the others wait for the file.
 
     Args:
         placement: this rank's place in the data-parallel and context-parallel groups.
         num_depths: D, the MTP depths to make targets for.
-        pin_memory: batches lie in page-locked memory, for a GPU.
+        pin_memory: place batches in page-locked memory, for a GPU.
 
     Raises:
         DataError: a file is missing or damaged, a split is too small, or the data does not fit the model.

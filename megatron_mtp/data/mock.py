@@ -1,4 +1,4 @@
-"""Data without files: documents of a noisy Markov chain that a small model learns in seconds."""
+"""Synthetic data: documents of a noisy Markov chain that a small model learns in seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_mtp.data.randomness import derive_key, permute, uniform
 from megatron_mtp.data.source import Sample
 
 NOISE = 0.1  # share of tokens that jump at random: the chain's entropy grows with the distance that is predicted
-MAX_ACTIVE_IDS = 256  # a chain over few ids is learnt from few tokens
+MAX_ACTIVE_IDS = 256  # a chain over few ids can be learned from few tokens
 
 
 class MockSource:
@@ -22,7 +22,7 @@ class MockSource:
         vocab_size: ids lie below it.
         seq_length: s; samples have s+1 tokens.
         eod: id that ends a document and occurs nowhere else.
-        name: of the split; splits share the cycle, not the samples.
+        name: of the split; splits share the cycle but not the samples.
     """
 
     def __init__(self, vocab_size: int, seq_length: int, eod: int, seed: int, name: str):

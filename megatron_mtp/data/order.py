@@ -1,7 +1,7 @@
-"""Which samples form each global batch: positions in one endless sequence, cut by the batch-size schedule.
+"""Which samples form each global batch: positions in one endless sequence, divided by the batch-size schedule.
 
-Nothing here knows the data-parallel size, the micro-batch or the length of the run, so none of them can change the
-order.
+Nothing here depends on the data-parallel size, the micro-batch size or the length of the run, so none of them can
+change the order.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def batch_positions(schedule: BatchSchedule, consumed_samples: int = 0) -> Itera
 
 
 def local_positions(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
-    """Places in the global batch that one data-parallel rank computes, int64 [micro-batches, micro_batch_size].
+    """Indices in the global batch of one data-parallel rank's samples, int64 [micro-batches, micro_batch_size].
 
-    Megatron's rule: sample j of micro-batch m on rank r is place (m * dp_size + r) * micro_batch_size + j.
+    Megatron's rule: sample j of micro-batch m on rank r has index (m * dp_size + r) * micro_batch_size + j.
     Global batch 8, micro-batch 2, rank 1 of 2: [[2 3] [6 7]].
     """
     places = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
@@ -34,13 +34,12 @@ def local_positions(global_batch_size: int, micro_batch_size: int, dp_rank: int,
 
 
 def epoch_samples(ordinals: np.ndarray, size: int, seed: int, name: str) -> np.ndarray:
-    """Maps the n-th draw from a data set to one of its samples: epoch n // size is a permutation from (seed, name,
-    epoch).
+    """Maps draws from a data set to its samples: epoch n // size is a permutation that (seed, name, epoch) determines.
 
     Args:
         ordinals: int64 [n], draws counted from 0 over all epochs.
         size: samples in one epoch.
-        name: of the data set, so that two of equal size are not drawn in step.
+        name: of the data set, so that data sets of equal size have different permutations.
     """
     ordinals = np.asarray(ordinals, np.int64)
     out = np.empty_like(ordinals)

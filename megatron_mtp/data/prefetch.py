@@ -1,4 +1,4 @@
-"""Reads ahead in a background thread, so that making the next batch overlaps with the step."""
+"""Builds the next batches in a background thread, overlapped with the step."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 from collections.abc import Iterator
 from typing import cast
 
-_WAIT_S = 0.1  # how long a blocked thread takes to notice that the other end has gone
+_WAIT_S = 0.1  # interval at which a blocked thread checks for `close`
 
 
 class Prefetcher[T]:
     """An iterator over `source` that keeps up to `depth` items ready.
 
-    An error in the source is raised in the caller's thread, after the items made before it. `close` ends the thread;
-    it is called at the end of the source and may be called at any time, more than once.
+    An error in the source is raised in the caller's thread, after the earlier items. `close` ends the thread. It
+    runs at the end of the source and may be called at any time, more than once.
 
     Args:
-        depth: items to keep ready; 0 runs the source in the caller's thread.
+        depth: number of items to keep ready; 0 runs the source in the caller's thread.
     """
 
     def __init__(self, source: Iterator[T], depth: int):
@@ -48,7 +48,7 @@ class Prefetcher[T]:
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Ends the thread and drops what was read ahead."""
+        """Ends the thread and drops the items that are ready."""
         self._closed.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -61,7 +61,7 @@ class Prefetcher[T]:
                 if not self._put("item", item):
                     return
             self._put("end", None)
-        except BaseException as error:  # whatever it is, the caller must see it
+        except BaseException as error:  # the caller must see any error
             self._put("error", error)
 
     def _put(self, kind: str, value: object) -> bool:

@@ -1,8 +1,7 @@
-"""Random numbers by position: any element of any stream at once, without state, equal on every machine and numpy
-release.
+"""Random numbers by position: any element of any stream, without state, equal on every machine and numpy release.
 
-Data order is defined through these, so that a resumed run, or another data-parallel size, computes the same order from
-the position alone and holds no index in memory.
+They define the order of the data. A resumed run, or one with another data-parallel size, computes the same order from
+the position alone and keeps no index in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _FEISTEL_ROUNDS = 8  # 4 suffice for large halves; tiny data sets have halves of
 
 
 def derive_key(*parts: int | str) -> int:
-    """A 64-bit key for a stream that is named by its parts, such as (seed, "epoch", 3)."""
+    """A 64-bit key for the stream with this name, such as (seed, "epoch", 3)."""
     text = "\0".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -43,8 +42,8 @@ def uniform(values: np.ndarray, key: int) -> np.ndarray:
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """Applies the pseudo-random permutation `key` of range(size) to each index, int64.
 
-    A Feistel network over the next power of four; values that fall outside are walked along their cycle until they
-    fall inside, which keeps the map one to one. Constant memory for any size.
+    A Feistel network over the next power of four. A value outside the range is mapped again until it is inside, which
+    keeps the map one to one. Needs constant memory for any size.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)

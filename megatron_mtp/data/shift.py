@@ -1,5 +1,4 @@
-"""What each prediction depth reads and predicts: shifted ids, labels and masks, made on the full sequence before any
-slicing.
+"""What each prediction depth reads and predicts: shifted ids, labels and masks, made on full sequences before slicing.
 
 With t the token ids of a sample (s+1 of them), slot i (0 <= i < s) and depth k:
 
@@ -7,8 +6,8 @@ With t the token ids of a sample (s+1 of them), slot i (0 <= i < s) and depth k:
     depth k >= 1 reads     t[i+k]
     its mask is            base_mask[i+k]    (the validity of that same target under the main prediction)
 
-and 0 where t[i+k+1] lies beyond the sample or, where documents are kept apart, in another document. The model rolls
-nothing, so context-parallel ranks need no messages for MTP.
+and 0 where t[i+k+1] is beyond the sample or, with separate documents, in another document. The model rolls nothing,
+so context-parallel ranks need no messages for MTP.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class DepthTargets:
-    """Inputs and targets of all depths; the leading axes of the tokens stay between depth and sequence.
+    """Inputs and targets of all depths; the leading axes of the tokens are between depth and sequence.
 
     Attributes:
-        shifted_ids: int64 [D, ..., s], what depths 1..D read.
-        labels: int64 [1+D, ..., s], what depths 0..D predict; 0 beyond the sample.
+        shifted_ids: int64 [D, ..., s], the ids that depths 1..D read.
+        labels: int64 [1+D, ..., s], the ids that depths 0..D predict; 0 beyond the sample.
         loss_mask: float32 [1+D, ..., s], 1 where the target counts.
     """
 
@@ -40,10 +39,10 @@ def depth_targets(
 
     Args:
         tokens: int [..., s+1], one token more than there are slots.
-        num_depths: D, the number of MTP depths; 0 gives the plain next-token targets.
+        num_depths: D, the number of MTP depths; 0 gives the targets of next-token prediction.
         loss_mask: [..., s]; entry j says whether target t[j+1] counts.
-        segment_ids: int [..., s+1], the document of each token, where no depth may predict across a document's end;
-            None: documents are not kept apart.
+        segment_ids: int [..., s+1], the document of each token, if no depth may predict across the end of a document;
+            None: documents are not separated.
 
     Example:
         t = [5 6 7 8 9], D = 1, all valid:
@@ -59,10 +58,10 @@ def depth_targets(
     for k in range(min(num_depths, s) + 1):
         if k > 0:
             shifted_ids[k - 1, ..., : s + 1 - k] = tokens[..., k:][..., :s]
-        valid = s - k  # slots whose target t[i+k+1] lies in the sample
+        valid = s - k  # slots whose target t[i+k+1] is in the sample
         labels[k, ..., :valid] = tokens[..., k + 1 :]
         mask[k, ..., :valid] = loss_mask[..., k:]
-        if segment_ids is not None:  # ids never decrease, so equal ends mean one document all along
+        if segment_ids is not None:  # ids never decrease, so two equal ids mean one document between them
             mask[k, ..., :valid] *= segment_ids[..., :valid] == segment_ids[..., k + 1 :]
     return DepthTargets(shifted_ids, labels, mask)
 
@@ -71,7 +70,7 @@ def segments(starts: np.ndarray) -> np.ndarray:
     """Numbers the documents of a sample from 0.
 
     Args:
-        starts: bool [..., n], true where a token begins a document; entry 0 is of no account.
+        starts: bool [..., n], true where a token begins a document; entry 0 is ignored.
 
     Returns:
         int32 [..., n], never decreasing. starts = [0 0 1 0 1] gives [0 0 1 1 2].
@@ -81,7 +80,7 @@ def segments(starts: np.ndarray) -> np.ndarray:
 
 
 def positions(starts: np.ndarray, reset: bool) -> np.ndarray:
-    """Position ids, int64 [..., n]: 0, 1, 2 ..., starting again at each document if `reset`.
+    """Position ids, int64 [..., n]: 0, 1, 2 ..., which restart at each document if `reset`.
 
     starts = [0 0 1 0 1] gives [0 1 2 3 4], and [0 1 0 1 0] with reset.
     """

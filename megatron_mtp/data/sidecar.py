@@ -1,6 +1,4 @@
-"""The `<prefix>.json` beside a data set: what it holds and which tokenizer made it, so that a mix-up is found before a
-run.
-"""
+"""The `<prefix>.json` next to a data set: its contents and tokenizer, so that a mix-up is found before a run."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from megatron_mtp.errors import DataError
 
 @dataclass(kw_only=True, slots=True)
 class Sidecar:
-    """What `megatron-mtp prepare` records about one prefix. Data from elsewhere has none and is not checked."""
+    """Facts that `megatron-mtp prepare` records about one prefix. Other data has no sidecar and is not checked."""
 
     tokenizer_type: str
     tokenizer_fingerprint: str
@@ -31,12 +29,12 @@ class Sidecar:
     sources: list[str] = field(default_factory=list)
 
     def save(self, prefix: str) -> None:
-        """Writes `<prefix>.json`, whole or not at all."""
+        """Writes `<prefix>.json` atomically."""
         write_atomically(Path(f"{prefix}.json"), json.dumps(asdict(self), indent=1).encode())
 
     @classmethod
     def load(cls, prefix: str) -> Sidecar | None:
-        """Reads `<prefix>.json`; None where there is none.
+        """Reads `<prefix>.json`; None if it does not exist.
 
         Raises:
             DataError: it cannot be read.
@@ -53,12 +51,12 @@ class Sidecar:
             ) from error
 
     def problems(self, prefix: str, bin_bytes: int, vocab_size: int, fingerprint: str | None) -> list[str]:
-        """What does not fit between this data and a run.
+        """The reasons why this data does not fit a run.
 
         Args:
             bin_bytes: actual size of `<prefix>.bin`.
             vocab_size: of the model.
-            fingerprint: of the run's tokenizer, None where it has none.
+            fingerprint: of the run's tokenizer; None: the run has none.
         """
         found = []
         if bin_bytes != self.bin_bytes:
@@ -68,16 +66,13 @@ class Sidecar:
             )
         if self.largest_id >= vocab_size:
             found.append(
-                f"{prefix}: holds token id {self.largest_id} (tokenizer {self.tokenizer_type}, {self.vocab_size} "
-                "ids), outside "
-                f"the model's vocabulary of {vocab_size} ids. Set model.vocab_size = {self.vocab_size}, or prepare "
-                "the data with "
-                "the model's tokenizer."
+                f"{prefix}: holds token id {self.largest_id} (tokenizer {self.tokenizer_type}, {self.vocab_size} ids), "
+                f"outside the model's vocabulary of {vocab_size} ids. Set model.vocab_size = {self.vocab_size}, or "
+                "prepare the data with the model's tokenizer."
             )
         if fingerprint is not None and fingerprint != self.tokenizer_fingerprint:
             found.append(
                 f"{prefix}: was made by the tokenizer {self.tokenizer_fingerprint}, but the run's is {fingerprint}. "
-                "Set "
-                "tokenizer.tokenizer_model to the one that made the data, or prepare it again."
+                "Set tokenizer.tokenizer_model to the one that made the data, or prepare the data again."
             )
         return found

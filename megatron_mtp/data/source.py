@@ -1,4 +1,4 @@
-"""The endless sequence of samples that a run draws from, as every kind of data set presents it."""
+"""The endless sequence of samples that a run reads: the interface of every data set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ class Sample:
     Attributes:
         tokens: int64 [s+1].
         starts: bool [s+1], true where a token begins a document.
-        is_target: bool [s+1], false where a token carries no loss at any depth, such as a prompt's; None: all are
-            targets.
+        is_target: bool [s+1], false where a token has no loss at any depth, such as a prompt's; None: all are targets.
     """
 
     tokens: np.ndarray
@@ -25,10 +24,10 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """An endless sequence of samples, addressed by position; the same positions always hold the same samples."""
+    """An endless sequence of samples, addressed by position. A position always holds the same sample."""
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
-        """Ids, int64 [n], of the samples at these positions; a sample that is drawn twice has one id."""
+        """Ids, int64 [n], of the samples at these positions. A sample that is drawn twice keeps its id."""
         ...
 
     def read(self, sample_id: int) -> Sample:
@@ -36,7 +35,7 @@ class SampleSource(Protocol):
         ...
 
     def describe(self, sample_id: int) -> str:
-        """Where a sample comes from, for messages: the file's prefix and the sample's number in it."""
+        """The origin of a sample for messages: the prefix of the file and the index of the sample in it."""
         ...
 
 

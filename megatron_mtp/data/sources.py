@@ -1,4 +1,4 @@
-"""From the dataset section of a config to the sources a run draws from: mock data or blends of indexed data sets."""
+"""From the dataset section of a config to the sources of a run: mock data or blends of indexed data sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_mtp.errors import ConfigError, DataError
 
 
 def is_mock(cfg: ConfigContainer) -> bool:
-    """Whether the run makes its data up."""
+    """Whether the run uses synthetic data."""
     return cfg.dataset.mock or (cfg.dataset.blend is None and cfg.dataset.blend_per_split is None)
 
 
@@ -26,11 +26,11 @@ def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, d
     Blends are opened and checked; their indices are not built yet (`BlendedSource.build_indices`).
 
     Raises:
-        ConfigError: a blend or split is written wrongly.
-        DataError: every problem with the files, one on a line.
+        ConfigError: a blend or split is invalid.
+        DataError: lists every problem with the files, one on a line.
     """
     opener = _Opener(cfg, vocab_size)
-    wanted = SPLITS[: 2 if cfg.validation.eval_iters else 1]  # the test split is only kept apart
+    wanted = SPLITS[: 2 if cfg.validation.eval_iters else 1]  # the test split is reserved, not read
     sources: dict[str, SampleSource] = {which: opener.mock(which) for which in wanted} if is_mock(cfg) else {}
     for which, (blend, split) in ({} if is_mock(cfg) else _main_blends(cfg, wanted)).items():
         sources[which] = opener.blend(blend, which, split)
@@ -43,17 +43,17 @@ def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, d
 
 
 def check_data(cfg: ConfigContainer) -> None:
-    """Opens all the data of a run and looks for mistakes, without torch and without building or writing anything.
+    """Opens all the data of a run to find mistakes. Needs no torch, and builds and writes nothing.
 
     Raises:
-        ConfigError: a blend or split is written wrongly.
-        DataError: every problem with the files, one on a line.
+        ConfigError: a blend or split is invalid.
+        DataError: lists every problem with the files, one on a line.
     """
     open_sources(cfg, resolve_vocab_size(cfg))
 
 
 def _main_blends(cfg: ConfigContainer, wanted: tuple[str, ...]) -> dict[str, tuple[Blend, str | None]]:
-    """Blend and split string (None: the whole of each prefix) of the training and the main validation set."""
+    """Blend and split string (None: all of each prefix) of the training and the main validation set."""
     dataset = cfg.dataset
     if dataset.blend_per_split is None:
         blend = parse_blend(dataset.blend, "dataset.blend")
@@ -84,7 +84,7 @@ def _named_blends(cfg: ConfigContainer) -> dict[str, Blend]:
 
 
 class _Opener:
-    """Opens sources, each file once, and collects what is wrong with them."""
+    """Opens sources, each file once, and collects their problems."""
 
     def __init__(self, cfg: ConfigContainer, vocab_size: int):
         self.vocab_size, self.seed = vocab_size, cfg.rng.seed
@@ -100,7 +100,7 @@ class _Opener:
         return MockSource(self.vocab_size, self.seq_length, self.eod, self.seed, which)
 
     def blend(self, blend: Blend, which: str, split: str | None) -> BlendedSource:
-        """The mixture; without the corpora that have problems."""
+        """The mixture, without the corpora that have problems."""
         corpora = [corpus for prefix in blend.prefixes if (corpus := self._corpus(prefix, which, split))]
         return BlendedSource(corpora, blend.weights, self.seed)
 
@@ -117,7 +117,7 @@ class _Opener:
             return None
 
     def _reader(self, prefix: str) -> IndexedReader | None:
-        """The open files; None where they are damaged, which is recorded the first time."""
+        """The open files; None if they are damaged, which is recorded the first time."""
         if prefix not in self.readers:
             self.readers[prefix] = None
             reader = self.readers[prefix] = IndexedReader(prefix)

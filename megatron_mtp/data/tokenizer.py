@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface: Hugging Face, SentencePiece, tiktoken, bytes, and none at all.
+"""Tokenizers with one small interface: Hugging Face, SentencePiece, tiktoken, bytes, and none.
 
 Each library is imported when its tokenizer is opened.
 """
@@ -16,7 +16,7 @@ from typing import Protocol, cast
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError, DataError
 
-# Names of the token that ends a document, in the order they are tried where no config file names it.
+# Names of the end-of-document token, in the order in which they are tried if no config file names it.
 _EOD_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -62,14 +62,14 @@ class Tokenizer(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of what the tokenizer maps to what; equal for equal tokenizers, wherever their files lie."""
+        """A hash of the tokenizer's contents; equal for equal tokenizers, wherever their files are."""
         ...
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, read by the `tokenizers` library.
 
-    Names of special tokens that occur in a text are text: no document can end another one early.
+    The name of a special token inside a text is encoded as text, so no document can end another one early.
     """
 
     kind = "huggingface"
@@ -98,9 +98,8 @@ class HuggingFaceTokenizer:
             if name in vocab:
                 return vocab[name]
         raise DataError(
-            f"tokenizer {file}: has no end-of-document token. It is eos_token of a tokenizer_config.json beside it, "
-            "or one "
-            f"of {', '.join(_EOD_NAMES)}: add one to the tokenizer."
+            f"tokenizer {file}: has no end-of-document token. Name it as eos_token in a tokenizer_config.json next to "
+            f"the file, or add one of {', '.join(_EOD_NAMES)} to the tokenizer."
         )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -144,7 +143,7 @@ class SentencePieceTokenizer:
 class TiktokenTokenizer:
     """A `*.tiktoken` file (base64 token and rank on each line), or a JSON list of {rank, token_bytes}.
 
-    The files hold neither pattern nor special tokens: Megatron-Core's pattern is used, and `<|endoftext|>` gets the
+    The files hold neither a pattern nor special tokens: the pattern is Megatron-Core's, and `<|endoftext|>` gets the
     first free id.
     """
 
@@ -181,7 +180,7 @@ class TiktokenTokenizer:
 
 
 class BytesTokenizer:
-    """UTF-8 bytes as ids 0..255, and 256 to end a document."""
+    """UTF-8 bytes as ids 0..255, with 256 as end of document."""
 
     kind, vocab_size, eod = "bytes", 257, 256
 
@@ -196,7 +195,7 @@ class BytesTokenizer:
 
 
 class NullTokenizer:
-    """Text that is ids already, separated by spaces; the last id ends a document."""
+    """For text that consists of ids separated by spaces; the last id of the vocabulary ends a document."""
 
     kind = "null"
 
@@ -228,8 +227,8 @@ def open_tokenizer(kind: str, model: str | None = None, vocab_size: int | None =
     """Opens a tokenizer by the fields of cfg.tokenizer.
 
     Raises:
-        ConfigError: a field that this kind needs is missing.
-        DataError: the file is missing or is no such tokenizer.
+        ConfigError: a required field of this kind is missing.
+        DataError: the file is missing or is not a tokenizer of this kind.
     """
     if kind == "bytes":
         return BytesTokenizer()
@@ -245,10 +244,10 @@ def open_tokenizer(kind: str, model: str | None = None, vocab_size: int | None =
 
 
 def tokenizer_from_spec(spec: str) -> Tokenizer:
-    """Opens a tokenizer named by one word: "bytes", "null:VOCAB", or a path whose ending tells its kind.
+    """Opens a tokenizer by its name: "bytes", "null:VOCAB", or a path whose ending shows its kind.
 
-    `*.model` is SentencePiece, `*.tiktoken` tiktoken, and a folder or any other `*.json` Hugging Face; write
-    "tiktoken:PATH" and the like where the ending misleads.
+    `*.model` is SentencePiece, `*.tiktoken` is tiktoken, and a folder or any other `*.json` is Hugging Face. Where the
+    ending is misleading, write the kind before the path, as in "tiktoken:PATH".
     """
     kind, _, rest = spec.partition(":")
     if kind == "null":
@@ -264,7 +263,7 @@ def tokenizer_from_spec(spec: str) -> Tokenizer:
 
 
 def configured_tokenizer(cfg: ConfigContainer) -> Tokenizer | None:
-    """The tokenizer of the run, or None where cfg.tokenizer names none (type null without a vocabulary)."""
+    """The tokenizer of the run; None if cfg.tokenizer names none (type null without a vocabulary)."""
     section = cfg.tokenizer
     if section.tokenizer_type == "null" and section.vocab_size is None:
         return None
@@ -272,24 +271,24 @@ def configured_tokenizer(cfg: ConfigContainer) -> Tokenizer | None:
 
 
 def resolve_vocab_size(cfg: ConfigContainer) -> int:
-    """model.vocab_size, or where it is None the tokenizer's. Needs no torch.
+    """model.vocab_size, or the tokenizer's if that is None. Needs no torch.
 
     Raises:
-        ConfigError: neither is given.
+        ConfigError: neither is set.
     """
     if cfg.model.vocab_size is not None:
         return cfg.model.vocab_size
     tokenizer = configured_tokenizer(cfg)
     if tokenizer is None:
         raise ConfigError(
-            "model.vocab_size = None: no tokenizer tells the size of the vocabulary. Set model.vocab_size, "
+            "model.vocab_size = None: no tokenizer defines the size of the vocabulary. Set model.vocab_size, "
             "tokenizer.vocab_size, or a tokenizer."
         )
     return tokenizer.vocab_size
 
 
 def end_of_document(tokenizer: Tokenizer | None, vocab_size: int) -> int:
-    """The id that ends documents: the tokenizer's, or without a tokenizer the last of the vocabulary."""
+    """The end-of-document id: the tokenizer's, or the last id of the vocabulary without a tokenizer."""
     return vocab_size - 1 if tokenizer is None else tokenizer.eod
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def zigzag_index(seq_length: int, cp_rank: int, cp_size: int) -> np.ndarray:
-    """Positions of the full sequence that rank `cp_rank` holds, int64 [s/cp], in its local order.
+    """Positions in the full sequence of the slots of rank `cp_rank`, int64 [s/cp], in its local order.
 
     The sequence is cut into 2*cp chunks; rank r holds chunks r and 2*cp-1-r, so that causal attention costs every
     rank the same (Megatron-Core's order). s = 8, cp = 2: rank 0 holds [0 1 6 7], rank 1 holds [2 3 4 5].

@@ -1,17 +1,16 @@
-"""How far one layout is from the one-rank reference, and what is allowed.
+"""The difference of one layout from the one-rank reference, and the tolerances.
 
-Allowed, in fp32:
+Tolerances, in fp32:
     losses     |a - b| <= 2e-6 * |b| for each depth; a depth without a valid target is NaN on both sides.
     counts     of targets and of acceptance: equal.
-    routing    equal, and looked at first: where one token went to another expert, nothing else compares.
+    routing    equal, and compared first: once a token goes to another expert, nothing else is comparable.
     gradients  |g - r| <= 5e-6 * max(|r|, 1e-3 * |G| / sqrt(n)) for each parameter tensor, in the 2-norm, where r is its
-               reference, |G| the norm of the whole reference gradient and n the number of parameter tensors. A tensor
-               is what the sharded state dict calls one: layers and experts apart, gate and up projection apart. The
-               floor, a thousandth of a typical tensor's norm, keeps a gradient next to nothing from being judged by
-               rounding alone. With linear attention 5e-5 are allowed: a head that forgets at once gives (q k) v, of
-               which the norm that follows leaves little but the sign of q k, and where that is near zero rounding
-               grows.
-    copies     a replicated parameter's gradients on two ranks: as gradients. Initial weights: equal bit for bit.
+               reference, |G| the norm of the complete reference gradient and n the number of parameter tensors. The
+               sharded state dict defines a tensor: layers, experts, gate and up projections are separate ones. The
+               floor, a thousandth of a typical tensor's norm, keeps rounding from deciding about tiny gradients.
+               With linear attention the tolerance is 5e-5: a head that forgets at once gives (q k) v, of which the
+               following norm keeps little more than the sign of q k, and rounding grows where q k is near zero.
+    copies     gradients of a replicated parameter on two ranks: as gradients. Initial weights: equal bit for bit.
     curve      |a - b| <= 1e-5 * |b| for each depth and optimizer step, up to the first step with another routing.
 """
 
@@ -66,9 +65,9 @@ class Difference:
     gradient_allowed: float = GRADIENT_TOLERANCE
 
     def faults(self) -> list[str]:
-        """What is off, in words; empty where the layout is right."""
+        """Every difference beyond its tolerance, in words; empty if the layout is right."""
         if self.routing_changes:
-            return [f"{self.routing_changes} tokens went to other experts; nothing else compares"]
+            return [f"{self.routing_changes} tokens went to other experts; nothing else is comparable"]
         found = [
             f"loss of depth {depth} differs by {value:.1e} (allowed {LOSS_TOLERANCE:.0e})"
             for depth, value in enumerate(self.losses)
@@ -150,7 +149,7 @@ def _scales(reference: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _without_padding(g: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The padded vocabulary grows with tp: the shorter one is filled up with the zeros that padding rows must have."""
+    """The padded vocabulary grows with tp: the shorter tensor is filled with the zeros that padding rows must have."""
     rows = max(g.shape[0], r.shape[0])
     filled = [torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])]) if len(x) < rows else x for x in (g, r)]
     return filled[0], filled[1]

@@ -1,6 +1,6 @@
-"""One layout measured: losses, counts, routing, every gradient, initial weights and a short curve.
+"""Measures one layout, on every worker of a pool.
 
-Runs on every worker of a pool.
+Measured are losses, counts, routing, every gradient, the initial weights and a short curve.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_mtp.verify.routing import RouterCall, RoutingRecorder, gather_rout
 
 @dataclass(slots=True)
 class Measurement:
-    """What one layout computes. Tensors are whole, on the CPU, under the names of the sharded state dict.
+    """What one layout computes. Tensors are complete, on the CPU, under the names of the sharded state dict.
 
     Attributes:
         sums, losses, counts: [1+D], of one forward and backward pass.
@@ -81,17 +81,17 @@ def measure(cfg: ConfigContainer, spec: BatchSpec, curve_steps: int = 0) -> Meas
 def _measure(run: Run, spec: BatchSpec, curve_steps: int) -> Measurement | None:
     chunks = run.engine.chunks
     weights = gather_parts(parameter_parts(chunks))
-    figures, routing = _pass(run, spec, step=0, update=False)
+    metrics, routing = _pass(run, spec, step=0, update=False)
     gradients = gather_parts(gradient_parts(chunks))
     curve = [_pass(run, spec, step, update=True) for step in range(curve_steps)]
     if weights is None or gradients is None or routing is None:  # another rank than 0
         return None
     found = Measurement(
-        sums=figures.depth_sums.tolist(),
-        losses=figures.losses,
-        counts=figures.depth_counts.tolist(),
-        acceptance=figures.acceptance.tolist(),
-        router=figures.router,
+        sums=metrics.depth_sums.tolist(),
+        losses=metrics.losses,
+        counts=metrics.depth_counts.tolist(),
+        acceptance=metrics.acceptance.tolist(),
+        router=metrics.router,
         routing=routing,
         curve=[step.losses for step, _ in curve],
         routing_curve=[maps for _, maps in curve if maps is not None],
@@ -115,5 +115,5 @@ def _pass(
         sequence_parallel=cfg.model.sequence_parallel,
     )
     loss_factor = run.resolved.loss_factor.at(0)
-    figures = engine.train(batch, loss_factor) if update else engine.forward_backward(batch, loss_factor)
-    return figures, gather_routing(recorder.parts(), spec.num_samples, spec.seq_length)
+    metrics = engine.train(batch, loss_factor) if update else engine.forward_backward(batch, loss_factor)
+    return metrics, gather_routing(recorder.parts(), spec.num_samples, spec.seq_length)

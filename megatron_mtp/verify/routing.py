@@ -1,4 +1,4 @@
-"""Which experts every token was sent to, brought into the order of the global batch whatever the layout."""
+"""Records the experts of every token, in the order of the global batch at any layout."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from megatron_mtp.data.zigzag import zigzag_index
 
-# Name of the router in the whole model, and which of its calls for one micro-batch: a repeated MTP layer has D.
+# Router's name in the complete model, and the number of its call for one micro-batch: a repeated MTP layer makes D.
 RouterCall = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingPart:
-    """One router call on one rank: its map [b, s', E] bool, the samples' places in the global batch and the slots'
-    positions.
+    """One router call on one rank.
+
+    Attributes:
+        places: of the samples in the global batch, [b].
+        positions: of the slots in the sequence, [s'].
+        chosen: bool [b, s', E].
     """
 
     call: RouterCall
@@ -38,9 +42,9 @@ class RoutingRecorder:
     Args:
         chunks: unwrapped model chunks of this rank.
         places: [micro-batches, b], the samples of each micro-batch.
-        seq_length: s of the whole sequence.
+        seq_length: s of the complete sequence.
         groups: tp and cp say which slots this rank routes.
-        sequence_parallel: routers see a piece of the rank's slots.
+        sequence_parallel: each router sees 1/tp of the rank's slots.
     """
 
     def __init__(
@@ -65,15 +69,14 @@ class RoutingRecorder:
         maps = self._maps.setdefault(name, [])
 
         def hook(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
-            if (
-                torch._C._current_graph_task_id() == -1
-            ):  # in the backward pass a recomputed layer calls its router again
+            is_forward = torch._C._current_graph_task_id() == -1
+            if is_forward:  # in the backward pass a recomputed layer calls its router again
                 maps.append(output[1].detach().bool().clone())
 
         return hook
 
     def parts(self) -> list[RoutingPart]:
-        """What was recorded, by router and micro-batch. Ends the recording."""
+        """Ends the recording and returns it, by router and micro-batch."""
         for hook in self._hooks:
             hook.remove()
         found = []
@@ -83,10 +86,9 @@ class RoutingRecorder:
             assert per_batch * len(self._places) == len(maps), f"{name}: {len(maps)} calls for {len(self._places)}"
             for index, chosen in enumerate(maps):
                 row = self._places[index // per_batch]
-                whole = chosen.unflatten(0, (len(self._positions), len(row))).transpose(
-                    0, 1
-                )  # [s' * b, E] -> [b, s', E]
-                found.append(RoutingPart((name, calls[index // per_batch]), row, self._positions, whole))
+                # [s' * b, E] -> [b, s', E]
+                complete = chosen.unflatten(0, (len(self._positions), len(row))).transpose(0, 1)
+                found.append(RoutingPart((name, calls[index // per_batch]), row, self._positions, complete))
                 calls[index // per_batch] += 1
         return found
 
@@ -102,11 +104,11 @@ def gather_routing(parts: list[RoutingPart], num_samples: int, seq_length: int) 
     dist.gather_object(parts, gathered)
     if gathered is None:
         return None
-    whole: dict[RouterCall, Tensor] = {}
+    complete: dict[RouterCall, Tensor] = {}
     seen: dict[RouterCall, Tensor] = {}
     for part in (part for rank in gathered for part in rank):
         num_experts = part.chosen.shape[-1]
-        target = whole.setdefault(part.call, torch.zeros(num_samples, seq_length, num_experts, dtype=torch.bool))
+        target = complete.setdefault(part.call, torch.zeros(num_samples, seq_length, num_experts, dtype=torch.bool))
         known = seen.setdefault(part.call, torch.zeros(num_samples, seq_length, dtype=torch.bool))
         box = np.ix_(part.places, part.positions)
         if (target[box] != part.chosen)[known[box]].any():
@@ -115,11 +117,11 @@ def gather_routing(parts: list[RoutingPart], num_samples: int, seq_length: int) 
         known[box] = True
     if holes := [call for call, known in seen.items() if not known.all()]:
         raise ValueError(f"no rank routed some token of {holes}")
-    return dict(sorted(whole.items()))
+    return dict(sorted(complete.items()))
 
 
 def _named_routers(chunk: Any) -> list[tuple[str, TopKRouter]]:
-    """Routers by their name in the whole model: a stage counts its decoder layers from 0."""
+    """Routers by their name in the complete model: a stage counts its decoder layers from 0."""
     first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     found = []
     for name, module in chunk.named_modules():

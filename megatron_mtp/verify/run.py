@@ -1,5 +1,6 @@
-"""Runs a shrunk recipe at several layouts on the CPU and compares each with one rank: loss, counts, routing, every
-gradient.
+"""Runs a shrunk recipe at several layouts on the CPU and compares each with one rank.
+
+Compared are the loss of each depth, counts, routing and every gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megatron_mtp.device.worker_pool import WorkerError, worker_pools
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.logs import silence_noise
 from megatron_mtp.verify.batches import BatchSpec
-from megatron_mtp.verify.cases import Layout, parse_layouts
+from megatron_mtp.verify.placements import Placement, parse_layouts
 from megatron_mtp.verify.shrink import shrink
 
 PRELOAD = ("megatron_mtp.verify.preload",)
@@ -27,25 +28,32 @@ EXPERT_LAYOUTS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One layout: how it differs from one rank, or why it could not run."""
+    """How one layout differs from one rank, or why it did not run.
+
+    Attributes:
+        layout: its text.
+        losses: relative difference of each depth's loss, [1+D].
+        gradient, gradient_name: the largest difference of a gradient (see `compare`), and the parameter.
+        faults: every difference beyond its tolerance, in words.
+    """
 
     layout: str
     ranks: int
     seconds: float
-    losses: list[float]  # relative difference of each depth's loss
+    losses: list[float]
     counts_equal: bool
     acceptance_equal: bool
-    gradient: float  # worst, and its parameter
+    gradient: float
     gradient_name: str
     faults: list[str]
 
     @property
     def is_right(self) -> bool:
-        """Whether everything lies within the tolerances of verify_compare."""
+        """Whether every difference is within the tolerances of `compare`."""
         return not self.faults
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for --json; null stands where there is no finite number."""
+        """Plain data for --json; None in place of numbers that are not finite."""
         return {
             "layout": self.layout,
             "ranks": self.ranks,
@@ -61,29 +69,36 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What will be run: configs finalized for each layout, and the batches."""
+class Comparison:
+    """The runs to compare.
+
+    Attributes:
+        changes: what shrinking changed, as "field old -> new".
+        reference: config of the one-rank run.
+        layouts: each layout and its config.
+        spec: of the batches that all of them read.
+    """
 
     changes: list[str]
     reference: ConfigContainer
-    layouts: list[tuple[Layout, ConfigContainer]]
+    layouts: list[tuple[Placement, ConfigContainer]]
     spec: BatchSpec
 
 
 def default_layouts(cfg: ConfigContainer) -> str:
-    """One of each parallelism that the model's kind can use, at most four ranks each."""
+    """One layout for each parallelism that the model can use, of at most four ranks."""
     return EXPERT_LAYOUTS if cfg.model.num_moe_experts else DENSE_LAYOUTS
 
 
-def plan(cfg: ConfigContainer, layouts: str | None) -> Plan:
-    """Reads and checks everything before a process is started.
+def prepare(cfg: ConfigContainer, layouts: str | None) -> Comparison:
+    """Reads and checks everything before a process starts.
 
     Args:
         cfg: a recipe with the user's changes, not finalized.
-        layouts: as verify_layout.parse_layouts reads them; None: default_layouts.
+        layouts: text for `parse_layouts`; None: `default_layouts`.
 
     Raises:
-        ConfigError: the recipe is wrong, a layout cannot be read, or it cannot be.
+        ConfigError: the recipe is invalid, or a layout cannot be parsed or is invalid.
     """
     parsed = parse_layouts(default_layouts(cfg) if layouts is None else layouts)
     small, changes = shrink(cfg, parsed)
@@ -98,7 +113,7 @@ def plan(cfg: ConfigContainer, layouts: str | None) -> Plan:
     plain = small.copy()
     plain.model.recompute_granularity = plain.model.recompute_method = None
     plain.model.recompute_num_layers = plain.model.recompute_modules = None
-    reference = Layout.parse("").apply(plain)
+    reference = Placement.parse("").apply(plain)
     spec = BatchSpec(
         num_samples=reference.train.global_batch_size,
         seq_length=reference.model.seq_length,
@@ -107,33 +122,32 @@ def plan(cfg: ConfigContainer, layouts: str | None) -> Plan:
         mask="documents" if reference.dataset.reset_attention_mask else "empty_micro_batch",
         micro_batch_size=reference.train.micro_batch_size,
     )
-    return Plan(changes, reference, placed, spec)
+    return Comparison(changes, reference, placed, spec)
 
 
-def verify(plan: Plan, report: Callable[[str], None]) -> list[Outcome]:
+def verify(comparison: Comparison, report: Callable[[str], None]) -> list[Outcome]:
     """Runs the reference, then each layout on the same batches.
 
     Args:
-        plan: from `plan`.
-        report: called with what is about to run.
+        report: called with the name of each run before it starts.
 
     Raises:
         WorkerError: the reference itself failed.
     """
-    silence_noise()  # before the imports that make it
+    silence_noise()  # before the imports that warn
     from megatron_mtp.verify.measure import measure
 
     outcomes = []
     with worker_pools(PRELOAD) as pool_of:
         report("one rank, the reference")
-        reference = pool_of(1).run(measure, plan.reference, plan.spec)[0]
-        for layout, cfg in plan.layouts:
+        reference = pool_of(1).run(measure, comparison.reference, comparison.spec)[0]
+        for layout, cfg in comparison.layouts:
             ranks = layout.world_size(cfg)
             report(f"{layout.text} on {ranks} {'rank' if ranks == 1 else 'ranks'}")
             try:
-                got = pool_of(ranks).run(measure, cfg, plan.spec)[0]
+                got = pool_of(ranks).run(measure, cfg, comparison.spec)[0]
             except WorkerError as error:
-                outcomes.append(_failure(layout.text, ranks, plan.spec.num_depths, error))
+                outcomes.append(_failure(layout.text, ranks, comparison.spec.num_depths, error))
             else:
                 outcomes.append(_outcome(layout.text, ranks, got, reference))
     return outcomes
@@ -163,7 +177,7 @@ def _failure(text: str, ranks: int, num_depths: int, error: WorkerError) -> Outc
 
 
 def print_outcomes(outcomes: list[Outcome]) -> None:
-    """Prints the table for a person."""
+    """Prints a table, then the faults."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,6 +1,4 @@
-"""A recipe cut down to a size that this machine can run at every layout asked for, with the same kinds of layers and
-losses.
-"""
+"""Shrinks a recipe to a size that this machine can run at every requested layout, with the same layers and losses."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from megatron_mtp.config.sections import (
 )
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
-from megatron_mtp.verify.cases import Layout
+from megatron_mtp.verify.placements import Placement
 
 HIDDEN_SIZE, FFN_SIZE, EXPERT_FFN_SIZE, SHARED_FFN_SIZE = 32, 48, 16, 24
 HEAD_SIZE, SEQ_LENGTH, VOCAB_SIZE, NUM_LAYERS, NUM_EXPERTS = 8, 32, 101, 4, 8
@@ -31,8 +29,8 @@ MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 2, 8
 INIT_STD = 0.1
 
 
-def shrink(cfg: ConfigContainer, layouts: list[Layout]) -> tuple[ConfigContainer, list[str]]:
-    """The one-rank config that every layout starts from, and what was changed, as "field old -> new".
+def shrink(cfg: ConfigContainer, layouts: list[Placement]) -> tuple[ConfigContainer, list[str]]:
+    """Returns the one-rank config that every layout starts from, and the changes as "field old -> new".
 
     Kept: depths and all of MTP's fields, the order of dense and expert layers, attention's kind, router, norms, losses,
     tying, recomputation. Data, checkpoints and logs are left out.
@@ -42,20 +40,20 @@ def shrink(cfg: ConfigContainer, layouts: list[Layout]) -> tuple[ConfigContainer
         layouts: the sizes to divide by.
 
     Raises:
-        ConfigError: the recipe itself is wrong, or hand-written layouts hold different numbers of layers.
+        ConfigError: the recipe is invalid, or hand-written layouts hold different numbers of layers.
     """
-    whole = cfg.copy().finalize()
-    small = Layout.parse("").place(whole)
+    full = cfg.copy().finalize()
+    small = Placement.parse("").place(full)
     sizes = _Sizes(layouts)
-    _shrink_run(small, whole, sizes)
-    _shrink_model(small.model, moe_pattern(whole.model), linear_pattern(whole.model), sizes)
-    return small, _changes(whole, small)
+    _shrink_run(small, full, sizes)
+    _shrink_model(small.model, moe_pattern(full.model), linear_pattern(full.model), sizes)
+    return small, _changes(full, small)
 
 
 class _Sizes:
-    """What the shrunk sizes must divide by."""
+    """The numbers that must divide the shrunk sizes."""
 
-    def __init__(self, layouts: list[Layout]):
+    def __init__(self, layouts: list[Placement]):
         self.layouts = layouts
         self.tp, self.ep = math.lcm(*self._all("tp")), math.lcm(*self._all("ep"))
         self.etp = math.lcm(*(layout.values.get("etp", layout.values.get("tp", 1)) for layout in layouts))
@@ -66,7 +64,7 @@ class _Sizes:
     def _all(self, key: str) -> Iterable[int]:
         return (layout.values.get(key, 1) for layout in self.layouts)
 
-    def _batch_unit(self, layout: Layout) -> int:
+    def _batch_unit(self, layout: Placement) -> int:
         values = layout.values
         dense = values.get("tp", 1) * values.get("cp", 1)
         expert = values.get("etp", values.get("tp", 1)) * values.get("ep", 1)
@@ -75,23 +73,22 @@ class _Sizes:
         return values.get("mbs", self.micro_batch_size) * dp * rounds
 
     def num_layers(self, of_recipe: int) -> int:
-        """As few as fill every chunk; a hand-written layout says how many."""
+        """The smallest number that fills every chunk, or that of a hand-written layout."""
         written = {layout.values["layout"].count("t") for layout in self.layouts if "layout" in layout.values}
         if len(written) > 1:
             raise ConfigError(
-                f"--layouts: the hand-written layouts hold {', '.join(map(str, sorted(written)))} decoder layers "
-                "(t). One "
-                "reference serves all layouts: give them equally many."
+                f"--layouts: the hand-written layouts hold {', '.join(map(str, sorted(written)))} decoder layers (t). "
+                "One reference serves all layouts: give each the same number."
             )
         chunks = max(layout.values.get("pp", 1) * layout.values.get("vp", 1) for layout in self.layouts)
         return max(written, default=max(min(of_recipe, NUM_LAYERS), chunks))
 
 
-def _shrink_run(small: ConfigContainer, whole: ConfigContainer, sizes: _Sizes) -> None:
+def _shrink_run(small: ConfigContainer, full: ConfigContainer, sizes: _Sizes) -> None:
     small.dataset = DatasetConfig(
         mock=True,
-        reset_attention_mask=whole.dataset.reset_attention_mask,
-        reset_position_ids=whole.dataset.reset_position_ids,
+        reset_attention_mask=full.dataset.reset_attention_mask,
+        reset_position_ids=full.dataset.reset_position_ids,
     )
     small.tokenizer = TokenizerConfig(tokenizer_type="null")
     small.checkpoint, small.logger, small.profiling = CheckpointConfig(), LoggerConfig(), ProfilingConfig()
@@ -121,7 +118,7 @@ def _shrink_model(model: ModelConfig, is_moe: list[bool], is_linear: list[bool],
     model.num_layers = num_layers
     model.seq_length = _multiple(max(SEQ_LENGTH, 2 * model.mtp_num_layers), sizes.slots)
     model.vocab_size, model.make_vocab_size_divisible_by = VOCAB_SIZE, 8
-    model.init_method_std = INIT_STD  # larger, so that every part of the model has a gradient to speak of
+    model.init_method_std = INIT_STD  # larger, so that every part of the model has a clear gradient
     model.attention_dropout = model.hidden_dropout = 0.0
     model.backend = "torch"
     if model.recompute_num_layers is not None:
@@ -170,7 +167,7 @@ def _shrink_experts(model: ModelConfig, sizes: _Sizes) -> None:
 
 
 def _fewer(pattern: list[bool], num_layers: int) -> list[bool]:
-    """The kinds of `num_layers` layers in the order of `pattern`: its ends kept, and every kind that it has."""
+    """Thins `pattern` out to `num_layers` kinds in the same order, with both ends and every kind kept."""
     if num_layers == 1:
         return pattern[-1:]
     last = len(pattern) - 1
@@ -184,16 +181,16 @@ def _multiple(value: int, of: int) -> int:
     return math.ceil(value / of) * of
 
 
-def _changes(whole: ConfigContainer, small: ConfigContainer) -> list[str]:
-    after = small.copy().finalize()  # with derived values, as `whole` has them
-    # What a resume may change freely does not change what is computed, but for the size of the initial weights.
+def _changes(full: ConfigContainer, small: ConfigContainer) -> list[str]:
+    after = small.copy().finalize()  # with derived values, as `full` has them
+    # A field that a resume may change freely does not change the result, except the size of the initial weights.
     reported = [f.name for f in fields(ModelConfig) if resume_rule(ModelConfig, f.name) != "free"]
     names = [*reported, "init_method_std"]
-    pairs = [(name, getattr(whole.model, name), getattr(after.model, name)) for name in names]
+    pairs = [(name, getattr(full.model, name), getattr(after.model, name)) for name in names]
     pairs += [
-        ("precision.dtype", whole.precision.dtype, after.precision.dtype),
-        ("train.micro_batch_size", whole.train.micro_batch_size, after.train.micro_batch_size),
-        ("train.global_batch_size", whole.train.global_batch_size, after.train.global_batch_size),
+        ("precision.dtype", full.precision.dtype, after.precision.dtype),
+        ("train.micro_batch_size", full.train.micro_batch_size, after.train.micro_batch_size),
+        ("train.global_batch_size", full.train.global_batch_size, after.train.global_batch_size),
     ]
     return [f"{name} {_short(old)} -> {_short(new)}" for name, old, new in pairs if old != new]
 

@@ -1,7 +1,10 @@
-"""Small data sets on disk for the tests of this room."""
+"""Small data sets on disk, and hashes of their samples."""
+
+import hashlib
 
 import numpy as np
 
+from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.data.indexed import IndexedWriter
 
 
@@ -14,3 +17,16 @@ def write_corpus(prefix, lengths, vocab_size=100, eod=99, seed=0, dtype=np.uint1
         writer.write(np.array(document), np.array([len(document)]))
     writer.close()
     return documents
+
+
+def hash_samples(batch: GlobalBatch) -> dict[int, tuple[int, str]]:
+    """Place in the global batch -> (sample id, hash of its tokens and labels), for the samples this rank holds.
+
+    The union over data-parallel ranks must be the same for every data-parallel and micro-batch size.
+    """
+    hashes = {}
+    for places, micro_batch in zip(batch.places, batch.micro_batches, strict=True):
+        for row, place in enumerate(places):
+            text = micro_batch.tokens[row].numpy().tobytes() + micro_batch.labels[:, row].contiguous().numpy().tobytes()
+            hashes[int(place)] = (int(batch.sample_ids[place]), hashlib.sha256(text).hexdigest())
+    return hashes

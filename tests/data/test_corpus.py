@@ -79,8 +79,8 @@ def test_samples_are_those_of_megatrons_sample_index(tmp_path):
     assert len(index) == corpus.num_samples + 1
     for n in range(corpus.num_samples):
         document, offset = index[n]
-        whole = np.concatenate([corpus.reader.read(int(i)) for i in order[document:]])
-        assert corpus.read(n).tokens.tolist() == whole[offset : offset + s + 1].tolist()
+        complete = np.concatenate([corpus.reader.read(int(i)) for i in order[document:]])
+        assert corpus.read(n).tokens.tolist() == complete[offset : offset + s + 1].tolist()
 
 
 def test_documents_start_after_an_eod_inside_a_document_too(tmp_path):

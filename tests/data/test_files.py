@@ -51,7 +51,7 @@ def test_damaged_cache_is_named(tmp_path):
     path = tmp_path / "index.npy"
     cached_array(path, lambda: np.arange(100))
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DataError, match=r"index\.npy: is a damaged index"):
+    with pytest.raises(DataError, match=r"index\.npy: is damaged"):
         cached_array(path, lambda: np.arange(100))
 
 

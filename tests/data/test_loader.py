@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.data.batch import hash_samples
 from megatron_mtp.data.loader import DataPlacement, build_data
 from megatron_mtp.errors import ConfigError, DataError
-from tests.data.corpora import write_corpus
+from tests.data.corpora import hash_samples, write_corpus
 
 pytestmark = pytest.mark.unit
 
@@ -88,10 +87,10 @@ def test_shapes_and_dtypes():
 
 def test_cp_ranks_hold_slices_of_the_whole_batch_and_counts_add_up():
     cfg = config(reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
-    whole = next(build_data(cfg, DataPlacement(), 2).train())
+    complete = next(build_data(cfg, DataPlacement(), 2).train())
     parts = [next(build_data(cfg, DataPlacement(cp_rank=r, cp_size=2), 2).train()) for r in range(2)]
-    assert torch.equal(sum(part.num_targets for part in parts), whole.num_targets)
-    for m, full in enumerate(whole.micro_batches):
+    assert torch.equal(sum(part.num_targets for part in parts), complete.num_targets)
+    for m, full in enumerate(complete.micro_batches):
         for name in ("tokens", "position_ids", "shifted_ids", "labels", "loss_mask"):
             value = getattr(full, name)
             chunks = value.chunk(4, dim=-1)

@@ -1,4 +1,4 @@
-"""A loss mask beside the tokens: a masked token is a target of no depth, whatever slot predicts it."""
+"""A loss mask next to the tokens: a masked token is a target of no depth, whichever slot predicts it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_ramp_is_megatrons(start, increment, increments, samples, consumed):
     schedule = BatchSchedule(size, (start, increment, samples))
     ours, theirs = schedule.size_at(consumed), megatron_ramp(consumed, start, increment, samples, size)
     if increments and consumed <= samples and (consumed * increments) % samples == 0:
-        assert theirs in (ours, ours - increment)  # their float division may fall just below the whole number
+        assert theirs in (ours, ours - increment)  # their float division may fall just below the integer
     else:
         assert ours == theirs
     assert ours in schedule.sizes()
@@ -35,13 +35,13 @@ def test_ramp_is_megatrons(start, increment, increments, samples, consumed):
 @given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 60), st.integers(0, 60))
 def test_resuming_continues_the_same_batches(start, increments, samples, steps):
     schedule = BatchSchedule(start + 2 * increments, (start, 2, samples))
-    whole = [(step, list(pos)) for step, pos in itertools.islice(batch_positions(schedule), steps + 5)]
-    consumed = sum(len(pos) for _, pos in whole[:steps])
+    complete = [(step, list(pos)) for step, pos in itertools.islice(batch_positions(schedule), steps + 5)]
+    consumed = sum(len(pos) for _, pos in complete[:steps])
     assert schedule.consumed_after(steps) == consumed
     assert schedule.step_at(consumed) == steps
     again = [(step, list(pos)) for step, pos in itertools.islice(batch_positions(schedule, consumed), 5)]
-    assert again == whole[steps:]
-    flat = [position for _, positions in whole for position in positions]
+    assert again == complete[steps:]
+    flat = [position for _, positions in complete for position in positions]
     assert flat == list(range(len(flat)))
 
 

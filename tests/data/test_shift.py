@@ -49,11 +49,11 @@ def test_shifts_compose(sample, first, second):
     tokens, mask, starts = sample
     if len(mask) <= first:
         return
-    whole = depth_targets(tokens, first + second, mask, segments(starts))
+    complete = depth_targets(tokens, first + second, mask, segments(starts))
     rest = depth_targets(tokens[first:], second, mask[first:])
     s = len(mask) - first
-    assert (whole.labels[first + second, :s] == rest.labels[second]).all()
-    assert (whole.shifted_ids[first + second - 1, :s] == rest.shifted_ids[second - 1]).all()
+    assert (complete.labels[first + second, :s] == rest.labels[second]).all()
+    assert (complete.shifted_ids[first + second - 1, :s] == rest.shifted_ids[second - 1]).all()
 
 
 @given(samples(), st.integers(0, 5))

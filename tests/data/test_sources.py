@@ -5,13 +5,12 @@ import sys
 import pytest
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.data.batch import hash_samples
 from megatron_mtp.data.loader import DataPlacement, build_data
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import BytesTokenizer, resolve_vocab_size
 from megatron_mtp.errors import ConfigError, DataError
-from tests.data.corpora import write_corpus
+from tests.data.corpora import hash_samples, write_corpus
 
 pytestmark = pytest.mark.unit
 
@@ -131,8 +130,8 @@ def test_ids_in_the_batch_name_prefix_and_sample(cfg):
 
 def test_checks_need_no_torch(cfg, tmp_path):
     code = (
-        "import sys; from megatron_mtp.config import ConfigContainer; from megatron_mtp.data.sources import "
-        "check_data\n"
+        "import sys; from megatron_mtp.config import ConfigContainer\n"
+        "from megatron_mtp.data.sources import check_data\n"
         f"c = ConfigContainer(); c.model.vocab_size = 300; c.model.seq_length = 16; c.dataset.split = '8,2'\n"
         f"c.dataset.blend = [{str(tmp_path / 'p0')!r}]; check_data(c)\n"
         "assert not {'torch', 'megatron', 'tokenizers'} & set(sys.modules), 'heavy import'"

@@ -51,7 +51,7 @@ def joined(cfg: ConfigContainer) -> Iterator[tuple[ResolvedRun, ProcessGroupColl
         destroy_model_parallel()
 
 
-def whole(parts: list[Part]) -> dict[str, Tensor]:
+def gathered(parts: list[Part]) -> dict[str, Tensor]:
     """The tensors of all ranks put together on rank 0, under the names of the sharded state dict; empty elsewhere.
 
     Copies of one part must be equal bit for bit on all ranks.
@@ -64,10 +64,10 @@ def whole(parts: list[Part]) -> dict[str, Tensor]:
 
 
 def weights_of(run: Run) -> dict[str, Tensor]:
-    """The weights and buffers of the model, as `whole` gives them."""
+    """The weights and buffers of the model, as `gathered` returns them."""
     from megatron_mtp.model.sharded import parameter_parts
 
-    return whole(parameter_parts(run.engine.chunks))
+    return gathered(parameter_parts(run.engine.chunks))
 
 
 def gradients_of(run: Run) -> dict[str, Tensor]:

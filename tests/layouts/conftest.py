@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.verify.cases import Layout
+from megatron_mtp.verify.placements import Placement
 from tests.layouts.models import MODELS, batch_spec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def compared(ranks):
         cfg.dataset.reset_attention_mask = mask == "documents"
         if change is not None:
             change(cfg)
-        parsed = Layout.parse(layout)
+        parsed = Placement.parse(layout)
         placed = parsed.apply(cfg)
         return ranks(parsed.world_size(placed)).run(measure, placed, batch_spec(placed, mask), curve_steps)[0]
 

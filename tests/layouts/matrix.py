@@ -33,7 +33,7 @@ LAYOUTS = {
     ),
 }
 LAYOUTS["mla_moe"] = LAYOUTS["moe"]
-# A layout that these masks were made for.
+# The layouts that some masks are made for.
 MASK_OF = {
     "dp=2": "empty_dp_rank",
     "dp=4": "empty_dp_rank",
@@ -54,11 +54,11 @@ def fast_pairs() -> set[tuple[str, str, str]]:
     pairs = set()
     for model in ("dense", "mla_moe"):
         for index, layout in enumerate(LAYOUTS[model]):
-            if layout not in EIGHT_RANKS:  # dense has its like
+            if layout not in EIGHT_RANKS:  # the dense model runs a similar one
                 pairs.add((model, layout, MASK_OF.get(layout, masks[index % len(masks)])))
     return pairs
 
 
 def all_pairs() -> list[tuple[str, str, str]]:
-    """(model, layout, mask) of the whole matrix."""
+    """(model, layout, mask) of the complete matrix."""
     return [(model, layout, mask) for model, layouts in LAYOUTS.items() for layout in layouts for mask in MASKS]

@@ -1,7 +1,6 @@
-"""Every layout computes what one rank computes, whatever the mask: loss of every depth, counts, routing, every
-gradient.
+"""Every layout computes what one rank computes with any mask: loss of every depth, counts, routing, every gradient.
 
-What is allowed stands in megatron_mtp/verify/compare.py; no pair of the matrix needs more.
+megatron_mtp/verify/compare.py holds the tolerances; no pair of the matrix needs larger ones.
 """
 
 from __future__ import annotations

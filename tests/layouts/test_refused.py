@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.verify.cases import Layout
+from megatron_mtp.verify.placements import Placement
 from tests.layouts.models import MODELS
 
 pytestmark = pytest.mark.unit
@@ -31,6 +31,6 @@ REFUSED = [
 @pytest.mark.parametrize(("model", "layout", "names"), REFUSED)
 def test_is_refused(model, layout, names):
     with pytest.raises(ConfigError) as caught:
-        Layout.parse(layout).apply(MODELS[model]())
+        Placement.parse(layout).apply(MODELS[model]())
     assert names in str(caught.value)
     assert str(caught.value).startswith(f"--layouts, {layout}: ")

@@ -1,4 +1,4 @@
-"""Tied embeddings, recomputation, and how samples are cut into micro-batches, beside parallelism."""
+"""Tied embeddings, recomputation and micro-batch sizes together with parallelism."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_mtp.verify.compare import relative_errors
-from tests.model.parity import Figures
+from tests.model.parity import StepResults
 
 # fp32 against fp64, MoE included: with fp32 weights Megatron-Core casts nothing below fp32. Measured: losses 6e-8, the
 # gradient as one vector 4e-7 to 1.1e-6, single tensors up to 1.9e-6.
@@ -15,7 +15,7 @@ LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-6
 
 
-def assert_same(got: Figures, expected: Figures) -> None:
+def assert_same(got: StepResults, expected: StepResults) -> None:
     """Everything but the routing maps."""
     assert got.counts == expected.counts
     assert got.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)

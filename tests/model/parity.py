@@ -24,7 +24,7 @@ Batches = list[dict[str, Tensor | None]]
 
 
 @dataclass
-class Figures:
+class StepResults:
     """What is compared. `gradients` and `expert_biases` have Megatron's names and layouts."""
 
     losses: list[float]
@@ -37,7 +37,7 @@ class Figures:
     router: dict[str, float] = field(default_factory=dict)
 
 
-def judge(plain: PlainConfig) -> PlainMTPModel:
+def plain_model(plain: PlainConfig) -> PlainMTPModel:
     """The plain model in fp64."""
     model = PlainMTPModel(plain)
     # Drawn in fp32, so that both sides have the same weights. At this scale, near that of initial weights, fp32 holds
@@ -68,8 +68,8 @@ def global_batch(documents: bool) -> Batches:
     return batches
 
 
-def plain_figures(model: PlainMTPModel, batches: Batches) -> Figures:
-    """The step of the judge. Updates its expert biases."""
+def plain_step(model: PlainMTPModel, batches: Batches) -> StepResults:
+    """The step of the plain model. Updates its expert biases."""
     outputs = [model(**batch) for batch in batches]
     totals = combine(outputs)
     model.zero_grad()
@@ -77,7 +77,7 @@ def plain_figures(model: PlainMTPModel, batches: Batches) -> Figures:
     if model.cfg.moe is not None and model.cfg.moe.expert_bias:
         model.update_expert_biases(totals)
     biases = {name: w for name, w in weights_as_megatron(model).items() if name.endswith("expert_bias")}
-    return Figures(
+    return StepResults(
         losses=totals.losses.tolist(),
         counts=totals.counts.tolist(),
         acceptance=sum(output.acceptance for output in outputs).tolist(),
@@ -100,14 +100,14 @@ def _mean_over_layers(model: PlainMTPModel, router_losses: dict[str, Tensor]) ->
     }
 
 
-def program_figures(model: PlainMTPModel, batches: Batches) -> Figures:
-    """The same step through `training.setup` and `Engine.train` on one rank, with the judge's weights."""
+def program_step(model: PlainMTPModel, batches: Batches) -> StepResults:
+    """The same step through `training.setup` and `Engine.train` on one rank, with the plain model's weights."""
     from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.setup import setup
 
     run = setup(resolve(program_config(model.cfg, batches), 1))
     try:
-        return step_figures(run, model, batches)
+        return step_of_chunk(run, model, batches)
     finally:
         run.close()
 
@@ -118,8 +118,8 @@ def program_config(plain: PlainConfig, batches: Batches, pp: int = 1) -> ConfigC
     return run_config(plain, batches[0]["tokens"].shape[0], len(batches), pp, documents)
 
 
-def step_figures(run: Run, model: PlainMTPModel, batches: Batches) -> Figures:
-    """Gives the judge's weights to the single chunk of this rank, which may be a pipeline stage, and takes a step."""
+def step_of_chunk(run: Run, model: PlainMTPModel, batches: Batches) -> StepResults:
+    """Gives the plain model's weights to the one chunk of this rank, perhaps a pipeline stage, and takes a step."""
     chunk, micro_batch_size = run.engine.chunks[0].module, batches[0]["tokens"].shape[0]
     whole_name = whole_names(chunk)
     weights = weights_as_megatron(model)
@@ -132,7 +132,7 @@ def step_figures(run: Run, model: PlainMTPModel, batches: Batches) -> Figures:
     builder = run.data.builder(samples_of(batches), micro_batch_size)
     batch = builder.build(0, np.arange(micro_batch_size * len(batches)))
     result = run.engine.train(batch, loss_factor=model.cfg.mtp_lambda)
-    return Figures(
+    return StepResults(
         losses=result.losses,
         counts=result.depth_counts.tolist(),
         acceptance=result.acceptance.tolist(),
@@ -153,7 +153,7 @@ def samples_of(batches: Batches) -> ArraySource:
 
 
 def whole_names(chunk: nn.Module) -> dict[str, str]:
-    """Name on this stage -> name in the whole model: stages count their decoder layers from 0."""
+    """Name on this stage -> name in the complete model: stages count their decoder layers from 0."""
     first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
 
     def whole(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_mtp.data.batch import make_micro_batch
 from tests.model.comparison import assert_same, assert_same_routing
-from tests.model.parity import global_batch, judge, plain_figures, program_figures
+from tests.model.parity import global_batch, plain_model, plain_step, program_step
 from tests.reference.plain_model import LatentConfig, MoEConfig, PlainConfig
 
 pytestmark = pytest.mark.unit
@@ -100,8 +100,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_one_step_equals_the_plain_model(name):
     case = CASES[name]
-    model, batches = judge(case.plain), global_batch(case.documents)
-    got, expected = program_figures(model, batches), plain_figures(model, batches)
+    model, batches = plain_model(case.plain), global_batch(case.documents)
+    got, expected = program_step(model, batches), plain_step(model, batches)
     assert_same_routing(got.routing_maps, expected.routing_maps)
     assert_same(got, expected)
 
@@ -109,7 +109,7 @@ def test_one_step_equals_the_plain_model(name):
 @pytest.mark.parametrize("samples_of_each", [1, 4, 8])
 @pytest.mark.parametrize("name", ["dense_documents", "mla_moe"])
 def test_how_samples_are_grouped_does_not_matter(name, samples_of_each):
-    """Other micro-batch sizes against the judge's step on micro-batches of two."""
+    """Other micro-batch sizes against the plain model's step on micro-batches of two."""
     case = CASES[name]
     pairs = global_batch(case.documents)
     joined = {key: None if pairs[0][key] is None else torch.cat([pair[key] for pair in pairs]) for key in pairs[0]}
@@ -117,8 +117,8 @@ def test_how_samples_are_grouped_does_not_matter(name, samples_of_each):
         {key: None if whole is None else whole[first : first + samples_of_each] for key, whole in joined.items()}
         for first in range(0, 8, samples_of_each)
     ]
-    model = judge(case.plain)
-    assert_same(program_figures(model, grouped), plain_figures(model, pairs))
+    model = plain_model(case.plain)
+    assert_same(program_step(model, grouped), plain_step(model, pairs))
 
 
 def without_documents(samples, rules):
@@ -139,6 +139,6 @@ def reading_one_token_too_far(samples, rules):
 def test_a_fault_in_the_data_room_shows(monkeypatch, fault):
     """The program's step goes through make_micro_batch; the plain model shifts and masks by its own code."""
     monkeypatch.setattr("megatron_mtp.data.loader.make_micro_batch", fault)
-    model, batches = judge(DENSE), global_batch(documents=True)
+    model, batches = plain_model(DENSE), global_batch(documents=True)
     with pytest.raises(AssertionError):
-        assert_same(program_figures(model, batches), plain_figures(model, batches))
+        assert_same(program_step(model, batches), plain_step(model, batches))

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from tests.harness.runs import opened
 from tests.model.comparison import assert_same, assert_same_routing
-from tests.model.parity import Batches, Figures, global_batch, judge, plain_figures, program_config, step_figures
+from tests.model.parity import (
+    Batches,
+    StepResults,
+    global_batch,
+    plain_model,
+    plain_step,
+    program_config,
+    step_of_chunk,
+)
 from tests.model.test_parity_one_rank import DENSE, MLA_MOE
 from tests.reference.plain_model import PlainConfig
 
@@ -30,26 +38,26 @@ CASES = {
 }
 
 
-def stage_figures(plain: PlainConfig, batches: Batches) -> Figures:
+def step_of_stage(plain: PlainConfig, batches: Batches) -> StepResults:
     """On each rank: the step of its stage."""
     with opened(program_config(plain, batches, pp=2)) as run:
-        return step_figures(run, judge(plain), batches)
+        return step_of_chunk(run, plain_model(plain), batches)
 
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_one_step_equals_the_plain_model(ranks, name, documents):
     plain, batches = CASES[name], global_batch(documents)
-    stages = ranks(2).run(stage_figures, plain, batches)
-    expected = plain_figures(judge(plain), batches)
+    stages = ranks(2).run(step_of_stage, plain, batches)
+    expected = plain_step(plain_model(plain), batches)
 
     assert_same_routing(by_micro_batch([stage.routing_maps for stage in stages], len(batches)), expected.routing_maps)
     first, last = (stage.gradients for stage in stages)
     for shared in first.keys() & last.keys():
         assert torch.equal(first[shared], last[shared]), f"the copies of {shared} on the two stages differ"
     biases = stages[0].expert_biases | stages[1].expert_biases
-    for stage in stages:  # figures are the same on every rank
-        assert_same(Figures(**vars(stage) | {"gradients": first | last, "expert_biases": biases}), expected)
+    for stage in stages:  # losses and counts are the same on every rank
+        assert_same(StepResults(**vars(stage) | {"gradients": first | last, "expert_biases": biases}), expected)
 
 
 def by_micro_batch(maps_of_stages: list[list[Tensor]], num_micro_batches: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Which two features may meet: the table in docs/numerics.md, made by asking the config checks.
+"""Which two features work together: the table in docs/numerics.md, made from the config checks.
 
-python -m tests.numerics.pairs rewrites the table. tests/numerics/test_pairs.py compares it, and takes a step of each
-pair of which the table says that it is exact, against one rank.
+python -m tests.numerics.pairs rewrites the table. tests/numerics/test_pairs.py compares it, and checks a step of each
+pair that the table calls exact against one rank.
 """
 
 from __future__ import annotations

@@ -57,11 +57,11 @@ def alone(ranks):
     }
 
 
-def assert_only_mtp_moved(figures: Curve) -> None:
-    for name, before in figures.weights_before.items():
-        moved = not torch.equal(before, figures.weights_after[name])
+def assert_only_mtp_moved(got: Curve) -> None:
+    for name, before in got.weights_before.items():
+        moved = not torch.equal(before, got.weights_after[name])
         assert moved == name.startswith("mtp."), name
-    assert all(name.startswith("mtp.") for name in figures.first_gradients)
+    assert all(name.startswith("mtp.") for name in got.first_gradients)
 
 
 def test_one_rank(alone):
@@ -83,10 +83,7 @@ def test_layouts_equal_one_rank(ranks, alone, layout):
 
 
 def frozen_after_pretraining(directory: str) -> Any:
-    """Two steps that train the trunk, a save, and a step on the frozen trunk.
-
-    Weights at the save and after, on rank 0.
-    """
+    """Two steps that train the trunk, a save, a step on the frozen trunk: the weights at the save and the end."""
     places = (f"checkpoint.save={directory}", f"checkpoint.load={directory}", "checkpoint.load_optim=false")
     return [
         trained_to(end, (*FROZEN, *places, f"model.mtp_freeze_trunk={end == 3}"), is_resumed=end == 3, save_at=2)
@@ -123,10 +120,7 @@ def test_a_trunk_can_be_frozen_after_pretraining(ranks, tmp_path):
 
 
 def saved_and_resumed(overrides: tuple[str, ...], directory: str) -> Any:
-    """Three steps with a save after the second; then a new run that resumes and takes the third.
-
-    The weights of both.
-    """
+    """Three steps with a save after the second, and a new run that resumes for the third: the weights of both."""
     fields = (*FROZEN, *overrides, f"checkpoint.save={directory}", f"checkpoint.load={directory}")
     return [trained_to(3, fields, is_resumed, save_at=2) for is_resumed in (False, True)]
 

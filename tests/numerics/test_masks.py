@@ -1,5 +1,4 @@
-"""The normaliser is the global number of targets: masks at which local counts give another gradient, at two ranks
-against one.
+"""The normaliser is the global number of targets: masks with which local counts give wrong gradients on two ranks.
 
 Each mask is one with which Megatron-Core 0.19.2 was measured to be wrong.
 """
@@ -34,9 +33,9 @@ def masks() -> dict[str, Tensor]:
     found["all"] = torch.ones(4, SLOTS)
     found["prefixes"] = torch.stack([(torch.arange(SLOTS) < length).float() for length in (32, 5, 17, 1)])
     found["empty_micro_batches"] = torch.ones(4, SLOTS)
-    found["empty_micro_batches"][1::2] = 0  # under dp = 2 a whole rank
+    found["empty_micro_batches"][1::2] = 0  # under dp = 2 all of a rank
     found["no_target_at_depth_two"] = torch.zeros(4, SLOTS)
-    found["no_target_at_depth_two"][0, :2] = 1  # depth 1 has one target, depth 2 none in the whole batch
+    found["no_target_at_depth_two"][0, :2] = 1  # depth 1 has one target, depth 2 none in the batch
     found["none"] = torch.zeros(4, SLOTS)
     return found
 

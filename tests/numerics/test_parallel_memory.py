@@ -1,6 +1,4 @@
-"""Parallel heads hold the activations of one depth at a time: live bytes of a forward and backward pass, counted tensor
-by tensor.
-"""
+"""Parallel heads hold the activations of one depth at a time: live bytes in a forward and backward pass."""
 
 from __future__ import annotations
 
@@ -76,8 +74,9 @@ def peak_bytes(num_depths: int) -> int:
 
 
 def test_four_depths_hold_one_depths_activations(ranks):
-    """In hidden states: 98.6 at D = 1 and 126.6 at D = 4, and 236.6 with the layers' activations of all depths held.
-    What is left of
-    each depth is its state at the head: the layer's output, the stack of states, and their gradients."""
+    """In hidden states: 98.6 at D = 1 and 126.6 at D = 4; 236.6 if the activations of all depths were held.
+
+    Each depth keeps its state at the head: the layer's output, the stack of states, and their gradients.
+    """
     one, four = (ranks(1).run(peak_bytes, depths)[0] for depths in (1, 4))
     assert four - one < 3 * 12 * UNIT, (one / UNIT, four / UNIT)

@@ -1,6 +1,4 @@
-"""Steps with clipping at two ranks against one: gradient norms, losses after updates, weights; where norms have groups
-of their own.
-"""
+"""Steps with clipping on two ranks against one: gradient norms, losses after updates, and weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defects of Megatron-Core 0.19.2 that one rank can show; docs/numerics.md names the entry behind each test."""
+"""Defects of Megatron-Core 0.19.2 that one rank can show; docs/numerics.md has an entry for each test."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def names_on_last_stage() -> list[str]:
 
 
 def stage_without_experts() -> dict[str, float]:
-    """Router figures of a step whose first stages, if there are several, hold dense layers only."""
+    """Router losses of a step whose first stages, if there are several, have dense layers only."""
     import torch.distributed as dist
 
     overrides = (*DENSE, "model.moe_layer_freq=[0, 0, 0, 1]", "model.moe_aux_loss_coeff=0.01")
@@ -176,7 +176,7 @@ def stage_without_experts() -> dict[str, float]:
 
 
 def test_two_stages(ranks):
-    """A tied head keeps no second weight of its own, and a stage without experts takes part in the router figures."""
+    """A tied head keeps no second weight of its own, and a stage without experts takes part in the router losses."""
     alone = ranks(1).run(stage_without_experts)[0]
     assert "output_layer.weight" not in ranks(2).run(names_on_last_stage)[1]
     assert ranks(2).run(stage_without_experts)[0] == pytest.approx(alone, rel=2e-6)

@@ -19,8 +19,8 @@ from megatron_mtp.parallel.params import moe_pattern
 from megatron_mtp.recipes import RECIPES, get_recipe
 from megatron_mtp.verify import run as verify
 from megatron_mtp.verify.batches import MASKS, BatchSpec, seeded_samples
-from megatron_mtp.verify.cases import Layout, parse_layouts
-from megatron_mtp.verify.run import DENSE_LAYOUTS, EXPERT_LAYOUTS, default_layouts, plan
+from megatron_mtp.verify.placements import Placement, parse_layouts
+from megatron_mtp.verify.run import DENSE_LAYOUTS, EXPERT_LAYOUTS, default_layouts, prepare
 from megatron_mtp.verify.shrink import shrink
 
 TWO_RANKS = "pp=2; cp=2"
@@ -55,9 +55,9 @@ def test_layouts_are_read():
     [
         ("tp=2,ps=1", "'ps' in 'tp=2,ps=1' is unknown"),
         ("recomputed=block", "Did you mean recompute?"),
-        ("tp=two", "tp=two in 'tp=two': must be a whole number"),
-        ("tp=0", "must be a whole number from 1 on"),
-        ("tp=2,tp=4", "tp stands twice"),
+        ("tp=two", "tp=two in 'tp=two': must be an integer"),
+        ("tp=0", "must be an integer of at least 1"),
+        ("tp=2,tp=4", "tp occurs twice"),
         ("sp=yes", "must be 0 or 1"),
         ("recompute=all", "one of uniform, block, selective"),
         (" ; ", "is empty"),
@@ -73,21 +73,21 @@ def test_layouts_that_cannot_be_read(text, says):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_shrinks_for_its_default_layouts(recipe):
     cfg = get_recipe(recipe)
-    planned = plan(cfg, None)
-    model = planned.reference.model
+    comparison = prepare(cfg, None)
+    model = comparison.reference.model
     assert model.hidden_size <= 64
     assert model.num_layers <= 4
     assert model.mtp_num_layers == cfg.copy().finalize().model.mtp_num_layers
     assert set(moe_pattern(model)) == set(moe_pattern(cfg.copy().finalize().model))
-    assert len(planned.layouts) == len(parse_layouts(default_layouts(cfg)))
+    assert len(comparison.layouts) == len(parse_layouts(default_layouts(cfg)))
 
 
 @pytest.mark.unit
 @pytest.mark.parametrize("layouts", ["tp=4,sp=1,ep=8,etp=1", "tp=8,sp=1,cp=2", "pp=4,vp=2", "dp=4,ep=4,mbs=4", "cp=8"])
 def test_sizes_follow_the_layouts(layouts):
-    planned = plan(get_recipe("deepseek_v3"), layouts)  # finalizes each layout, which checks every division
+    comparison = prepare(get_recipe("deepseek_v3"), layouts)  # finalizes each layout, which checks every division
     wanted = dict(word.split("=") for word in layouts.split(","))
-    model = planned.layouts[0][1].model
+    model = comparison.layouts[0][1].model
     assert model.tensor_model_parallel_size == int(wanted.get("tp", 1))
     assert model.pipeline_model_parallel_size == int(wanted.get("pp", 1))
     assert model.hidden_size <= 256
@@ -109,17 +109,17 @@ def test_the_recipe_is_not_touched_and_changes_are_named():
 def test_variants_of_mtp_and_recomputation_are_kept():
     cfg = get_recipe("qwen3_30b_a3b")
     apply_overrides(cfg, ["model.mtp_variant=parallel", "model.mtp_detach_heads=true", "model.mtp_num_layers=3"])
-    planned = plan(cfg, "pp=2")
-    placed = planned.layouts[0][1].model
+    comparison = prepare(cfg, "pp=2")
+    placed = comparison.layouts[0][1].model
     assert (placed.mtp_variant, placed.mtp_detach_heads, placed.mtp_num_layers) == ("parallel", True, 3)
     assert (placed.recompute_method, placed.recompute_num_layers) == ("uniform", 1)
-    assert planned.reference.model.recompute_granularity is None
+    assert comparison.reference.model.recompute_granularity is None
 
 
 @pytest.mark.unit
 def test_hand_written_layouts_must_agree():
     with pytest.raises(ConfigError, match="2, 3 decoder layers"):
-        plan(get_recipe("tiny_dense"), "pp=2,layout=Ett|mmL; pp=2,layout=Ett|tmmL")
+        prepare(get_recipe("tiny_dense"), "pp=2,layout=Ett|mmL; pp=2,layout=Ett|tmmL")
 
 
 @pytest.mark.unit
@@ -172,12 +172,12 @@ def test_the_command_says_right(command):
 def test_the_command_says_off(command, monkeypatch):
     """With another model as the reference, each part of the comparison must notice."""
 
-    def with_another_reference(planned):
-        other = planned.reference.copy()
+    def with_another_reference(comparison):
+        other = comparison.reference.copy()
         other.rng.seed += 1
-        return replace(planned, reference=other.finalize(1))
+        return replace(comparison, reference=other.finalize(1))
 
-    monkeypatch.setattr(verify, "plan", lambda *args: with_another_reference(plan(*args)))
+    monkeypatch.setattr(verify, "prepare", lambda *args: with_another_reference(prepare(*args)))
     code, out, _ = command("tiny_dense", "--layouts", "pp=2")
     assert code == 1
     assert "OFF" in out
@@ -211,13 +211,13 @@ def test_a_fault_in_the_data_room_is_off(command, monkeypatch):
 
 @pytest.mark.dist
 def test_a_layout_that_does_not_run_is_off_and_the_next_still_runs(command, monkeypatch):
-    def with_a_small_vocabulary_at_the_first(planned):
-        (layout, cfg), *others = planned.layouts
+    def with_a_small_vocabulary_at_the_first(comparison):
+        (layout, cfg), *others = comparison.layouts
         broken = cfg.copy()
         broken.model.vocab_size = broken.tokenizer.vocab_size = 8  # the batches hold larger ids
-        return replace(planned, layouts=[(layout, broken.finalize(2)), *others])
+        return replace(comparison, layouts=[(layout, broken.finalize(2)), *others])
 
-    monkeypatch.setattr(verify, "plan", lambda *args: with_a_small_vocabulary_at_the_first(plan(*args)))
+    monkeypatch.setattr(verify, "prepare", lambda *args: with_a_small_vocabulary_at_the_first(prepare(*args)))
     code, out, err = command("tiny_dense", "--layouts", "pp=2; dp=2", "--json")
     first, second = json.loads(out)["outcomes"]
     assert code == 1
@@ -230,4 +230,4 @@ def test_a_layout_that_does_not_run_is_off_and_the_next_still_runs(command, monk
 @pytest.mark.unit
 def test_default_layouts_are_readable():
     for text in (DENSE_LAYOUTS, EXPERT_LAYOUTS):
-        assert all(isinstance(layout, Layout) for layout in parse_layouts(text))
+        assert all(isinstance(layout, Placement) for layout in parse_layouts(text))

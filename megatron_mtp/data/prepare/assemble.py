@@ -1,4 +1,4 @@
-"""The second pass of `prepare`: shards are put together from the buckets of all spools, shuffled a bucket at a time."""
+"""The second pass of `prepare`: assembles shards from the buckets of all spools, shuffled one bucket at a time."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def assemble_shard(
 
     Args:
         chosen: buckets of this shard.
-        template: what is the same in the sidecars of all shards.
-        on_progress: told of each number of tokens written.
+        template: the values that the sidecars of all shards share.
+        on_progress: called with the number of tokens of each write.
     """
     writer, largest = IndexedWriter(str(prefix), dtype), -1
     for bucket in chosen:
@@ -49,7 +49,7 @@ def assemble_shard(
 
 
 def _documents(spools: Sequence[Spool], buckets: Buckets, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and lengths of a bucket: as they come, or whole and shuffled."""
+    """Tokens and lengths of a bucket: in parts, or at once if shuffled."""
     parts = (part for spool in spools for part in spool.read(bucket))
     if buckets.seed is None:
         yield from parts

@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer, as GPT-2's, with the `tokenizers` library."""
+"""Trains a byte-level BPE tokenizer like GPT-2's with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EOD_TOKEN = "<|endoftext|>"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Trains on `texts` and writes `path`, a tokenizer.json, whole or not at all.
+    """Trains on `texts` and writes the tokenizer.json `path` atomically.
 
     Args:
-        vocab_size: 257 or more: 256 bytes and the end-of-document token, which is id 0, then merges. The result has
-            fewer ids where the texts give fewer merges.
+        vocab_size: at least 257: the end-of-document token, which is id 0, 256 bytes, then merges. The result has fewer
+            ids if the texts allow fewer merges.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 from megatron_mtp.errors import DataError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
-# Text bytes in one byte of the file, to foresee how much memory a shuffle takes; English web text.
+# Bytes of text in one byte of the file, for the memory estimate of a shuffle; measured on English web text.
 _EXPANSION = {".gz": 3.0, ".zst": 3.5}
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the line it stands on, counted from 1."""
+    """A text and its line number, counted from 1."""
 
     line: int
     text: str
 
 
 def list_inputs(inputs: Sequence[str | os.PathLike]) -> list[Path]:
-    """The JSONL files among `inputs`; folders are searched with their subfolders. Sorted within each folder.
+    """The JSONL files in `inputs`. Folders are searched with their subfolders, and their files are sorted.
 
     Raises:
-        DataError: an input does not exist, is no JSONL file, or a folder holds none.
+        DataError: an input does not exist or is not a JSONL file, or a folder holds none.
     """
     found: list[Path] = []
     for path in map(Path, inputs):
@@ -45,19 +45,19 @@ def list_inputs(inputs: Sequence[str | os.PathLike]) -> list[Path]:
                 raise DataError(f"{path}: holds no file that ends in {', '.join(ENDINGS)}.")
             found += inside
         elif not path.exists():
-            raise DataError(f"{path}: there is no such file or folder.")
+            raise DataError(f"{path}: no such file or folder.")
         elif not path.name.endswith(ENDINGS):
             raise DataError(f"{path}: is not JSONL; its name must end in {', '.join(ENDINGS)}.")
         else:
             found.append(path)
     doubled = {str(path) for path in found if found.count(path) > 1} if len(set(found)) < len(found) else None
     if doubled:
-        raise DataError(f"{', '.join(sorted(doubled))}: given twice.")
+        raise DataError(f"{', '.join(sorted(doubled))}: given more than once.")
     return found
 
 
 def text_bytes(path: Path) -> int:
-    """About how many bytes of text a file holds."""
+    """Approximate number of bytes of text in a file."""
     return int(path.stat().st_size * _EXPANSION.get(path.suffix, 1.0))
 
 
@@ -67,41 +67,41 @@ def read_documents(
     on_bad_line: Callable[[str], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Document]:
-    """The texts of a file in order. Blank lines are passed over.
+    """The texts of a file in order. Blank lines are skipped.
 
     Args:
         key: field of each object that holds the text.
-        on_bad_line: told of a line that is not an object with a text; None: such a line is an error.
-        on_progress: told how many bytes of the file have been read since it was last told.
+        on_bad_line: called with the problem of a line that is not an object with a text; None: such a line is an error.
+        on_progress: called with the number of bytes read since the last call.
 
     Raises:
-        DataError: a bad line, named with its number, or a file that cannot be read to its end.
+        DataError: a line is malformed (names its number), or the file cannot be read to its end.
     """
-    told = 0
+    reported = 0
     with path.open("rb") as raw:
         try:
             with _decompressed(path, raw) as lines:
                 for number, line in enumerate(lines, 1):
-                    if on_progress and raw.tell() - told > 1 << 20:
-                        on_progress(raw.tell() - told)
-                        told = raw.tell()
+                    if on_progress and raw.tell() - reported > 1 << 20:
+                        on_progress(raw.tell() - reported)
+                        reported = raw.tell()
                     if line.isspace():
                         continue
                     text, problem = _text_of(line, key)
                     if problem is None:
                         yield Document(number, text)
                     elif on_bad_line is None:
-                        raise DataError(f"{path}:{number}: {problem}. Mend the line, or pass --skip-bad-lines.")
+                        raise DataError(f"{path}:{number}: {problem}. Fix the line, or pass --skip-bad-lines.")
                     else:
                         on_bad_line(f"{path}:{number}: {problem}")
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: cannot be read to its end ({error}). It is truncated or damaged.") from error
         if on_progress:
-            on_progress(raw.tell() - told)
+            on_progress(raw.tell() - reported)
 
 
 def _text_of(line: bytes, key: str) -> tuple[str, str | None]:
-    """The text of a line, and what is wrong with it, if anything."""
+    """The text of a line, and its problem if it has one."""
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -114,7 +114,7 @@ def _text_of(line: bytes, key: str) -> tuple[str, str | None]:
 
 
 def _without_lone_surrogates(text: str) -> str:
-    """JSON may hold halves of surrogate pairs, which no tokenizer takes: they become replacement characters."""
+    """Replaces halves of surrogate pairs, which JSON may hold but no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -134,7 +134,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Decompresses frame after frame; unlike zstandard's own stream it notices a file that ends within a frame."""
+    """Decompresses frame after frame. Unlike zstandard's own stream it reports a file that ends inside a frame."""
 
     def __init__(self, raw: BinaryIO):
         import zstandard

@@ -1,10 +1,9 @@
-"""Text to training data: JSONL -> tokens -> Megatron `.bin/.idx`, shuffled in bounded memory, safe to stop and to run
-again.
+"""Text to training data: JSONL -> tokens -> Megatron `.bin/.idx`, shuffled in bounded memory, safe to interrupt.
 
-Two passes. First each input file is tokenized into a spool, whose documents are sorted into buckets; then each shard is
-put together from its buckets, shuffled one bucket at a time. Everything is written in `<output>.prepare/` and moved to
-its place at the very end, the `.idx` last: a data set that can be opened is whole. A run that was stopped goes on where
-it was if the inputs and the options are the same; otherwise it starts afresh.
+There are two passes. The first tokenizes each input file into a spool and sorts its documents into buckets. The second
+assembles each shard from its buckets and shuffles one bucket at a time. Everything is written to `<output>.prepare/`
+and moved to its place at the end, the `.idx` last, so a data set that can be opened is complete. An interrupted run
+continues if the inputs and options are the same; otherwise it starts over.
 """
 
 from __future__ import annotations
@@ -36,25 +35,25 @@ from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.tokenizer import Tokenizer, tokenizer_from_spec
 from megatron_mtp.errors import ConfigError, DataError
 
-_FORMAT = 1  # part of the plan: after a change here, half-done work of older versions is not continued
-_SHUFFLE_BYTES_PER_TOKEN = 32  # tokens twice, and two int64 indices, while a bucket is put into its order
+_FORMAT = 1  # part of the plan: a change here discards the unfinished work of older versions
+_SHUFFLE_BYTES_PER_TOKEN = 32  # two copies of the tokens and two int64 indices while a bucket is shuffled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareOptions:
-    """What shapes the result.
+    """Options that determine the result.
 
     Attributes:
-        tokenizer: "bytes", "null:VOCAB" or a path (see `tokenizer_from_spec`). With `train_vocab_size` the file to
-            write; None: `tokenizer.json` beside the output.
-        shards: data sets to spread the documents over.
+        tokenizer: "bytes", "null:VOCAB" or a path (see `tokenizer_from_spec`). With `train_vocab_size` it is the
+            file to write, by default `tokenizer.json` next to the output.
+        shards: number of data sets to spread the documents over.
         shuffle: seed of a global shuffle; None: keep the order of the input.
         json_key: field of each line that holds the text.
         append_eod: end each document with the tokenizer's end-of-document id.
-        skip_bad_lines: count malformed lines in place of stopping at the first.
-        train_vocab_size: train a byte-level BPE of so many ids on the input first.
-        train_bytes: about how much text, drawn from all of the input, it is trained on.
-        memory_mib: about how much memory the shuffle may take.
+        skip_bad_lines: skip and count malformed lines; otherwise the first is an error.
+        train_vocab_size: train a byte-level BPE with this number of ids on the input first.
+        train_bytes: approximate amount of text to train it on, sampled from all of the input.
+        memory_mib: approximate memory limit of the shuffle.
     """
 
     tokenizer: str | None = None
@@ -74,8 +73,7 @@ class PrepareOptions:
             (self.shuffle is None or self.shuffle >= 0, f"--shuffle {self.shuffle}: the seed must not be negative."),
             (
                 self.train_vocab_size is None or self.train_vocab_size > 256,
-                f"--vocab-size {self.train_vocab_size}: must be more than 256, for the bytes and the end of a "
-                "document.",
+                f"--vocab-size {self.train_vocab_size}: must be more than 256: the bytes and the end of a document.",
             ),
             (
                 self.tokenizer is not None or self.train_vocab_size is not None,
@@ -88,20 +86,20 @@ class PrepareOptions:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What was made.
+    """The result of `prepare`.
 
     Attributes:
         prefixes: for dataset.blend.
         tokenizer: for tokenizer.tokenizer_model.
         counts: of all shards together.
-        was_there: an earlier run had finished the same, and nothing was done.
+        was_done: an earlier run made the same data, and this one did nothing.
     """
 
     prefixes: list[str]
     tokenizer: str
     vocab_size: int
     counts: SpoolCounts
-    was_there: bool = False
+    was_done: bool = False
 
 
 def prepare(
@@ -113,16 +111,15 @@ def prepare(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> Prepared:
-    """Turns JSONL files into `<output>_text_document.{bin,idx,json}`, or `<output>_01_text_document...` for several
-    shards.
+    """Turns JSONL files into `<output>_text_document.{bin,idx,json}`; with several shards `<output>_01_text_...`.
 
-    The result depends on the inputs and the options only: not on the number of workers, nor on interruptions.
+    The result depends only on the inputs and the options, not on the number of workers or on interruptions.
 
     Args:
         inputs: JSONL files (plain, .gz, .zst) and folders of them.
-        output: prefix; its folder is made.
-        workers: processes that tokenize, at most one for each file; None: one for each core.
-        overwrite: replace data sets of other contents, and another tokenizer, that lie at the output.
+        output: prefix; its folder is created.
+        workers: number of processes that tokenize, at most one for each file; None: one for each core.
+        overwrite: replace other data sets, and another tokenizer, at the output.
 
     Raises:
         DataError: an input is missing or damaged, a line is malformed, or the output exists.
@@ -156,9 +153,7 @@ def prepare(
 
 
 def shard_prefixes(output: Path, options: PrepareOptions) -> list[str]:
-    """Prefixes as Megatron names them: `out_text_document`, or `out_01_text_document`, `out_02_...` for several
-    shards.
-    """
+    """Prefixes in Megatron's form: `out_text_document`, or `out_01_text_document`, `out_02_...` for several shards."""
     if options.shards == 1:
         return [f"{output}_{options.json_key}_document"]
     width = max(2, len(str(options.shards)))
@@ -166,7 +161,7 @@ def shard_prefixes(output: Path, options: PrepareOptions) -> list[str]:
 
 
 def _plan(files: Sequence[Path], options: PrepareOptions) -> str:
-    """A hash of all that shapes the result: the same plan may be continued and need not be done twice."""
+    """A hash of everything that determines the result: equal plans continue or reuse each other's work."""
     values = asdict(options)
     if options.train_vocab_size is None:
         values["tokenizer"] = tokenizer_from_spec(filled(options.tokenizer)).fingerprint()
@@ -175,14 +170,14 @@ def _plan(files: Sequence[Path], options: PrepareOptions) -> str:
 
 
 def _finished(prefixes: Sequence[str], plan: str, tokenizer: str) -> Prepared | None:
-    """What an earlier run of the same plan made, if it ended well."""
+    """The result of an earlier, finished run of the same plan."""
     counts = SpoolCounts()
     for prefix in prefixes:
         sidecar = Sidecar.load(prefix)
         if sidecar is None or sidecar.plan != plan or not Path(f"{prefix}.idx").exists():
             return None
         counts.add(SpoolCounts(sidecar.num_documents, sidecar.num_tokens, sidecar.largest_id))
-    return Prepared(list(prefixes), tokenizer, filled(sidecar).vocab_size, counts, was_there=True)
+    return Prepared(list(prefixes), tokenizer, filled(sidecar).vocab_size, counts, was_done=True)
 
 
 def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
@@ -196,9 +191,7 @@ def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
 
 @contextmanager
 def _work_folder(output: Path, plan: str) -> Iterator[Path]:
-    """The folder of this plan's unfinished work, emptied if it holds another plan's, removed when the block ends
-    well.
-    """
+    """The folder of unfinished work, emptied first if it belongs to another plan, and removed if the block succeeds."""
     work = output.with_name(f"{output.name}.prepare")
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -219,7 +212,7 @@ def _work_folder(output: Path, plan: str) -> Iterator[Path]:
 def _trained_tokenizer(
     files: Sequence[Path], options: PrepareOptions, work: Path, target: Path, overwrite: bool
 ) -> str:
-    """Path of the tokenizer in the work folder, trained unless an interrupted run has done so."""
+    """Path of the tokenizer in the work folder, which is trained unless an interrupted run has trained it."""
     path = work / "tokenizer.json"
     if not path.exists():
         if target.exists() and not overwrite:
@@ -230,7 +223,7 @@ def _trained_tokenizer(
 
 
 def _some_texts(files: Sequence[Path], options: PrepareOptions, share: float) -> Iterator[str]:
-    """A random `share` of the texts of all files; which ones follows from their place."""
+    """A random `share` of the texts of all files, chosen by file and line number."""
     on_bad_line = (lambda _: None) if options.skip_bad_lines else None
     for number, file in enumerate(files):
         key = derive_key("train tokenizer", number)
@@ -240,7 +233,7 @@ def _some_texts(files: Sequence[Path], options: PrepareOptions, share: float) ->
 
 
 def _bucket_count(files: Sequence[Path], options: PrepareOptions, tokenizer: Tokenizer) -> int:
-    """Buckets over all shards, so many that one fits in memory; one for each shard where nothing is shuffled."""
+    """Number of buckets in all shards, such that one fits in memory; one for each shard without a shuffle."""
     if options.shuffle is None:
         return options.shards
     tokens = sum(map(text_bytes, files)) / (1 if tokenizer.kind == "bytes" else 2.5)
@@ -268,7 +261,7 @@ def _sidecar_template(tokenizer: Tokenizer, options: PrepareOptions, plan: str, 
 def _assemble(
     work: Path, num_files: int, buckets: Buckets, shards: int, template: Sidecar, on_tokens: Callable[[int], None]
 ) -> None:
-    """Writes the shards that are not whole yet into the work folder."""
+    """Writes the shards that are not complete yet to the work folder."""
     dtype = token_dtype(template.vocab_size)
     spools = [Spool(spool_path(work, number), dtype) for number in range(num_files)]
     each = buckets.count // shards
@@ -287,13 +280,13 @@ def _shard_path(work: Path, shard: int) -> Path:
 
 
 def _publish(work: Path, prefixes: Sequence[str], template: Sidecar) -> None:
-    """Moves the shards to their places; may be stopped and repeated at any point.
+    """Moves the shards to their places. May be interrupted and repeated at any point.
 
-    A data set of other contents loses its `.idx` first and gets the new one last, so none is ever mixed.
+    The `.idx` of another data set is removed first and the new one is moved last, so contents are never mixed.
     """
     for shard, prefix in enumerate(prefixes):
-        source, there = _shard_path(work, shard), Sidecar.load(prefix)
-        if there is None or there.plan != template.plan:
+        source, existing = _shard_path(work, shard), Sidecar.load(prefix)
+        if existing is None or existing.plan != template.plan:
             Path(f"{prefix}.idx").unlink(missing_ok=True)
         _move(Path(f"{source}.bin"), Path(f"{prefix}.bin"))
         filled(Sidecar.load(str(source))).save(prefix)
@@ -301,7 +294,7 @@ def _publish(work: Path, prefixes: Sequence[str], template: Sidecar) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    if source.exists():  # else an interrupted run has moved it
+    if source.exists():  # otherwise an interrupted run has moved it
         with source.open("rb") as file:
             os.fsync(file.fileno())
         source.replace(target)

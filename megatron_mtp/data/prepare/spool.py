@@ -1,5 +1,4 @@
-"""Tokenized documents on their way to a shuffled data set: written in the order of the input, read back bucket by
-bucket.
+"""Tokenized documents before the shuffle: written in the order of the input, read back bucket by bucket.
 
 Each input file becomes one spool. Its documents go to buckets at random (or in turn); a bucket of all spools together
 fits in memory, where it is shuffled. A spool is written in runs of bounded size, each sorted by bucket:
@@ -7,7 +6,7 @@ fits in memory, where it is shuffled. A spool is written in runs of bounded size
     <name>.tokens         the tokens of run 0, bucket 0; run 0, bucket 1; ...; run 1, bucket 0; ...
     <name>.lengths.npy    int32, tokens of each document in the same order
     <name>.bounds.npy     int64 [runs, buckets + 1, 2], first document and first token of each bucket in each run
-    <name>.json           counts; written last, so a spool without it is not whole
+    <name>.json           counts; written last, so a spool without it is incomplete
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ RUN_TOKENS = 1 << 23  # about 0.3 GB while a run is sorted
 
 @dataclass(slots=True)
 class SpoolCounts:
-    """What became of the lines of one input file."""
+    """Counts of the lines of one input file."""
 
     documents: int = 0
     tokens: int = 0
@@ -53,9 +52,9 @@ class SpoolCounts:
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """Which bucket a document goes to, and the order inside a bucket.
+    """The bucket of each document, and the order inside a bucket.
 
-    Args:
+    Attributes:
         count: number of buckets.
         seed: of the shuffle; None: documents go to the buckets in turn and stay in order.
     """
@@ -79,7 +78,7 @@ class Buckets:
 
 
 def regroup(tokens: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Tokens of documents that lie end to end, rearranged into another order of the documents."""
+    """Concatenated tokens of documents, rearranged into another order of the documents."""
     begins = np.cumsum(lengths, dtype=np.int64) - lengths
     moved = lengths[order]
     shift = begins[order] - (np.cumsum(moved, dtype=np.int64) - moved)
@@ -91,7 +90,7 @@ class SpoolWriter:
 
     Args:
         path: folder and name, without an ending.
-        number: of the input file; decides, with the seed, where its documents go.
+        number: of the input file; with the seed it determines the buckets of its documents.
     """
 
     def __init__(self, path: Path, number: int, buckets: Buckets, dtype: np.dtype, run_tokens: int = RUN_TOKENS):
@@ -104,7 +103,7 @@ class SpoolWriter:
         self._bounds: list[np.ndarray] = []
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents, given end to end with the number of tokens of each."""
+        """Appends documents, given as concatenated tokens and the number of tokens of each."""
         self._pending.append((tokens.astype(self.dtype), lengths.astype(np.int32)))
         self._pending_tokens += len(tokens)
         if len(tokens):
@@ -113,7 +112,7 @@ class SpoolWriter:
             self._write_run()
 
     def close(self) -> SpoolCounts:
-        """Writes what is left and makes the spool whole."""
+        """Writes the rest and completes the spool."""
         if self._pending:
             self._write_run()
         self._file.close()
@@ -141,7 +140,7 @@ class SpoolWriter:
 
 
 class Spool:
-    """A whole spool, opened to be read."""
+    """A complete spool, open for reading."""
 
     def __init__(self, path: Path, dtype: np.dtype):
         self.counts = SpoolCounts(**json.loads(path.with_suffix(".json").read_bytes()))
@@ -150,7 +149,7 @@ class Spool:
         self._bounds = np.load(path.with_suffix(".bounds.npy"), mmap_mode="r")
 
     @staticmethod
-    def is_whole(path: Path) -> bool:
+    def is_complete(path: Path) -> bool:
         return path.with_suffix(".json").exists()
 
     def read(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

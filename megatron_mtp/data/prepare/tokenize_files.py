@@ -1,4 +1,4 @@
-"""The first pass of `prepare`: each input file is tokenized into a spool, several files at a time."""
+"""The first pass of `prepare`: tokenizes each input file into a spool, several files at a time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolCounts, SpoolWr
 from megatron_mtp.data.tokenizer import Tokenizer, tokenizer_from_spec
 from megatron_mtp.errors import DataError
 
-_BATCH_CHARS = 4_000_000  # texts encoded at a time, so that the tokenizer can use several threads
+_BATCH_CHARS = 4_000_000  # encoded at a time, so that the tokenizer can use several threads
 _POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizeJob:
-    """What is done to every input file.
+    """What to do with every input file.
 
     Attributes:
-        tokenizer: as `tokenizer_from_spec` takes it.
+        tokenizer: for `tokenizer_from_spec`.
         work: folder of the spools.
     """
 
@@ -53,19 +53,19 @@ def spool_path(work: Path, number: int) -> Path:
 def tokenize_files(
     files: Sequence[Path], job: TokenizeJob, workers: int | None, on_progress: Callable[[int], None]
 ) -> SpoolCounts:
-    """Makes the spools that are not whole yet and returns the counts of all.
+    """Makes the spools that are not complete yet and returns the counts of all.
 
     Args:
-        workers: processes, at most one for each file; None: one for each core. One runs in this process, and lets the
-            tokenizer's own threads use the cores.
-        on_progress: told of each number of bytes read from the inputs.
+        workers: number of processes, at most one for each file; None: one for each core. With one, the work is done in
+            this process and the tokenizer's own threads use the cores.
+        on_progress: called with the number of bytes of the inputs read since the last call.
 
     Raises:
         DataError: a file is damaged, a line is malformed, or a worker died.
     """
     missing = []
     for number, file in enumerate(files):
-        if Spool.is_whole(spool_path(job.work, number)):
+        if Spool.is_complete(spool_path(job.work, number)):
             on_progress(file.stat().st_size)
         else:
             missing.append((number, file))
@@ -115,7 +115,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _encode(
     batch: list[Document], tokenizer: Tokenizer, file: Path, on_bad_line: Callable[[str], None] | None
 ) -> list[list[int]]:
-    """Ids of each text; where one cannot be encoded, each by itself, to name its line."""
+    """Ids of each text. If one cannot be encoded, encodes them one by one, to name its line."""
     try:
         return tokenizer.encode_batch([document.text for document in batch])
     except ValueError:
@@ -126,7 +126,7 @@ def _encode(
         except ValueError as error:
             problem = f"{file}:{document.line}: cannot be tokenized ({error})"
             if on_bad_line is None:
-                raise DataError(f"{problem}. Mend the line, or pass --skip-bad-lines.") from error
+                raise DataError(f"{problem}. Fix the line, or pass --skip-bad-lines.") from error
             on_bad_line(problem)
     return encoded
 
@@ -138,11 +138,11 @@ class _StoppedError(Exception):
 def _in_processes(
     missing: Sequence[tuple[int, Path]], job: TokenizeJob, workers: int, on_progress: Callable[[int], None]
 ) -> None:
-    """Runs `_tokenize` over files in fresh processes (fork would copy the threads of a tokenizer half alive)."""
+    """Runs `_tokenize` over files in new processes (fork would copy a tokenizer without its running threads)."""
     context = multiprocessing.get_context("spawn")
     read, stop = context.Value("q", 0), context.Event()
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    told = 0
+    reported = 0
     with ProcessPoolExecutor(workers, context, _start_worker, (job, threads, read, stop)) as pool:
         futures = [pool.submit(_work, number, file) for number, file in missing]
         try:
@@ -150,15 +150,15 @@ def _in_processes(
                 _raise_first_error(futures)
                 time.sleep(_POLL_S)
                 now = read.value
-                on_progress(now - told)
-                told = now
+                on_progress(now - reported)
+                reported = now
             _raise_first_error(futures)
         except BaseException:
             stop.set()
             for future in futures:
                 future.cancel()
             raise
-    on_progress(read.value - told)
+    on_progress(read.value - reported)
 
 
 def _raise_first_error(futures: Sequence[Future]) -> None:
@@ -166,8 +166,8 @@ def _raise_first_error(futures: Sequence[Future]) -> None:
         error = future.exception() if future.done() else None
         if isinstance(error, BrokenProcessPool):
             raise DataError(
-                "A worker process died, most likely for want of memory. Run again with fewer --workers; what is done "
-                "is kept."
+                "A worker process died, most likely because it ran out of memory. Run again with fewer --workers; "
+                "finished files are kept."
             ) from error
         if error is not None:
             raise error
@@ -180,13 +180,13 @@ _worker: Any = None
 def _start_worker(job: TokenizeJob, threads: int, read: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it and sets `stop`
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizers library, before it is imported
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # for the tokenizers library, before its import
     global _worker
     _worker = (job, tokenizer_from_spec(job.tokenizer), read, stop)
 
 
 def _die_with_parent() -> None:
-    """Ends this worker if the parent is killed; it would wait for work for ever."""
+    """Ends this worker if the parent is killed; otherwise it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     wait([parent.sentinel])

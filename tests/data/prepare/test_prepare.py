@@ -112,7 +112,7 @@ def test_trained_tokenizer_lies_beside_the_output_and_fits_the_data(inputs, tmp_
     with pytest.raises(DataError, match=r"tokenizer\.json: exists"):
         prepare([inputs], tmp_path / "d" / "other", PrepareOptions(train_vocab_size=280), workers=1)
     again = prepare([inputs], tmp_path / "d" / "out", PrepareOptions(train_vocab_size=270), workers=1)
-    assert again.was_there
+    assert again.was_done
 
 
 def test_running_again_does_nothing_and_other_contents_are_not_replaced_by_accident(inputs, tmp_path):
@@ -120,7 +120,7 @@ def test_running_again_does_nothing_and_other_contents_are_not_replaced_by_accid
     made = prepare([inputs], tmp_path / "out", options, workers=1)
     times = [os.stat(f"{prefix}.bin").st_mtime_ns for prefix in made.prefixes]
     again = prepare([inputs], tmp_path / "out", options, workers=1)
-    assert again.was_there
+    assert again.was_done
     assert (again.prefixes, again.counts.tokens) == (made.prefixes, made.counts.tokens)
     assert [os.stat(f"{prefix}.bin").st_mtime_ns for prefix in made.prefixes] == times
     other = PrepareOptions(tokenizer="bytes", shards=2, shuffle=1)
@@ -134,7 +134,7 @@ def test_running_again_does_nothing_and_other_contents_are_not_replaced_by_accid
 @pytest.mark.parametrize("place", ["tokenize", "assemble", "publish"])
 def test_stopped_anywhere_it_leaves_no_data_set_and_goes_on(inputs, tmp_path, monkeypatch, place):
     options = PrepareOptions(tokenizer="bytes", shards=2, shuffle=4)
-    whole = files_of(prepare([inputs], tmp_path / "whole" / "out", options, workers=1).prefixes)
+    complete = files_of(prepare([inputs], tmp_path / "complete" / "out", options, workers=1).prefixes)
     names = {
         "tokenize": "megatron_mtp.data.prepare.tokenize_files._tokenize",
         "assemble": "megatron_mtp.data.prepare.run.assemble_shard",
@@ -159,7 +159,7 @@ def test_stopped_anywhere_it_leaves_no_data_set_and_goes_on(inputs, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(names[place], lambda *args: calls.append(args) or real(*args))
         made = prepare([inputs], tmp_path / "out", options, workers=1)
-    assert files_of(made.prefixes) == whole
+    assert files_of(made.prefixes) == complete
     assert len(calls) == patched.get(place, len(calls))
     assert not (tmp_path / "out.prepare").exists()
 
@@ -304,8 +304,8 @@ def test_command_line(inputs, tmp_path):
 
 def test_needs_no_torch():
     code = (
-        "import sys; import megatron_mtp.data.prepare.run, megatron_mtp.examples.bigram, "
-        "megatron_mtp.examples.stdlib_corpus\n"
+        "import sys, megatron_mtp.data.prepare.run\n"
+        "import megatron_mtp.examples.bigram, megatron_mtp.examples.stdlib_corpus\n"
         "assert not {'torch', 'megatron', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -33,9 +33,9 @@ def test_buckets_hold_every_document_once_whatever_the_runs(tmp_path_factory, ba
         documents += [list(range(flat + sum(lengths[:i]), flat + sum(lengths[: i + 1]))) for i in range(len(lengths))]
         writer.add(np.arange(flat, flat + sum(lengths)), np.array(lengths, int))
         flat += sum(lengths)
-    assert not Spool.is_whole(path)
+    assert not Spool.is_complete(path)
     writer.close()
-    assert Spool.is_whole(path)
+    assert Spool.is_complete(path)
     spool = Spool(path, np.dtype(np.uint16))
     assert (spool.counts.documents, spool.counts.tokens) == (len(documents), flat)
     assert spool.counts.largest_id == flat - 1

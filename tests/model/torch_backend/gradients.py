@@ -1,4 +1,4 @@
-"""Gradients of one model at a parallel layout, as whole tensors, from the modules of the torch backend."""
+"""Gradients of one model at a parallel layout, as complete tensors, from the modules of the torch backend."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def linear_attention_differences() -> dict[str, float]:
 
 
 def recurrence(w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The whole layer, one token after the other."""
+    """The complete layer, token by token."""
     sizes = [KEYS * KEY_WIDTH] * 2 + [VALUES * VALUE_WIDTH] * 2 + [VALUES] * 2
     q, k, v, z, beta, alpha = (x @ w["in_proj.weight"].T).split(sizes, dim=-1)
     qkv = torch.cat([q, k, v], dim=-1)

@@ -64,7 +64,7 @@ def test_statistics_of_bf16_are_taken_in_fp32():
     norm, _, _ = norm_and_input(torch.bfloat16)
     norm.weight.data.fill_(1.0)
     x = torch.full((1, 24), 3.0, dtype=torch.bfloat16)
-    x[0, 0] = 60.0  # 60^2 + 23 * 9: in bf16 each 9 would vanish beside 3600
+    x[0, 0] = 60.0  # 60^2 + 23 * 9: in bf16 each 9 would vanish next to 3600
     want = formula(x.double(), norm.weight.double(), None, norm.eps, False)
     assert torch.equal(norm(x), want.to(torch.bfloat16))
 

@@ -9,7 +9,7 @@ import pytest
 from tests.model.torch_backend.gradients import gradients, worst_difference
 
 pytestmark = pytest.mark.dist
-# Relative, for each parameter. A bias of k_layernorm is nearly cancelled by the softmax and comes to 2.4e-6.
+# Relative, for each parameter. A bias of k_layernorm is nearly cancelled by the softmax: 2.4e-6.
 TOLERANCE = 5e-6
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -86,7 +86,7 @@ def test_selective_recomputation_of_the_latents(ranks, reference):
     ("qk_layernorm", "layout"), [(False, TP2), (False, TP2_SP), (True, TP2)], ids=["key", "key+sp", "norm"]
 )
 def test_upstream_is_still_wrong(ranks, reference, qk_layernorm, layout):
-    """When this fails, Megatron-Core has mended what ExactMLASelfAttention mends."""
+    """When this fails, Megatron-Core has fixed what ExactMLASelfAttention fixes."""
     fields = {"qk_layernorm": qk_layernorm}
     got = ranks(4).run(gradients, "mla", {**fields, **layout}, True)[0]
     assert worst_difference(got, reference("mla", fields))[0] > 0.1

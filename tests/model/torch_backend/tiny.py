@@ -53,7 +53,7 @@ def moe_config(**changes: Any) -> TransformerConfig:
 
 
 def delta_net_config(**changes: Any) -> TransformerConfig:
-    """Linear attention with two key and four value heads; attention with a gate beside it, zero-centred norms."""
+    """Linear attention with two key and four value heads; attention with a gate next to it, zero-centred norms."""
     fields = {
         "experimental_attention_variant": "gated_delta_net",
         "linear_attention_freq": [1, 0],

@@ -9,7 +9,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.errors import ConfigError, Problem, nearest
 
-# key -> field of the config
+# Key of a layout's text -> field of the config.
 FIELDS = {
     "tp": "model.tensor_model_parallel_size",
     "sp": "model.sequence_parallel",
@@ -30,24 +30,24 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective"},
 }
-# What a layout starts from: one rank, nothing recomputed.
+# The values of one rank, which a layout changes; 1 where none stands here.
 ONE_RANK: dict[str, Any] = {"sp": False, "vp": None, "layout": "auto", "etp": None, "distopt": False, "overlap": False}
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """One way to place a run.
+class Placement:
+    """A layout of `--layouts`: how to place a run on ranks.
 
-    Args:
+    Attributes:
         text: as the user wrote it.
-        values: key of KEYS -> value. What is missing is one rank's; expert tensor parallel size is tp where missing.
+        values: key of KEYS -> value. A missing key has its value on one rank; a missing etp is tp.
     """
 
     text: str
     values: dict[str, Any]
 
     @classmethod
-    def parse(cls, text: str) -> Layout:
+    def parse(cls, text: str) -> Placement:
         """Reads "key=value,key=value"; the empty text is one rank.
 
         Raises:
@@ -61,7 +61,7 @@ class Layout:
                     f"--layouts: {key!r} in {text.strip()!r} is unknown.{nearest(key, KEYS)} Known: {', '.join(KEYS)}."
                 )
             if key in values:
-                raise ConfigError(f"--layouts: {key} stands twice in {text.strip()!r}. Name each key once.")
+                raise ConfigError(f"--layouts: {key} occurs twice in {text.strip()!r}. Name each key once.")
             values[key] = _value(key, value, text)
         return cls(text.strip() or "one rank", values)
 
@@ -69,7 +69,7 @@ class Layout:
         """A copy of the one-rank `cfg`, finalized for this layout.
 
         Raises:
-            ConfigError: the layout cannot be, with the layout's text before each reason.
+            ConfigError: the layout is invalid for this model; its text stands before each reason.
         """
         placed = self.place(cfg)
         try:
@@ -78,7 +78,7 @@ class Layout:
             raise error.within(f"--layouts, {self.text}") from error
 
     def place(self, cfg: ConfigContainer) -> ConfigContainer:
-        """A copy of `cfg` with this layout's sizes, not finalized; what the layout does not name is one rank's."""
+        """A copy of `cfg` with this layout's sizes, not finalized; missing keys have their one-rank values."""
         placed = cfg.copy()
         for key, name in FIELDS.items():
             if key == "mbs" and key not in self.values:
@@ -91,7 +91,7 @@ class Layout:
         return placed
 
     def world_size(self, placed: ConfigContainer) -> int:
-        """Ranks: as few as the sizes take, or tp * cp * pp * dp where dp is given."""
+        """Number of ranks: the smallest that the sizes allow, or tp * cp * pp * dp where dp is given."""
         model = placed.model
         if "dp" not in self.values:
             return minimum_world_size(model)
@@ -99,17 +99,17 @@ class Layout:
         return dense * self.values["dp"]
 
 
-def parse_layouts(text: str) -> list[Layout]:
+def parse_layouts(text: str) -> list[Placement]:
     """Reads layouts separated by semicolons.
 
     Raises:
-        ConfigError: every layout that cannot be read, or none given.
+        ConfigError: names every layout that cannot be parsed, or says that there is none.
     """
-    layouts: list[Layout] = []
+    layouts: list[Placement] = []
     problems: list[Problem] = []
     for part in filter(str.strip, text.split(";")):
         try:
-            layouts.append(Layout.parse(part))
+            layouts.append(Placement.parse(part))
         except ConfigError as error:
             problems += error.problems
     if not layouts and not problems:
@@ -132,5 +132,5 @@ def _value(key: str, value: str, text: str) -> Any:
             raise ConfigError(f"{where}: must be 0 or 1.")
         return value == "1"
     if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{where}: must be a whole number from 1 on.")
+        raise ConfigError(f"{where}: must be an integer of at least 1.")
     return int(value)
