@@ -30,19 +30,19 @@ class TrainState:
     iteration: int = 0
     """Steps done, skipped ones included."""
     consumed_samples: int = 0
-    """Samples of all steps done: the clock of every schedule and of the data order."""
+    """Samples of all steps done; every schedule and the data order depend on it."""
     consumed_tokens: int = 0
     """consumed_samples * seq_length."""
     skipped_iterations: int = 0
-    """Steps whose update was left out (fp16 overflow or a policy for bad numbers)."""
+    """Steps whose update was skipped (fp16 overflow or a policy for bad numbers)."""
     nan_iterations: int = 0
     """Steps whose loss or gradient was not finite."""
     skips_in_row: int = 0
-    """Steps left out by a policy for bad numbers since the last good one."""
+    """Steps that a policy for bad numbers has skipped since the last good one."""
     rollbacks: int = 0
     """How often the run went back to a checkpoint by itself."""
     passed_over_samples: int = 0
-    """Samples that rollbacks passed over: the data is this far ahead of consumed_samples."""
+    """Samples that rollbacks skipped: the data is this far ahead of consumed_samples."""
     elapsed_s: float = 0.0
     """Wall-clock seconds of all sessions of the run, up to the last checkpoint."""
     floating_point_operations: float = 0.0
@@ -52,7 +52,7 @@ class TrainState:
     acceptance: dict[str, list[int]] = field(default_factory=dict)
     """Acceptance counters: name -> one count for each MTP depth 1..D."""
     wandb_run_id: str | None = None
-    """The run goes on under this id."""
+    """Id of the run in Weights & Biases, which a resumed run continues."""
     health: dict[str, Any] = field(default_factory=dict)
     """What the watch for spikes remembers; JSON values only."""
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class TrainState:
 
     @property
     def data_position(self) -> int:
-        """Samples of the data order that were read or passed over."""
+        """Samples of the data order that were trained on or skipped."""
         return self.consumed_samples + self.passed_over_samples
 
     def advance(self, samples: int, seq_length: int) -> None:
@@ -81,7 +81,7 @@ class TrainState:
             self.acceptance[name] = [int(a) + int(b) for a, b in zip(old, new, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values. A copy: an asynchronous save writes it while later steps go on counting."""
+        """All fields as JSON values. A copy: an asynchronous save writes it while later steps count on."""
         return {f.name: deepcopy(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod

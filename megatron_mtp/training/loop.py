@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.data.prefetch import Prefetcher
+from megatron_mtp.errors import ConfigError
 from megatron_mtp.objective.metrics import loss_names
-from megatron_mtp.observe.metrics import StepRecord
+from megatron_mtp.observe.metrics import StepRecord, columns, scalars
 from megatron_mtp.observe.recorder import Recorder
 from megatron_mtp.training.callbacks import Callback, Metrics
 from megatron_mtp.training.callbacks.base import restore
@@ -24,6 +26,14 @@ from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
 from megatron_mtp.training.throughput import Throughput
+
+RESERVED = ("kind", "iteration", "time", "name")
+"""Keys of every line of metrics.jsonl that no metric may have."""
+
+
+def built_in_names(record: StepRecord) -> set[str]:
+    """Names of all built-in metrics of a step, with those that this step does not have."""
+    return {column.name for column in columns(record)} | scalars(record).keys()
 
 
 @dataclass(slots=True)
@@ -114,39 +124,32 @@ class Trainer:
             return "roll back"
         state.advance(len(batch.sample_ids), cfg.model.seq_length)
         state.add_acceptance(result.acceptance_by_depth())
-        metrics = self._call("on_step_end", result)
-        self.recorder.step(self._record(result, len(batch.sample_ids), rate, loss_factor, elapsed_s, metrics))
-        return "go on"
+        record = self._record(result, len(batch.sample_ids), rate, loss_factor, elapsed_s)
+        record.metrics = self._call("on_step_end", result, taken=built_in_names(record))
+        self.recorder.step(record)
+        return "continue"
 
     def _judge(self, batch: GlobalBatch, result: StepResult) -> Action:
         """Reports a fault and says what follows from it."""
         if result.fault is None:
             self.state.skips_in_row = 0
-            return "go on"
-        place = (
-            locate(self.run.groups, self.run.engine.gradients, batch, result)
-            if result.fault.kind == "nan"
-            else f"step of {len(batch.sample_ids)} samples"
-        )
+            return "continue"
+        place = f"step of {len(batch.sample_ids)} samples"
+        if result.fault.kind == "nan":
+            place = locate(self.run.groups, self.run.engine.gradients, batch, result)
         action, report = decide(result.fault, self.run.cfg.train, self.state, place)
         self.recorder.message(report, kind="fault")
         return action
 
     def _roll_back(self, batch: GlobalBatch) -> Prefetcher[GlobalBatch]:
-        """Goes back to the last checkpoint; the data goes on after this batch."""
+        """Goes back to the last checkpoint; the data continues after this batch."""
         self.saver.roll_back(len(batch.sample_ids))
         restore(self.callbacks, self.state)
         self.recorder.roll_back(self.state.iteration)
         return self.run.data.train(self.state.data_position)
 
     def _record(
-        self,
-        result: StepResult,
-        batch_size: int,
-        rate: float,
-        loss_factor: float,
-        elapsed_s: float,
-        metrics: Metrics,
+        self, result: StepResult, batch_size: int, rate: float, loss_factor: float, elapsed_s: float
     ) -> StepRecord:
         cfg, state = self.run.cfg, self.state
         num_depths = self.run.engine.objective.num_depths
@@ -170,7 +173,6 @@ class Trainer:
             skipped=int(not result.updated),
             nan=int(result.has_nan),
             extra=extra,
-            metrics=metrics,
             **self.throughput.rates(batch_size, elapsed_s),
         )
 
@@ -181,13 +183,15 @@ class Trainer:
         self.watchdog.beat(f"iteration {state.iteration}: evaluation")
         loss_factor = self.run.resolved.loss_factor.at(state.consumed_tokens)
         self.evaluations = evaluate(self.run.engine, self.run.data, loss_factor)
-        extra = self._call("on_evaluation", self.evaluations)
-        for index, (name, result) in enumerate(self.evaluations.items()):
-            label = "validation" if index == 0 else name
-            figures = result.acceptance_rates() | (extra if index == 0 else {})
-            self.recorder.evaluation(label, state.iteration, result.named_losses(), figures)
-        is_best = self.saver.evaluated(next(iter(self.evaluations.values())).losses[0])
-        if is_best and cfg.checkpoint.keep_best:
+        first = next(iter(self.evaluations.values()))
+        taken = {*first.named_losses(), "lm loss ppl", *first.acceptance_rates()}
+        of_callbacks = self._call("on_evaluation", self.evaluations, taken=taken)
+        for name, result in self.evaluations.items():
+            is_first = result is first
+            metrics = result.acceptance_rates() | (of_callbacks if is_first else {})
+            label = "validation" if is_first else name
+            self.recorder.evaluation(label, state.iteration, result.named_losses(), metrics)
+        if self.saver.evaluated(first.losses[0]) and cfg.checkpoint.keep_best:
             self._save("lowest validation loss")
 
     def _save(self, reason: str) -> None:
@@ -202,9 +206,19 @@ class Trainer:
     def _every(self, interval: int | None) -> bool:
         return interval is not None and self.state.iteration % interval == 0
 
-    def _call(self, event: str, *arguments: Any) -> Metrics:
-        """Calls an event of every callback and joins the metrics that they return."""
+    def _call(self, event: str, *arguments: Any, taken: Collection[str] = ()) -> Metrics:
+        """Calls an event of every callback and joins the metrics that they return.
+
+        Raises:
+            ConfigError: a metric has a name in `taken` or the name of an earlier callback's metric.
+        """
         metrics: Metrics = {}
         for callback in self.callbacks:
-            metrics |= getattr(callback, event)(self.run, self.state, *arguments) or {}
+            returned = getattr(callback, event)(self.run, self.state, *arguments) or {}
+            if twice := [name for name in returned if name in taken or name in metrics or name in RESERVED]:
+                raise ConfigError(
+                    f"callbacks: {callback.name}.{event} returns {', '.join(map(repr, twice))}: the record has a value "
+                    "of that name. Choose another, such as my_area/thing_unit."
+                )
+            metrics |= returned
         return metrics

@@ -19,7 +19,7 @@ from megatron_mtp.device.process_group import env_rank, job_size
 from megatron_mtp.observe.health import SIGNS
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
-from megatron_mtp.parallel.resolve import ResolvedRun, resolve
+from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore, unique
 from megatron_mtp.training.callbacks.configured import configured_callbacks
@@ -81,15 +81,17 @@ def pretrain(
 
     While it trains in the main thread, it catches SIGTERM and SIGUSR1: see `guards.preemption`.
     """
-    cfg = prepare_config(cfg, job_size())
-    resolved = resolve(cfg, job_size())
-    check_data(cfg)
-    check_run_directory(cfg)
+    resolved = resolve(prepare_config(cfg, job_size()), job_size())
+    check_data(resolved.cfg)
+    check_run_directory(resolved.cfg)
     callbacks = unique([*configured_callbacks(resolved.cfg), *callbacks])
     setup_logging(env_rank())
+    watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
     try:
         with explained_out_of_memory(resolved, env_rank()):
-            return _train(resolved, forward_step, recipe, callbacks)
+            run = setup(resolved, watchdog.around(forward_step or default_forward_step))
+            with watchdog:  # setup has made the store that it needs
+                return _train(run, recipe, callbacks, watchdog)
     finally:
         leave_groups()
 
@@ -99,84 +101,63 @@ def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContai
     cfg = cfg.copy()
     if cfg.model.vocab_size is None:
         cfg.model.vocab_size = resolve_vocab_size(cfg)
-    cfg.finalize(world_size)
-    return cfg
+    return cfg.finalize(world_size)
 
 
-def _train(
-    resolved: ResolvedRun,
-    forward_step: ForwardStep | None,
-    recipe: str,
-    callbacks: list[Callback],
-) -> Summary:
-    watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
-    run = setup(resolved, watchdog.around(forward_step or default_forward_step))
-    with watchdog:  # from here on there is a store for all ranks
-        return _train_watched(run, recipe, callbacks, watchdog)
-
-
-def _train_watched(
-    run: Run,
-    recipe: str,
-    callbacks: list[Callback],
-    watchdog: Watchdog,
-) -> Summary:
-    cfg = run.cfg
+def _train(run: Run, recipe: str, callbacks: list[Callback], watchdog: Watchdog) -> Summary:
+    cfg, device = run.cfg, run.device.torch_device
     _log_plan(run)
-    check_nodes(cfg, run.device.torch_device)
-    state = TrainState()
-    checkpointer = Checkpointer(cfg, run.groups, run.device.torch_device)
+    check_nodes(cfg, device)
+    state, checkpointer = TrainState(), Checkpointer(cfg, run.groups, device)
     if not checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
     restore(callbacks, state)
-    info = RunInfo(
-        recipe=recipe,
-        iteration=state.iteration,
-        train_iters=cfg.train.train_iters,
-        world_size=dist.get_world_size(),
-        device=run.device.name,
-        config=to_dict(cfg),
-    )
-    signs = SIGNS | {name: sign for callback in callbacks for name, sign in callback.health_signs().items()}
-    recorder = Recorder(cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id}, signs)
-    state.wandb_run_id = recorder.state().get("wandb_run_id")
-    signals = SignalWatch(watchdog.shorten_timeout)
-    signals.steps_done = state.iteration
-    throughput = Throughput.of(cfg, dist.get_world_size(), run.device.name)
+    recorder = _recorder(run, state, recipe, callbacks)
+    signals = SignalWatch(watchdog.shorten_timeout, state.iteration)
     trainer = Trainer(
         run=run,
         state=state,
         recorder=recorder,
         saver=Saver(run, state, checkpointer),
-        boundary=StepBoundary(cfg, signals, run.device.torch_device),
+        boundary=StepBoundary(cfg, signals, device),
         watch=FaultWatch(cfg.train, state),
         watchdog=watchdog,
         callbacks=callbacks,
-        throughput=throughput,
+        throughput=Throughput.of(cfg, run.resolved.world_size, run.device.name),
     )
     try:
         with signals:  # before it there is nothing to save, and SIGTERM ends the process
             trainer.train()
     finally:
-        for callback in callbacks:
-            callback.close()
-        recorder.close()
-        checkpointer.close()
-        run.data.close()
-    exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
+        for close in [callback.close for callback in callbacks] + [recorder.close, checkpointer.close, run.data.close]:
+            close()
     if trainer.is_preempted:  # torchrun's own exit code does not show it
         came = "to another rank" if signals.came_after is None else f"after iteration {signals.came_after}"
         saved = "a" if checkpointer.last_saved == state.iteration else "no"
-        logger.info(
-            "SIGTERM came %s; left after iteration %d with %s checkpoint, exit code %d (dist.preempted_exit_code)",
-            came,
-            state.iteration,
-            saved,
-            exit_code,
-        )
+        text = "SIGTERM came %s; left after iteration %d with %s checkpoint, exit code %d (dist.preempted_exit_code)"
+        logger.info(text, came, state.iteration, saved, cfg.dist.preempted_exit_code)
     elif trainer.stop_reason is not None:
         logger.info("left after iteration %d: %s", state.iteration, trainer.stop_reason)
+    exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
     return Summary(state, trainer.evaluations, dict(recorder.places), exit_code, trainer.stop_reason)
+
+
+def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback]) -> Recorder:
+    """Opens the records of the run, or continues those of the run that it resumes."""
+    info = RunInfo(
+        recipe=recipe,
+        iteration=state.iteration,
+        train_iters=run.cfg.train.train_iters,
+        world_size=run.resolved.world_size,
+        device=run.device.name,
+        config=to_dict(run.cfg),
+    )
+    signs = dict(SIGNS)
+    for callback in callbacks:
+        signs |= callback.health_signs()
+    recorder = Recorder(run.cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id}, signs)
+    state.wandb_run_id = recorder.state().get("wandb_run_id")
+    return recorder
 
 
 def _log_plan(run: Run) -> None:
@@ -184,17 +165,14 @@ def _log_plan(run: Run) -> None:
     found = run.resolved.planned
     if found is None:
         return
-    name = found.machine.name
+    name, device = found.machine.name, run.device.name
     logger.info("pipeline layout %s, planned for %s (dist.hardware)", found.layout.string, name)
     if not found.fits:
-        logger.warning(
-            "no split fits the memory of %s by estimate; this is the fastest one. `megatron-mtp plan` shows each "
-            "stage.",
-            name,
+        text = "by estimate no split fits the memory of %s; this is the fastest. `megatron-mtp plan` shows each stage."
+        logger.warning(text, name)
+    if name not in device.lower():
+        text = (
+            "this device is %s: set dist.hardware to what to plan for, or measure it with `megatron-mtp profile` for "
+            "`plan --profile`"
         )
-    if name not in run.device.name.lower():
-        logger.info(
-            "this device is %s: dist.hardware names what to plan for, or `megatron-mtp profile` measures it for "
-            "`plan --profile`",
-            run.device.name,
-        )
+        logger.info(text, device)

@@ -1,4 +1,4 @@
-"""Saves checkpoints and goes back to them. After a failed save, training goes on."""
+"""Saves checkpoints and goes back to them. Training continues after a failed save."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+KEPT = ("rollbacks", "nan_iterations", "skipped_iterations", "elapsed_s", "floating_point_operations", "wandb_run_id")
+"""Fields of the train state that a rollback does not reset."""
 
 
 class Saver:
@@ -45,9 +48,8 @@ class Saver:
         """Saves; whether the checkpoint is complete or being written. A failure is logged: a later save may succeed."""
         state, engine = self._state, self._run.engine
         evaluated_at, loss = self._validation
-        if evaluated_at != state.iteration:
-            loss = None
         try:
+            loss = loss if evaluated_at == state.iteration else None
             self._checkpointer.save(engine.chunks, engine.optimizer, state, reason, loss)
         except CheckpointError as error:
             logger.error("%s", error)
@@ -56,9 +58,7 @@ class Saver:
         return True
 
     def metrics(self) -> dict[str, float]:
-        """Cost of saves since the last call: time during which training stood still, and time until a checkpoint was
-        complete.
-        """
+        """Times in ms of saves since the last call: while training stood still, and until a checkpoint was complete."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -71,8 +71,7 @@ class Saver:
             logger.error("%s", error)
 
     def roll_back(self, samples: int) -> None:
-        """Goes back to the newest complete checkpoint of this run and skips the data up to and including the current
-        step.
+        """Goes back to the newest complete checkpoint of this run, and skips the data up to this step, included.
 
         Args:
             samples: samples of the current step, which the state does not count yet.
@@ -82,17 +81,10 @@ class Saver:
         """
         state, engine = self._state, self._run.engine
         end = state.data_position + samples
-        kept = {
-            "rollbacks": state.rollbacks + 1,
-            "nan_iterations": state.nan_iterations,
-            "skipped_iterations": state.skipped_iterations,
-            "elapsed_s": state.elapsed_s,
-            "floating_point_operations": state.floating_point_operations,
-            "wandb_run_id": state.wandb_run_id,
-        }
+        kept = {name: getattr(state, name) for name in KEPT}
         self.finalize(blocking=True)
         self._checkpointer.roll_back(engine.chunks, engine.optimizer, state)
         for name, value in kept.items():
             setattr(state, name, value)
-        state.skips_in_row = 0
+        state.rollbacks, state.skips_in_row = kept["rollbacks"] + 1, 0
         state.passed_over_samples = end - state.consumed_samples

@@ -117,22 +117,17 @@ def embedding_stages(layout: PipelineLayout, is_tied: bool) -> list[int]:
     return sorted(stages)
 
 
-def setup(resolved: ResolvedRun, forward_step: ForwardStep | None = None) -> Run:
+def setup(resolved: ResolvedRun, forward_step: ForwardStep = default_forward_step) -> Run:
     """Joins the job and builds model, optimizer and data of this rank.
 
     Args:
         resolved: the run, resolved for the number of processes of this job.
-        forward_step: runs one micro-batch through one chunk; None: `gpt_step.forward_step`.
+        forward_step: runs one micro-batch through one chunk.
     """
     device, groups = join_groups(resolved)
-    cfg = resolved.cfg
-    num_depths = resolved.depths.count
-    data = build_data(
-        cfg,
-        DataPlacement(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size()),
-        num_depths,
-        pin_memory=device.is_cuda,
-    )
+    cfg, num_depths = resolved.cfg, resolved.depths.count
+    place = DataPlacement(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
+    data = build_data(cfg, place, num_depths, pin_memory=device.is_cuda)
     chunks = wrap_model(cfg, build_model(resolved, groups, device.torch_device), groups, device.torch_device)
     optimizer = build_optimizer(cfg, chunks, groups)
     gradients = GradientWatch(chunks, cfg.ddp.overlap_grad_reduce)
@@ -140,5 +135,5 @@ def setup(resolved: ResolvedRun, forward_step: ForwardStep | None = None) -> Run
     if num_depths and not any(unwrap(chunk).mtp_process for chunk in chunks):
         logger.debug("this rank holds no MTP layer", extra={"all_ranks": True})
     objective = Objective.of(resolved, groups, device.torch_device)
-    engine = Engine(chunks, optimizer, groups, objective, forward_step or default_forward_step, gradients)
-    return Run(resolved=resolved, device=device, groups=groups, engine=engine, data=data)
+    engine = Engine(chunks, optimizer, groups, objective, forward_step, gradients)
+    return Run(resolved, device, groups, engine, data)

@@ -1,5 +1,4 @@
-"""Two hosts of one job on this machine: two network namespaces with addresses of their own, behind a switch that can
-cut each off.
+"""Two hosts of one job on this machine: two network namespaces with their own addresses and a switch that can cut each.
 
 Where namespaces cannot be made, both agents run on loopback and nothing can be cut.
 """

@@ -1,4 +1,4 @@
-"""Whole runs in this process, on one rank: what a user's script does."""
+"""Complete runs in this process, on one rank: what a user's script does."""
 
 from __future__ import annotations
 
@@ -151,8 +151,7 @@ def test_every_scalar_of_the_console_line_is_in_tensorboard_and_wandb(
     labels = [part.split(":")[0].strip() for part in line.split("|") if ":" in part]
     order = ["consumed samples", "elapsed time per iteration (ms)", "learning rate", "global batch size", "lm loss",
              "load_balancing_loss", "mtp_1 loss", "mtp_2 loss", "loss scale", "grad norm",
-              "number of skipped iterations",
-             "number of nan iterations"]  # fmt: skip
+             "number of skipped iterations", "number of nan iterations"]  # fmt: skip
     assert [label for label in labels if label in order] == order
 
     events = EventAccumulator(str(next((tmp_path / "tb").rglob("events*")).parent))

@@ -1,4 +1,4 @@
-"""Names ranks that are slower than the others while training goes on."""
+"""Names ranks that are slower than the others during training."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from megatron_mtp.observe.health import REMEDIES
 from megatron_mtp.training.state import TrainState
 
 GRADIENT = "grad norm"
-Action = Literal["go on", "roll back"]
+Action = Literal["continue", "roll back"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,8 @@ class FaultWatch:
             mean = math.fsum(past) / len(past)
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in past) / (len(past) - 1))
             if value > mean + self._options.spike_sigmas * spread:
-                signs.append(
-                    f"{name} is {value:.4g}, {(value - mean) / (spread or math.ulp(mean)):.3g} sigmas above {mean:.4g}"
-                )
+                sigmas = (value - mean) / (spread or math.ulp(mean))
+                signs.append(f"{name} is {value:.4g}, {sigmas:.3g} sigmas above {mean:.4g}")
         return Fault("spike", signs) if signs else None
 
 
@@ -100,26 +99,18 @@ def decide(fault: Fault, options: TrainConfig, state: TrainState, place: str) ->
     found = f"iteration {state.iteration + 1}: {', '.join(fault.signs)} ({place})."
     field = f"train.on_{fault.kind} = {policy}"
     if policy == "report":
-        return "go on", f"{found} {field}: the update is applied."
+        return "continue", f"{found} {field}: the update is applied."
     if policy == "stop":
         raise NumericsError(f"{found} {field}: the run stops before the update. {REMEDIES}")
     if policy == "skip":
         state.skips_in_row += 1
         if state.skips_in_row > options.skip_limit:
-            raise NumericsError(
-                f"{found} {field}: {options.skip_limit} updates in a row were skipped (train.skip_limit), so the run "
-                f"stops. {REMEDIES}"
-            )
-        return "go on", (
-            f"{found} {field}: the update is skipped, {state.skips_in_row} in a row of at most {options.skip_limit}. "
-            f"{REMEDIES}"
-        )
+            limit = f"{options.skip_limit} updates in a row were skipped (train.skip_limit)"
+            raise NumericsError(f"{found} {field}: {limit}, so the run stops. {REMEDIES}")
+        row = f"{state.skips_in_row} in a row of at most {options.skip_limit}"
+        return "continue", f"{found} {field}: the update is skipped, {row}. {REMEDIES}"
     if state.rollbacks >= options.rollback_limit:
-        raise NumericsError(
-            f"{found} {field}: {state.rollbacks} rollbacks were done (train.rollback_limit), so the run stops. "
-            f"{REMEDIES}"
-        )
-    return (
-        "roll back",
-        f"{found} {field}: rollback {state.rollbacks + 1} of at most {options.rollback_limit}. {REMEDIES}",
-    )
+        limit = f"{state.rollbacks} rollbacks were done (train.rollback_limit)"
+        raise NumericsError(f"{found} {field}: {limit}, so the run stops. {REMEDIES}")
+    count = f"rollback {state.rollbacks + 1} of at most {options.rollback_limit}"
+    return "roll back", f"{found} {field}: {count}. {REMEDIES}"

@@ -1,8 +1,7 @@
 """Checks the machines of a job before the first step, for mistakes that would otherwise show hours later or as a hang.
 
 Versions must be equal on all ranks, and all ranks must share the checkpoint folder. Bandwidth is measured and logged: a
-    slow
-link is not a mistake of the user, but often the reason for a slow run.
+slow link is no mistake of the user, but often the reason for a slow run.
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ def version_problems(nodes: list[Node]) -> list[str]:
 def _versions(device: torch.device) -> dict[str, str]:
     found = package_versions()
     if device.type == "cuda":
-        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch leaves it out
-        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(nccl)}
+        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}  # type: ignore[no-untyped-call]
     return found
 
 

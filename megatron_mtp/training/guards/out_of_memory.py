@@ -1,6 +1,4 @@
-"""The message when a rank runs out of memory: which rank, what was planned and used, and what each remedy would
-save.
-"""
+"""The message when a rank runs out of memory: the rank, planned and used memory, and what each remedy would save."""
 
 from __future__ import annotations
 
@@ -35,10 +33,6 @@ class Remedy:
 @contextmanager
 def explained_out_of_memory(run: ResolvedRun, rank: int) -> Iterator[None]:
     """Turns an out-of-memory error inside the block into an error for the user.
-
-    Args:
-        run: the resolved run.
-        rank: of this process.
 
     Raises:
         OutOfMemoryError: instead of the errors of torch and Python; other errors pass.
@@ -78,9 +72,7 @@ def explanation(run: ResolvedRun, rank: int, cause: str, used: str, *, is_cpu: b
         f"What each remedy would make of the fullest stage, planned at {_gib(now)} now:",
     ]
     found = remedies(run, is_cpu=is_cpu)
-    lines += [
-        f"  {remedy.changes}: {_gib(remedy.peak_bytes)}, saves {_gib(now - remedy.peak_bytes)}" for remedy in found
-    ]
+    lines += [f"  {one.changes}: {_gib(one.peak_bytes)}, saves {_gib(now - one.peak_bytes)}" for one in found]
     return "\n".join(lines if found else [*lines[:2], "No single change of depths, recomputation or sizes helps."])
 
 
@@ -113,23 +105,15 @@ def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
     layout, depths = model.pipeline_model_parallel_layout, Depths.of(model).count
     # A split written for other depths or stages no longer fits: split evenly again.
     again = {} if layout in ("auto", "even") else {"model.pipeline_model_parallel_layout": "even"}
-    found: list[dict[str, Any]] = [
-        {"model.mtp_num_layers": fewer} | again
-        for fewer in sorted({max(0, depths - 1), 0}, reverse=True)
-        if fewer < depths
-    ]
+    fewer = sorted({depths - 1, 0}, reverse=True) if depths else []
+    found: list[dict[str, Any]] = [{"model.mtp_num_layers": count} | again for count in fewer]
     if model.recompute_granularity is None:
         modules = ["layernorm", "moe" if model.num_moe_experts else "mlp"]
         modules += ["mla_up_proj"] if model.multi_latent_attention else []
         found.append({"model.recompute_granularity": "selective", "model.recompute_modules": modules})
     if model.recompute_granularity != "full":
-        found.append(
-            {
-                "model.recompute_granularity": "full",
-                "model.recompute_method": "uniform",
-                "model.recompute_num_layers": 1,
-            }
-        )
+        full = {"granularity": "full", "method": "uniform", "num_layers": 1}
+        found.append({f"model.recompute_{name}": value for name, value in full.items()})
     if not cfg.ddp.use_distributed_optimizer:
         found.append({"ddp.use_distributed_optimizer": True})
     found.append({"model.pipeline_model_parallel_size": 2 * model.pipeline_model_parallel_size} | again)
@@ -161,8 +145,7 @@ def _used_on_cpu() -> str:
     memory = psutil.virtual_memory()
     return (
         f"Used: {_gib(peak_resident_bytes())} by this process at most, libraries included; {_gib(memory.total)} on "
-        "this "
-        f"machine, {_gib(memory.available)} free for all its processes."
+        f"this machine, {_gib(memory.available)} free for all its processes."
     )
 
 

@@ -1,8 +1,7 @@
 """Turns signals, clocks and requests to stop into one decision of all ranks after each step.
 
-SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and go on. A signal may reach one rank only, and
-    clocks
-differ, so one small all-reduce tells every rank what any rank has noticed: no rank saves alone.
+SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and continue. A signal may reach one rank only, and
+clocks differ, so one small all-reduce gives every rank what any rank has noticed: no rank saves alone.
 """
 
 from __future__ import annotations
@@ -25,17 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 class SignalWatch:
-    """Notes SIGTERM and SIGUSR1 while it is entered. Outside the main thread Python cannot catch signals: it notes
-    nothing.
+    """Notes SIGTERM and SIGUSR1 while it is entered, in the main thread only: Python catches no signals in others.
 
     Args:
         on_leave: called by the signal handler when SIGTERM comes, whatever the main thread does at that moment.
+        steps_done: steps before this process; StepBoundary keeps it up to date.
     """
 
-    def __init__(self, on_leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_leave: Callable[[], None] = lambda: None, steps_done: int = 0):
         self.wants_leave = self.wants_save = False
-        self.steps_done = 0
-        """Kept up to date by StepBoundary."""
+        self.steps_done = steps_done
         self.came_after: int | None = None
         """The step after which SIGTERM came to this rank."""
         self._on_leave = on_leave

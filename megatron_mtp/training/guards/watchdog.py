@@ -37,9 +37,7 @@ REPORT_S = 2.0
 SHORT_TIMEOUT_S, SHORT_TIMEOUT_FACTOR = 5.0, 3.0
 """After SIGTERM the timeout is this many seconds, or this many times the longest gap between two heartbeats so far."""
 FROZEN_S = 30.0
-"""If even this thread cannot run (a C extension that holds the GIL), faulthandler ends the process this much later,
-from C.
-"""
+"""If this thread cannot run (a C extension holds the GIL), faulthandler ends the process this much later, from C."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class Watchdog:
         self._doing, self._beats, self._last = doing, self._beats + 1, time.monotonic()
 
     def shorten_timeout(self) -> None:
-        """Called after SIGTERM. A launcher sends it too when another rank has died; this rank may then wait in a
+        """Called after SIGTERM. A launcher sends it too when another rank has died: this rank may then wait in a
         collective for a rank that never comes, and should not use up the grace period."""
         self._is_short = True
 
@@ -150,13 +148,12 @@ class Watchdog:
                 print(text, file=sys.stderr, flush=True)
         else:
             time.sleep(REPORT_S)
-            Failure(self._rank, f"rank {self._rank}: ended by the watchdog; another rank reports why", "echo").write()
+            text = f"rank {self._rank}: ended by the watchdog; another rank reports why"
+            Failure(self._rank, text, "echo").write()
         os._exit(EXIT_CODE)
 
     def _collect(self, own: RankReport) -> list[RankReport]:
-        """Reports of all ranks that can still write one, in order of rank; only this rank's own if the store is
-        lost.
-        """
+        """Reports of all ranks that can still write one, by rank; only this rank's own if the store is lost."""
         found, store = {self._rank: own}, self._store
         if store is None:
             return [own]

@@ -99,6 +99,37 @@ def test_two_callbacks_of_one_name_are_refused(tmp_path: Path):
         pretrain(short(tmp_path), callbacks=[TokensSeen(), TokensSeen()])
 
 
+class Returns(Callback):
+    """Returns one metric from one event."""
+
+    def __init__(self, event: str, metric: str):
+        self._metric = {metric: 0.0}
+        setattr(self, event, lambda *_: self._metric)
+
+
+@pytest.mark.parametrize(
+    ("event", "metric"),
+    [
+        ("on_step_end", "lm loss"),
+        ("on_step_end", "num-zeros"),  # this run counts none
+        ("on_step_end", "consumed-tokens"),
+        ("on_step_end", "mtp_1/accepted"),
+        ("on_step_end", "iteration"),
+        ("on_evaluation", "lm loss ppl"),
+    ],
+)
+def test_a_metric_with_a_name_that_is_taken_ends_the_first_step(tmp_path: Path, event: str, metric: str):
+    with pytest.raises(ConfigError, match=f"callbacks: Returns.{event} returns '{metric}'"):
+        pretrain(short(tmp_path), callbacks=[Returns(event, metric)])
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == (0 if event == "on_step_end" else 4)
+    assert read_metrics(tmp_path / "metrics.jsonl", "evaluation") == []
+
+
+def test_two_callbacks_cannot_return_one_metric(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"Returns.on_step_end returns 'my/rate'"):
+        pretrain(short(tmp_path), callbacks=[Returns("on_step_end", "my/rate"), Returns("on_step_end", "my/rate")])
+
+
 def test_a_sign_of_a_callback_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     class Watch(Callback):
         def health_signs(self) -> dict[str, Any]:

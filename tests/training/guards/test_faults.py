@@ -29,8 +29,7 @@ NAMES = ["lm loss", "mtp_1 loss", "mtp_2 loss"]
 class Injection(Callback):
     """Spoils one step: `forward_step` adds a value to the sum of one depth, the callback multiplies a gradient.
 
-    The step is told by its data, as with a real bad batch: a rollback that passes over the batch does not meet it
-        again.
+    The step is recognised by its data, like a real bad batch: a rollback that skips the batch does not meet it again.
     """
 
     def __init__(self, depth: int | None, value: float = math.nan, steps: tuple[int, ...] = (BAD_SAMPLE_STEP,)):
@@ -137,10 +136,8 @@ def test_the_rank_is_named(tmp_path: Path):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("depth", [2, pytest.param(None, marks=SLOW)], ids=["loss", "gradient"])
-def test_a_rollback_goes_back_and_passes_over_the_batches(tmp_path: Path, depth: int | None):
-    """The curve after it is that of a run which trained on the batches 1 2 3 | 5 6 7 8 9: 3 is the checkpoint, 4 is
-    passed over.
-    """
+def test_a_rollback_goes_back_and_skips_the_batches(tmp_path: Path, depth: int | None):
+    """The curve is that of a run which trained on the batches 1 2 3 | 5 6 7 8 9: 3 is the checkpoint, 4 is skipped."""
     injection = Injection(depth)
     state = run(tmp_path / "bad", injection, on_nan="rollback").state
     assert (state.iteration, state.rollbacks, state.passed_over_samples) == (8, 1, injection.batch_size)
@@ -200,5 +197,5 @@ def test_what_is_a_spike():
 @pytest.mark.unit
 def test_a_report_names_step_policy_place_and_remedies():
     action, text = decide(Fault("nan", ["lm loss is nan"]), TrainConfig(), TrainState(iteration=6), "lm loss on rank 3")
-    assert action == "go on"
+    assert action == "continue"
     assert text.startswith("iteration 7: lm loss is nan (lm loss on rank 3). train.on_nan = skip")

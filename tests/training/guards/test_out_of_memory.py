@@ -98,8 +98,8 @@ def test_remedies_are_configs_that_plan_lower(overrides):
 def test_a_frugal_config_has_no_remedy():
     cfg = make(
         "model.mtp_num_layers=0", "train.micro_batch_size=1", "model.pipeline_model_parallel_size=2",
-        "model.num_layers=2",
-        "model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1",
+        "model.num_layers=2", "model.recompute_granularity=full", "model.recompute_method=uniform",
+        "model.recompute_num_layers=1",
     )  # fmt: skip
     assert remedies(resolve(cfg, 2), is_cpu=True) == []
 
