@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
-from megatron_mtp.parallel.planner.part_costs import ZERO, PartTime
+from megatron_mtp.parallel.planner.part_costs import ZERO
 from megatron_mtp.parallel.planner.schedule import Compute, Exchange, ScheduleKind, rank_program
 from megatron_mtp.parallel.planner.split import Split, SplitProblem
 
@@ -36,16 +36,21 @@ class RankBounds:
     def __init__(self, problem: SplitProblem, is_standalone: bool):
         self.problem, self.is_standalone, kind = problem, is_standalone, problem.kind
         self._count: int = kind.num_microbatches
-        self._message_ms = problem.message_ms + (problem.shapes_ms if is_standalone else 0.0)
-        self._blocking = [blocking_exchanges(kind, rank) for rank in range(kind.pp)]
+        message_ms = problem.message_ms + (problem.shapes_ms if is_standalone else 0.0)
+        # Messages that each of a rank's three paths waits for, without the round trip that two of them hold.
+        self._messages_ms = []
+        for rank in range(kind.pp):
+            between, after, before = blocking_exchanges(kind, rank)
+            self._messages_ms.append([n * message_ms for n in (2 * rank + between, after, before)])
         # Forward calls that are left to a rank when the first micro-batch's gradient has come back to it.
         self._left = [max(0, self._count - kind.num_warmup(rank) - 1) for rank in range(kind.pp)]
         extras = problem.extras[is_standalone]
         norm = problem.final_norm if problem.num_depths else ZERO
-        everything = sum((*problem.layers, *extras, norm), ZERO)
-        self._round_trip_ms = everything.total_ms + 2 * (kind.pp - 1) * self._message_ms
+        parts = (*problem.layers, *extras, norm)
+        passes_ms = sum(part.forward_ms for part in parts) + sum(part.backward_ms for part in parts)
+        self._round_trip_ms = passes_ms + 2 * (kind.pp - 1) * message_ms
         self._upstream_ms = [0.0, *accumulate(extra.total_ms for extra in extras[: kind.pp])]
-        self._layers_ms = [time.total_ms for time in problem.layer_sums]
+        self._layers_ms = [one + other for one, other in zip(*problem.layer_sums, strict=True)]
         self.fewest_ms = min((layer.total_ms for layer in problem.layers), default=0.0)
 
     def work(self, rank: int, load_ms: float, upstream_ms: float) -> float:
@@ -59,35 +64,34 @@ class RankBounds:
             load_ms: one micro-batch in all chunks of the rank, forward and backward.
             upstream_ms: one micro-batch in the first chunks of the ranks before it, forward and backward.
         """
-        messages = 2 * rank + self._blocking[rank][0]
-        return upstream_ms + self._count * load_ms + messages * self._message_ms
+        return upstream_ms + self._count * load_ms + self._messages_ms[rank][0]
 
-    def first_micro_batch(self, rank: int, time: PartTime) -> float:
+    def first_micro_batch(self, rank: int, forward_ms: float, backward_ms: float) -> float:
         """Without interleaving: the first micro-batch's round trip to p, then what is left for p to do.
 
         The first micro-batch goes forward through all stages and backward to p. Rank p still has M - 1 backward calls,
         and all forward calls but its warm-up and one. The last gradient then passes the ranks before p. So every stage
         is passed once in each direction.
         """
-        left_ms = (self._count - 1) * time.backward_ms + self._left[rank] * time.forward_ms
-        return self._round_trip_ms + left_ms + self._blocking[rank][1] * self._message_ms
+        left_ms = (self._count - 1) * backward_ms + self._left[rank] * forward_ms
+        return self._round_trip_ms + left_ms + self._messages_ms[rank][1]
 
-    def last_micro_batch(self, rank: int, time: PartTime) -> float:
+    def last_micro_batch(self, rank: int, forward_ms: float, backward_ms: float) -> float:
         """Without interleaving: what p does up to its last forward call, then that micro-batch's round trip.
 
         The mirror image of `first_micro_batch`: M - 1 forward calls of p, and all backward calls but those after its
         last forward call, come before the last micro-batch goes on to the last stage and back to the first.
         """
-        before_ms = (self._count - 1) * time.forward_ms + self._left[rank] * time.backward_ms
-        return self._round_trip_ms + before_ms + self._blocking[rank][2] * self._message_ms
+        before_ms = (self._count - 1) * forward_ms + self._left[rank] * backward_ms
+        return self._round_trip_ms + before_ms + self._messages_ms[rank][2]
 
     def stage(self, rank: int, start: int, stop: int) -> float:
         """The highest bound of a rank that holds the layers start..stop-1; without interleaving."""
-        time = self.problem.chunk_time(rank, start, stop, self.is_standalone)
+        forward_ms, backward_ms = self.problem.chunk_time(rank, start, stop, self.is_standalone)
         return max(
-            self.work(rank, time.total_ms, self._upstream_ms[rank] + self._layers_ms[start]),
-            self.first_micro_batch(rank, time),
-            self.last_micro_batch(rank, time),
+            self.work(rank, forward_ms + backward_ms, self._upstream_ms[rank] + self._layers_ms[start]),
+            self.first_micro_batch(rank, forward_ms, backward_ms),
+            self.last_micro_batch(rank, forward_ms, backward_ms),
         )
 
     def split(self, split: Split) -> float:
@@ -95,7 +99,7 @@ class RankBounds:
         pp = self.problem.kind.pp
         if self.problem.kind.vp == 1:
             return max(self.stage(rank, *span) for rank, span in enumerate(split.spans))
-        times = [time.total_ms for time in self.problem.chunk_times(split)]
+        times = self.problem.chunk_totals(split)
         upstream = [0.0, *accumulate(times[:pp])]
         return max(self.work(rank, sum(times[rank::pp]), upstream[rank]) for rank in range(pp))
 
@@ -212,7 +216,7 @@ def splits_below(bounds: RankBounds, limit_ms: float) -> list[tuple[float, Split
         assumed_ms = extras[chunk].total_ms + fewest[chunk] * bounds.fewest_ms
         first = num_layers - start if chunk == last else fewest[chunk]
         for count in range(first, min(problem.most(chunk, alone), num_layers - start - needed_after[chunk + 1]) + 1):
-            time_ms = problem.chunk_time(chunk, start, start + count, alone).total_ms
+            time_ms = sum(problem.chunk_time(chunk, start, start + count, alone))
             if is_interleaved:
                 loads[rank] = before + time_ms - assumed_ms
                 bound = max(reached_ms, bounds.work(rank, loads[rank], upstream[rank]))

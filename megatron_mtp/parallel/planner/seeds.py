@@ -26,7 +26,7 @@ def seeds(problem: SplitProblem) -> list[Split]:
 def neighbours(problem: SplitProblem, split: Split) -> Iterator[Split]:
     """The splits with one layer moved: first from chunks that set the pace, and first to those with the most room."""
     pp, vp = problem.kind.pp, problem.kind.vp
-    totals = [time.total_ms for time in problem.chunk_times(split)]
+    totals = problem.chunk_totals(split)
     loads = [sum(totals[rank::pp]) for rank in range(pp)]
     pace = [max(totals[v * pp : (v + 1) * pp]) for v in range(vp)]
     # By rank and then by virtual stage, so that ties are taken in that order.
@@ -44,7 +44,7 @@ def neighbours(problem: SplitProblem, split: Split) -> Iterator[Split]:
 
 def _pace_ms(problem: SplitProblem, split: Split) -> float:
     """Time of a round if all ranks wait for the slowest chunk of each virtual stage; the more even split wins a tie."""
-    times, pp = [time.total_ms for time in problem.chunk_times(split)], problem.kind.pp
+    times, pp = problem.chunk_totals(split), problem.kind.pp
     pace = sum(max(times[first : first + pp]) for first in range(0, len(times), pp))
     return pace + 1e-3 * max(sum(times[rank::pp]) for rank in range(pp)) + 1e-4 * max(times)
 
@@ -111,7 +111,7 @@ def _staggered(problem: SplitProblem) -> list[Split]:
                     counts[late * pp + rank] += 1
                 split = Split(tuple(counts), is_standalone)
                 if sum(counts) == num_layers and problem.is_legal(split):
-                    times = [time.total_ms for time in problem.chunk_times(split)]
+                    times = problem.chunk_totals(split)
                     load_ms = max(sum(times[rank::pp]) for rank in range(pp))
                     found[split] = (round(load_ms, 3), abs(2 * num_early - extra), early - late)
     return sorted(found, key=found.__getitem__)

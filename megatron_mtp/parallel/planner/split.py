@@ -7,9 +7,8 @@ the loss's. The embedding is on the first chunk, the loss on the last. Every leg
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from megatron_mtp.parallel.layout import PipelineLayout
@@ -120,9 +119,10 @@ class SplitProblem:
         return min(limit, total)
 
     @cached_property
-    def layer_sums(self) -> list[PartTime]:
-        """Time of the first n layers."""
-        return [*accumulate(self.layers, initial=ZERO)]
+    def layer_sums(self) -> tuple[list[float], list[float]]:
+        """Forward and backward time of the first n layers."""
+        sums = list(accumulate(self.layers, initial=ZERO))
+        return [time.forward_ms for time in sums], [time.backward_ms for time in sums]
 
     def _extra(self, chunk: int, is_standalone: bool) -> PartTime:
         last = self.num_chunks - 1
@@ -142,30 +142,21 @@ class SplitProblem:
         """What each chunk holds in addition to decoder layers and, with MTP, the final norm; by is_standalone."""
         return {alone: [self._extra(c, alone) for c in range(self.num_chunks)] for alone in (False, True)}
 
-    @cached_property
-    def chunk_time(self) -> Callable[[int, int, int, bool], PartTime]:
-        """Time of one micro-batch in a chunk (chunk, first layer, last layer + 1, is_standalone).
-
-        Remembered, because a search asks for the same few chunks thousands of times.
-        """
-        return cache(self._chunk_time)
-
-    def _chunk_time(self, chunk: int, start: int, stop: int, is_standalone: bool) -> PartTime:
-        before, through, extra = self.layer_sums[start], self.layer_sums[stop], self.extras[is_standalone][chunk]
+    def chunk_time(self, chunk: int, start: int, stop: int, is_standalone: bool) -> tuple[float, float]:
+        """Forward and backward time of one micro-batch in a chunk that holds the layers start..stop-1, in ms."""
+        (forward, backward), extra = self.layer_sums, self.extras[is_standalone][chunk]
         if self.num_depths and start < stop == len(self.layers):
             extra = extra + self.final_norm
-        return PartTime(
-            through.forward_ms - before.forward_ms + extra.forward_ms,
-            through.backward_ms - before.backward_ms + extra.backward_ms,
-        )
+        return forward[stop] - forward[start] + extra.forward_ms, backward[stop] - backward[start] + extra.backward_ms
 
-    def chunk_times(self, split: Split) -> list[PartTime]:
-        """Time of one micro-batch in every chunk, in execution order."""
-        return [self.chunk_time(chunk, *span, split.is_standalone) for chunk, span in enumerate(split.spans)]
+    def chunk_totals(self, split: Split) -> list[float]:
+        """Forward and backward time together of one micro-batch in every chunk, in execution order, in ms."""
+        return [sum(self.chunk_time(chunk, *span, split.is_standalone)) for chunk, span in enumerate(split.spans)]
 
     def work(self, split: Split) -> Work:
         """What the simulation of a step needs."""
-        pp, times = self.kind.pp, self.chunk_times(split)
+        pp, alone = self.kind.pp, split.is_standalone
+        times = [PartTime(*self.chunk_time(chunk, *span, alone)) for chunk, span in enumerate(split.spans)]
         messages = [self.message_ms] * (self.num_chunks - 1)
         if split.is_standalone:
             messages[-1] = self.wide_message_ms
