@@ -61,7 +61,7 @@ def parse_blend(value: Any, field: str) -> Blend:
     return Blend(tuple(p for p, _ in kept), tuple(n for _, n in kept))
 
 
-def _take_apart(value: Any) -> tuple[list, list | None]:
+def _take_apart(value: Any) -> tuple[list[Any], list[Any] | None]:
     """Prefixes and weights of a blend in any form; no prefixes if the value has none of the forms."""
     items = list(value) if isinstance(value, list | tuple) else []
     if items and isinstance(items[0], list | tuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 _WAIT_S = 0.1  # interval at which a blocked thread checks for `close`
 
@@ -22,7 +22,7 @@ class Prefetcher[T]:
 
     def __init__(self, source: Iterator[T], depth: int):
         self._source = source
-        self._queue: queue.Queue = queue.Queue(max(depth, 1))
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(max(depth, 1))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="data-prefetch", daemon=True) if depth > 0 else None
         if self._thread:

@@ -31,7 +31,7 @@ class Document:
     text: str
 
 
-def list_inputs(inputs: Sequence[str | os.PathLike]) -> list[Path]:
+def list_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """The JSONL files in `inputs`. Folders are searched with their subfolders, and their files are sorted.
 
     Raises:

@@ -161,7 +161,7 @@ def _in_processes(
     on_progress(read.value - reported)
 
 
-def _raise_first_error(futures: Sequence[Future]) -> None:
+def _raise_first_error(futures: Sequence[Future[Any]]) -> None:
     for future in futures:
         error = future.exception() if future.done() else None
         if isinstance(error, BrokenProcessPool):
