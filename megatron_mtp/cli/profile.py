@@ -25,8 +25,7 @@ def profile(
     nproc: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="On a CPU: processes that compute at once; as many as the run has here. Default: one model's.",
+            min=1, help="On a CPU: processes that compute at once; as many as the run has here. Default: one model's."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of 4 micro-batches.")] = 6,

@@ -23,9 +23,8 @@ from megatron_mtp.mcore.groups import destroy_model_parallel, seed_dropout
 from megatron_mtp.mcore.optimizer import initialize_optimizer_state, single_optimizers
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import sharded_tensors
-from megatron_mtp.parallel.params import count_parameters
+from megatron_mtp.parallel.params import count_parameters, rank_parameters
 from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
-from megatron_mtp.parallel.rank_params import rank_parameters
 from megatron_mtp.parallel.resolve import ResolvedRun
 from megatron_mtp.training.optimizer import build_optimizer, wrap_model
 from megatron_mtp.training.setup import make_groups
@@ -61,7 +60,7 @@ class StageReport:
         ranks: all ranks of the stage; they hold equally many parameters.
         holds: symbols of each chunk, such as ("Ettt",).
         built: the ranks that were built: the first and the last, whose shares of the optimizer may differ.
-        predicted_parameters: of each rank, from `parallel/rank_params.py`.
+        predicted_parameters: of each rank, from `parallel/params.py`.
         planned: memory of each rank, from `parallel/planner/stage_memory.py`.
     """
 
@@ -107,9 +106,7 @@ class DryRun:
 
 
 def dry_run(
-    run: ResolvedRun,
-    memory_limit_gib: float | None = None,
-    report: Callable[[str], None] = lambda _: None,
+    run: ResolvedRun, memory_limit_gib: float | None = None, report: Callable[[str], None] = lambda _: None
 ) -> DryRun:
     """Builds the ranks of a job one after the other, in this process.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.grid import RankGrid
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 
@@ -61,3 +62,34 @@ class RunShape:
         """Micro-batches of one rank in one step at the final global batch size."""
         train = self.cfg.train
         return max(1, train.global_batch_size // (train.micro_batch_size * self.grid.dp_size))
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """Kind of each decoder layer: "dense" or "moe", after "linear " if its attention is linear."""
+        pairs = zip(self.is_moe, self.is_linear, strict=True)
+        return [("linear " if linear else "") + ("moe" if is_moe else "dense") for is_moe, linear in pairs]
+
+    @property
+    def mtp_kind(self) -> str:
+        """Kind of the MTP layers: that of the last decoder layer, always with full attention."""
+        return "moe" if self.is_moe[-1] else "dense"
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number in precision.dtype."""
+        return DTYPE_BYTES[self.cfg.precision.dtype]
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of one micro-batch on a tensor-parallel group."""
+        return self.cfg.train.micro_batch_size * self.cfg.model.seq_length / self.cfg.model.context_parallel_size
+
+    @property
+    def hidden_shards(self) -> int:
+        """Ranks of a tensor-parallel group that share one hidden state."""
+        return self.cfg.model.tensor_model_parallel_size if self.cfg.model.sequence_parallel else 1
+
+    @property
+    def hidden_bytes(self) -> float:
+        """One hidden state on one rank: what goes from layer to layer and from stage to stage."""
+        return self.tokens * self.cfg.model.hidden_size * self.item_bytes / self.hidden_shards

@@ -117,11 +117,7 @@ def search_rows(plans: Plans) -> list[list[str]]:
             found.cfg.train.micro_batch_size,
         )
         rates = [f"{plan.step.total_ms / 1e3:.3f}", f"{plan.tokens_per_s:,.0f}"]
-        rates += [
-            "-" if plan.mfu is None else f"{plan.mfu:.1%}",
-            f"{plan.bubble:.1%}",
-            f"{plan.peak_bytes / GIB:.1f}",
-        ]
+        rates += ["-" if plan.mfu is None else f"{plan.mfu:.1%}", f"{plan.bubble:.1%}", f"{plan.peak_bytes / GIB:.1f}"]
         rows.append([str(number), *map(str, sizes), found.recompute, *rates, short_layout(plan.layout.string)])
     return rows
 

@@ -16,7 +16,6 @@ from megatron_mtp.mcore.optimizer import guarded_step
 from megatron_mtp.mcore.schedules import watch_calls
 from megatron_mtp.model.mtp import MTPModel
 from megatron_mtp.model.sharded import unwrap
-from megatron_mtp.parallel.planner.cost import layer_kinds
 from megatron_mtp.parallel.planner.part_costs import ZERO, Link, PartCosts, PartTime
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.profile.part_timer import Clock, PartTimer, Segments
@@ -53,7 +52,7 @@ class PartMeasurement:
         chunk = unwrap(self.run.engine.chunks[0])
         assert isinstance(chunk, MTPModel)
         self._chunk, self._clock = chunk, Clock(self.run.device.torch_device)
-        self._kinds = layer_kinds(self.run.resolved)
+        self._kinds = self.run.resolved.layer_kinds
         self._timer = PartTimer(self._chunk, self._kinds, self._clock)
         objective = self.run.engine.objective
         timed = replace(objective, heads=self._timer.watch_heads(objective.heads))

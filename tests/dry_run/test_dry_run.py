@@ -12,7 +12,7 @@ from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.device.memory_meter import LiveStorage
 from megatron_mtp.dry_run import build as dry_run_module
 from megatron_mtp.dry_run.build import dry_run
-from megatron_mtp.parallel.rank_params import RankParameters
+from megatron_mtp.parallel.params import RankParameters
 from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training.setup import leave_groups, setup

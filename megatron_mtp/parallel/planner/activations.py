@@ -7,70 +7,29 @@ of each kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import cache
 
-from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.filled import filled
-from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.config.units import DTYPE_BYTES
-from megatron_mtp.parallel.planner.cost import mtp_kind
 from megatron_mtp.parallel.shape import RunShape
 
 ROUTER_BYTES = 22
 """For each token and expert: scores, maps, indices."""
 
 
-def hidden_bytes(cfg: ConfigContainer) -> float:
-    """One hidden state on one rank: what goes from layer to layer and from stage to stage."""
-    model = cfg.model
-    shards = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    tokens = cfg.train.micro_batch_size * model.seq_length / model.context_parallel_size
-    return tokens * model.hidden_size * DTYPE_BYTES[cfg.precision.dtype] / shards
-
-
-@dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes that the parts of a finalized config keep.
+    """Bytes that the parts of a finalized config keep. Kinds of layers: see `RunShape.layer_kinds`.
 
     Args:
         is_cpu: torch's CPU norms keep two fp32 copies of their input; a GPU's keep the input.
     """
 
-    shape: RunShape
-    is_cpu: bool
-    _known: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
-
-    def _once(self, name: str, kind: str, compute: Callable[[str], float]) -> float:
-        """A search asks for the same few layers thousands of times."""
-        if (name, kind) not in self._known:
-            self._known[name, kind] = compute(kind)
-        return self._known[name, kind]
-
-    @property
-    def model(self) -> ModelConfig:
-        """The model section."""
-        return self.shape.cfg.model
-
-    @property
-    def uses_te(self) -> bool:
-        """Whether Transformer Engine's modules do the work."""
-        return not self.is_cpu and self.model.backend != "torch"
-
-    @property
-    def item(self) -> int:
-        """Bytes of one number."""
-        return DTYPE_BYTES[self.shape.cfg.precision.dtype]
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of one micro-batch on a tensor-parallel group."""
-        return self.shape.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
-
-    @property
-    def stream(self) -> float:
-        """See `hidden_bytes`."""
-        return hidden_bytes(self.shape.cfg)
+    def __init__(self, shape: RunShape, is_cpu: bool):
+        self.shape, self.model, self.is_cpu = shape, shape.cfg.model, is_cpu
+        self.uses_te = not is_cpu and self.model.backend != "torch"
+        self.item, self.tokens, self.stream = shape.item_bytes, shape.tokens, shape.hidden_bytes
+        # A search asks for the same few layers thousands of times.
+        self.layer, self.complete_layer = cache(self._layer), cache(self._complete_layer)
+        self._gradients = cache(self._layer_gradients)
 
     def norm(self, stream: float) -> float:
         """A norm over a tensor of `stream` bytes, and its output, which the next product keeps."""
@@ -114,11 +73,10 @@ class Activations:
     def feed_forward(self, is_moe: bool) -> float:
         """The feed-forward block with the norm before it."""
         model = self.model
-        if not is_moe:
-            return self.norm(self.stream) + self._inner(
-                model.ffn_hidden_size, self.tokens, model.tensor_model_parallel_size
-            )
-        return self.norm(self.stream) + self.experts()
+        if is_moe:
+            return self.norm(self.stream) + self.experts()
+        inner = self._inner(model.ffn_hidden_size, self.tokens, model.tensor_model_parallel_size)
+        return self.norm(self.stream) + inner
 
     def _inner(self, width: int, tokens: float, shards: int, extra: int = 0) -> float:
         """What a feed-forward block keeps between its two products."""
@@ -137,17 +95,15 @@ class Activations:
             kept += self._inner(model.moe_shared_expert_intermediate_size, self.tokens, tp)
         return kept
 
-    def layer(self, kind: str) -> float:
-        """A decoder layer as it is run: fully recomputed, in part, or not at all. `kind`: see `cost.layer_kinds`."""
+    def _layer(self, kind: str) -> float:
+        """A decoder layer as it is run: fully recomputed, in part, or not at all."""
         if self.model.recompute_granularity == "full":
             return self.stream
-        return self._once("layer", kind, lambda kind: self.complete_layer(kind) - self._dropped(kind))
+        return self.complete_layer(kind) - self._dropped(kind)
 
-    def complete_layer(self, kind: str) -> float:
+    def _complete_layer(self, kind: str) -> float:
         """A decoder layer without recomputation."""
-        return self._once(
-            "complete", kind, lambda kind: self.attention("linear" in kind) + self.feed_forward("moe" in kind)
-        )
+        return self.attention("linear" in kind) + self.feed_forward("moe" in kind)
 
     def _dropped(self, kind: str) -> float:
         """What selective recomputation does not keep."""
@@ -172,8 +128,7 @@ class Activations:
 
     def mtp_layer(self) -> float:
         """One depth: two norms, the concatenated input of the projection, a layer, a norm."""
-        model = self.model
-        kind = mtp_kind(self.shape)
+        model, kind = self.model, self.shape.mtp_kind
         after = self.norm(self.stream) - self.stream
         if model.mtp_variant == "parallel":
             return after + (self.stream if self.shape.depths.count > 1 else self.layer(kind))
@@ -187,21 +142,10 @@ class Activations:
         return num_states * self.tokens * (self.model.hidden_size * self.item + 24)
 
     def chunk(self, symbols: str, kinds: list[str]) -> float:
-        """One chunk.
-
-        Args:
-            symbols: such as "Ettt".
-            kinds: kinds of its decoder layers.
-        """
-        model = self.model
-        depths, total = symbols.count("m"), 0.0
-        if model.recompute_granularity == "full":
-            total += self._recomputed_layers(kinds)
-        else:
-            total += sum(self.layer(kind) for kind in kinds)
-        if "E" not in symbols and (
-            model.recompute_granularity == "full" or (self.is_cpu and self.item < 4) or not kinds
-        ):
+        """A chunk of `symbols`, such as "Ettt", with decoder layers of `kinds`."""
+        depths, is_full = symbols.count("m"), self.model.recompute_granularity == "full"
+        total = self._recomputed_layers(kinds) if is_full else sum(self.layer(kind) for kind in kinds)
+        if "E" not in symbols and (is_full or (self.is_cpu and self.item < 4) or not kinds):
             total += self.stream  # the received state, if no norm keeps it
         if depths or ("L" in symbols and not self.shape.depths.count):
             total += self.norm(self.stream) - self.stream  # final norm
@@ -223,13 +167,13 @@ class Activations:
     def transient(self, symbols: str, kinds: list[str]) -> float:
         """The most that a call of this chunk needs temporarily, in addition to what is kept."""
         model, tp = self.model, self.model.tensor_model_parallel_size
-        widest = max((self._once("gradients", kind, self._gradients) for kind in set(kinds)), default=0.0)
+        widest = max((self._gradients(kind) for kind in set(kinds)), default=0.0)
         if "m" in symbols:
-            widest = max(widest, self._gradients(mtp_kind(self.shape)))
+            widest = max(widest, self._gradients(self.shape.mtp_kind))
         if model.recompute_granularity == "full" and (kinds or "m" in symbols):
             group = (model.recompute_num_layers or 1) if model.recompute_method == "uniform" else 1
-            names = kinds or [mtp_kind(self.shape)]
-            widest += max(self.complete_layer(kind) for kind in names) * min(group, max(1, len(kinds)))
+            most = max(self.complete_layer(kind) for kind in kinds or [self.shape.mtp_kind])
+            widest += most * min(group, max(1, len(kinds)))
         if "L" not in symbols:
             return widest
         rows = -(-(model.vocab_size or 0) // tp)
@@ -238,7 +182,7 @@ class Activations:
         weight = rows * model.hidden_size * (4 if self.item == 4 else 4 + self.item)
         return max(widest, logits + weight + states * model.hidden_size * self.item)
 
-    def _gradients(self, kind: str) -> float:
+    def _layer_gradients(self, kind: str) -> float:
         """Gradients that live at once in a layer's backward pass: of the residual stream, and of the widest product."""
         model, tp = self.model, self.model.tensor_model_parallel_size
         inner = self.tokens * model.ffn_hidden_size / tp

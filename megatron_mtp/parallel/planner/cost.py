@@ -8,31 +8,15 @@ on their proportions only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_mtp.config.filled import filled
-from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
-from megatron_mtp.parallel.params import padded_vocab_size
+from megatron_mtp.parallel.params import Shards, layer_parameters, padded_vocab_size
 from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime
-from megatron_mtp.parallel.rank_params import layer_rank_parameters
 from megatron_mtp.parallel.shape import RunShape
 
 STEP_MS = 5.0
 """Once per step: batch, counts and logs."""
-
-
-def layer_kinds(shape: RunShape) -> list[str]:
-    """Kind of each decoder layer: "dense" or "moe", after "linear " if its attention is linear."""
-    pairs = zip(shape.is_moe, shape.is_linear, strict=True)
-    return [("linear " if linear else "") + ("moe" if is_moe else "dense") for is_moe, linear in pairs]
-
-
-def mtp_kind(shape: RunShape) -> str:
-    """Kind of the MTP layers: that of the last decoder layer, always with full attention."""
-    return "moe" if shape.is_moe[-1] else "dense"
 
 
 def estimate_costs(shape: RunShape, machine: Machine) -> PartCosts:
@@ -44,32 +28,15 @@ def estimate_costs(shape: RunShape, machine: Machine) -> PartCosts:
     return _Estimate(shape, machine).costs()
 
 
-@dataclass(slots=True)
 class _Estimate:
-    shape: RunShape
-    machine: Machine
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.shape.cfg.model
-
-    @property
-    def num_bytes(self) -> int:
-        return DTYPE_BYTES[self.shape.cfg.precision.dtype]
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of one micro-batch on a tensor-parallel group."""
-        return self.shape.cfg.train.micro_batch_size * self.model.seq_length / self.model.context_parallel_size
-
-    @property
-    def tp(self) -> int:
-        return self.model.tensor_model_parallel_size
+    def __init__(self, shape: RunShape, machine: Machine):
+        self.shape, self.machine, self.model = shape, machine, shape.cfg.model
+        self.num_bytes, self.tokens, self.shards = shape.item_bytes, shape.tokens, shape.hidden_shards
+        self.tp, self.matrices = self.model.tensor_model_parallel_size, 3 if self.model.gated_linear_unit else 2
 
     def costs(self) -> PartCosts:
         model = self.model
-        kinds = {*layer_kinds(self.shape), mtp_kind(self.shape)}
-        layers = {kind: self.layer(kind) for kind in kinds}
+        layers = {kind: self.layer(kind) for kind in dict.fromkeys([*self.shape.layer_kinds, self.shape.mtp_kind])}
         norm = self.both(0.0, 4 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
         is_frozen = model.mtp_freeze_trunk
         memory = self.machine.memory_gb_per_s * self.machine.memory_fraction
@@ -89,11 +56,6 @@ class _Estimate:
             pipeline_link=self.link(self.shape.world_size),
             data_link=self.link(self.shape.world_size // model.pipeline_model_parallel_size),
         )
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share the residual stream."""
-        return self.tp if self.model.sequence_parallel else 1
 
     def link(self, span: int) -> Link:
         """The slowest link between ranks of a group that spans `span` neighbouring ranks."""
@@ -162,10 +124,6 @@ class _Estimate:
         dense = 2 * self.model.hidden_size * self.model.ffn_hidden_size * self.matrices
         return self.tokens * (forward_flops_layer(self.model, False, is_linear=is_linear) - dense) / self.tp
 
-    @property
-    def matrices(self) -> int:
-        return 3 if self.model.gated_linear_unit else 2
-
     def attention(self, is_linear: bool) -> PartTime:
         model, machine = self.model, self.machine
         total, core = self.attention_flops(is_linear), 0.0 if is_linear else self.core_flops()
@@ -195,7 +153,7 @@ class _Estimate:
         model, machine = self.model, self.machine
         routed, width = self.tokens * model.moe_router_topk / self.tp, filled(model.moe_ffn_hidden_size)
         flops = 2 * model.hidden_size * width * self.matrices * routed
-        weights = self.traffic(layer_rank_parameters(model, True).expert * self.num_bytes)
+        weights = self.traffic(layer_parameters(model, Shards.of(model), True).expert * self.num_bytes)
         compute = max(self.compute(flops, machine.expert_fraction), weights)
         num_bytes = routed * self.num_bytes * (8 * model.hidden_size + 3 * width)
         num_bytes += self.tokens / self.shards * self.num_bytes * 6 * model.hidden_size
@@ -246,7 +204,7 @@ class _Estimate:
     def mtp_layer(self, layers: dict[str, PartTime]) -> PartTime:
         """Lookup, norms and projection, then a layer of the last decoder layer's kind, then a norm."""
         model = self.model
-        layer = layers[mtp_kind(self.shape)]
+        layer = layers[self.shape.mtp_kind]
         if model.mtp_variant == "parallel":
             is_rerun = self.shape.depths.count > 1 and model.recompute_granularity != "full"
             return layer + PartTime(0.0, layer.forward_ms * is_rerun)
@@ -284,5 +242,5 @@ def layer_times(costs: PartCosts, shape: RunShape) -> list[PartTime]:
     """
     return [
         costs.layer[kind] if kind in costs.layer else costs.layer[kind.removeprefix("linear ")]
-        for kind in layer_kinds(shape)
+        for kind in shape.layer_kinds
     ]

@@ -11,13 +11,7 @@ from megatron_mtp.parallel.planner.simulate import Event, Timeline, simulate
 from megatron_mtp.parallel.planner.split import Split, SplitProblem
 
 WIDTH, LEFT, TOP, ROW, GAP = 1400, 128, 78, 26, 6
-COLOURS = {
-    "embedding": "#8a8a8a",
-    "forward": "#4c86c6",
-    "backward": "#9fc46b",
-    "mtp": "#e8963c",
-    "loss": "#c2477f",
-}
+COLOURS = {"embedding": "#8a8a8a", "forward": "#4c86c6", "backward": "#9fc46b", "mtp": "#e8963c", "loss": "#c2477f"}
 NAMES = {
     "embedding": "embedding",
     "forward": "decoder forward",

@@ -8,7 +8,7 @@ from megatron_mtp.config.units import DTYPE_BYTES, GIB
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.planner.activations import hidden_bytes
+from megatron_mtp.parallel.params import RankParameters, rank_parameters
 from megatron_mtp.parallel.planner.cost import layer_times
 from megatron_mtp.parallel.planner.part_costs import ZERO, PartCosts, PartTime
 from megatron_mtp.parallel.planner.schedule import ScheduleKind
@@ -16,7 +16,6 @@ from megatron_mtp.parallel.planner.search_split import FEW, SplitChoice, best_sp
 from megatron_mtp.parallel.planner.split import Split, SplitProblem
 from megatron_mtp.parallel.planner.stage_memory import ChunkMemory, MemoryModel, RankMemory
 from megatron_mtp.parallel.planner.steady import step_time
-from megatron_mtp.parallel.rank_params import RankParameters, rank_parameters
 from megatron_mtp.parallel.shape import RunShape
 
 
@@ -108,7 +107,7 @@ class Planner:
     def problem(self) -> SplitProblem:
         """What can be chosen, and what each part costs."""
         model, costs, link = self.shape.cfg.model, self.costs, self.costs.pipeline_link
-        depths, size = self.shape.depths.count, hidden_bytes(self.shape.cfg)
+        depths, size = self.shape.depths.count, self.shape.hidden_bytes
         return SplitProblem(
             kind=ScheduleKind(
                 pp=model.pipeline_model_parallel_size,
@@ -134,11 +133,7 @@ class Planner:
         return MemoryModel(self.shape, self.is_cpu)
 
     def choose(
-        self,
-        limit_bytes: float | None = None,
-        effort: int = 150,
-        few: int = FEW,
-        to_beat_ms: float = float("inf"),
+        self, limit_bytes: float | None = None, effort: int = 150, few: int = FEW, to_beat_ms: float = float("inf")
     ) -> SplitChoice:
         """The fastest layout that fits.
 

@@ -17,15 +17,14 @@ from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError
-from megatron_mtp.parallel.params import moe_pattern
+from megatron_mtp.parallel.params import RankParameters, Shards, layer_parameters, moe_pattern, mtp_layer_parameters
 from megatron_mtp.parallel.planner.activations import Activations
 from megatron_mtp.parallel.planner.auto_layout import make_planner
-from megatron_mtp.parallel.planner.cost import estimate_costs, layer_kinds, layer_times
+from megatron_mtp.parallel.planner.cost import estimate_costs, layer_times
 from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import PartCosts
 from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.parallel.planner.stage_memory import parameter_bytes
-from megatron_mtp.parallel.rank_params import RankParameters, layer_rank_parameters, mtp_rank_parameters
 from megatron_mtp.parallel.shape import RunShape
 
 MOST_PLANNED = 40
@@ -168,11 +167,10 @@ class _Search:
         costs = estimate_costs(shape, self.machine)
         times = [*layer_times(costs, shape), costs.embedding, costs.head]
         times += [costs.mtp_layer] * depths + [costs.mtp_head] * depths
-        kinds = layer_kinds(shape)
-        held = RankParameters(dense=0)
+        kinds, shards = shape.layer_kinds, Shards.of(model)
+        held = mtp_layer_parameters(model, shards) * shape.depths.distinct
         for kind in kinds:
-            held += layer_rank_parameters(model, "moe" in kind, is_linear="linear" in kind)
-        held += mtp_rank_parameters(model) * shape.depths.distinct
+            held += layer_parameters(model, shards, "moe" in kind, is_linear="linear" in kind)
         activations = Activations(shape, self.machine.is_cpu)
         kept = sum(activations.layer(kind) for kind in kinds)
         return costs, sum(time.total_ms for time in times), held, kept

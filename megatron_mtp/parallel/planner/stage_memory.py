@@ -11,10 +11,9 @@ from typing import NamedTuple
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.params import RankParameters, Shards, chunk_parameters, mtp_layer_parameters
 from megatron_mtp.parallel.planner.activations import Activations
-from megatron_mtp.parallel.planner.cost import layer_kinds
 from megatron_mtp.parallel.planner.schedule import ScheduleKind, compute_order
-from megatron_mtp.parallel.rank_params import RankParameters, chunk_parameters, mtp_rank_parameters
 from megatron_mtp.parallel.shape import RunShape
 
 MOMENT_BYTES = {"adam": 8, "sgd": 4, "muon": 4}
@@ -97,7 +96,7 @@ class MemoryModel:
     def __init__(self, shape: RunShape, is_cpu: bool | None = None):
         self.shape, cfg = shape, shape.cfg
         self.parts = Activations(shape, cfg.dist.device == "cpu" if is_cpu is None else is_cpu)
-        self.bytes, self.kinds = parameter_bytes(cfg), tuple(layer_kinds(shape))
+        self.bytes, self.kinds = parameter_bytes(cfg), tuple(shape.layer_kinds)
         self._chunks: dict[tuple[str, tuple[str, ...], bool], ChunkMemory] = {}
 
     def rank(self, layout: PipelineLayout, stage: int) -> RankMemory:
@@ -147,7 +146,7 @@ class MemoryModel:
         model, depths = self.shape.cfg.model, self.shape.depths
         if not model.mtp_freeze_trunk:
             return held
-        return mtp_rank_parameters(model) * depths.layers_in(symbols)
+        return mtp_layer_parameters(model, Shards.of(model)) * depths.layers_in(symbols)
 
     def peak(self, pp: int, vp: int, stage: int, kept: list[float]) -> float:
         """Most bytes of activations at once, if each micro-batch in flight keeps kept[v] bytes in chunk v."""
