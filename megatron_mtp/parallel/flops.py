@@ -37,17 +37,20 @@ def train_flops_per_token(model: ModelConfig) -> float:
 
 def forward_flops_layer(model: ModelConfig, is_moe: bool, *, is_linear: bool = False) -> float:
     """One decoder layer for one token, attention over its whole causal past on average."""
-    if is_linear:
-        attention = _gated_delta_net(model)
-    else:
-        attention = _latent_attention(model) if model.multi_latent_attention else _attention(model)
     matrices = 3 if model.gated_linear_unit else 2
     if is_moe:
         width = filled(model.moe_ffn_hidden_size) * model.moe_router_topk
         width += model.moe_shared_expert_intermediate_size or 0  # None: no shared expert
     else:
         width = model.ffn_hidden_size
-    return attention + 2 * model.hidden_size * width * matrices
+    return forward_flops_attention(model, is_linear) + 2 * model.hidden_size * width * matrices
+
+
+def forward_flops_attention(model: ModelConfig, is_linear: bool) -> float:
+    """The attention block of one decoder layer for one token."""
+    if is_linear:
+        return _gated_delta_net(model)
+    return _latent_attention(model) if model.multi_latent_attention else _attention(model)
 
 
 def forward_flops_mtp(model: ModelConfig) -> float:

@@ -95,15 +95,3 @@ class PipelineLayout:
         position = vp_rank * self.pp + pp_rank
         first = sum(chunk.count("t") for chunk in self.in_order[:position])
         return range(first, first + self.chunks[pp_rank][vp_rank].count("t"))
-
-    def stage_of_layer(self, layer_idx: int) -> tuple[int, int]:
-        """(pipeline rank, virtual rank) of a decoder layer, counted from 0.
-
-        Raises:
-            PlanError: there is no such layer.
-        """
-        for v in range(self.vp):
-            for p in range(self.pp):
-                if layer_idx in self.decoder_layers(p, v):
-                    return p, v
-        raise PlanError(f"layer {layer_idx}: the layout {self.string} has no such decoder layer.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_mtp.parallel.planner.auto_layout import is_planned, machine_of, ma
 from megatron_mtp.parallel.planner.machines import Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Plan, Planner
-from megatron_mtp.parallel.planner.search_sizes import Candidate, search_sizes
+from megatron_mtp.parallel.planner.search_sizes import Candidate, recompute_fields, search_sizes
 from megatron_mtp.parallel.planner.search_split import SplitChoice
 from megatron_mtp.parallel.planner.stage_memory import MemoryModel
 from megatron_mtp.parallel.shape import RunShape
@@ -35,7 +35,7 @@ class Request:
     top: int = 10
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Plans:
     """The result of `make_plans`.
 
@@ -54,8 +54,8 @@ class Plans:
     limit_bytes: float | None
     chosen: Plan
     choice: SplitChoice | None
-    others: dict[str, Plan] = field(default_factory=dict)
-    candidates: list[Candidate] = field(default_factory=list)
+    others: dict[str, Plan]
+    candidates: list[Candidate]
 
     @property
     def cfg(self) -> ConfigContainer:
@@ -99,17 +99,7 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
         raise PlanError("model.vocab_size is not known before the tokenizer is opened. Set model.vocab_size to plan.")
     planner = make_planner(RunShape.of(cfg, world_size), machine, profile)
     chosen, choice = _choose(planner, limit)
-    plans = Plans(
-        planner=planner,
-        machine=machine,
-        profile=profile,
-        limit_bytes=limit,
-        chosen=chosen,
-        choice=choice,
-        candidates=candidates,
-    )
-    _compare(plans, request.compare)
-    return plans
+    return Plans(planner, machine, profile, limit, chosen, choice, _others(planner, request.compare), candidates)
 
 
 def limit_of(request: Request, machine: Machine) -> float | None:
@@ -127,21 +117,17 @@ def smallest_world(cfg: ConfigContainer) -> int:
     Raises:
         ConfigError: the config is wrong for any number of processes.
     """
-    trial = cfg.copy().finalize()
-    return minimum_world_size(trial.model)
+    return minimum_world_size(cfg.copy().finalize().model)
 
 
 def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | None]:
-    model = planner.shape.cfg.model
-    if not is_planned(model):
-        plan = planner.plan(PipelineLayout.from_config(model))
-        choice = None
-    else:
+    model, choice = planner.shape.cfg.model, None
+    if is_planned(model):
         try:
             choice = planner.choose(limit)
         except PlanError as error:
             raise PlanError(f"{error}{_nearest_fit(planner, limit)}") from None
-        plan = planner.plan(planner.problem().layout(choice.split))
+    plan = planner.plan(planner.problem().layout(choice.split) if choice else PipelineLayout.from_config(model))
     if limit is not None and plan.peak_bytes > limit:
         raise PlanError(
             f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, "
@@ -156,12 +142,7 @@ def _nearest_fit(planner: Planner, limit: float | None) -> str:
     if limit is None:
         return ""
     model, train = planner.shape.cfg.model, planner.shape.cfg.train
-    full = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-        "recompute_modules": None,
-    }
+    full = recompute_fields(model, "full")
     changes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     if train.micro_batch_size > 1:
         changes.append(({}, {"micro_batch_size": train.micro_batch_size // 2}))
@@ -182,12 +163,11 @@ def _nearest_fit(planner: Planner, limit: float | None) -> str:
 
 
 def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, Any]) -> float | None:
-    source = planner.shape.cfg.to_dict()
-    source["model"] |= in_model
-    source["train"] |= in_train
-    source["validation"] |= {"eval_micro_batch_size": None, "eval_global_batch_size": None}
+    cfg = planner.shape.cfg.copy()
+    cfg.model.update(**in_model)
+    cfg.train.update(**in_train)
+    cfg.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
     try:
-        cfg = ConfigContainer.from_dict(source)
         world_size = max(planner.shape.world_size, smallest_world(cfg))
         cfg.finalize(world_size)
     except (ConfigError, PlanError):
@@ -197,18 +177,20 @@ def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, 
     return max(memory.rank(layout, stage).total for stage in range(layout.pp))
 
 
-def _compare(plans: Plans, wanted: tuple[str, ...]) -> None:
-    model, wrong = plans.cfg.model, []
+def _others(planner: Planner, wanted: tuple[str, ...]) -> dict[str, Plan]:
+    """The even split and those that the user names."""
+    model, found, wrong = planner.shape.cfg.model, {}, []
     if model.pipeline_model_parallel_size > 1:
-        plans.others["even"] = plans.planner.plan(PipelineLayout.parse("even", model))
+        found["even"] = planner.plan(PipelineLayout.parse("even", model))
     for text in wanted:
         try:
-            plans.others[text] = plans.planner.plan(_layout_of_text(text, model))
+            found[text] = planner.plan(_layout_of_text(text, model))
         except PlanError as error:
             reason = str(error).replace("model.pipeline_model_parallel_layout", "the split")
             wrong.append(f"--compare {text!r}: {reason}")
     if wrong:
         raise PlanError("\n".join(wrong))
+    return found
 
 
 def _layout_of_text(text: str, model: ModelConfig) -> PipelineLayout:

@@ -35,16 +35,8 @@ def facts(cfg: ConfigContainer) -> dict[str, Any]:
 
 
 def _parameters(count: ParameterCount) -> dict[str, int]:
-    return {
-        "total": count.total,
-        "active": count.active,
-        "main": count.main,
-        "main_active": count.main_active,
-        "embedding": count.embedding,
-        "output": count.output,
-        "mtp": count.mtp,
-        "mtp_active": count.mtp_active,
-    }
+    names = "total active main main_active embedding output mtp mtp_active".split()
+    return {name: getattr(count, name) for name in names}
 
 
 def short_count(number: int) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
+from megatron_mtp.config.yaml_text import dump_yaml
 from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.plan.compare import Plans
 from megatron_mtp.plan.facts import short_count, short_layout
@@ -19,36 +21,34 @@ OVERLAY_FIELDS = (
 
 def as_text(recipe: str, plans: Plans) -> str:
     """Plans as text for a terminal."""
-    chosen, model = plans.chosen, plans.cfg.model
+    chosen = plans.chosen
     source = f"measured on {plans.profile.device}" if plans.profile else f"estimated for {plans.machine.name}"
-    sizes = {"TP": model.tensor_model_parallel_size, "PP": chosen.layout.pp, "VP": chosen.layout.vp}
-    sizes |= {"CP": model.context_parallel_size, "EP": model.expert_model_parallel_size}
+    sizes = ", ".join(f"{name} {size}" for name, size in _sizes(plans.cfg.model).items())
     lines = [
-        f"{recipe}: {plans.world_size} devices, {', '.join(f'{name} {size}' for name, size in sizes.items())}, "
-        f"micro-batch {plans.cfg.train.micro_batch_size}, {chosen.num_microbatches} micro-batches a step; "
-        f"times {source}",
+        f"{recipe}: {plans.world_size} devices, {sizes}, micro-batch {plans.cfg.train.micro_batch_size}, "
+        f"{chosen.num_microbatches} micro-batches a step; times {source}",
         "",
         f"layout: {chosen.layout.string}",
         f"        {short_layout(chosen.layout.string)}",
         f"why:    {reason(plans)}",
         "",
-        *_table(STAGE_HEADER, stage_rows(chosen), "rl" + "r" * (len(STAGE_HEADER) - 2)),
+        *_table(STAGE_HEADER, stage_rows(chosen)),
         "",
         step_line(chosen),
     ]
     if plans.others:
-        rows = [comparison_row("planned" if plans.choice else "as given", chosen, chosen)]
-        rows += [comparison_row(name, plan, chosen) for name, plan in plans.others.items()]
-        lines += ["", *_table(COMPARE_HEADER, rows, "lrrrrrrl")]
+        compared = {"planned" if plans.choice else "as given": chosen, **plans.others}
+        rows = [comparison_row(name, plan, chosen) for name, plan in compared.items()]
+        lines += ["", *_table(COMPARE_HEADER, rows)]
     if plans.candidates:
-        lines += ["", *_table(SEARCH_HEADER, search_rows(plans), "r" * (len(SEARCH_HEADER) - 1) + "l")]
+        lines += ["", *_table(SEARCH_HEADER, search_rows(plans))]
     return "\n".join(lines)
 
 
 STAGE_HEADER = (
     "stage holds forward_ms backward_ms parameters weights gradients optimizer activations workspace GiB idle".split()
 )
-COMPARE_HEADER = ["split", "step s", "against", "bubble", "tokens/s", "MFU", "GiB", "layout"]
+COMPARE_HEADER = "split step_s against bubble tokens/s MFU GiB layout".split()
 SEARCH_HEADER = "# TP PP VP CP EP DP mbs recompute step_s tokens/s MFU bubble GiB layout".split()
 
 
@@ -60,15 +60,7 @@ def stage_rows(plan: Plan) -> list[list[str]]:
             name = str(stage.rank) if plan.layout.vp == 1 else f"{stage.rank}.{v}"
             row = [name, short_layout(holds), f"{time.forward_ms:.2f}", f"{time.backward_ms:.2f}"]
             if v == 0:
-                memory = stage.memory
-                parts = (
-                    memory.weights,
-                    memory.gradients,
-                    memory.optimizer,
-                    memory.activations,
-                    memory.workspace,
-                    memory.total,
-                )
+                parts = (*asdict(stage.memory).values(), stage.memory.total)
                 row += [short_count(stage.parameters), *(f"{part / GIB:.2f}" for part in parts), f"{stage.idle:.1%}"]
             else:
                 row += [""] * 8
@@ -89,37 +81,42 @@ def step_line(plan: Plan) -> str:
 
 def comparison_row(name: str, plan: Plan, chosen: Plan) -> list[str]:
     """One split, compared with the chosen one."""
-    ratio = plan.step.total_ms / chosen.step.total_ms - 1
-    return [
-        name if len(name) <= 24 else name[:21] + "...",
-        f"{plan.step.total_ms / 1e3:.3f}",
-        "" if plan is chosen else f"{ratio:+.2%}",
-        f"{plan.bubble:.1%}",
-        f"{plan.tokens_per_s:,.0f}",
-        "-" if plan.mfu is None else f"{plan.mfu:.1%}",
-        f"{plan.peak_bytes / GIB:.1f}",
-        short_layout(plan.layout.string),
-    ]
+    against = "" if plan is chosen else f"{plan.step.total_ms / chosen.step.total_ms - 1:+.2%}"
+    cells = {"split": name if len(name) <= 24 else name[:21] + "...", "against": against} | _rates(plan)
+    return [cells[column] for column in COMPARE_HEADER]
 
 
 def search_rows(plans: Plans) -> list[list[str]]:
     """One row for each candidate."""
     rows = []
     for number, found in enumerate(plans.candidates, start=1):
-        model, plan = found.cfg.model, found.plan
-        sizes = (
-            model.tensor_model_parallel_size,
-            model.pipeline_model_parallel_size,
-            model.virtual_pipeline_model_parallel_size,
-            model.context_parallel_size,
-            model.expert_model_parallel_size,
-            found.dp,
-            found.cfg.train.micro_batch_size,
-        )
-        rates = [f"{plan.step.total_ms / 1e3:.3f}", f"{plan.tokens_per_s:,.0f}"]
-        rates += ["-" if plan.mfu is None else f"{plan.mfu:.1%}", f"{plan.bubble:.1%}", f"{plan.peak_bytes / GIB:.1f}"]
-        rows.append([str(number), *map(str, sizes), found.recompute, *rates, short_layout(plan.layout.string)])
+        cells = {"#": str(number), "DP": str(found.dp), "mbs": str(found.cfg.train.micro_batch_size)}
+        cells |= {name: str(size) for name, size in _sizes(found.cfg.model).items()}
+        cells |= {"recompute": found.recompute} | _rates(found.plan)
+        rows.append([cells[column] for column in SEARCH_HEADER])
     return rows
+
+
+def _rates(plan: Plan) -> dict[str, str]:
+    """The cells of a plan by the columns that comparison and search share."""
+    return {
+        "step_s": f"{plan.step.total_ms / 1e3:.3f}",
+        "bubble": f"{plan.bubble:.1%}",
+        "tokens/s": f"{plan.tokens_per_s:,.0f}",
+        "MFU": "-" if plan.mfu is None else f"{plan.mfu:.1%}",
+        "GiB": f"{plan.peak_bytes / GIB:.1f}",
+        "layout": short_layout(plan.layout.string),
+    }
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    return {
+        "TP": model.tensor_model_parallel_size,
+        "PP": model.pipeline_model_parallel_size,
+        "VP": model.virtual_pipeline_model_parallel_size,
+        "CP": model.context_parallel_size,
+        "EP": model.expert_model_parallel_size,
+    }
 
 
 def reason(plans: Plans) -> str:
@@ -128,14 +125,14 @@ def reason(plans: Plans) -> str:
     if chosen.layout.pp == 1:
         return "there is one stage, which holds everything."
     problem = planner.problem()
-    layer = max(layer.forward_ms + layer.backward_ms for layer in problem.layers)
+    layer = max(layer.total_ms for layer in problem.layers)
     weights = {
         "the embedding": problem.embedding,
         f"{problem.num_depths} MTP layer{'s' * (problem.num_depths > 1)}": problem.mtp,
         f"{1 + problem.num_depths} pass{'es' * (problem.num_depths > 0)} through the head": problem.loss,
     }
-    parts = [f"{name} {(t.forward_ms + t.backward_ms) / layer:.1f}" for name, t in weights.items() if t.forward_ms]
-    loads = [sum(t.forward_ms + t.backward_ms for t in stage.chunks) for stage in chosen.stages]
+    parts = [f"{name} {t.total_ms / layer:.1f}" for name, t in weights.items() if t.forward_ms]
+    loads = [sum(t.total_ms for t in stage.chunks) for stage in chosen.stages]
     slowest = max(range(len(loads)), key=lambda stage: round(loads[stage], 9))  # of equal stages the first
     text = (
         f"counted in decoder layers, {', '.join(parts)}; so stage {slowest} is the slowest with "
@@ -143,14 +140,10 @@ def reason(plans: Plans) -> str:
     )
     if plans.choice is None:
         return f"{text}. The layout is the config's; pipeline_model_parallel_layout=auto would look for a better one."
-    proof = (
-        "no legal split that fits is faster"
-        if plans.choice.gap < 1e-4
-        else f"no legal split that fits is more than {plans.choice.gap:.1%} faster"
-    )
+    more = f"more than {plans.choice.gap:.1%} " if plans.choice.gap >= 1e-4 else ""
     even = plans.others.get("even")
     gain = "" if even is None else f", an even split takes {even.step.total_ms / chosen.step.total_ms - 1:.1%} longer"
-    return f"{text}{gain}, and {proof} under these part times."
+    return f"{text}{gain}, and no legal split that fits is {more}faster under these part times."
 
 
 def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
@@ -198,8 +191,6 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 
 def overlay(recipe: str, plans: Plans) -> str:
     """YAML for `pretrain --config`: the layout and the sizes that it is for."""
-    from megatron_mtp.config.yaml_text import dump_yaml
-
     cfg = plans.cfg
     model = {name: getattr(cfg.model, name) for name in OVERLAY_FIELDS}
     model["pipeline_model_parallel_layout"] = plans.chosen.layout.string
@@ -208,13 +199,10 @@ def overlay(recipe: str, plans: Plans) -> str:
     return f"{note}\n{dump_yaml(data)}"
 
 
-def _table(header: list[str], rows: list[list[str]], align: str) -> list[str]:
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table; words are aligned to the left, numbers to the right."""
     cells = [[name.replace("_", " ") for name in header], *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if side == "l" else cell.rjust(width)
-            for cell, width, side in zip(row, widths, align, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
+    sides = ["<" if name in ("split", "holds", "layout") else ">" for name in header]
+    forms = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
+    return ["  ".join(map(format, row, forms)).rstrip() for row in cells]

@@ -9,7 +9,7 @@ on their proportions only.
 from __future__ import annotations
 
 from megatron_mtp.config.filled import filled
-from megatron_mtp.parallel.flops import forward_flops_layer, forward_flops_logits
+from megatron_mtp.parallel.flops import forward_flops_attention, forward_flops_logits
 from megatron_mtp.parallel.params import Shards, layer_parameters, padded_vocab_size
 from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime
@@ -91,8 +91,8 @@ class _Estimate:
 
     def layer(self, kind: str) -> PartTime:
         """A decoder layer, recomputation in its backward pass included."""
-        attention, block = self.attention("linear" in kind), self.feed_forward("moe" in kind)
-        time = attention + block
+        block = self.experts() if "moe" in kind else self.mlp(self.model.ffn_hidden_size)
+        time = self.attention("linear" in kind) + block
         share = self.recomputed_share(kind)
         extra = time.forward_ms * share if share else self.selective(kind)
         return time + PartTime(0.0, extra)
@@ -119,14 +119,10 @@ class _Estimate:
             widths = 2 * model.kv_channels
         return self.tokens * s * model.num_attention_heads * widths / self.tp
 
-    def attention_flops(self, is_linear: bool) -> float:
-        """Operations of one layer's attention block on one rank."""
-        dense = 2 * self.model.hidden_size * self.model.ffn_hidden_size * self.matrices
-        return self.tokens * (forward_flops_layer(self.model, False, is_linear=is_linear) - dense) / self.tp
-
     def attention(self, is_linear: bool) -> PartTime:
         model, machine = self.model, self.machine
-        total, core = self.attention_flops(is_linear), 0.0 if is_linear else self.core_flops()
+        total = self.tokens * forward_flops_attention(model, is_linear) / self.tp
+        core = 0.0 if is_linear else self.core_flops()
         compute = self.compute(total - core, machine.matmul_fraction) + self.compute(core, machine.attention_fraction)
         width = model.num_attention_heads * model.kv_channels * 4 / self.tp
         num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 2 * width)
@@ -136,9 +132,6 @@ class _Estimate:
             keys = 2 * model.kv_channels * model.num_query_groups / self.tp
             messages += 0.5 * self.link(self.tp * cp).ms(self.tokens * keys * self.num_bytes * (cp - 1))
         return self.both(compute, num_bytes, messages, machine.launch_ms)
-
-    def feed_forward(self, is_moe: bool) -> PartTime:
-        return self.experts() if is_moe else self.mlp(self.model.ffn_hidden_size)
 
     def mlp(self, width: int) -> PartTime:
         model = self.model

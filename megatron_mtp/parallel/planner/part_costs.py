@@ -139,9 +139,8 @@ class Profile:
         except ValueError as error:
             raise _unusable(path, f"it is not JSON: {error}") from None
         needed = {"version", "costs", "model", "dtype", "micro_batch_size", "device"}
-        if not isinstance(data, dict) or needed - data.keys():
-            missing = sorted(needed - data.keys()) if isinstance(data, dict) else sorted(needed)
-            raise _unusable(path, f"it is not a profile: {', '.join(missing)} missing")
+        if missing := needed - data.keys() if isinstance(data, dict) else needed:
+            raise _unusable(path, f"it is not a profile: {', '.join(sorted(missing))} missing")
         if data.pop("version") != VERSION:
             raise _unusable(path, "it was written by another version")
         try:

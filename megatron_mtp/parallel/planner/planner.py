@@ -128,10 +128,6 @@ class Planner:
             mtp_needs_layer=depths > 0 and model.mtp_hidden_source == "pre_final_norm",
         )
 
-    def memory_model(self) -> MemoryModel:
-        """Memory of the stages of this config."""
-        return MemoryModel(self.shape, self.is_cpu)
-
     def choose(
         self, limit_bytes: float | None = None, effort: int = 150, few: int = FEW, to_beat_ms: float = float("inf")
     ) -> SplitChoice:
@@ -150,25 +146,22 @@ class Planner:
                 f"model.num_layers = {num_layers}: too few for {problem.num_chunks} chunks of which none may be empty. "
                 "Lower model.pipeline_model_parallel_size or model.virtual_pipeline_model_parallel_size."
             )
-        if limit_bytes is None:
-            choice = best_split(problem, effort=effort, few=few, to_beat_ms=to_beat_ms)
-            assert choice is not None, "without a limit every split fits"
-            return choice
-        check = _MemoryCheck(problem, self.memory_model(), limit_bytes)
-        choice = best_split(
-            problem, fits=check.split, stage_fits=check.stage, effort=effort, few=few, to_beat_ms=to_beat_ms
-        )
+        memory = MemoryModel(self.shape, self.is_cpu)
+        check = None if limit_bytes is None else _MemoryCheck(problem, memory, limit_bytes)
+        fits, stage_fits = (check.split, check.stage) if check else (None, None)
+        choice = best_split(problem, fits=fits, stage_fits=stage_fits, effort=effort, few=few, to_beat_ms=to_beat_ms)
         if choice is None:
+            assert check is not None, "without a limit every split fits"
             raise PlanError(
                 f"no split of model.num_layers = {num_layers} over {problem.num_chunks} chunks fits the memory of "
-                f"{limit_bytes / GIB:.1f} GiB; {check.nearest} "
+                f"{check.limit_bytes / GIB:.1f} GiB; {check.nearest} "
                 "Use more pipeline stages or tensor ranks, a smaller train.micro_batch_size, or recomputation."
             )
         return choice
 
     def plan(self, layout: PipelineLayout) -> Plan:
         """Time and memory of one layout."""
-        cfg, memory, step = self.shape.cfg, self.memory_model(), self.step(layout)
+        cfg, memory, step = self.shape.cfg, MemoryModel(self.shape, self.is_cpu), self.step(layout)
         times, count = self.problem().work(Split.of(layout)).chunks, self.shape.num_microbatches
         stages = tuple(
             Stage(
@@ -197,9 +190,8 @@ class Planner:
         """Time of one step."""
         problem = self.problem()
         work = problem.work(Split.of(layout))
-        if layout.pp == 1:
-            pipeline_ms = self.shape.num_microbatches * sum(time.total_ms for time in work.chunks[0])
-        else:
+        pipeline_ms = self.shape.num_microbatches * sum(time.total_ms for time in work.chunks[0])
+        if layout.pp > 1:
             pipeline_ms = step_time(problem.kind, work)
         after = [
             self._after_pipeline(rank_parameters(self.shape.cfg.model, layout, p), sum(work.chunks[p], ZERO))

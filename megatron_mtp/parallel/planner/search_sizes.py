@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
@@ -53,8 +53,7 @@ class Candidate:
     recompute: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
+class _Sizes(NamedTuple):
     tp: int
     cp: int
     ep: int
@@ -62,7 +61,7 @@ class _Sizes:
     vp: int
     dp: int
     micro: int
-    count: int
+    micro_batches: int
     recompute: str
 
 
@@ -79,10 +78,7 @@ def search_sizes(
         PlanError: nothing fits.
     """
     base = cfg.copy()
-    for name, value in _sizes_of(base.model, 1, 1, 1, 1, 1).items():
-        setattr(base.model, name, value)
-    base.train.micro_batch_size = 1
-    base.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
+    _set_sizes(base, _Sizes(tp=1, cp=1, ep=1, pp=1, vp=1, dp=1, micro=1, micro_batches=1, recompute=""))
     base.finalize()
     search = _Search(base, machine, world_size, limit_bytes)
     found = search.run(top)
@@ -140,27 +136,17 @@ class _Search:
                 count = batch // (micro * dp)
                 for vp in (1, 2, 3, 4) if pp > 1 and count % pp == 0 else (1,):
                     for recompute in ("none", "selective", "full") if pp * vp <= chunks_at_most else ():
-                        yield _Sizes(
-                            tp=tp, cp=cp, ep=ep, pp=pp, vp=vp, dp=dp, micro=micro, count=count, recompute=recompute
-                        )
+                        yield _Sizes(tp, cp, ep, pp, vp, dp, micro, count, recompute)
 
     def trial(self, sizes: _Sizes) -> ConfigContainer:
         """The config of a combination, not finalized."""
         trial = self.base.copy()
-        values = _sizes_of(trial.model, sizes.tp, sizes.cp, sizes.ep, sizes.pp, sizes.vp) | _recompute(
-            trial.model, sizes.recompute
-        )
-        for name, value in values.items():
-            setattr(trial.model, name, value)
-        trial.train.micro_batch_size = sizes.micro
-        trial.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
+        _set_sizes(trial, sizes)
+        trial.model.update(**recompute_fields(trial.model, sizes.recompute))
         return trial
 
-    def _parts(
-        self, tp: int, cp: int, ep: int, micro: int, recompute: str
-    ) -> tuple[PartCosts, float, RankParameters, float]:
+    def _parts(self, sizes: _Sizes) -> tuple[PartCosts, float, RankParameters, float]:
         """(part times, time of a micro-batch, parameters, kept activations) of all stages together."""
-        sizes = _Sizes(tp=tp, cp=cp, ep=ep, pp=1, vp=1, dp=1, micro=micro, count=1, recompute=recompute)
         trial = self.trial(sizes)
         shape = RunShape.of(trial, self.world_size)
         model, depths = trial.model, shape.depths.count
@@ -177,17 +163,17 @@ class _Search:
 
     def of(self, sizes: _Sizes) -> tuple[PartCosts, float, RankParameters, float]:
         """`_parts` of a combination."""
-        return self.parts(sizes.tp, sizes.cp, sizes.ep, sizes.micro, sizes.recompute)
+        return self.parts(sizes._replace(pp=1, vp=1, dp=1, micro_batches=1))
 
     def bound(self, sizes: _Sizes) -> float:
         """A lower bound on the step: a stage has at least the mean work, and one at least its share of the layers."""
         costs, work_ms, _, _ = self.of(sizes)
         layer_ms = min(time.total_ms for time in costs.layer.values())
-        return sizes.count * max(work_ms / sizes.pp, layer_ms * -(-self.base.model.num_layers // sizes.pp))
+        return sizes.micro_batches * max(work_ms / sizes.pp, layer_ms * -(-self.base.model.num_layers // sizes.pp))
 
     def estimate(self, sizes: _Sizes) -> float:
         """Approximate step time: the lower bound, and the time to fill and drain the pipeline."""
-        return self.bound(sizes) * (1 + (sizes.pp - 1) / (sizes.vp * sizes.count))
+        return self.bound(sizes) * (1 + (sizes.pp - 1) / (sizes.vp * sizes.micro_batches))
 
     def may_fit(self, sizes: _Sizes) -> bool:
         """A quick estimate: whether an average stage's weights and the first stage's activations fit."""
@@ -201,7 +187,8 @@ class _Search:
         weights = held.dense * (weight + gradient + optimizer / dense_dp)
         weights += held.expert * (weight + gradient + optimizer / expert_dp)
         # A first stage keeps pp micro-batches of its layers, and with interleaving up to one more round of one chunk.
-        in_flight = min(sizes.count, sizes.pp) / sizes.pp + (sizes.vp > 1) * (sizes.pp - 1) / (sizes.pp * sizes.vp)
+        in_flight = min(sizes.micro_batches, sizes.pp) / sizes.pp
+        in_flight += (sizes.vp > 1) * (sizes.pp - 1) / (sizes.pp * sizes.vp)
         estimate = weights / sizes.pp + kept * in_flight
         self.lowest = min(self.lowest, estimate)
         return 0.9 * estimate <= self.limit
@@ -259,20 +246,23 @@ def _rounded_up(devices: float) -> int:
     return next(size for size in _powers(2**40) if size >= devices)
 
 
-def _sizes_of(model: ModelConfig, tp: int, cp: int, ep: int, pp: int, vp: int) -> dict[str, Any]:
-    return {
-        "tensor_model_parallel_size": tp,
-        "sequence_parallel": tp > 1,
-        "context_parallel_size": cp,
-        "expert_model_parallel_size": ep,
-        "expert_tensor_parallel_size": 1 if model.num_moe_experts else None,
-        "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": vp,
-        "pipeline_model_parallel_layout": "auto",
-    }
+def _set_sizes(cfg: ConfigContainer, sizes: _Sizes) -> None:
+    cfg.model.update(
+        tensor_model_parallel_size=sizes.tp,
+        sequence_parallel=sizes.tp > 1,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=1 if cfg.model.num_moe_experts else None,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vp,
+        pipeline_model_parallel_layout="auto",
+    )
+    cfg.train.micro_batch_size = sizes.micro
+    cfg.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
 
 
-def _recompute(model: ModelConfig, name: str) -> dict[str, Any]:
+def recompute_fields(model: ModelConfig, name: str) -> dict[str, Any]:
+    """The fields of no, selective or full recomputation, with all modules of a model that selective can recompute."""
     values: dict[str, Any] = dict.fromkeys(
         ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
     )

@@ -22,6 +22,10 @@ FEW = 30_000
 """Number of legal splits below which all of them get a bound, which takes about a second."""
 FEW_EFFORT = 8
 """Factor on the effort where all legal splits get a bound."""
+NEAR = 1.0001
+"""The search ends within this factor of its bound."""
+SplitFits = Callable[[Split], bool]
+"""Whether a split fits the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +52,19 @@ class SplitChoice:
 def best_split(
     problem: SplitProblem,
     *,
-    fits: Callable[[Split], bool] | None = None,
+    fits: SplitFits | None = None,
     stage_fits: StageFits | None = None,
     effort: int = 150,
-    tolerance: float = 1e-4,
     few: int = FEW,
     to_beat_ms: float = INFINITE,
 ) -> SplitChoice | None:
     """The fastest legal split.
 
     Args:
-        fits: whether a split fits the memory; None: all do.
+        fits: None: all splits fit.
         stage_fits: the same for a single stage, without interleaving.
         effort: splits to simulate before the best one so far is returned with its bound. A count and not a time,
             because every rank of a run works its layout out for itself.
-        tolerance: the search ends within this share of its bound.
         few: with fewer legal splits than this, all get a bound and are simulated in its order, until none can be better
             or `FEW_EFFORT` times the effort is spent.
         to_beat_ms: the search ends at once if its bound is no lower.
@@ -73,7 +75,7 @@ def best_split(
     Raises:
         PlanError: no split can be faster than `to_beat_ms`.
     """
-    search = _Search(problem, fits, stage_fits if problem.kind.vp == 1 else None, effort, 1 + tolerance)
+    search = _Search(problem, fits, stage_fits if problem.kind.vp == 1 else None, effort)
     if not search.bounds:
         return None
     if problem.num_legal(few) < few:
@@ -100,23 +102,13 @@ def best_split(
 class _Search:
     """The best split so far, and what was simulated on the way.
 
-    Args:
-        near: the search ends once the best split is within this factor of the bound.
-
     Attributes:
         bounds: by is_standalone.
         is_exhausted: no split that was left out can be better than the best one.
     """
 
-    def __init__(
-        self,
-        problem: SplitProblem,
-        fits: Callable[[Split], bool] | None,
-        stage_fits: StageFits | None,
-        effort: int,
-        near: float,
-    ):
-        self.problem, self.fits, self.stage_fits, self.effort, self.near = problem, fits, stage_fits, effort, near
+    def __init__(self, problem: SplitProblem, fits: SplitFits | None, stage_fits: StageFits | None, effort: int):
+        self.problem, self.fits, self.stage_fits, self.effort = problem, fits, stage_fits, effort
         self.bounds = {is_standalone: RankBounds(problem, is_standalone) for is_standalone in problem.variants}
         self.best: Split | None = None
         self.best_ms = INFINITE
@@ -138,7 +130,7 @@ class _Search:
     def is_over(self) -> bool:
         """Whether the effort is spent, or nothing is left to gain."""
         most = self.effort if self.best is not None else self.effort * 2
-        return len(self.seen) >= most or self.best_ms <= self.bound_ms * self.near
+        return len(self.seen) >= most or self.best_ms <= self.bound_ms * NEAR
 
     def by_bounds(self) -> None:
         """Simulates the splits whose bounds are below the best time, lowest bound first.

@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 
 from megatron_mtp.parallel.planner.part_costs import PartTime
 from megatron_mtp.parallel.planner.schedule import Compute, Message, ScheduleKind, Wait, rank_program
 
 NO_COST = 0
+Node = tuple[int, int, int]
+"""The two earlier nodes that this one waits for, and the class of its cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,25 +69,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Forward and backward passes of a step.
-
-    Attributes:
-        busy_ms: computing time of each rank.
-    """
+    """Forward and backward passes of a step."""
 
     total_ms: float
-    busy_ms: tuple[float, ...]
     events: tuple[Event, ...]
-
-    @property
-    def idle(self) -> tuple[float, ...]:
-        """Share of the step in which each rank computes nothing; waiting for messages is idle time."""
-        return tuple(1 - busy / self.total_ms for busy in self.busy_ms)
-
-    @property
-    def bubble(self) -> float:
-        """Mean of `idle`."""
-        return sum(self.idle) / len(self.busy_ms)
 
 
 def simulate(kind: ScheduleKind, work: Work) -> Timeline:
@@ -94,39 +80,31 @@ def simulate(kind: ScheduleKind, work: Work) -> Timeline:
     compiled = compile_schedule(kind, work.shapes_ms is not None)
     costs = work.costs()
     times = compiled.times(costs)
-    events = tuple(
-        Event(
-            rank,
-            step.vp_rank,
-            step.micro_batch,
-            step.is_forward,
-            times[node] - costs[compiled.costs[node]],
-            times[node],
-        )
-        for rank, step, node in compiled.calls
-    )
-    busy = tuple(kind.num_microbatches * sum(t.forward_ms + t.backward_ms for t in rank) for rank in work.chunks)
-    return Timeline(max(times[node] for node in compiled.last), busy, events)
+    events = []
+    for rank, call, node in compiled.calls:
+        start_ms = times[node] - costs[compiled.nodes[node][2]]
+        events.append(Event(rank, call.vp_rank, call.micro_batch, call.is_forward, start_ms, times[node]))
+    return Timeline(max(times[node] for node in compiled.last), tuple(events))
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledSchedule:
-    """Nodes in an order in which each comes after those that it waits for; node 0 is the start of the step."""
+    """Nodes, each after those that it waits for; node 0 is the start of the step.
 
-    first: list[int]
-    second: list[int]
-    costs: list[int]
-    """Class of each node's cost."""
+    Args:
+        calls: (rank, call, node), in the order of nodes.
+        last: the last node of each rank.
+    """
+
+    nodes: list[Node]
     calls: list[tuple[int, Compute, int]]
-    """(rank, call, node), in the order of nodes."""
     last: list[int]
-    """The last node of each rank."""
 
     def times(self, costs: list[float]) -> list[float]:
         """End of each node."""
         times = [0.0]
         append = times.append
-        for first, second, cost in islice(zip(self.first, self.second, self.costs, strict=True), 1, None):
+        for first, second, cost in self.nodes[1:]:
             one, other = times[first], times[second]
             append((one if one > other else other) + costs[cost])
         return times
@@ -152,7 +130,7 @@ class _Compiler:
 
     def __init__(self, kind: ScheduleKind, exchanges_shapes: bool):
         self.kind, self.exchanges_shapes = kind, exchanges_shapes
-        self.first, self.second, self.costs = [0], [0], [NO_COST]
+        self.nodes: list[Node] = [(0, 0, NO_COST)]
         self.calls: list[tuple[int, Compute, int]] = []
         self.clock = [0] * kind.pp  # the node after which each rank continues
         # The node that posted a message first, and the node at which it ends; messages about shapes separately.
@@ -174,7 +152,7 @@ class _Compiler:
             stuck = 0 if has_moved else stuck + 1
             if stuck > 2 * len(runners):
                 raise RuntimeError(f"the schedule deadlocks: ranks {[rank for rank, _ in runners]} wait for each other")
-        return CompiledSchedule(self.first, self.second, self.costs, self.calls, self.clock)
+        return CompiledSchedule(self.nodes, self.calls, self.clock)
 
     def _run_rank(self, rank: int) -> Iterator[bool]:
         """Yields whether this rank has moved, after each call and whenever it must wait for another.
@@ -220,12 +198,11 @@ class _Compiler:
 
     def _later(self, node: int, other: int) -> int:
         """The later of two nodes; a message that was posted at this node ends later anyway."""
-        if node in (self.first[other], self.second[other]):
+        first, second, _ = self.nodes[other]
+        if node in (first, second):
             return other
         return self._node(node, other, NO_COST)
 
     def _node(self, first: int, second: int, cost: int) -> int:
-        self.first.append(first)
-        self.second.append(second)
-        self.costs.append(cost)
-        return len(self.costs) - 1
+        self.nodes.append((first, second, cost))
+        return len(self.nodes) - 1

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_mtp.parallel.planner.schedule import ScheduleKind
-from megatron_mtp.parallel.planner.simulate import CompiledSchedule, Work, compile_schedule
+from megatron_mtp.parallel.planner.simulate import CompiledSchedule, Node, Work, compile_schedule
 
 FIRST_ROUNDS, LAST_ROUNDS = 3, 8
 """Lengths in which the repeating part is searched, in rounds of pp micro-batches."""
-Node = tuple[int, int, int]
-"""Distances to the two nodes that this one waits for, and the class of its cost."""
 
 
 def step_time(kind: ScheduleKind, work: Work) -> float:
@@ -50,9 +48,8 @@ class RepeatingSchedule:
 
     def total(self, costs: list[float], num_rounds: int) -> float:
         """End of the last rank with `num_rounds` further rounds."""
-        times = [0.0]
+        times, gained = [0.0], 0.0
         _run(self.start, costs, times)
-        gained = 0.0
         span = self.reach + len(self.round)
         for idx in range(num_rounds):
             _run(self.round, costs, times)
@@ -116,8 +113,5 @@ def _cut(shorter: CompiledSchedule, longer: CompiledSchedule, num_microbatches: 
 
 
 def _relative(compiled: CompiledSchedule) -> list[Node]:
-    return [
-        (idx - first, idx - second, cost)
-        for idx, (first, second, cost) in enumerate(zip(compiled.first, compiled.second, compiled.costs, strict=True))
-        if idx
-    ]
+    """Nodes that name those that they wait for by their distance."""
+    return [(idx - first, idx - second, cost) for idx, (first, second, cost) in enumerate(compiled.nodes) if idx]

@@ -160,7 +160,6 @@ def test_every_call_happens_once_after_what_it_needs(case):
         assert event.start_ms >= rank_clock[event.pp_rank] - 1e-9, "a rank does one thing at a time"
         rank_clock[event.pp_rank] = event.end_ms
     assert line.total_ms >= max(rank_clock) - 1e-9
-    assert all(0 <= idle < 1 for idle in line.idle)
 
 
 @settings(deadline=None)
