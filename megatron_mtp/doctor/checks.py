@@ -41,6 +41,10 @@ class Finding:
     advice: str = ""
 
 
+def _warn_if(is_low: bool, name: str, found: str, advice: str) -> Finding:
+    return Finding(name, "warning", found, advice) if is_low else Finding(name, "ok", found)
+
+
 def check_python() -> Iterator[Finding]:
     """The Python interpreter."""
     found = f"{platform.python_version()} at {sys.executable}"
@@ -59,19 +63,12 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("CPU cores", "ok", f"{usable} usable of {cores}")
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f} GiB"
-    low = memory.available < 4 * GIB
-    yield Finding(
-        "memory", "warning" if low else "ok", found, "The demo needs about 4 GiB: close other programs." if low else ""
-    )
+    advice = "The demo needs about 4 GiB: close other programs."
+    yield _warn_if(memory.available < 4 * GIB, "memory", found, advice)
     disk = shutil.disk_usage(".")
     found = f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f} GiB here"
-    low = disk.free < 5 * GIB
-    yield Finding(
-        "disk",
-        "warning" if low else "ok",
-        found,
-        "Checkpoints need space: set checkpoint.save to a folder on a larger disk." if low else "",
-    )
+    advice = "Checkpoints need space: set checkpoint.save to a folder on a larger disk."
+    yield _warn_if(disk.free < 5 * GIB, "disk", found, advice)
     try:
         with tempfile.TemporaryFile(dir="."):
             pass
@@ -86,22 +83,16 @@ def check_compiler() -> Iterator[Finding]:
     if compiler := shutil.which("g++") or shutil.which("c++"):
         yield Finding("C++ compiler", "ok", compiler)
     else:
-        yield Finding(
-            "C++ compiler", "absent", "none on PATH", "Needed by torch.compile only. Debian, Ubuntu: apt install g++."
-        )
+        advice = "Needed by torch.compile only. Debian, Ubuntu: apt install g++."
+        yield Finding("C++ compiler", "absent", "none on PATH", advice)
 
 
 def check_torch() -> Iterator[Finding]:
     """torch, and the platform it was built for."""
     import torch
 
-    built = (
-        f"CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"ROCm {torch.version.hip}"
-        if torch.version.hip
-        else "CPU only"
-    )
+    cuda, hip = torch.version.cuda, torch.version.hip
+    built = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU only"
     found = f"{torch.__version__}, built for {built}, {torch.get_num_threads()} threads"
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
         yield Finding("torch", "failed", found, "This project needs 2.11 or newer: run `make setup`.")
@@ -134,19 +125,14 @@ def _no_gpu(built_for: str | None) -> Finding:
     tool = shutil.which("nvidia-smi") or shutil.which("rocm-smi")
     listed = _output([tool, "-L" if "nvidia" in tool else "--showproductname"]) if tool else None
     if not listed:
-        return Finding(
-            "GPU",
-            "absent",
-            "none; training runs on the CPU",
-            "Use dist.device = cpu, and the recipes for small machines.",
-        )
+        advice = "Use dist.device = cpu, and the recipes for small machines."
+        return Finding("GPU", "absent", "none; training runs on the CPU", advice)
     if not built_for:
         advice = "This torch is a CPU build: install the build for CUDA or ROCm."
     else:
         advice = "Check CUDA_VISIBLE_DEVICES, and whether the driver is new enough for the CUDA version of this torch."
-    return Finding(
-        "GPU", "warning", f"torch sees none, but {os.path.basename(tool or '')} lists: {listed.splitlines()[0]}", advice
-    )
+    found = f"torch sees none, but {os.path.basename(tool or '')} lists: {listed.splitlines()[0]}"
+    return Finding("GPU", "warning", found, advice)
 
 
 def check_collectives() -> Iterator[Finding]:
@@ -163,11 +149,8 @@ def check_collectives() -> Iterator[Finding]:
             dist.all_reduce(total)
         finally:
             dist.destroy_process_group()
-        yield (
-            Finding("gloo", "ok", "an all-reduce works")
-            if total.tolist() == [1, 1]
-            else Finding("gloo", "failed", f"all-reduce gave {total}")
-        )
+        works = total.tolist() == [1, 1]
+        yield Finding("gloo", *("ok", "an all-reduce works") if works else ("failed", f"all-reduce gave {total}"))
     if torch.cuda.is_available() and dist.is_nccl_available():
         yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
         yield from _shared_memory()
@@ -179,13 +162,8 @@ def _shared_memory() -> Iterator[Finding]:
     if not os.path.isdir("/dev/shm"):
         return
     size = shutil.disk_usage("/dev/shm").total
-    low = size < GIB
-    advice = (
-        "NCCL uses it between processes of one machine: start the container with --shm-size=8g or --ipc=host."
-        if low
-        else ""
-    )
-    yield Finding("shared memory", "warning" if low else "ok", f"{size / GIB:.2f} GiB", advice)
+    advice = "NCCL uses it between processes of one machine: start the container with --shm-size=8g or --ipc=host."
+    yield _warn_if(size < GIB, "shared memory", f"{size / GIB:.2f} GiB", advice)
 
 
 def check_megatron() -> Iterator[Finding]:
@@ -214,9 +192,7 @@ def check_transformer_engine() -> Iterator[Finding]:
         advice = "Optional, for NVIDIA GPUs: EXTRAS=dev,hf,te make setup. Without it, model.backend = torch is used."
         yield Finding("Transformer Engine", "absent", "not installed", advice)
     elif broken := import_error("transformer_engine.pytorch"):
-        advice = (
-            "It must match torch and its CUDA version: reinstall it, or uninstall it and use model.backend = torch."
-        )
+        advice = "It must match torch and its CUDA version: reinstall it, or remove it and use model.backend = torch."
         yield Finding("Transformer Engine", "warning", f"installed, but the import failed: {broken}", advice)
     else:
         yield Finding("Transformer Engine", "ok", _version("transformer-engine"))
@@ -225,20 +201,12 @@ def check_transformer_engine() -> Iterator[Finding]:
 def check_apex() -> Iterator[Finding]:
     """NVIDIA's Apex. The package `apex` on PyPI is another project, which Megatron-Core mistakes for NVIDIA's."""
     if not importlib.util.find_spec("apex"):
-        yield Finding(
-            "Apex", "absent", "not installed", "Not needed: Megatron-Core uses torch's optimizers and norms instead."
-        )
+        advice = "Not needed: Megatron-Core uses torch's optimizers and norms instead."
+        yield Finding("Apex", "absent", "not installed", advice)
     elif broken := import_error("apex.multi_tensor_apply", "apex.optimizers"):
-        advice = (
-            "Uninstall it (`uv pip uninstall apex`): the PyPI package of this name is another project. NVIDIA's Apex "
-            "is built from source."
-        )
-        yield Finding(
-            "Apex",
-            "warning",
-            f"a package named apex is installed, but it is not NVIDIA's or is broken: {broken}",
-            advice,
-        )
+        found = f"a package named apex is installed, but it is not NVIDIA's or is broken: {broken}"
+        advice = "Uninstall it (`uv pip uninstall apex`): PyPI's apex is another project. Build NVIDIA's from source."
+        yield Finding("Apex", "warning", found, advice)
     else:
         yield Finding("Apex", "ok", "NVIDIA's")
 
@@ -284,9 +252,7 @@ def import_error(*modules: str) -> str | None:
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     command = [sys.executable, "-W", "ignore", "-c", code, *modules]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, stdin=subprocess.DEVNULL
-        )
+        done = _run(command, IMPORT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"no answer in {IMPORT_TIMEOUT_S} s"
     if done.returncode == 0:
@@ -302,9 +268,13 @@ def _version(package: str) -> str:
         return "installed, version unknown"
 
 
+def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+
+
 def _output(command: list[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        done = _run(command, 20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None

@@ -35,12 +35,8 @@ def examine(checks: Iterable[Callable[[], Iterator[Finding]]] = CHECKS) -> list[
                 findings.extend(check())
         # A broken package may also call sys.exit while it is imported.
         except (Exception, SystemExit) as error:
-            name = check.__name__.removeprefix("check_").replace("_", " ")
-            findings.append(
-                Finding(
-                    name, "failed", f"{type(error).__name__}: {error}", "Attach `doctor --report FILE` to a bug report."
-                )
-            )
+            name, advice = check.__name__.removeprefix("check_"), "Attach `doctor --report FILE` to a bug report."
+            findings.append(Finding(name.replace("_", " "), "failed", f"{type(error).__name__}: {error}", advice))
     return findings
 
 
@@ -76,21 +72,15 @@ def print_table(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    looks = {
-        "ok": "[green]ok[/]",
-        "absent": "[dim]absent[/]",
-        "warning": "[yellow]warning[/]",
-        "failed": "[bold red]failed[/]",
-    }
+    styles = {"ok": "green", "absent": "dim", "warning": "yellow", "failed": "bold red"}
     table = Table(title=f"megatron-mtp {megatron_mtp.__version__} on this machine")
     for title in ("what", "state", "found", "what to do"):
         # Long paths are wrapped, not cut.
         table.add_column(title, overflow="fold")
     for finding in findings:
         # Paths and error texts may contain brackets, which are markup in Rich.
-        table.add_row(
-            finding.name, looks[finding.state], *(text.replace("[", r"\[") for text in (finding.found, finding.advice))
-        )
+        texts = (text.replace("[", r"\[") for text in (finding.found, finding.advice))
+        table.add_row(finding.name, f"[{styles[finding.state]}]{finding.state}[/]", *texts)
     console = Console()
     console.print(table)
     for ability, can in abilities(findings).items():
@@ -123,8 +113,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def _commit() -> str:
     """The commit of a checkout, marked if files were changed."""
-    command = ["git", "-C", str(Path(megatron_mtp.__file__).parent), "describe", "--always", "--dirty"]
-    command += ["--exclude", "*"]
+    folder = str(Path(megatron_mtp.__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -26,11 +26,8 @@ def print_dry_run(found: DryRun, console: Console) -> None:
         table.add_row(*_row(first, last))
     console.print(table)
     if found.parameters is not None:
-        console.print(
-            f"complete model: {found.parameters:,} parameters, every shared one once; predicted "
-            f"{found.predicted_parameters:,}",
-            highlight=False,
-        )
+        text = f"complete model: {found.parameters:,} parameters, every shared one once; predicted "
+        console.print(f"{text}{found.predicted_parameters:,}", highlight=False)
     for note in found.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
 
@@ -58,9 +55,7 @@ def _stage_dict(stage: StageReport) -> dict[str, Any]:
         "predicted_parameters": stage.predicted_parameters,
         "planned_bytes": asdict(stage.planned),
         "peak_bytes": stage.peak_bytes,
-        "built": [
-            {name: value for name, value in asdict(built).items() if name != "full_sizes"} for built in stage.built
-        ],
+        "built": [{n: value for n, value in asdict(built).items() if n != "full_sizes"} for built in stage.built],
     }
 
 
@@ -76,14 +71,8 @@ def _alike(stages: list[StageReport]) -> list[tuple[StageReport, StageReport]]:
 
 
 def _cells(stage: StageReport) -> list[str]:
-    full, planned = stage.fullest, stage.planned
-    sizes = (
-        full.weight_bytes,
-        full.gradient_bytes,
-        full.optimizer_bytes,
-        planned.activations + planned.workspace,
-        stage.peak_bytes,
-    )
+    full, temporary = stage.fullest, stage.planned.activations + stage.planned.workspace
+    sizes = (full.weight_bytes, full.gradient_bytes, full.optimizer_bytes, temporary, stage.peak_bytes)
     digits = 3 if stage.peak_bytes < GIB else 2
     return [" ".join(stage.holds), f"{full.parameters:,}", *(f"{size / GIB:.{digits}f}" for size in sizes)]
 

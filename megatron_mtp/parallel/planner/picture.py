@@ -12,13 +12,7 @@ from megatron_mtp.parallel.planner.split import Split, SplitProblem
 
 WIDTH, LEFT, TOP, ROW, GAP = 1400, 128, 78, 26, 6
 COLOURS = {"embedding": "#8a8a8a", "forward": "#4c86c6", "backward": "#9fc46b", "mtp": "#e8963c", "loss": "#c2477f"}
-NAMES = {
-    "embedding": "embedding",
-    "forward": "decoder forward",
-    "backward": "decoder backward",
-    "mtp": "MTP layers",
-    "loss": "head and loss",
-}
+NAMES = {"forward": "decoder forward", "backward": "decoder backward", "mtp": "MTP layers", "loss": "head and loss"}
 MOST_ROUNDS = 2
 """Rounds of pp micro-batches that are drawn; the beginning and the end of a longer step look the same."""
 
@@ -68,30 +62,19 @@ def _call(event: Event, parts: dict[str, PartTime], scale: float) -> list[str]:
     y = TOP + event.pp_rank * (ROW + GAP)
     middle = "forward" if event.is_forward else "backward"
     times = {name: time.forward_ms if event.is_forward else time.backward_ms for name, time in parts.items()}
-    rest = event.end_ms - event.start_ms - sum(times.values())
-    order = [("embedding", times.get("embedding", 0.0)), (middle, rest)]
-    order += [(name, times.get(name, 0.0)) for name in ("mtp", "loss")]
-    if not event.is_forward:
-        order.reverse()
-    out, x = [], LEFT + event.start_ms * scale
-    left = x
-    for name, elapsed in order:
-        if elapsed > 0:
+    times[middle] = event.end_ms - event.start_ms - sum(times.values())
+    order = ("embedding", middle, "mtp", "loss")
+    left = x = LEFT + event.start_ms * scale
+    out = []
+    for name in order if event.is_forward else reversed(order):
+        width = times.get(name, 0.0) * scale
+        if width > 0:
             faded = ' fill-opacity="0.62"' if not event.is_forward and name != "backward" else ""
-            out.append(
-                f'<rect x="{x:.2f}" y="{y}" width="{elapsed * scale:.2f}" height="{ROW}" '
-                f'fill="{COLOURS[name]}"{faded}/>'
-            )
-            x += elapsed * scale
+            out.append(_box(x, y, width, ROW, f'fill="{COLOURS[name]}"{faded}'))
+            x += width
     if event.vp_rank % 2:
-        out.append(
-            f'<rect x="{left:.2f}" y="{y + ROW - 4}" width="{x - left:.2f}" height="4" '
-            'fill="#222222" fill-opacity="0.35"/>'
-        )
-    out.append(
-        f'<rect x="{left:.2f}" y="{y}" width="{x - left:.2f}" height="{ROW}" '
-        'fill="none" stroke="#ffffff" stroke-width="1"/>'
-    )
+        out.append(_box(left, y + ROW - 4, x - left, 4, 'fill="#222222" fill-opacity="0.35"'))
+    out.append(_box(left, y, x - left, ROW, 'fill="none" stroke="#ffffff" stroke-width="1"'))
     if x - left > 15:
         out.append(
             f'<text x="{(left + x) / 2:.2f}" y="{y + 17}" text-anchor="middle" fill="#ffffff" font-size="11">'
@@ -100,12 +83,17 @@ def _call(event: Event, parts: dict[str, PartTime], scale: float) -> list[str]:
     return out
 
 
+def _box(x: float, y: int, width: float, height: int, style: str) -> str:
+    return f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height}" {style}/>'
+
+
 def _legend() -> list[str]:
     out, x = [], LEFT
-    for name, colour in COLOURS.items():
+    for part, colour in COLOURS.items():
+        name = NAMES.get(part, part)
         out.append(f'<rect x="{x}" y="40" width="14" height="14" fill="{colour}"/>')
-        out.append(f'<text x="{x + 20}" y="52" fill="#222222">{NAMES[name]}</text>')
-        x += 34 + 7 * len(NAMES[name])
+        out.append(f'<text x="{x + 20}" y="52" fill="#222222">{name}</text>')
+        x += 34 + 7 * len(name)
     text = "lighter: backward; numbers: micro-batches; a dark foot: odd virtual stages; grey: idle"
     out.append(f'<text x="{x}" y="52" fill="#666666">{text}</text>')
     return out
