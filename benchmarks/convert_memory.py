@@ -1,10 +1,8 @@
-"""Peak resident memory of `convert import` and `convert export` on a model of several GB, against the bound that is
-promised.
+"""Peak resident memory of `convert import` and `convert export` on a model of several GB, against the documented bound.
 
     python benchmarks/convert_memory.py --folder runs/convert_memory
 
-Makes a random dense model, carries it there and back in a process of its own each time, compares the bits, and removes
-it all.
+Makes a random dense model, imports, exports and checks it, each in a process of its own, and removes it.
 The bound: the interpreter's own memory (after the imports) + twice the largest tensor + 1 GiB.
 """
 
@@ -67,14 +65,8 @@ def make_model(folder: Path, num_layers: int) -> tuple[int, int]:
     from megatron_mtp.recipes.common import pretrain_common
 
     cfg: ConfigContainer = pretrain_common()
-    model = cfg.model
-    model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_attention_heads = (
-        num_layers,
-        HIDDEN,
-        FFN,
-        HEADS,
-    )
-    model.vocab_size, model.mtp_num_layers = VOCAB, 0
+    cfg.model.update(num_layers=num_layers, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=HEADS)
+    cfg.model.update(vocab_size=VOCAB, mtp_num_layers=0)
     cfg.finalize(None)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config_dict(cfg.model, "llama") | {"dtype": "float32"}))
@@ -88,7 +80,7 @@ def make_model(folder: Path, num_layers: int) -> tuple[int, int]:
 
 
 def run(kind: str, source: Path, target: Path, largest: int) -> bool:
-    """One conversion in a process of its own; prints its figures."""
+    """One conversion in a process of its own; prints its memory and time."""
     arguments = [sys.executable, "-c", CHILD, kind, str(source), str(target)]
     started = time.monotonic()
     output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout

@@ -16,16 +16,17 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_mtp.decode.speculate import Options, generate
-from megatron_mtp.drafting.decoder import Loaded, open_decoder
+from megatron_mtp.drafting.decoder import LoadedModel, open_decoder
 from megatron_mtp.drafting.spec_eval import read_domains
 
 
 def main() -> None:
-    """Prints a table and, with --json, writes all figures."""
+    """Prints a table and, with --json, writes all results."""
     options = _parse()
     with tempfile.TemporaryDirectory() as folder:
         reference = None if options.no_transformers else _transformers(options, Path(folder))
@@ -37,14 +38,16 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
 
 
-def measure(loaded: Loaded, reference: object | None, options: argparse.Namespace) -> dict[str, dict]:
+def measure(loaded: LoadedModel, reference: Any | None, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """name -> seconds per token of each prompt, tokens per pass, and whether the tokens equal plain decoding's."""
     documents = next(iter(read_domains([options.data], loaded.encode, options.prompts).values()))
     prompts = [ids[: options.prompt_tokens] for ids in documents if len(ids) > options.prompt_tokens][: options.prompts]
     cells: dict[str, int | str] = {"plain": 0} | {f"K={k}": k for k in options.drafts} | {"auto": "auto"}
     if not loaded.decoder.depths:
         cells = {"plain": 0}
-    results: dict[str, dict] = {name: {"ms_per_token": [], "tokens_per_pass": [], "equal": 0} for name in cells}
+    results: dict[str, dict[str, Any]] = {
+        name: {"ms_per_token": [], "tokens_per_pass": [], "equal": 0} for name in cells
+    }
     if reference is not None:
         results["transformers"] = {"ms_per_token": [], "tokens_per_pass": [1.0], "equal": 0}
     for index, prompt in enumerate([prompts[0], *prompts]):  # the first one warms up
@@ -64,7 +67,7 @@ def measure(loaded: Loaded, reference: object | None, options: argparse.Namespac
     return results
 
 
-def _transformers(options: argparse.Namespace, folder: Path) -> object:
+def _transformers(options: argparse.Namespace, folder: Path) -> Any:
     """The export, loaded by transformers with its own defaults (SDPA attention), in fp32."""
     from transformers import AutoModelForCausalLM
 
@@ -80,19 +83,19 @@ def _transformers(options: argparse.Namespace, folder: Path) -> object:
     return model
 
 
-def _time_transformers(model: object, prompt: list[int], new_tokens: int) -> tuple[float, list[int]]:
-    """Seconds of all tokens but the first, and the tokens. The prefill is timed by itself and taken off."""
+def _time_transformers(model: Any, prompt: list[int], new_tokens: int) -> tuple[float, list[int]]:
+    """Seconds of all tokens but the first, and the tokens. The prefill is timed by itself and subtracted."""
     ids = torch.tensor([prompt])
     settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
     started = time.perf_counter()
     model.generate(ids, max_new_tokens=1, **settings)
     first = time.perf_counter()
     out = model.generate(ids, max_new_tokens=new_tokens, **settings)
-    whole = time.perf_counter() - first
-    return whole - (first - started), out[0, len(prompt) :].tolist()
+    elapsed = time.perf_counter() - first
+    return elapsed - (first - started), out[0, len(prompt) :].tolist()
 
 
-def _print(results: dict[str, dict]) -> None:
+def _print(results: dict[str, dict[str, Any]]) -> None:
     plain = results["plain"]["ms_per_token"]
     print(f"{'':14}{'ms/token':>10}{'tokens/s':>10}{'vs plain':>10}{'tokens/pass':>13}{'same tokens':>13}")
     for name, cell in results.items():

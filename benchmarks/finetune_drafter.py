@@ -1,5 +1,4 @@
-"""What `mtp_finetune` gains: a demo model with one MTP layer drafts three tokens, before and after its layer was
-trained to.
+"""What `mtp_finetune` gains: a demo model with one MTP layer drafts three tokens, before and after the fine-tuning.
 
     python -m benchmarks.finetune_drafter --folder runs/finetune
 
@@ -15,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_mtp.examples.demo import DemoData, make_data
 
@@ -28,8 +28,8 @@ def main() -> None:
     data = make_data(folder / "data")
     base, tuned = folder / "base", folder / "tuned"
     if not (base / "checkpoints").exists():
-        depths = {"model.mtp_num_layers": 1, "model.mtp_depth_weights": "null", "train.train_iters": options.iterations}
-        pretrain("demo", ["--nproc", 2], base, data, depths | _text(data.train, data.valid))
+        fields = {"model.mtp_num_layers": 1, "model.mtp_depth_weights": "null", "train.train_iters": options.iterations}
+        pretrain("demo", ["--nproc", 2], base, data, fields | _text(data.train, data.valid))
     prefix = folder / "self/train"
     if not prefix.with_suffix(".idx").exists():
         continuations = ["--data", data_text(folder, "train"), "--out", prefix, "--tokenizer", data.tokenizer]
@@ -46,11 +46,8 @@ def main() -> None:
             "dataset.reset_position_ids": "true",
         }
         pretrain("mtp_finetune", [], tuned, data, fields)
-    print(
-        f"{'':8}"
-        + "".join(f"{f'depth {k}':>10}" for k in range(1, NUM_DRAFT + 1))
-        + f"{'tokens/pass':>13}{'speed-up':>10}"
-    )
+    depths = "".join(f"{f'depth {k}':>10}" for k in range(1, NUM_DRAFT + 1))
+    print(f"{'':8}{depths}{'tokens/pass':>13}{'speed-up':>10}")
     for name, checkpoints in (("before", base / "checkpoints"), ("after", tuned / "checkpoints")):
         result = spec_eval(checkpoints, data_text(folder, "valid"), data, folder / f"{name}.json", options)
         rates = "".join(f"{rate:10.1%}" for rate in result["acceptance"])
@@ -80,10 +77,8 @@ def pretrain(recipe: str, launch: list[object], out: Path, data: DemoData, field
     run("megatron_mtp", "pretrain", recipe, *launch, *(f"{name}={value}" for name, value in fields.items()))
 
 
-def spec_eval(
-    checkpoints: Path, text: Path, data: DemoData, out: Path, options: argparse.Namespace
-) -> dict[str, float | list[float]]:
-    """Figures over all held-out prompts."""
+def spec_eval(checkpoints: Path, text: Path, data: DemoData, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Acceptance and speed over all held-out prompts."""
     run(
         "megatron_mtp", "spec-eval", checkpoints, "--data", text,
         "--tokenizer", data.tokenizer, "--num-draft", NUM_DRAFT,

@@ -1,4 +1,4 @@
-"""Kills a training run again and again and compares what comes out with a run that was never stopped.
+"""Kills a training run again and again, and compares its result with that of a run that was never stopped.
 
     python benchmarks/kill_test.py                  # 25 kills of one rank
     python benchmarks/kill_test.py --ranks 2        # a random rank of two; the other one fails because of it
@@ -6,8 +6,8 @@
 Every process ends by SIGKILL: at a random moment after a random number of steps, or, every third time, while a
 checkpoint is being written. Each start resumes by itself. Saves are synchronous and asynchronous in turn.
 The model has dropout, experts and two depths, so weights, optimizer, routers' biases, random numbers, data position and
-counters must all come back. Exits with 1 unless the final weights and optimizer are bit-equal and every logged figure
-but the times is the same at every step.
+counters must all be restored. Exit code 1 unless the final weights and optimizer are bit-equal, and every logged
+metric except the times is equal at every step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from megatron_mtp.recipes import get_recipe
 
 SAVE_INTERVAL = 3
 TIMED = ("time", "perf/", "checkpoint/")
-"""Figures that measure the clock; they differ from run to run."""
+"""Metrics that measure time; they differ from run to run."""
 DEADLINE_S = 180.0
 POLL_S = 0.002
 
@@ -42,30 +41,27 @@ POLL_S = 0.002
 def make_config(folder: Path, steps: int, async_save: bool) -> ConfigContainer:
     """A small mixture of experts that saves every few steps and resumes from its own folder."""
     cfg = get_recipe("tiny_moe")
-    cfg.model.num_layers, cfg.model.hidden_size, cfg.model.ffn_hidden_size = 2, 32, 64
-    cfg.model.moe_ffn_hidden_size = cfg.model.moe_shared_expert_intermediate_size = 32
-    cfg.model.num_moe_experts, cfg.model.seq_length, cfg.model.vocab_size = 4, 32, 128
-    cfg.model.hidden_dropout = 0.1
-    cfg.train.train_iters, cfg.train.global_batch_size, cfg.train.micro_batch_size = steps, 4, 1
-    cfg.validation.eval_interval, cfg.validation.eval_iters = 5, 1
-    cfg.checkpoint.save = cfg.checkpoint.load = str(folder / "checkpoints")
-    cfg.checkpoint.save_interval, cfg.checkpoint.most_recent_k = SAVE_INTERVAL, 3
-    cfg.checkpoint.async_save = async_save
-    cfg.logger.log_dir, cfg.logger.log_interval = str(folder), 1000
-    cfg.dist.device, cfg.dist.num_threads = "cpu", 1
+    cfg.model.update(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_moe_experts=4, moe_ffn_hidden_size=32)
+    cfg.model.update(moe_shared_expert_intermediate_size=32, seq_length=32, vocab_size=128, hidden_dropout=0.1)
+    cfg.train.update(train_iters=steps, global_batch_size=4, micro_batch_size=1)
+    cfg.validation.update(eval_interval=5, eval_iters=1)
+    saves = str(folder / "checkpoints")
+    cfg.checkpoint.update(save=saves, load=saves, save_interval=SAVE_INTERVAL, most_recent_k=3, async_save=async_save)
+    cfg.logger.update(log_dir=str(folder), log_interval=1000)
+    cfg.dist.update(device="cpu", num_threads=1)
     return cfg
 
 
 def train(folder: Path, steps: int, async_save: bool, place: dict[str, str]) -> None:
-    """One process of the run; writes what it came to into final_<rank>.json."""
+    """One process of the run; writes its result to final_<rank>.json."""
     os.environ |= place
     from megatron_mtp.training.callbacks import Callback
     from megatron_mtp.training.pretrain import pretrain
 
     class Result(Callback):
         def on_train_end(self, run: Any, state: Any) -> None:
-            figures = {"digest": digest(run.engine), "state": {**state.to_dict(), "elapsed_s": 0}}
-            (folder / f"final_{place['RANK']}.json").write_text(json.dumps(figures, indent=1))
+            result = {"digest": digest(run.engine), "state": {**state.to_dict(), "elapsed_s": 0}}
+            (folder / f"final_{place['RANK']}.json").write_text(json.dumps(result, indent=1))
 
     with (folder / f"rank{place['RANK']}.log").open("a") as log:
         for stream in (1, 2):
@@ -119,7 +115,7 @@ class Job:
         return any(rank.exitcode is not None for rank in self.ranks)
 
     def wait_for_steps(self, count: int) -> None:
-        """Returns when this start has logged so many steps, or has ended."""
+        """Returns when this start has logged `count` steps, or has ended."""
         path = self.folder / "metrics.jsonl"
         seen = path.stat().st_size if path.exists() else 0
         self._wait(lambda: _lines_after(path, seen, '"kind": "step"') >= count)
@@ -130,7 +126,7 @@ class Job:
 
     def kill(self, rank: int) -> None:
         """SIGKILL for one rank; the others fail because of it, or are killed after a while."""
-        os.kill(self.ranks[rank].pid, signal.SIGKILL)
+        self.ranks[rank].kill()
         for process in self.ranks:
             process.join(10)
             process.kill()
@@ -192,16 +188,16 @@ def run_killed(folder: Path, steps: int, kills: int, num_ranks: int, rng: random
     return met
 
 
-def differences(whole: Path, killed: Path, num_ranks: int) -> list[str]:
+def differences(unbroken: Path, killed: Path, num_ranks: int) -> list[str]:
     """What differs between the two runs."""
     found = []
     for rank in range(num_ranks):
-        left, right = (json.loads((folder / f"final_{rank}.json").read_text()) for folder in (whole, killed))
+        left, right = (json.loads((folder / f"final_{rank}.json").read_text()) for folder in (unbroken, killed))
         if left["digest"] != right["digest"]:
             found.append(f"rank {rank}: weights or optimizer differ")
         found += [f"state: {k}: {v} != {right['state'][k]}" for k, v in left["state"].items() if right["state"][k] != v]
     for kind in ("step", "evaluation"):
-        left, right = (read_metrics(folder / "metrics.jsonl", kind) for folder in (whole, killed))
+        left, right = (read_metrics(folder / "metrics.jsonl", kind) for folder in (unbroken, killed))
         if len(left) != len(right):
             found.append(f"{len(left)} {kind}s against {len(right)}")
         for a, b in zip(left, right, strict=False):
@@ -218,14 +214,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill-test-") as name:
-        whole, killed = Path(name) / "whole", Path(name) / "killed"
+        unbroken, killed = Path(name) / "unbroken", Path(name) / "killed"
         begin = time.monotonic()
-        Job.start(whole, options.steps, options.ranks, async_save=False).join()
+        Job.start(unbroken, options.steps, options.ranks, async_save=False).join()
         print(f"never stopped: {time.monotonic() - begin:.0f} s", flush=True)
         met = run_killed(killed, options.steps, options.kills, options.ranks, random.Random(options.seed))
         starts = len(read_starts(killed))
         print(f"killed: {time.monotonic() - begin:.0f} s in all, {starts} starts, {met}", flush=True)
-        found = differences(whole, killed, options.ranks)
+        found = differences(unbroken, killed, options.ranks)
         for line in found[:20]:
             print(line)
         print(f"{options.steps} steps, {sum(met.values())} kills, {len(found)} differences", flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.profile.peak_memory import PeakMemory, measure_peak
@@ -59,7 +60,7 @@ def main() -> int:
     return int(worst > TOLERANCE)
 
 
-def config(recipe: str, changes: str, ranks: int):
+def config(recipe: str, changes: str, ranks: int) -> ConfigContainer:
     """The finalized config of a case."""
     cfg = get_recipe(recipe)
     apply_overrides(cfg, [*SIZE.split(), *changes.split()])

@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 SEARCHES = [
     *(("deepseek_v3", n) for n in (1024, 2048)),
@@ -36,12 +37,8 @@ SPLITS = [
     ("deepseek_v3", "model.virtual_pipeline_model_parallel_size=3", "--memory", "0"),
     ("deepseek_v3", "model.virtual_pipeline_model_parallel_size=4", "--memory", "0"),
     (
-        "deepseek_v3",
-        "--devices",
-        "1024",
-        "model.pipeline_model_parallel_size=8",
-        "model.virtual_pipeline_model_parallel_size=4",
-        *FULL,
+        *("deepseek_v3", "--devices", "1024", *FULL),
+        *("model.pipeline_model_parallel_size=8", "model.virtual_pipeline_model_parallel_size=4"),
     ),
     ("deepseek_v3", "train.global_batch_size=512", "train.rampup_batch_size=null", "--memory", "0"),
     (
@@ -63,7 +60,7 @@ def main() -> int:
     options = parser.parse_args()
     earlier = json.loads(options.against.read_text()) if options.against else {}
     cases = [(recipe, "--search", "--devices", str(n)) for recipe, n in SEARCHES] + SPLITS
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     is_good = True
     print(f"{'cpu s':>7} {'before':>7} {'step ms':>12} {'before':>12} {'gap':>6} {'before':>6}  case")
     for arguments in cases:
@@ -72,9 +69,9 @@ def main() -> int:
             continue
         here = found[name] = measure(arguments)
         before = earlier.get(name, {})
-        row = [figure(here.get("cpu_s"), "7.2f"), figure(before.get("cpu_s"), "7.2f")]
-        row += [figure(here.get("step_ms"), "12.3f"), figure(before.get("step_ms"), "12.3f")]
-        row += [figure(here.get("gap"), "6.1%"), figure(before.get("gap"), "6.1%")]
+        row = [number(here.get("cpu_s"), "7.2f"), number(before.get("cpu_s"), "7.2f")]
+        row += [number(here.get("step_ms"), "12.3f"), number(before.get("step_ms"), "12.3f")]
+        row += [number(here.get("gap"), "6.1%"), number(before.get("gap"), "6.1%")]
         print(*row, f" {name}", flush=True)
         is_good &= here["cpu_s"] <= options.limit_s
         if before.get("step_ms"):
@@ -84,7 +81,7 @@ def main() -> int:
     return 0 if is_good else 1
 
 
-def measure(arguments: tuple[str, ...]) -> dict:
+def measure(arguments: tuple[str, ...]) -> dict[str, Any]:
     """One case: processor seconds, step time, gap to the bound, layout, and the step times of all rows."""
     command = [sys.executable, "-m", "megatron_mtp", "plan", *arguments, "--json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -103,7 +100,7 @@ def measure(arguments: tuple[str, ...]) -> dict:
     }
 
 
-def figure(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     """A number in its column; a dash where there is none."""
     return "-".rjust(int(form.split(".")[0])) if value is None else format(value, form)
 

