@@ -41,23 +41,14 @@ def plan(
     With the layout "auto" it searches for the fastest split; another layout is planned as it is. --compare adds splits.
     """
     from megatron_mtp.errors import PlanError
-    from megatron_mtp.plan.compare import Request, make_plans
+    from megatron_mtp.plan.compare import make_plans
     from megatron_mtp.plan.report import as_data, as_text, overlay
 
     if picture is not None and picture.suffix.lower() != ".svg":
         better = picture.parent / f"{picture.stem or 'schedule'}.svg"
         raise PlanError(f"--picture {str(picture)!r}: the picture is SVG. Use --picture {str(better)!r}.")
     cfg = choose_config(recipe, config, overrides)
-    request = Request(
-        devices=devices,
-        hardware=hardware,
-        profile=profile,
-        memory_gib=memory,
-        compare=tuple(compare or ()),
-        search=search,
-        top=top,
-    )
-    plans = make_plans(cfg, request)
+    plans = make_plans(cfg, devices, hardware, profile, memory, compare or (), search=search, top=top)
     typer.echo(json_format.dumps(as_data(recipe, plans), indent=2) if json else as_text(recipe, plans))
     if write is not None:
         write_file(write, overlay(recipe, plans), "--write")

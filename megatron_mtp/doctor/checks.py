@@ -195,7 +195,7 @@ def check_transformer_engine() -> Iterator[Finding]:
         advice = "It must match torch and its CUDA version: reinstall it, or remove it and use model.backend = torch."
         yield Finding("Transformer Engine", "warning", f"installed, but the import failed: {broken}", advice)
     else:
-        yield Finding("Transformer Engine", "ok", _version("transformer-engine"))
+        yield Finding("Transformer Engine", "ok", version("transformer-engine") or "installed, version unknown")
 
 
 def check_apex() -> Iterator[Finding]:
@@ -224,7 +224,7 @@ def check_optional_packages() -> Iterator[Finding]:
     """Optional packages, each needed by one feature."""
     for package, module, purpose, command in OPTIONAL:
         if importlib.util.find_spec(module):
-            yield Finding(package, "ok", f"{_version(package)} ({purpose})")
+            yield Finding(package, "ok", f"{version(package) or 'installed, version unknown'} ({purpose})")
         else:
             yield Finding(package, "absent", f"not installed ({purpose})", f"To use it: {command}")
 
@@ -261,11 +261,12 @@ def import_error(*modules: str) -> str | None:
     return lines[-1] if lines else f"the process ended with {done.returncode}"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str | None:
+    """The version of an installed package; None if its metadata is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "installed, version unknown"
+        return None
 
 
 def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:

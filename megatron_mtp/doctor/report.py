@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import time
 import warnings
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_mtp
-from megatron_mtp.doctor.checks import CHECKS, Finding
+from megatron_mtp.doctor.checks import CHECKS, Finding, version
 from megatron_mtp.observe.env import effective_environment, redact
 from megatron_mtp.observe.logs import silence_noise
 
@@ -98,17 +97,9 @@ def report_text(findings: list[Finding]) -> str:
         advice = f"  -> {finding.advice}" if finding.advice else ""
         lines.append(f"{finding.state:8} {finding.name}: {redact('', finding.found)}{advice}")
     lines += ["", *(f"{'yes' if can else 'no':8} {ability}" for ability, can in abilities(findings).items())]
-    lines += ["", "packages:", *(f"  {name} {version}" for name, version in _versions())]
+    lines += ["", "packages:", *(f"  {name} {found}" for name in REPORTED_PACKAGES if (found := version(name)))]
     lines += ["", "environment:", *(f"  {name}={value}" for name, value in effective_environment().items())]
     return ("\n".join(lines) + "\n").replace(str(Path.home()), "~")
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in REPORTED_PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
 
 
 def _commit() -> str:

@@ -98,9 +98,9 @@ class DryRun:
 
     world_size: int
     layout: str
+    predicted_parameters: int
     stages: list[StageReport] = field(default_factory=list)
     parameters: int | None = None
-    predicted_parameters: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -116,8 +116,8 @@ def dry_run(
         report: called with a line of text before each part of the work.
     """
     cfg, layout, world_size = run.cfg, run.layout, run.world_size
-    found = DryRun(world_size=world_size, layout=layout.string)
-    found.predicted_parameters = count_parameters(cfg.model).total
+    predicted = count_parameters(cfg.model).total
+    found = DryRun(world_size=world_size, layout=layout.string, predicted_parameters=predicted)
     report("opening data and folders")
     found.problems += _found_problems(check_data, cfg) + _found_problems(check_run_directory, cfg)
     if cfg.dist.device == "cpu":

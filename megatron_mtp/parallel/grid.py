@@ -51,8 +51,6 @@ class RankGrid:
     pp_before_dp: bool = False
 
     def __post_init__(self) -> None:
-        if self.etp is None:
-            object.__setattr__(self, "etp", self.tp)
         dense, expert = self.tp * self.cp * self.pp, self.expert_tp * self.ep * self.pp
         if self.world_size % dense or self.world_size % expert:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
-from megatron_mtp.parallel.planner.auto_layout import is_planned, machine_of, make_planner, memory_limit
+from megatron_mtp.parallel.planner.auto_layout import is_planned, machine_of, make_planner
 from megatron_mtp.parallel.planner.machines import Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Plan, Planner
@@ -20,19 +21,6 @@ from megatron_mtp.parallel.planner.search_sizes import Candidate, recompute_fiel
 from megatron_mtp.parallel.planner.search_split import SplitChoice
 from megatron_mtp.parallel.planner.stage_memory import MemoryModel
 from megatron_mtp.parallel.shape import RunShape
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the user asked for; see `megatron-mtp plan --help`."""
-
-    devices: int | None = None
-    hardware: str | None = None
-    profile: Path | None = None
-    memory_gib: float | None = None
-    compare: tuple[str, ...] = ()
-    search: bool = False
-    top: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +56,18 @@ class Plans:
         return self.planner.shape.world_size
 
 
-def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
-    """Plans a config.
+def make_plans(
+    cfg: ConfigContainer,
+    devices: int | None = None,
+    hardware: str | None = None,
+    profile_path: Path | None = None,
+    memory_gib: float | None = None,
+    compare: Sequence[str] = (),
+    *,
+    search: bool = False,
+    top: int = 10,
+) -> Plans:
+    """Plans a config. For the options see `megatron-mtp plan --help`.
 
     Args:
         cfg: not finalized yet.
@@ -77,38 +75,31 @@ def make_plans(cfg: ConfigContainer, request: Request) -> Plans:
     Raises:
         ConfigError: the config is wrong. PlanError: no layout is legal or fits, or an option is wrong.
     """
-    machine = machine_of(cfg) if request.hardware is None else find_machine(request.hardware)
-    profile = None if request.profile is None else Profile.read(request.profile)
-    limit = limit_of(request, machine)
+    machine = machine_of(cfg) if hardware is None else find_machine(hardware)
+    profile = None if profile_path is None else Profile.read(profile_path)
+    limit: float | None = machine.usable_bytes
+    if memory_gib is not None:
+        limit = memory_gib * GIB or None
+    elif profile is not None and hardware is None:
+        limit = None  # a profile names no memory
     candidates: list[Candidate] = []
-    world_size = request.devices
-    if request.search:
-        if world_size is None:
+    if search:
+        if devices is None:
             raise PlanError("--search: needs --devices N, the number of devices to spread the model over.")
         if profile is not None:
             raise PlanError(
                 "--search: tries other sizes than the profile was measured with. Leave out --profile or --search."
             )
-        candidates = search_sizes(cfg, machine, world_size, limit, request.top)
+        candidates = search_sizes(cfg, machine, devices, limit, top)
         cfg = candidates[0].cfg
     else:
-        cfg = cfg.copy()
-        world_size = world_size or smallest_world(cfg)
-        cfg.finalize(world_size)
+        devices = devices or smallest_world(cfg)
+        cfg = cfg.copy().finalize(devices)
     if cfg.model.vocab_size is None:
         raise PlanError("model.vocab_size is not known before the tokenizer is opened. Set model.vocab_size to plan.")
-    planner = make_planner(RunShape.of(cfg, world_size), machine, profile)
+    planner = make_planner(RunShape.of(cfg, devices), machine, profile)
     chosen, choice = _choose(planner, limit)
-    return Plans(planner, machine, profile, limit, chosen, choice, _others(planner, request.compare), candidates)
-
-
-def limit_of(request: Request, machine: Machine) -> float | None:
-    """Bytes that a plan may use; None: no limit. A profile names no memory: with it only --hardware sets a limit."""
-    if request.memory_gib is not None:
-        return request.memory_gib * GIB or None
-    if request.profile is not None and request.hardware is None:
-        return None
-    return memory_limit(machine)
+    return Plans(planner, machine, profile, limit, chosen, choice, _others(planner, compare), candidates)
 
 
 def smallest_world(cfg: ConfigContainer) -> int:
@@ -177,7 +168,7 @@ def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, 
     return max(memory.rank(layout, stage).total for stage in range(layout.pp))
 
 
-def _others(planner: Planner, wanted: tuple[str, ...]) -> dict[str, Plan]:
+def _others(planner: Planner, wanted: Sequence[str]) -> dict[str, Plan]:
     """The even split and those that the user names."""
     model, found, wrong = planner.shape.cfg.model, {}, []
     if model.pipeline_model_parallel_size > 1:

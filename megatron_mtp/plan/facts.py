@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
@@ -60,21 +62,10 @@ def short_parallel(parallel: dict[str, Any]) -> str:
 
 def short_layout(text: str) -> str:
     """A layout with runs of layers shortened: "Ettt|tttt|...|ttmL" -> "Et*3|(t*4|)*14 t*2mL" for reading only."""
-    chunks = [_short_chunk(chunk) for chunk in text.split("|")]
-    shown: list[str] = []
-    idx = 0
-    while idx < len(chunks):
-        run = 1
-        while idx + run < len(chunks) and chunks[idx + run] == chunks[idx]:
-            run += 1
-        shown.append(chunks[idx] if run == 1 else f"({chunks[idx]}) x {run}")
-        idx += run
-    return " | ".join(shown)
+    chunks = ("".join(s if n == 1 else f"{s}*{n}" for s, n in _runs(chunk)) or "-" for chunk in text.split("|"))
+    return " | ".join(chunk if count == 1 else f"({chunk}) x {count}" for chunk, count in _runs(chunks))
 
 
-def _short_chunk(chunk: str) -> str:
-    out = ""
-    for symbol in dict.fromkeys(chunk):
-        count = chunk.count(symbol)
-        out += symbol if count == 1 else f"{symbol}*{count}"
-    return out or "-"
+def _runs(values: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Equal neighbours, once each, and how many there are."""
+    return ((value, len(list(run))) for value, run in groupby(values))

@@ -33,7 +33,7 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
     Returns:
         Finalized for one model-parallel block, `block_size` ranks.
     """
-    trial = cfg.copy()
+    trial, block = cfg.copy(), block_size(cfg)
     model = trial.model
     kinds = list(zip(linear_pattern(model), moe_pattern(model), strict=True))
     distinct = [kind for kind in dict.fromkeys(kinds) if kind != kinds[-1]]
@@ -48,20 +48,16 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
         model.mtp_num_layers = max(1, model.mtp_num_layers)
     if model.mtp_depth_weights and len(model.mtp_depth_weights) != model.mtp_num_layers:
         model.mtp_depth_weights = None
-    model.pipeline_model_parallel_size = model.virtual_pipeline_model_parallel_size = 1
+    model.update(pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=1)
     model.pipeline_model_parallel_layout = "auto"
-    block = block_size(cfg)
     replicas = block // (model.tensor_model_parallel_size * model.context_parallel_size)
-    trial.train.global_batch_size = MICRO_BATCHES * replicas * trial.train.micro_batch_size
-    trial.train.rampup_batch_size = None
-    trial.validation.eval_iters = 0
-    trial.validation.update(eval_interval=None, eval_micro_batch_size=None, eval_global_batch_size=None)
+    batch_size = MICRO_BATCHES * replicas * trial.train.micro_batch_size
+    trial.train.update(global_batch_size=batch_size, rampup_batch_size=None)
+    trial.validation.update(eval_iters=0, eval_interval=None, eval_micro_batch_size=None, eval_global_batch_size=None)
     # Every rank owns all its optimizer state, so that the time for each parameter is measured without messages.
-    trial.ddp.use_distributed_optimizer = trial.ddp.overlap_grad_reduce = trial.ddp.overlap_param_gather = False
-    dataset = trial.dataset
-    dataset.blend = dataset.blend_per_split = dataset.valid_sets = None
-    dataset.mock = True
-    trial.checkpoint.save = trial.checkpoint.load = None
+    trial.ddp.update(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
+    trial.dataset.update(mock=True, blend=None, blend_per_split=None, valid_sets=None)
+    trial.checkpoint.update(save=None, load=None)
     trial.profiling.use_pytorch_profiler = False
     return trial.finalize(block)
 
@@ -73,6 +69,8 @@ def block_size(cfg: ConfigContainer) -> int:
 
 class CpuProfiler:
     """Times parts in as many local processes as the run has on this machine, because they share caches and memory.
+
+    A context manager that ends the processes.
 
     Args:
         cfg: finalized.
@@ -99,17 +97,13 @@ class CpuProfiler:
             links = pair.run(measure_links, "cpu")[0]
         return _profile(self._cfg, costs, links, "cpu", self._processes, self._steps)
 
-    def close(self) -> None:
-        """Ends the processes."""
-        for pool in self._pools:
-            pool.close()
-        self._threads.shutdown()
-
     def __enter__(self) -> CpuProfiler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for pool in self._pools:
+            pool.close()
+        self._threads.shutdown()
 
     def _on_all[T](self, work: Callable[[WorkerPool], T]) -> list[T]:
         return list(self._threads.map(work, self._pools))

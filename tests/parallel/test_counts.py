@@ -125,7 +125,7 @@ def test_operations_of_an_mlp_without_gate():
 
 @pytest.mark.parametrize("freq", ["4", "[1, 0, 1, 0]"])
 def test_operations_with_linear_attention(freq):
-    """Without MTP: Megatron's formula goes on with the pattern into the MTP layers, which have full attention."""
+    """Without MTP: Megatron's formula continues the pattern into the MTP layers, which have full attention."""
     changes = ["attention_output_gate=true", "experimental_attention_variant=gated_delta_net", "mtp_num_layers=0"]
     cfg = make("tiny_moe", *(f"model.{change}" for change in [*changes, f"linear_attention_freq={freq}"]))
     assert train_flops_per_token(cfg.model) == pytest.approx(megatron_flops(cfg), rel=1e-12)

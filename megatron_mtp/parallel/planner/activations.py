@@ -7,6 +7,7 @@ of each kind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 from megatron_mtp.config.filled import filled
@@ -141,7 +142,7 @@ class Activations:
         """Hidden states of `num_states` depths, gathered over TP, and for each token targets and the log-sum-exp."""
         return num_states * self.tokens * (self.model.hidden_size * self.item + 24)
 
-    def chunk(self, symbols: str, kinds: list[str]) -> float:
+    def chunk(self, symbols: str, kinds: Sequence[str]) -> float:
         """A chunk of `symbols`, such as "Ettt", with decoder layers of `kinds`."""
         depths, is_full = symbols.count("m"), self.model.recompute_granularity == "full"
         total = self._recomputed_layers(kinds) if is_full else sum(self.layer(kind) for kind in kinds)
@@ -156,7 +157,7 @@ class Activations:
             total += self.stream * (1 + depths)
         return total
 
-    def _recomputed_layers(self, kinds: list[str]) -> float:
+    def _recomputed_layers(self, kinds: Sequence[str]) -> float:
         """uniform: the input of each group of layers. block: the input of each of the first layers; the others keep
         everything."""
         model, count = self.model, self.model.recompute_num_layers or 1
@@ -164,7 +165,7 @@ class Activations:
             return min(count, len(kinds)) * self.stream + sum(self.complete_layer(kind) for kind in kinds[count:])
         return -(-len(kinds) // count) * self.stream
 
-    def transient(self, symbols: str, kinds: list[str]) -> float:
+    def transient(self, symbols: str, kinds: Sequence[str]) -> float:
         """The most that a call of this chunk needs temporarily, in addition to what is kept."""
         model, tp = self.model, self.model.tensor_model_parallel_size
         widest = max((self._gradients(kind) for kind in set(kinds)), default=0.0)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.cost import estimate_costs
-from megatron_mtp.parallel.planner.machines import DEFAULT_MACHINE, USABLE, Machine, find_machine
+from megatron_mtp.parallel.planner.machines import DEFAULT_MACHINE, Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.shape import RunShape
@@ -59,7 +58,7 @@ def auto_layout(shape: RunShape) -> AutoLayout:
     planner = make_planner(shape, machine)
     fits = True
     try:
-        choice = planner.choose(memory_limit(machine))
+        choice = planner.choose(machine.usable_bytes)
     except PlanError:
         fits, choice = False, planner.choose()
     return AutoLayout(planner.problem().layout(choice.split), machine, fits, choice.gap)
@@ -68,11 +67,6 @@ def auto_layout(shape: RunShape) -> AutoLayout:
 def machine_of(cfg: ConfigContainer) -> Machine:
     """The device that a config is planned for."""
     return find_machine(cfg.dist.hardware or ("cpu" if cfg.dist.device == "cpu" else DEFAULT_MACHINE))
-
-
-def memory_limit(machine: Machine) -> float:
-    """Bytes of one device that a plan may use."""
-    return machine.memory_gib * GIB * USABLE
 
 
 def make_planner(shape: RunShape, machine: Machine, profile: Profile | None = None) -> Planner:

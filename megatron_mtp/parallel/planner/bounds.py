@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
+from math import inf
 
 from megatron_mtp.parallel.planner.part_costs import ZERO
 from megatron_mtp.parallel.planner.schedule import Compute, Exchange, ScheduleKind, rank_program
 from megatron_mtp.parallel.planner.split import Split, SplitProblem
 
-INFINITE = float("inf")
 MAX_CHEAPER_LAYERS = 6
 """If more layers are cheaper than the most expensive one, `lowest_by_loads` counts every layer as the cheapest."""
 
@@ -119,11 +119,11 @@ def lowest_by_stages(bounds: RankBounds, fits: StageFits | None = None) -> list[
     """
     problem, alone = bounds.problem, bounds.is_standalone
     pp, num_layers, fewest = problem.kind.pp, len(problem.layers), problem.fewest_layers[alone]
-    table = [[INFINITE] * (num_layers + 1) for _ in range(pp)] + [[INFINITE] * num_layers + [0.0]]
+    table = [[inf] * (num_layers + 1) for _ in range(pp)] + [[inf] * num_layers + [0.0]]
     for rank in reversed(range(pp)):
         last_stop = num_layers - sum(fewest[rank + 1 :])  # later ranks need the rest
         for start in range(sum(fewest[:rank]), last_stop - fewest[rank] + 1) if rank else (0,):
-            best = INFINITE
+            best = inf
             for stop in range(start + fewest[rank], min(start + problem.most(rank, alone), last_stop) + 1):
                 if table[rank + 1][stop] >= best:
                     continue

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import PlanError, nearest
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -88,6 +89,10 @@ def dense_peak_tflops(device_name: str, dtype: Dtype) -> float | None:
     return None
 
 
+USABLE = 0.94
+"""Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """One kind of device, and what connects it to others, for estimates before anything is measured.
@@ -121,6 +126,11 @@ class Machine:
     node_latency_ms: float = 0.01
     network_latency_ms: float = 0.03
     is_cpu: bool = False
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory of one device that a plan may use."""
+        return self.memory_gib * GIB * USABLE
 
     def peak_flops_per_ms(self, dtype: Dtype) -> float:
         """Dense peak.
@@ -177,8 +187,6 @@ _MACHINES = (
 MACHINES = {machine.name: machine for machine in _MACHINES}
 """By name; `dist.hardware` accepts the same names."""
 DEFAULT_MACHINE = "h100"
-USABLE = 0.94
-"""Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""
 
 
 def find_machine(hardware: str | Mapping[str, Any]) -> Machine:
@@ -191,12 +199,11 @@ def find_machine(hardware: str | Mapping[str, Any]) -> Machine:
     """
     if not isinstance(hardware, str):
         return _changed(hardware)
-    name = hardware
-    if name.lower() in MACHINES:
-        return MACHINES[name.lower()]
-    meant = nearest(name.lower(), MACHINES)
+    if hardware.lower() in MACHINES:
+        return MACHINES[hardware.lower()]
+    meant = nearest(hardware.lower(), MACHINES)
     raise PlanError(
-        f"hardware {name!r} (--hardware, dist.hardware) is not known.{meant} Known: {', '.join(MACHINES)}. "
+        f"hardware {hardware!r} (--hardware, dist.hardware) is not known.{meant} Known: {', '.join(MACHINES)}. "
         "Or measure: --profile FILE."
     )
 

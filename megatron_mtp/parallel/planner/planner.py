@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from megatron_mtp.config.units import DTYPE_BYTES, GIB
 from megatron_mtp.errors import PlanError
@@ -129,7 +130,7 @@ class Planner:
         )
 
     def choose(
-        self, limit_bytes: float | None = None, effort: int = 150, few: int = FEW, to_beat_ms: float = float("inf")
+        self, limit_bytes: float | None = None, effort: int = 150, few: int = FEW, to_beat_ms: float = inf
     ) -> SplitChoice:
         """The fastest layout that fits.
 
@@ -234,14 +235,14 @@ class _MemoryCheck:
     problem: SplitProblem
     memory: MemoryModel
     limit_bytes: float
-    lowest: float = float("inf")
+    lowest: float = inf
     _chunks: dict[tuple[int, int, int, bool], ChunkMemory] = field(default_factory=dict)
     _stages: dict[tuple[int, tuple[ChunkMemory, ...]], int] = field(default_factory=dict)
 
     @property
     def nearest(self) -> str:
         """How close the checked splits came, as a sentence."""
-        if self.lowest < float("inf"):
+        if self.lowest < inf:
             return f"the best one that was checked needs {self.lowest / GIB:.1f} GiB on its fullest stage."
         return "some stage is too full in each of them."
 

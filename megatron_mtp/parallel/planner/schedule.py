@@ -85,39 +85,31 @@ def compute_order(kind: ScheduleKind, rank: int) -> list[Compute]:
 def _plain(kind: ScheduleKind, rank: int) -> list[Instruction]:
     """1F1B: warm-up forward calls, then one forward and one backward call in turn, then the other backward calls."""
     program: list[Instruction] = []
-    is_first, is_last = rank == 0, rank == kind.pp - 1
     num_warmup, total = kind.num_warmup(rank), kind.num_microbatches
 
-    def exchange(
-        *,
-        send_next: int | None = None,
-        recv_next: int | None = None,
-        send_prev: int | None = None,
-        recv_prev: int | None = None,
-    ) -> None:
-        sends = [] if send_next is None or is_last else [(False, rank, send_next)]
-        sends += [] if send_prev is None or is_first else [(True, rank - 1, send_prev)]
-        receives = [] if recv_next is None or is_last else [(True, rank, recv_next)]
-        receives += [] if recv_prev is None or is_first else [(False, rank - 1, recv_prev)]
+    def exchange(send: Message | None, receive: Message | None) -> None:
+        """There is no boundary before the first rank and after the last."""
+        sends, receives = ((m,) if m and 0 <= m[1] < kind.pp - 1 else () for m in (send, receive))
         if sends or receives:
-            program.append(Exchange(tuple(sends), tuple(receives), True))
+            program.append(Exchange(sends, receives, True))
 
+    before, after = rank - 1, rank
     for idx in range(num_warmup):
-        exchange(recv_prev=idx)
+        exchange(None, (False, before, idx))
         program.append(Compute(True, 0, idx))
-        exchange(send_next=idx)
+        exchange((False, after, idx), None)
     if num_warmup < total:
-        exchange(recv_prev=num_warmup)
+        exchange(None, (False, before, num_warmup))
     for idx in range(total - num_warmup):
         program.append(Compute(True, 0, num_warmup + idx))
-        exchange(send_next=num_warmup + idx, recv_next=idx)
+        exchange((False, after, num_warmup + idx), (True, after, idx))
         program.append(Compute(False, 0, idx))
         following = num_warmup + idx + 1
-        exchange(send_prev=idx, recv_prev=following if following < total else None)
+        exchange((True, before, idx), (False, before, following) if following < total else None)
     for idx in range(total - num_warmup, total):
-        exchange(recv_next=idx)
+        exchange(None, (True, after, idx))
         program.append(Compute(False, 0, idx))
-        exchange(send_prev=idx)
+        exchange((True, before, idx), None)
     return program
 
 

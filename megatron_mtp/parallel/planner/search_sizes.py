@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from math import inf
 from typing import Any, NamedTuple
 
 from megatron_mtp.config.container import ConfigContainer
@@ -90,7 +91,7 @@ def search_sizes(
 class _Search:
     def __init__(self, base: ConfigContainer, machine: Machine, world_size: int, limit_bytes: float | None):
         self.base, self.machine, self.world_size, self.limit = base, machine, world_size, limit_bytes
-        self.lowest = float("inf")
+        self.lowest = inf
         self.parts = cache(self._parts)
 
     def run(self, top: int) -> list[Candidate]:
@@ -106,7 +107,7 @@ class _Search:
             if key in found or (len(times) >= top and self.bound(sizes) >= times[top - 1]) or not self.may_fit(sizes):
                 continue
             planned += 1
-            to_beat_ms = times[top - 1] if len(times) >= top else float("inf")
+            to_beat_ms = times[top - 1] if len(times) >= top else inf
             if (candidate := self.candidate(sizes, SPLITS_EACH, to_beat_ms)) is not None:
                 found[key] = candidate, sizes
             if planned >= MOST_PLANNED:
@@ -193,7 +194,7 @@ class _Search:
         self.lowest = min(self.lowest, estimate)
         return 0.9 * estimate <= self.limit
 
-    def candidate(self, sizes: _Sizes, effort: int, to_beat_ms: float = float("inf")) -> Candidate | None:
+    def candidate(self, sizes: _Sizes, effort: int, to_beat_ms: float = inf) -> Candidate | None:
         """The combination with its plan; None if it is refused, does not fit, or is proven to be slower."""
         cfg = self.trial(sizes)
         try:
@@ -209,7 +210,7 @@ class _Search:
 
     def nothing_fits(self) -> str:
         """The message if no combination is left."""
-        if self.limit is None or self.lowest == float("inf"):
+        if self.limit is None or self.lowest == inf:
             return (
                 f"--devices {self.world_size}: no parallel sizes divide both the model and train.global_batch_size = "
                 f"{self.base.train.global_batch_size} evenly over them. {self._nearest_number()}"

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from megatron_mtp.errors import PlanError
-from megatron_mtp.parallel.planner.bounds import (
-    INFINITE,
-    RankBounds,
-    StageFits,
-    lowest_by_loads,
-    lowest_by_stages,
-    splits_below,
-)
+from megatron_mtp.parallel.planner.bounds import RankBounds, StageFits, lowest_by_loads, lowest_by_stages, splits_below
 from megatron_mtp.parallel.planner.seeds import neighbours, seeds
 from megatron_mtp.parallel.planner.split import Split, SplitProblem
 from megatron_mtp.parallel.planner.steady import step_time
@@ -25,7 +19,6 @@ FEW_EFFORT = 8
 NEAR = 1.0001
 """The search ends within this factor of its bound."""
 SplitFits = Callable[[Split], bool]
-"""Whether a split fits the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +28,11 @@ class SplitChoice:
     Args:
         step_ms: its simulated time.
         bound_ms: no legal split that fits is faster.
-        num_simulated: splits that were simulated.
     """
 
     split: Split
     step_ms: float
     bound_ms: float
-    num_simulated: int
 
     @property
     def gap(self) -> float:
@@ -56,12 +47,12 @@ def best_split(
     stage_fits: StageFits | None = None,
     effort: int = 150,
     few: int = FEW,
-    to_beat_ms: float = INFINITE,
+    to_beat_ms: float = inf,
 ) -> SplitChoice | None:
     """The fastest legal split.
 
     Args:
-        fits: None: all splits fit.
+        fits: whether a split fits the memory; None: all do.
         stage_fits: the same for a single stage, without interleaving.
         effort: splits to simulate before the best one so far is returned with its bound. A count and not a time,
             because every rank of a run works its layout out for itself.
@@ -87,7 +78,7 @@ def best_split(
         search.bound_ms = min(table[0][0] for table in tables.values())
     else:
         search.bound_ms = min(lowest_by_loads(bounds) for bounds in search.bounds.values())
-    if search.bound_ms == INFINITE:
+    if search.bound_ms == inf:
         return None
     if search.bound_ms >= to_beat_ms:
         raise PlanError(f"no split takes less than {search.bound_ms:.1f} ms, and {to_beat_ms:.1f} ms are to be beaten")
@@ -111,7 +102,7 @@ class _Search:
         self.problem, self.fits, self.stage_fits, self.effort = problem, fits, stage_fits, effort
         self.bounds = {is_standalone: RankBounds(problem, is_standalone) for is_standalone in problem.variants}
         self.best: Split | None = None
-        self.best_ms = INFINITE
+        self.best_ms = inf
         self.seen: dict[Split, float] = {}
         self.bound_ms = 0.0
         self.is_exhausted = False
@@ -120,7 +111,7 @@ class _Search:
         """Simulates a split unless that was done before; infinite if it does not fit."""
         if split not in self.seen:
             fits = self.fits is None or self.fits(split)
-            self.seen[split] = step_time(self.problem.kind, self.problem.work(split)) if fits else INFINITE
+            self.seen[split] = step_time(self.problem.kind, self.problem.work(split)) if fits else inf
         elapsed = self.seen[split]
         if elapsed < self.best_ms:
             self.best, self.best_ms = split, elapsed
@@ -211,4 +202,4 @@ class _Search:
         if self.best is None:
             return None
         bound_ms = self.best_ms if self.is_exhausted else self.bound_ms
-        return SplitChoice(self.best, self.best_ms, min(bound_ms, self.best_ms), len(self.seen))
+        return SplitChoice(self.best, self.best_ms, min(bound_ms, self.best_ms))

@@ -101,10 +101,9 @@ class MemoryModel:
 
     def rank(self, layout: PipelineLayout, stage: int) -> RankMemory:
         """Memory of every rank of a stage."""
-        chunks = [
-            self.chunk("".join(layout.chunks[stage][v]), layout.decoder_layers(stage, v)) for v in range(layout.vp)
-        ]
-        return self.stage(layout.pp, stage, chunks)
+        chunks = enumerate(layout.chunks[stage])
+        held = [self.chunk("".join(chunk), layout.decoder_layers(stage, v)) for v, chunk in chunks]
+        return self.stage(layout.pp, stage, held)
 
     def stage(self, pp: int, stage: int, chunks: Sequence[ChunkMemory]) -> RankMemory:
         """Memory of every rank of a stage that holds these chunks, in the order of its virtual stages."""
@@ -123,30 +122,17 @@ class MemoryModel:
         )
 
     def chunk(self, symbols: str, layers: range) -> ChunkMemory:
-        """One chunk.
-
-        Args:
-            symbols: such as "Ettt".
-            layers: indices of its decoder layers.
-        """
+        """A chunk of `symbols`, such as "Ettt", whose decoder layers have the indices `layers`."""
         kinds = self.kinds[layers.start : layers.stop]
         key = (symbols, kinds, layers.stop == len(self.kinds))
         if key not in self._chunks:
-            held = chunk_parameters(self.shape.cfg.model, symbols, layers)
-            names = list(kinds)
-            self._chunks[key] = ChunkMemory(
-                held,
-                self._trained(held, symbols),
-                self.parts.chunk(symbols, names),
-                self.parts.transient(symbols, names),
-            )
+            model = self.shape.cfg.model
+            held = trained = chunk_parameters(model, symbols, layers)
+            if model.mtp_freeze_trunk:
+                trained = mtp_layer_parameters(model, Shards.of(model)) * self.shape.depths.layers_in(symbols)
+            kept, transient = self.parts.chunk(symbols, kinds), self.parts.transient(symbols, kinds)
+            self._chunks[key] = ChunkMemory(held, trained, kept, transient)
         return self._chunks[key]
-
-    def _trained(self, held: RankParameters, symbols: str) -> RankParameters:
-        model, depths = self.shape.cfg.model, self.shape.depths
-        if not model.mtp_freeze_trunk:
-            return held
-        return mtp_layer_parameters(model, Shards.of(model)) * depths.layers_in(symbols)
 
     def peak(self, pp: int, vp: int, stage: int, kept: list[float]) -> float:
         """Most bytes of activations at once, if each micro-batch in flight keeps kept[v] bytes in chunk v."""

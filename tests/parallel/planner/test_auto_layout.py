@@ -7,7 +7,7 @@ import pytest
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.resolve import resolve
-from megatron_mtp.plan.compare import Request, make_plans
+from megatron_mtp.plan.compare import make_plans
 from megatron_mtp.recipes import get_recipe
 
 pytestmark = pytest.mark.unit
@@ -24,7 +24,7 @@ def config(recipe: str = "tiny_dense", **model):
 
 def test_a_run_and_the_plan_command_have_one_layout():
     for recipe in ("tiny_dense", "tiny_mimo"):
-        planned = make_plans(config(recipe), Request()).chosen.layout
+        planned = make_plans(config(recipe)).chosen.layout
         assert resolve(config(recipe).finalize()).layout == planned
 
 
