@@ -24,9 +24,7 @@ def profile(
     config: Files = None,
     nproc: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="On a CPU: processes that compute at once; as many as the run has here. Default: one model's."
-        ),
+        typer.Option(min=1, help="On a CPU: processes, as many as the run has on this machine. Default: one model's."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of 4 micro-batches.")] = 6,
 ) -> None:

@@ -127,7 +127,7 @@ def dry_run(
     failures: dict[str, list[int]] = {}
     for stage in range(layout.pp):
         report(f"building stage {stage} of {layout.pp}")
-        ranks = [rank for rank in range(world_size) if run.grid.coords(rank).pp == stage]
+        ranks = [rank for rank in range(world_size) if run.grid.stage(rank) == stage]
         try:
             built = [build_rank(run, rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))]
         except Exception as error:  # whatever stops a rank here stops it at launch

@@ -30,9 +30,8 @@ def train_flops_per_token(model: ModelConfig) -> float:
     logits = forward_flops_logits(model)
     kinds = zip(moe_pattern(model), linear_pattern(model), strict=True)
     trunk = sum(forward_flops_layer(model, is_moe, is_linear=linear) for is_moe, linear in kinds)
-    total = trunk_passes * (trunk + logits)
-    total += depths * 3 * forward_flops_mtp(model)
-    return total + depths * (3 if head_is_reached else 2) * logits
+    mtp = 3 * forward_flops_mtp(model) + (3 if head_is_reached else 2) * logits
+    return trunk_passes * (trunk + logits) + depths * mtp
 
 
 def forward_flops_layer(model: ModelConfig, is_moe: bool, *, is_linear: bool = False) -> float:

@@ -1,27 +1,11 @@
-"""Which rank does what: coordinates of every rank along every parallel axis, in Megatron's order."""
+"""Parallel sizes of a job, and the pipeline stage of each rank in Megatron's order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.errors import ConfigError
-
-Axis = Literal["tp", "cp", "dp", "pp", "etp", "ep", "edp"]
-
-
-@dataclass(frozen=True, slots=True)
-class RankCoords:
-    """Position of one rank. Dense weights and activations see (tp, cp, dp, pp), experts see (etp, ep, edp, pp)."""
-
-    tp: int
-    cp: int
-    dp: int
-    pp: int
-    etp: int
-    ep: int
-    edp: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,38 +76,11 @@ class RankGrid:
         """Data parallel replicas of an expert's weights."""
         return self.world_size // (self.expert_tp * self.ep * self.pp)
 
-    def coords(self, rank: int) -> RankCoords:
-        """Coordinates of `rank`.
+    def stage(self, rank: int) -> int:
+        """Pipeline stage of a rank.
 
-        Example: world size 8, tp=2, pp=2: rank 5 is tp 1, dp 0, pp 1.
+        Example: world size 8, tp=2, pp=2: rank 5 is on stage 1; with `pp_before_dp` on stage 0.
         """
-        tp, cp, dp, pp = self._unravel(rank, self.tp, self.cp, self.dp_size)
-        etp, ep, edp, _ = self._unravel(rank, self.expert_tp, self.ep, self.expert_dp_size)
-        return RankCoords(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
-
-    def groups(self, *axes: Axis) -> list[list[int]]:
-        """All groups of ranks that differ only in `axes`, in rank order.
-
-        Dense axes (tp, cp, dp) and expert axes (etp, ep, edp) cannot be mixed; pp belongs to both.
-
-        Example: world size 4, tp=2: groups("dp") == [[0, 2], [1, 3]].
-        """
-        family: tuple[Axis, ...] = ("tp", "cp", "dp", "pp")
-        if not set(axes) <= set(family):
-            family = ("etp", "ep", "edp", "pp")
-        assert set(axes) <= set(family), f"{axes} mixes dense and expert axes"
-        found: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
-            coords = self.coords(rank)
-            rest = tuple(getattr(coords, axis) for axis in family if axis not in axes)
-            found.setdefault(rest, []).append(rank)
-        return list(found.values())
-
-    def _unravel(self, rank: int, first: int, second: int, data: int) -> tuple[int, int, int, int]:
-        rest, fast = divmod(rank, first)
-        rest, middle = divmod(rest, second)
         if self.pp_before_dp:
-            data_idx, stage = divmod(rest, self.pp)
-        else:
-            stage, data_idx = divmod(rest, data)
-        return fast, middle, data_idx, stage
+            return rank // (self.tp * self.cp) % self.pp
+        return rank * self.pp // self.world_size

@@ -163,9 +163,8 @@ def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, 
         cfg.finalize(world_size)
     except (ConfigError, PlanError):
         return None
-    layout = PipelineLayout.parse("even", cfg.model)
     memory = MemoryModel(RunShape.of(cfg, world_size), planner.is_cpu)
-    return max(memory.rank(layout, stage).total for stage in range(layout.pp))
+    return memory.fullest_bytes(PipelineLayout.parse("even", cfg.model))
 
 
 def _others(planner: Planner, wanted: Sequence[str]) -> dict[str, Plan]:

@@ -58,13 +58,10 @@ def stage_rows(plan: Plan) -> list[list[str]]:
     for stage in plan.stages:
         for v, (holds, time) in enumerate(zip(stage.holds, stage.chunks, strict=True)):
             name = str(stage.rank) if plan.layout.vp == 1 else f"{stage.rank}.{v}"
+            parts = (*asdict(stage.memory).values(), stage.memory.total)
+            totals = [short_count(stage.parameters), *(f"{part / GIB:.2f}" for part in parts), f"{stage.idle:.1%}"]
             row = [name, short_layout(holds), f"{time.forward_ms:.2f}", f"{time.backward_ms:.2f}"]
-            if v == 0:
-                parts = (*asdict(stage.memory).values(), stage.memory.total)
-                row += [short_count(stage.parameters), *(f"{part / GIB:.2f}" for part in parts), f"{stage.idle:.1%}"]
-            else:
-                row += [""] * 8
-            rows.append(row)
+            rows.append(row + (totals if v == 0 else [""] * len(totals)))
     return rows
 
 

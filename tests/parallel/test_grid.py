@@ -1,4 +1,4 @@
-"""The rank grid equals Megatron's groups."""
+"""Stages of ranks equal Megatron's pipeline groups, and sizes that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.parallel.grid import RankCoords, RankGrid
+from megatron_mtp.parallel.grid import RankGrid
 
 pytestmark = pytest.mark.unit
 
@@ -16,7 +16,7 @@ SIZES = st.sampled_from([1, 2, 3])
 
 @settings(max_examples=60, deadline=None)
 @given(tp=SIZES, cp=SIZES, pp=SIZES, ep=SIZES, etp=SIZES, dp=st.integers(1, 4), pp_before_dp=st.booleans())
-def test_groups_are_megatrons(tp, cp, pp, ep, etp, dp, pp_before_dp):
+def test_stages_are_megatrons(tp, cp, pp, ep, etp, dp, pp_before_dp):
     from megatron.core.parallel_state import RankGenerator
 
     world = tp * cp * pp * ep * etp * dp
@@ -29,18 +29,13 @@ def test_groups_are_megatrons(tp, cp, pp, ep, etp, dp, pp_before_dp):
     grid = RankGrid(**sizes)
     dense = RankGenerator(tp=tp, ep=1, dp=grid.dp_size, pp=pp, cp=cp, order=order)
     expert = RankGenerator(tp=etp, ep=ep, dp=grid.expert_dp_size, pp=pp, cp=1, order=order)
-    assert grid.groups("tp") == dense.get_ranks("tp")
-    assert grid.groups("pp") == dense.get_ranks("pp")
-    assert grid.groups("dp") == dense.get_ranks("dp")
-    assert sorted(grid.groups("dp", "cp")) == sorted(map(sorted, dense.get_ranks("dp-cp")))
-    assert grid.groups("ep") == expert.get_ranks("ep")
-    assert grid.groups("edp") == expert.get_ranks("dp")
-    assert sorted(grid.groups("etp", "ep")) == sorted(map(sorted, expert.get_ranks("tp-ep")))
+    for groups in (dense.get_ranks("pp"), expert.get_ranks("pp")):
+        assert [[grid.stage(rank) for rank in group] for group in groups] == [list(range(pp))] * (world // pp)
 
 
-def test_coordinates_of_one_rank():
+def test_sizes_and_stage_of_one_rank():
     grid = RankGrid(world_size=8, tp=2, pp=2)
-    assert grid.coords(5) == RankCoords(tp=1, cp=0, dp=0, pp=1, etp=1, ep=0, edp=0)
+    assert (grid.stage(5), RankGrid(world_size=8, tp=2, pp=2, pp_before_dp=True).stage(5)) == (1, 0)
     assert (grid.dp_size, grid.expert_dp_size) == (2, 2)
 
 

@@ -93,22 +93,19 @@ class _Estimate:
         """A decoder layer, recomputation in its backward pass included."""
         block = self.experts() if "moe" in kind else self.mlp(self.model.ffn_hidden_size)
         time = self.attention("linear" in kind) + block
-        share = self.recomputed_share(kind)
-        extra = time.forward_ms * share if share else self.selective(kind)
-        return time + PartTime(0.0, extra)
+        share = self.recomputed_share
+        return time + PartTime(0.0, time.forward_ms * share if share else self.selective(kind))
 
-    def recomputed_share(self, kind: str) -> float:
-        """Share of the layers that are fully recomputed.
-
-        `block` recomputes the first few of each chunk; here that is averaged over all layers.
-        """
+    @property
+    def recomputed_share(self) -> float:
+        """Share of fully recomputed layers; the first few of each chunk by `block` are averaged over all layers."""
         model = self.model
         if model.recompute_granularity != "full":
             return 0.0
-        if model.recompute_method == "block":
-            chunks = model.pipeline_model_parallel_size * model.virtual_pipeline_model_parallel_size
-            return min(1.0, (model.recompute_num_layers or 0) * chunks / model.num_layers)
-        return 1.0
+        if model.recompute_method != "block":
+            return 1.0
+        chunks = model.pipeline_model_parallel_size * model.virtual_pipeline_model_parallel_size
+        return min(1.0, (model.recompute_num_layers or 0) * chunks / model.num_layers)
 
     def core_flops(self) -> float:
         """Scores and weighted values of full attention on one rank."""
@@ -196,18 +193,15 @@ class _Estimate:
 
     def mtp_layer(self, layers: dict[str, PartTime]) -> PartTime:
         """Lookup, norms and projection, then a layer of the last decoder layer's kind, then a norm."""
-        model = self.model
-        layer = layers[self.shape.mtp_kind]
+        model, layer = self.model, layers[self.shape.mtp_kind]
         if model.mtp_variant == "parallel":
             is_rerun = self.shape.depths.count > 1 and model.recompute_granularity != "full"
             return layer + PartTime(0.0, layer.forward_ms * is_rerun)
-        h = model.hidden_size
-        flops = 2 * self.tokens * 2 * h * h / self.tp
+        h, machine = model.hidden_size, self.machine
+        products = self.compute(2 * self.tokens * 2 * h * h / self.tp, machine.matmul_fraction)
         num_bytes = 12 * self.tokens * h * self.num_bytes / self.shards
         gathered = 2 * self.collective(self.tokens * h * self.num_bytes)
-        joint = self.both(
-            self.compute(flops, self.machine.matmul_fraction), num_bytes, gathered, self.machine.launch_ms
-        )
+        joint = self.both(products, num_bytes, gathered, machine.launch_ms)
         if model.recompute_granularity == "full":
             joint = joint + PartTime(0.0, joint.forward_ms)
         return self.embedding() + joint + layer

@@ -104,10 +104,8 @@ class Profile:
 
     def check_fits(self, cfg: ConfigContainer) -> None:
         """Raises PlanError that names every field in which a finalized `cfg` differs from what was measured."""
-        here = measured_fields(cfg.model) | {
-            "dtype": cfg.precision.dtype,
-            "micro_batch_size": cfg.train.micro_batch_size,
-        }
+        here = measured_fields(cfg.model)
+        here |= {"dtype": cfg.precision.dtype, "micro_batch_size": cfg.train.micro_batch_size}
         there = self.model | {"dtype": self.dtype, "micro_batch_size": self.micro_batch_size}
         differ = [
             f"{name} = {here.get(name)!r} here, {there.get(name)!r} there"
@@ -156,8 +154,7 @@ def _unusable(path: str | Path, reason: str) -> PlanError:
 
 def measured_fields(model: ModelConfig) -> dict[str, Any]:
     """The fields of a finalized model section that the time of a part depends on."""
-    names = [f.name for f in fields(model) if f.name not in FREE_FIELDS]
-    return {name: getattr(model, name) for name in names}
+    return {f.name: getattr(model, f.name) for f in fields(model) if f.name not in FREE_FIELDS}
 
 
 def _part(value: Any) -> Any:

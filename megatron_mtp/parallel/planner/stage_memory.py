@@ -105,6 +105,10 @@ class MemoryModel:
         held = [self.chunk("".join(chunk), layout.decoder_layers(stage, v)) for v, chunk in chunks]
         return self.stage(layout.pp, stage, held)
 
+    def fullest_bytes(self, layout: PipelineLayout) -> int:
+        """Memory of the fullest stage."""
+        return max(self.rank(layout, stage).total for stage in range(layout.pp))
+
     def stage(self, pp: int, stage: int, chunks: Sequence[ChunkMemory]) -> RankMemory:
         """Memory of every rank of a stage that holds these chunks, in the order of its virtual stages."""
         held = sum((chunk.held for chunk in chunks), RankParameters(dense=0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -15,7 +15,7 @@ from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.units import GIB
 from megatron_mtp.device.memory_meter import peak_resident_bytes
 from megatron_mtp.errors import ConfigError, OutOfMemoryError, PlanError
-from megatron_mtp.parallel.planner.stage_memory import RankMemory, predict_memory
+from megatron_mtp.parallel.planner.stage_memory import MemoryModel, RankMemory, predict_memory
 from megatron_mtp.parallel.resolve import ResolvedRun, resolve
 
 # Messages of torch's CPU allocator, the C++ library and the operating system: their RuntimeErrors have no own type.
@@ -61,7 +61,7 @@ def explanation(run: ResolvedRun, rank: int, cause: str, used: str, *, is_cpu: b
         cause: text of the original error; its first line is quoted.
         used: memory that this process had allocated, as text.
     """
-    layout, stage = run.layout, run.grid.coords(rank).pp
+    layout, stage = run.layout, run.grid.stage(rank)
     planned = predict_memory(run, layout, stage, is_cpu=is_cpu)
     now = peak_bytes(run, is_cpu=is_cpu)
     holds = " and ".join("".join(chunk) for chunk in layout.chunks[stage])
@@ -97,7 +97,7 @@ def remedies(run: ResolvedRun, *, is_cpu: bool) -> list[Remedy]:
 
 def peak_bytes(run: ResolvedRun, *, is_cpu: bool) -> int:
     """Planned peak of the fullest stage."""
-    return max(predict_memory(run, run.layout, stage, is_cpu=is_cpu).total for stage in range(run.layout.pp))
+    return MemoryModel(run, is_cpu).fullest_bytes(run.layout)
 
 
 def _candidates(cfg: ConfigContainer) -> list[dict[str, Any]]:
@@ -150,8 +150,7 @@ def _used_on_cpu() -> str:
 
 
 def _parts(memory: RankMemory) -> str:
-    names = ("weights", "gradients", "optimizer", "activations", "workspace")
-    return ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
+    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(memory).items())
 
 
 def _gib(size: float) -> str:
