@@ -6,10 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from megatron_mtp.mcore import recompute
 from megatron_mtp.mcore.patches import replaced
@@ -69,6 +72,9 @@ def destroy_model_parallel() -> None:
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()
+    # The schedules set them to 1 / num_microbatches at each step and nobody puts them back.
+    MTPLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     if not dist.is_initialized():
         _gloo_groups.clear()
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -14,18 +13,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_mtp.mcore.groups import destroy_model_parallel
+from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel
 from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.sharded import gather_parts, gradient_parts, whole_tensors
 from megatron_mtp.model.torch_backend import TorchSpecProvider, build_layer_spec
 from tests.model.torch_backend.tiny import delta_net_config, dense_config, mla_config, moe_config
 
 CONFIGS = {"dense": dense_config, "mla": mla_config, "moe": moe_config, "delta_net": delta_net_config}
-PARALLEL_STATE_NAMES = (
-    "tensor_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
 VOCAB, SEQ = 64, 16
 
 
@@ -39,15 +33,15 @@ def gradients(kind: str, fields: dict[str, object], upstream_mla: bool = False) 
         fields: of the TransformerConfig, parallel sizes included.
         upstream_mla: use Megatron-Core's own MLA module.
     """
-    parallel_state.initialize_model_parallel(
-        **{name: fields[name] for name in PARALLEL_STATE_NAMES if name in fields}, create_gloo_process_groups=False
-    )
+    tp = fields.get("tensor_model_parallel_size", 1)
+    ep, etp = fields.get("expert_model_parallel_size", 1), fields.get("expert_tensor_parallel_size", tp)
+    groups = init_model_parallel(tp=tp, pp=1, vp=None, cp=1, ep=ep, etp=etp, embedding_stages=[0])
     try:
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         config = CONFIGS[kind](mtp_num_layers=1, **fields)
         layer = build_layer_spec(config, is_moe=kind == "moe")
         linear = build_layer_spec(config, is_moe=False, is_linear=True) if kind == "delta_net" else layer
-        model = _model(config, [linear, layer], upstream_mla)
+        model = _model(config, [linear, layer], upstream_mla, groups)
         fill_initial_weights([model], seed=7, std=0.2, num_layers=2)
         _perturb_vectors(model)
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=False), model)
@@ -55,14 +49,14 @@ def gradients(kind: str, fields: dict[str, object], upstream_mla: bool = False) 
         positions = torch.arange(SEQ).expand(2, -1)
         loss_mask = torch.ones(2, SEQ)
         ddp(tokens[:, :-1], positions, None, labels=tokens[:, 1:], loss_mask=loss_mask).mean().backward()
-        finalize_model_grads([ddp], pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+        finalize_model_grads([ddp], pg_collection=groups)
         parts = gather_parts(gradient_parts([ddp]))
         return None if parts is None else whole_tensors(parts)[0]
     finally:
         destroy_model_parallel()
 
 
-def _model(config: object, layers: list[ModuleSpec], upstream_mla: bool) -> GPTModel:
+def _model(config: object, layers: list[ModuleSpec], upstream_mla: bool, groups: ProcessGroupCollection) -> GPTModel:
     """One layer of each spec; the MTP layer is of the kind of the last."""
     if upstream_mla:
         layers[-1].submodules.self_attention.module = MLASelfAttention
@@ -74,7 +68,7 @@ def _model(config: object, layers: list[ModuleSpec], upstream_mla: bool) -> GPTM
         SEQ,
         position_embedding_type="rope",
         mtp_block_spec=get_gpt_mtp_block_spec_for_backend(config, layers[-1], provider),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pg_collection=groups,
     )
 
 

@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_mtp.device import cpu_facade
 from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel
 from megatron_mtp.model.torch_backend import attention
 from megatron_mtp.model.torch_backend.attention import TorchCoreAttention, visible_keys
 from tests.model.torch_backend.tiny import dense_config
@@ -205,8 +205,8 @@ def zigzag(x: Tensor, cp: int, rank: int) -> Tensor:
 
 def sharded_run(shape: str, documents: bool, cp: int, tile_rows: int) -> float:
     """Worst relative difference of this rank's output and gradients to its slice of the reference."""
-    groups = [dist.new_group(list(range(lo, lo + cp))) for lo in range(0, dist.get_world_size(), cp)]
-    group = groups[dist.get_rank() // cp]
+    group = init_model_parallel(tp=1, pp=1, vp=None, cp=cp, ep=1, etp=1, embedding_stages=[0]).cp
+    destroy_model_parallel()
     core = core_attention(shape, group, context_parallel_size=cp)
     local = {name: zigzag(x, cp, group.rank()) for name, x in sample(shape, torch.float32).items()}
     with mock.patch.dict(attention.TILE_ROWS, cpu=tile_rows):

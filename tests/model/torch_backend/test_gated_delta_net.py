@@ -8,16 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import UnsupportedError
-from megatron_mtp.mcore.groups import destroy_model_parallel
+from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel
 from megatron_mtp.model.torch_backend import build_layer_spec
 from megatron_mtp.model.torch_backend import gated_delta_net as module_under_test
 from megatron_mtp.recipes import get_recipe
@@ -57,11 +55,10 @@ def randomize(module: nn.Module) -> None:
 
 def ours(is_linear: bool, changes: dict | None = None) -> nn.Module:
     """One attention module of the torch backend on one rank."""
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    groups = init_model_parallel(tp=1, pp=1, vp=None, cp=1, ep=1, etp=1, embedding_stages=[0])
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = delta_net_config(**(changes or {}))
     spec = build_layer_spec(config, is_moe=False, is_linear=is_linear).submodules.self_attention
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     return build_module(spec, config=config, layer_number=1, pg_collection=groups)
 
 
