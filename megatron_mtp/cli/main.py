@@ -27,6 +27,7 @@ COMMANDS = {
     ),
     "convert": ("megatron_mtp.cli.convert:convert", "Convert weights from and to Hugging Face folders."),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
+    "check-data": ("megatron_mtp.cli.check_data:check_data", "Look for damage in prepared data."),
     "generate": ("megatron_mtp.cli.generate:generate", "Continue text, with the MTP layers as drafters."),
     "spec-eval": ("megatron_mtp.cli.spec_eval:spec_eval", "Measure what drafting gains on held-out text."),
     "doctor": ("megatron_mtp.cli.doctor:doctor", "Check what this machine can run."),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,16 +22,36 @@ _POLL_S = 0.2
 _SAY_AFTER_S = 10.0
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that never exists half written, even after a power failure."""
-    with replacing(path) as temporary:
+def stat_file(path: Path) -> os.stat_result:
+    """Status of a regular file.
+
+    Raises:
+        OSError: there is none. A reader of a pipe or a device might never come to its end.
+    """
+    try:
+        status = path.stat()
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "its name holds a NUL character", str(path)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return status
+
+
+def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
+    """Writes a file that never exists half written, even after a power failure. For `scratch` see `replacing`."""
+    with replacing(path, scratch) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`, which replaces `path` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `path` if the block succeeds.
+
+    Args:
+        scratch: folder of the temporary file, on the file system of `path`; None: that of `path`. A killed process
+            leaves the temporary file there.
+    """
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-from megatron_mtp.data.files import write_atomically
+from megatron_mtp.data.files import stat_file, write_atomically
+from megatron_mtp.data.indexed import IndexedReader, token_dtype
 from megatron_mtp.errors import DataError
+
+_TYPES = {"str": str, "int": int, "bool": bool, "list[str]": list}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,10 +30,13 @@ class Sidecar:
     plan: str
     """Hash of the inputs and options of `prepare`."""
     sources: list[str] = field(default_factory=list)
+    bin_sha256: str = ""
+    """Checksum of the `.bin` in hex; empty: it was made before checksums were recorded."""
+    idx_sha256: str = ""
 
-    def save(self, prefix: str) -> None:
-        """Writes `<prefix>.json` atomically."""
-        write_atomically(Path(f"{prefix}.json"), json.dumps(asdict(self), indent=1).encode())
+    def save(self, prefix: str, scratch: Path | None = None) -> None:
+        """Writes `<prefix>.json` atomically. For `scratch` see `files.replacing`."""
+        write_atomically(Path(f"{prefix}.json"), json.dumps(asdict(self), indent=1).encode(), scratch)
 
     @classmethod
     def load(cls, prefix: str) -> Sidecar | None:
@@ -41,29 +47,32 @@ class Sidecar:
         """
         path = Path(f"{prefix}.json")
         try:
+            stat_file(path)
             values = json.loads(path.read_bytes())
-            return cls(**{f.name: values[f.name] for f in fields(cls)})
-        except FileNotFoundError:
+            optional = {f.name for f in fields(cls) if f.default is not MISSING or f.default_factory is not MISSING}
+            given = {f.name: values[f.name] for f in fields(cls) if f.name not in optional or f.name in values}
+            for f in fields(cls):
+                if f.name in given and type(given[f.name]) is not _TYPES[str(f.type)]:
+                    raise ValueError(f"{f.name} is {type(given[f.name]).__name__}, not {f.type}")
+            return cls(**given)
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: is not a sidecar of `megatron-mtp prepare` ({error!r}). Prepare the data again."
             ) from error
 
-    def problems(self, prefix: str, bin_bytes: int, vocab_size: int, fingerprint: str | None) -> list[str]:
+    def problems(self, reader: IndexedReader, vocab_size: int, fingerprint: str | None) -> list[str]:
         """The reasons why this data does not fit a run.
 
         Args:
-            bin_bytes: actual size of `<prefix>.bin`.
+            reader: the open files.
             vocab_size: of the model.
             fingerprint: of the run's tokenizer; None: the run has none.
         """
-        found = []
-        if bin_bytes != self.bin_bytes:
-            found.append(
-                f"{prefix}.bin: holds {bin_bytes} bytes, but {prefix}.json records {self.bin_bytes}: the files do not "
-                "belong together. Copy or prepare them again."
-            )
+        prefix, found = reader.prefix, self.mismatches(reader)
         if self.largest_id >= vocab_size:
             found.append(
                 f"{prefix}: holds token id {self.largest_id} (tokenizer {self.tokenizer_type}, {self.vocab_size} ids), "
@@ -76,3 +85,18 @@ class Sidecar:
                 "Set tokenizer.tokenizer_model to the one that made the data, or prepare the data again."
             )
         return found
+
+    def mismatches(self, reader: IndexedReader) -> list[str]:
+        """The reasons why the files are not those that this sidecar was written for."""
+        facts = [
+            (".bin", "bytes", reader.bin_size, self.bin_bytes),
+            (".idx", "bytes", reader.idx_size, self.idx_bytes),
+            (".idx", "documents", len(reader), self.num_documents),
+            (".idx", "tokens", str(reader.dtype), str(token_dtype(self.vocab_size))),
+        ]
+        return [
+            f"{reader.prefix}{ending}: holds {actual} {unit}, but {reader.prefix}.json records {recorded}: the files "
+            "do not belong together. Copy or prepare them again."
+            for ending, unit, actual, recorded in facts
+            if actual != recorded
+        ]

@@ -81,3 +81,57 @@ def test_missing_empty_truncated_and_foreign_files_are_named_with_sizes(tmp_path
     assert "describes no documents" in error()
     idx_path.write_bytes(whole_idx)
     assert len(IndexedReader(str(prefix))) == 2
+
+
+def read_all(prefix):
+    reader = IndexedReader(str(prefix))
+    return [reader.read(i).tolist() for i in range(len(reader))], reader.count_tokens(3, len(reader))
+
+
+def test_no_flipped_bit_of_an_index_gives_other_documents(tmp_path):
+    prefix, rng = tmp_path / "a", np.random.default_rng(5)
+    write_corpus(prefix, rng.integers(0, 40, 100) + 1)
+    whole, expected = (tmp_path / "a.idx").read_bytes(), read_all(prefix)
+    marks_begin, refusals = 34 + 100 * 12, []
+    for bit in rng.choice(len(whole) * 8, 300, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a.idx").write_bytes(damaged)
+        try:
+            assert read_all(prefix) == expected, bit
+            assert bit // 8 >= marks_begin, "only the document index may be damaged without harm: nothing reads it"
+        except DataError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 200
+    assert all(str(prefix) in refusal for refusal in refusals)
+
+
+@pytest.mark.parametrize(("entry", "value"), [(0, -1), (0, 101), (40, 38), (100, 101)])
+def test_document_index_must_rise_and_stay_in_range(tmp_path, monkeypatch, entry, value):
+    monkeypatch.setattr("megatron_mtp.data.indexed._BLOCK", 40)  # the last entries lie in the third block
+    write_corpus(tmp_path / "a", [3] * 100)
+    whole = bytearray((tmp_path / "a.idx").read_bytes())
+    assert len(read_all(tmp_path / "a")[0]) == 100
+    struct.pack_into("<q", whole, 34 + 100 * 12 + entry * 8, value)
+    (tmp_path / "a.idx").write_bytes(whole)
+    with pytest.raises(DataError, match=r"a\.idx: its document index is damaged"):
+        IndexedReader(str(tmp_path / "a"))
+
+
+def test_a_length_and_an_offset_that_disagree_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_mtp.data.indexed._BLOCK", 7)
+    write_corpus(tmp_path / "a", [3] * 20)
+    whole = bytearray((tmp_path / "a.idx").read_bytes())
+    struct.pack_into("<q", whole, 34 + 20 * 4 + 14 * 8, 14 * 6 + 2)  # the first of the third block
+    (tmp_path / "a.idx").write_bytes(whole)
+    with pytest.raises(DataError, match=r"a\.idx: is damaged at sequence 14 \(length 3, offset 86\)"):
+        IndexedReader(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, ending):
+    write_corpus(tmp_path / "a", [3])
+    (tmp_path / f"a.{ending}").unlink()
+    (tmp_path / f"a.{ending}").mkdir()
+    with pytest.raises(DataError, match="not a regular file"):
+        IndexedReader(str(tmp_path / "a"))

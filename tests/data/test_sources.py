@@ -1,4 +1,5 @@
 import itertools
+import os
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ def sidecar(prefix, **changes):
         "num_tokens": 1800,
         "largest_id": 256,
         "bin_bytes": 3600,
-        "idx_bytes": 0,
+        "idx_bytes": os.path.getsize(f"{prefix}.idx"),
         "plan": "",
     }
     Sidecar(**(values | changes)).save(prefix)

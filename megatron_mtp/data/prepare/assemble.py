@@ -43,6 +43,8 @@ def assemble_shard(
         largest_id=largest,
         bin_bytes=Path(f"{prefix}.bin").stat().st_size,
         idx_bytes=Path(f"{prefix}.idx").stat().st_size,
+        bin_sha256=writer.bin_sha256,
+        idx_sha256=writer.idx_sha256,
     )
     sidecar.save(str(prefix))
     return sidecar
