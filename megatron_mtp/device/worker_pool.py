@@ -13,16 +13,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import psutil
-
 TIMEOUT_S, COLLECTIVE_TIMEOUT_S = 120.0, 60.0
-MAX_THREADS = 150
-"""A gloo group polls with two threads while something refers to it; a worker with a thousand starves the machine."""
 
 
 class WorkerError(Exception):
@@ -64,10 +60,6 @@ class WorkerPool:
             self._processes.append(process)
         self._collect("start")
 
-    def num_threads(self) -> int:
-        """Threads of the worker that has most."""
-        return max((psutil.Process(one.pid).num_threads() for one in self._processes if one.is_alive()), default=0)
-
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """Runs work(*args) on every rank and returns the results in order of rank.
 
@@ -86,7 +78,8 @@ class WorkerPool:
 
     def _send(self, mode: str, work: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         for pipe in self._pipes:
-            pipe.send((mode, work, args))
+            with suppress(ConnectionError):  # a worker that has ended: `_collect` says which
+                pipe.send((mode, work, args))
         return self._collect(work.__qualname__)
 
     def _collect(self, what: str) -> list[Any]:
@@ -137,14 +130,11 @@ def worker_pools(
 ) -> Iterator[Callable[[int], WorkerPool]]:
     """Yields a function from size to pool; the arguments are WorkerPool's.
 
-    Each pool starts at its first use, starts again if a failure ended it or its workers hold too many threads, and is
-    closed at the end of the block.
+    Each pool starts at its first use, starts again if a failure ended it, and is closed at the end of the block.
     """
     pools: dict[int, WorkerPool] = {}
 
     def pool_of(size: int) -> WorkerPool:
-        if size in pools and pools[size].num_threads() > MAX_THREADS:
-            pools[size].close()
         if size not in pools or not pools[size].is_open:
             pools[size] = WorkerPool(size, timeout_s, preload, collective_timeout_s)
         return pools[size]
