@@ -1,6 +1,6 @@
 """The time of a long step without compiling all of it, because its middle repeats.
 
-Each further round of pp micro-batches adds the same nodes to a compiled schedule, at the same distances from the nodes
+Each further round of micro-batches adds the same nodes to a compiled schedule, at the same distances from the nodes
 that they wait for. Two short schedules that differ by one round show which nodes those are. A step of any length is the
 beginning, these nodes as often as needed, and the end. Once two consecutive rounds differ by a constant shift, all
 later rounds do, because each node is the later of two earlier ones plus a constant. The rest is one multiplication.
@@ -15,19 +15,23 @@ from megatron_mtp.parallel.planner.schedule import ScheduleKind
 from megatron_mtp.parallel.planner.simulate import CompiledSchedule, Node, Work, compile_schedule
 
 FIRST_ROUNDS, LAST_ROUNDS = 3, 8
-"""Lengths in which the repeating part is searched, in rounds of pp micro-batches."""
+"""Lengths in which the repeating part is searched, in rounds."""
+PERIODS = (1, 2)
+"""A round holds this many times pp micro-batches. Two: with an odd pp, blocking sends and messages about shapes the
+ranks swap turns after every pp micro-batches."""
 
 
 def step_time(kind: ScheduleKind, work: Work) -> float:
     """Time of the forward and backward passes of a step: `simulate(kind, work).total_ms`."""
-    exchanges_shapes = work.shapes_ms is not None
-    shortest = FIRST_ROUNDS * kind.pp + kind.num_microbatches % kind.pp
-    parts = None
-    if kind.num_microbatches > shortest + kind.pp:
-        parts = _parts(replace(kind, num_microbatches=shortest), exchanges_shapes)
-    if parts is None or parts.num_microbatches > kind.num_microbatches:
-        return compile_schedule(kind, exchanges_shapes).total(work.costs())
-    return parts.total(work.costs(), (kind.num_microbatches - parts.num_microbatches) // kind.pp)
+    exchanges_shapes, total = work.shapes_ms is not None, kind.num_microbatches
+    for size in (period * kind.pp for period in PERIODS):
+        shortest = FIRST_ROUNDS * kind.pp + (total - FIRST_ROUNDS * kind.pp) % size
+        if total <= shortest + size:
+            break
+        parts = repeating_parts(replace(kind, num_microbatches=shortest), size, exchanges_shapes)
+        if parts is not None and parts.num_microbatches <= total:
+            return parts.total(work.costs(), (total - parts.num_microbatches) // size)
+    return compile_schedule(kind, exchanges_shapes).total(work.costs())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +86,12 @@ def _steady(times: list[float], length: int, span: int) -> float | None:
 
 
 @lru_cache(maxsize=512)
-def _parts(kind: ScheduleKind, exchanges_shapes: bool) -> RepeatingSchedule | None:
-    """Cuts a schedule into start, round and end; None if it repeats at none of the lengths."""
+def repeating_parts(kind: ScheduleKind, size: int, exchanges_shapes: bool) -> RepeatingSchedule | None:
+    """Cuts a schedule into start, round of `size` micro-batches and end; None if it repeats at none of the lengths."""
     longer = compile_schedule(kind, exchanges_shapes)
     for _ in range(LAST_ROUNDS - FIRST_ROUNDS):
         shorter, count = longer, kind.num_microbatches
-        kind = replace(kind, num_microbatches=count + kind.pp)
+        kind = replace(kind, num_microbatches=count + size)
         longer = compile_schedule(kind, exchanges_shapes)
         if (parts := _cut(shorter, longer, count)) is not None:
             return parts

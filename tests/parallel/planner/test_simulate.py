@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_mtp.parallel.planner.part_costs import PartTime
 from megatron_mtp.parallel.planner.schedule import ScheduleKind
 from megatron_mtp.parallel.planner.simulate import Work, compile_schedule, simulate
-from megatron_mtp.parallel.planner.steady import step_time
+from megatron_mtp.parallel.planner.steady import PERIODS, repeating_parts, step_time
 
 pytestmark = pytest.mark.unit
 
@@ -181,3 +181,12 @@ def test_the_short_cut_equals_the_complete_simulation(case):
 def test_the_short_cut_is_taken():
     kind = ScheduleKind(pp=4, vp=2, num_microbatches=4_000_000)
     assert step_time(kind, work([[(2, 3)] * 2] * 4)) == pytest.approx(5 * (8_000_000 + 3))
+
+
+@pytest.mark.parametrize(("pp", "vp"), [(2, 1), (3, 1), (8, 1), (2, 2), (2, 4), (3, 2), (3, 3), (4, 2), (5, 2), (6, 2)])
+@pytest.mark.parametrize("exchanges_shapes", [False, True])
+@pytest.mark.parametrize("sends_block", [False, True])
+def test_every_schedule_repeats(pp, vp, exchanges_shapes, sends_block):
+    """Else each split would be simulated micro-batch by micro-batch: seconds with a thousand of them."""
+    kind = ScheduleKind(pp=pp, vp=vp, num_microbatches=3 * pp, sends_block=sends_block)
+    assert any(repeating_parts(kind, period * pp, exchanges_shapes) for period in PERIODS)
