@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 NOT_GIVEN: Final = object()
 """Stands for a value that a problem does not have; None is a value of config fields."""
+
+
+SHOWN_LENGTH = 200
+"""Characters of a value that a message shows."""
+
+
+def cut(text: str, length: int = SHOWN_LENGTH) -> str:
+    """`text`, or its beginning and how long it is."""
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: as Python writes it, and cut."""
+    try:
+        return cut(repr(value))
+    except (ValueError, RecursionError):  # Python writes no integer of more than 4300 digits
+        return f"{type(value).__name__} that is too long to show"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +49,24 @@ class Problem:
     is_refusal: bool = False
 
     def __str__(self) -> str:
-        parts = [*self.fields[:1], *([repr(self.value)] if self.value is not NOT_GIVEN else [])]
+        parts = [*map(cut, self.fields[:1]), *([shown(self.value)] if self.value is not NOT_GIVEN else [])]
         text = " ".join(_sentence(part) for part in (self.rule, self.remedy) if part)
-        return ": ".join(part for part in (self.where, " = ".join(parts), text) if part)
+        return ": ".join(part for part in (cut(self.where), " = ".join(parts), text) if part)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        value = None if self.value is NOT_GIVEN else self.value
+        value = None if self.value is NOT_GIVEN else _plain(self.value)
         data = {"fields": list(self.fields), "value": value, "rule": self.rule, "remedy": self.remedy}
         return data | {"where": self.where, "is_refusal": self.is_refusal}
+
+
+def _plain(value: Any) -> Any:
+    """`value`, or its text if JSON cannot hold it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return shown(value)
+    return value
 
 
 def _sentence(text: str) -> str:

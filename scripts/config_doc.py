@@ -78,8 +78,7 @@ def _cell(text: str) -> str:
 
 def _type(declared: str) -> str:
     """A field's type as a user writes it; `Derived[int]` may be left at None."""
-    inner = declared.removeprefix("Derived[").removesuffix("]")
-    return declared if inner == declared else f"{inner} | None"
+    return f"{declared[8:-1]} | None" if declared.startswith("Derived[") else declared
 
 
 if __name__ == "__main__":

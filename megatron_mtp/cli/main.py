@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -37,8 +38,18 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Runs one command and exits: 0 on success, 2 for a mistake of the user (one message, no traceback).
 
-    With --json, what is wrong is printed as JSON too.
+    With --json, what is wrong is printed as JSON too. If standard output takes no more, such as a full disk or a pipe
+    whose reader is gone, the exit code is 1.
     """
+    try:
+        _run(argv)
+    except (SystemExit, OSError) as end:
+        # A write that failed is forgotten by the stream. If it may have been one to standard output, try again.
+        _finish_output("\n" if isinstance(end, OSError) and end.filename is None else "")
+        raise
+
+
+def _run(argv: list[str] | None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     silence_noise()  # before a command imports torch and megatron
@@ -50,6 +61,20 @@ def main(argv: list[str] | None = None) -> None:
             data = {"error": type(error).__name__, "problems": [problem.as_dict() for problem in error.problems]}
             typer.echo(json.dumps(data, indent=2, default=str))
         sys.exit(exit_code_of(error))
+
+
+def _finish_output(rest: str) -> None:
+    """Writes the rest to standard output, and exits if that fails; whatever else went wrong came from this."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write(rest)
+            sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as sink:  # or Python fails to flush once more when it exits
+            os.dup2(sink.fileno(), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"megatron-mtp: standard output cannot be written: {error.strerror}.", file=sys.stderr)
+        sys.exit(1)
 
 
 def build_app(chosen: str | None) -> typer.Typer:

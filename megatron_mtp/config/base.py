@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from megatron_mtp.config.frozen import frozen, refuse_change
 from megatron_mtp.config.knob import Resume, per_class
-from megatron_mtp.errors import ConfigError, nearest
+from megatron_mtp.errors import ConfigError, cut, nearest
 
 # Fields that are gone, with the reason. A config file may still name them; they are ignored.
 REMOVED = {"logger.log_params_norm": "no norm of the weights was ever logged"}
@@ -52,7 +52,7 @@ def unknown_field(section: str, name: str, known: list[str]) -> str:
         hint = f" Megatron-Core has this field: write model.mcore.{name}."
     else:
         hint = nearest(name, known, prefix=f"{section}.")
-    return f"{section}.{name}: there is no such field.{hint}"
+    return f"{section}.{cut(name)}: there is no such field.{hint}"
 
 
 def _is_megatron_core_field(name: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from megatron_mtp.config.knob import per_class
+from megatron_mtp.config.quantity import read_number
 
 NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
@@ -116,7 +117,7 @@ def _fit_scalar(value: Any, wanted: type, from_text: bool) -> Any:
     if type(value) is wanted:
         return value
     if wanted is float and type(value) is int:
-        return float(value) if from_text else value
+        return _as_float(value) if from_text else value
     if from_text and wanted is float and isinstance(value, str):
         return _parse(value, float)
     if from_text and wanted is int and isinstance(value, str):
@@ -130,8 +131,15 @@ def _fit_scalar(value: Any, wanted: type, from_text: bool) -> Any:
     raise MisfitError(f"must be {describe(wanted)}")
 
 
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _parse(text: str, number: type) -> Any:
     try:
-        return number(text.strip())
+        return read_number(text, number)
     except ValueError:
         raise MisfitError(f"must be {describe(number)}") from None

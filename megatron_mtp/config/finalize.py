@@ -13,7 +13,7 @@ from megatron_mtp.config.checks.parallel import batch_problems, placement_proble
 from megatron_mtp.config.checks.run import ramp_problems, run_problems, run_refusals
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.derive import derive, read_token_counts
-from megatron_mtp.config.knob import range_of
+from megatron_mtp.config.knob import broken_rule, range_of
 from megatron_mtp.config.mcore.rules import mcore_problems
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.errors import ConfigError, Problem, UnsupportedError
@@ -51,8 +51,11 @@ def find_problems(trial: RunConfig, world_size: int | None = None) -> list[Probl
     if any(not isinstance(getattr(trial, name), kind) for name, kind in field_types(RunConfig).items()):
         return misfits
     unread = read_token_counts(trial)
-    misfits += unread + _range_problems(trial)
-    found = derive(trial) + mcore_problems(trial.model) + model_problems(trial.model)
+    misfits += unread + _value_problems(trial)
+    found = derive(trial)
+    derived = _value_problems(trial, are_derived=True)
+    misfits = misfits or derived  # with misfits, it may follow from what replaces one
+    found += mcore_problems(trial.model) + model_problems(trial.model)
     found += placement_problems(trial.model) + run_problems(trial) + data_problems(trial) + fault_problems(trial)
     ramp = ramp_problems(trial)
     if not ramp:  # else its batch sizes cannot be counted
@@ -81,23 +84,28 @@ def _type_problems(cfg: RunConfig) -> list[Problem]:
     return problems
 
 
-def _range_problems(cfg: RunConfig) -> list[Problem]:
+def _value_problems(cfg: RunConfig, are_derived: bool = False) -> list[Problem]:
+    """Values that break the rules of their own field; entries of a mapping are reported and removed one by one."""
     problems = []
+    remedy = "It follows from other fields: change those, or set it." if are_derived else ""
     for name, kind in field_types(RunConfig).items():
         section = getattr(cfg, name)
         for field_name in field_types(kind):
-            limits, value = range_of(kind, field_name), getattr(section, field_name)
-            if limits is None or limits.holds(value):
-                continue
-            problems.append(Problem(fields=(f"{name}.{field_name}",), value=value, rule=limits.rule(value)))
-            setattr(section, field_name, _fitting(kind, field_name))
+            field, value = f"{name}.{field_name}", getattr(section, field_name)
+            if isinstance(value, dict):
+                broken = {key: rule for key, item in value.items() if (rule := broken_rule(kind, field_name, item))}
+                for key, rule in broken.items():
+                    problems.append(Problem(fields=(f"{field}.{key}",), value=value.pop(key), rule=rule, remedy=remedy))
+            elif rule := broken_rule(kind, field_name, value):
+                problems.append(Problem(fields=(field,), value=value, rule=rule, remedy=remedy))
+                setattr(section, field_name, _fitting(kind, field_name, needs_number=are_derived))
     return problems
 
 
-def _fitting(kind: type[Section], name: str) -> object:
+def _fitting(kind: type[Section], name: str, needs_number: bool = False) -> object:
     """A value in place of one that does not fit: the default, or the lowest of the range if a recipe must set it."""
     default, limits = getattr(kind(), name), range_of(kind, name)
-    return default if limits is None or limits.holds(default) else limits.lowest
+    return default if limits is None or (limits.holds(default) and not needs_number) else limits.lowest
 
 
 def _take_over(target: Section, source: Section) -> None:

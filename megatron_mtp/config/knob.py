@@ -1,4 +1,4 @@
-"""What is known about a config field, stated where the field is declared: range, engine, resume.
+"""What is known about a config field, stated where the field is declared: range, path, engine, resume.
 
     rotary_percent: float = knob(1.0, ge=0, le=1, engine="mla")
 
@@ -9,6 +9,7 @@ docs/config.md are all derived from these.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,15 @@ Resume = Literal["free", "curve", "fixed"]
 """What may change when a run resumes. free: the run computes the same; curve: the loss curve changes from there on,
 which is reported; fixed: resuming with another value is refused."""
 INT64_MAX = 2**63 - 1
+MAX_WIDTH = 10**7
+"""Widths and numbers of heads."""
+MAX_STEPS = 10**12
+"""Steps, samples, and intervals in steps."""
+MAX_TOKENS = 10**18
+"""Tokens of a run."""
+YEAR_MINUTES = 525_600
+"""Durations."""
+_URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 if TYPE_CHECKING:
     type Derived[T] = T
 else:
@@ -35,7 +45,8 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers that a field accepts: all finite, integers within 64 bits. Items of a list are checked one by one.
+    """The numbers that a field accepts: all finite, integers within 64 bits. Items of a list or mapping are checked one
+    by one.
 
     Args:
         gt, ge: lower bound, excluded or included.
@@ -72,19 +83,31 @@ class Range:
         if not all(map(_is_finite, numbers(value))):
             return "must be finite and within 64 bits"
         bounds = [("above", self.gt), ("at least", self.ge), ("below", self.lt), ("at most", self.le)]
-        return f"must be {' and '.join(f'{words} {bound}' for words, bound in bounds if bound is not None)}"
+        return f"must be {' and '.join(f'{words} {_text(bound)}' for words, bound in bounds if bound is not None)}"
 
     def __str__(self) -> str:
         """As an interval: "[0, 1)"."""
-        low = f"({self.gt}" if self.gt is not None else f"[{self.ge}" if self.ge is not None else "(-inf"
-        high = f"{self.lt})" if self.lt is not None else f"{self.le}]" if self.le is not None else "inf)"
+        low = f"({_text(self.gt)}" if self.gt is not None else f"[{_text(self.ge)}" if self.ge is not None else "(-inf"
+        high = f"{_text(self.lt)})" if self.lt is not None else f"{_text(self.le)}]" if self.le is not None else "inf)"
         return f"{low}, {high}"
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """The numbers that a value of a field holds: itself, or the items of a list."""
-    items = value if isinstance(value, list) else [value]
-    return (item for item in items if isinstance(item, int | float) and not isinstance(item, bool))
+    """The numbers that a value of a field holds: itself, or the items of a list or mapping."""
+    return (item for item in _items(value) if isinstance(item, int | float) and not isinstance(item, bool))
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """A value, or what it holds at any depth."""
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _items(item)
+    else:
+        yield value
+
+
+def _text(bound: float | None) -> str:
+    return f"{bound:_}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def _is_finite(number: float) -> bool:
@@ -98,6 +121,7 @@ def knob(
     ge: float | None = None,
     lt: float | None = None,
     le: float | None = None,
+    is_path: bool = False,
     engine: Engine | None = None,
     resume: Resume | None = None,
 ) -> Any:
@@ -106,11 +130,12 @@ def knob(
     Args:
         default: a list or dict is copied for every new section.
         gt, ge, lt, le: its range, see `Range`.
+        is_path: its texts, also in a list or mapping, name files or folders.
         engine: None: Megatron-Core's config does not get it.
         resume: None: as the section says.
     """
     limits = None if gt is ge is lt is le is None else Range(gt, ge, lt, le)
-    metadata = {"range": limits, "engine": engine, "resume": resume}
+    metadata = {"range": limits, "is_path": is_path, "engine": engine, "resume": resume}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -120,6 +145,26 @@ def range_of(section: type, name: str) -> Range | None:
     """The range of a field; None: it holds no number."""
     found: Range | None = _facts(section)[name].get("range")
     return found
+
+
+def is_path(section: type, name: str) -> bool:
+    """Whether the texts of a field name files or folders."""
+    return bool(_facts(section)[name].get("is_path"))
+
+
+def broken_rule(section: type, name: str, value: Any) -> str | None:
+    """The rule of the field's range or kind that `value` breaks."""
+    limits = range_of(section, name) or Range()
+    if not limits.holds(value):
+        return limits.rule(value)
+    texts = [item for item in _items(value) if isinstance(item, str)]
+    if any("\0" in text for text in texts):
+        return "must hold no NUL character"
+    if is_path(section, name) and "" in texts:
+        return "must not be empty; leave it unset, or name a file or folder"
+    if is_path(section, name) and any(_URL.match(text) for text in texts):
+        return "must be a path on a mounted file system; storage behind an address (...://) is not supported"
+    return None
 
 
 def resume_rule(section: type, name: str) -> Resume:

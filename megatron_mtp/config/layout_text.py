@@ -33,12 +33,15 @@ def expand_layout(text: str) -> list[str]:
         ValueError: an unknown symbol, an unpaired parenthesis, or a layout that is too long.
     """
     flat = text.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        if any(int(count) > MAX_REPEAT for _, count in re.findall(pattern, flat)):
+    for pattern in (r"\(([^()]+)\)\*([0-9]+)", r"(.)\*([0-9]+)"):
+        repeats = [(part, float(count)) for part, count in re.findall(pattern, flat)]
+        if any(count > MAX_REPEAT for _, count in repeats):
             raise ValueError(f"a part is repeated more than {MAX_REPEAT} times")
-        flat = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), flat)
-        if len(flat) > 10 * MAX_REPEAT:
+        if sum(len(part) * count for part, count in repeats) > 10 * MAX_REPEAT:
             raise ValueError(f"it has more than {10 * MAX_REPEAT} symbols")
+        flat = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), flat)
+    if len(flat) > 10 * MAX_REPEAT:
+        raise ValueError(f"it has more than {10 * MAX_REPEAT} symbols")
     if unknown := sorted(set(flat) - set(SYMBOLS) - {"|"}):
         known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in SYMBOLS.items())
         raise ValueError(f"unknown symbol {unknown[0]!r}; the symbols are {known}, | between chunks, and x*n or (xy)*n")

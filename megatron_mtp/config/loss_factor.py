@@ -11,7 +11,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_mtp.config.quantity import parse_quantity
+from megatron_mtp.config.quantity import parse_quantity, read_number
 from megatron_mtp.errors import ConfigError, Problem
 
 FORMS = 'a number such as 0.1, steps in tokens such as "0.3@0,0.1@10T", or "linear:0.3->0.1@10T"'
@@ -79,8 +79,8 @@ class LossFactor:
 
 def _factor(text: float | str, part: float | str) -> float:
     try:
-        value = float(part)
-    except ValueError:
+        value = read_number(part, float) if isinstance(part, str) else float(part)
+    except (ValueError, OverflowError):
         raise ConfigError(Problem(value=text, rule=f"must be {FORMS}")) from None
     if not math.isfinite(value) or value < 0:
         rule = "a loss factor must be a finite number that is not negative; 0.1 to 0.3 is usual"

@@ -9,7 +9,7 @@ from megatron_mtp.config.base import Section
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.config.serialize import fitted, merge, read_text, section_of
-from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.errors import ConfigError, Problem, shown
 
 
 def apply_yaml(cfg: RunConfig, path: str | Path) -> None:
@@ -52,14 +52,16 @@ def _parse(cfg: RunConfig, argument: str) -> tuple[Section, str, Any]:
     path, equals, raw = argument.partition("=")
     keys = path.strip().split(".")
     if not equals:
-        raise ConfigError(f"{argument!r}: an override is written as section.field=value, such as model.num_layers=8.")
+        example = "such as model.num_layers=8"
+        raise ConfigError(f"{shown(argument)}: an override is written as section.field=value, {example}.")
     section = section_of(cfg, keys[0])
     if len(keys) == 1:
-        raise ConfigError(f"{argument!r}: {keys[0]} is a section; name one of its fields, as in {keys[0]}.field=value.")
+        example = f"as in {keys[0]}.field=value"
+        raise ConfigError(f"{shown(argument)}: {keys[0]} is a section; name one of its fields, {example}.")
     value = load_yaml(raw, argument)
     if len(keys) > 2:
         if keys[1] in field_types(type(section)) and not _holds_names(field_types(type(section))[keys[1]]):
-            raise ConfigError(f"{argument!r}: {keys[0]}.{keys[1]} holds no names.")
+            raise ConfigError(f"{shown(argument)}: {keys[0]}.{keys[1]} holds no names.")
         return section, keys[1], fitted(section, keys[1], {".".join(keys[2:]): value})
     return section, keys[1], fitted(section, keys[1], value, raw)
 

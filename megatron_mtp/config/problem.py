@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.errors import Problem
+from megatron_mtp.errors import SHOWN_LENGTH, Problem, cut, shown
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)(?:\.(\w+)(=?))?\}")
 
@@ -29,10 +29,10 @@ def problem(section: Section, field: str, rule: str, remedy: str = "", **values:
     def text(match: re.Match[str]) -> str:
         owner, name, with_value = match.groups()
         if name is None:
-            return str(values[owner])
+            return cut(str(values[owner]), 2 * SHOWN_LENGTH)
         full = f"{owner}.{name}"
         fields.append(full)
-        return f"{full} = {value_of(section, full)!r}" if with_value else full
+        return f"{full} = {shown(value_of(section, full))}" if with_value else full
 
     rule, remedy = _PLACEHOLDER.sub(text, rule), _PLACEHOLDER.sub(text, remedy)
     return Problem(fields=tuple(dict.fromkeys(fields)), value=value_of(section, field), rule=rule, remedy=remedy)

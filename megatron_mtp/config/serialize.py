@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from megatron_mtp.config.base import REMOVED, RENAMED, Section, unknown_field
 from megatron_mtp.config.coerce import MisfitError, check, coerce, field_types
 from megatron_mtp.config.sections import RunConfig
-from megatron_mtp.errors import ConfigError, Problem, nearest
+from megatron_mtp.errors import ConfigError, Problem, cut, nearest
 
 
 def to_dict(cfg: Section) -> dict[str, Any]:
@@ -50,8 +51,9 @@ def read_text(path: str | Path) -> str:
     """
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        reason = "its name holds a NUL character" if "\0" in str(path) else reason
         raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}.") from None
 
 
@@ -66,8 +68,8 @@ def merge(cfg: RunConfig, data: Any, origin: str) -> None:
     if not isinstance(data, dict):
         raise ConfigError(f"{origin}: must be a mapping of sections, such as `model: {{num_layers: 8}}`.")
     changes: list[tuple[Section, str, Any]] = []
-    problems: list[Problem] = []
-    for section_name, values in data.items():
+    problems = too_many_names(origin, data, field_types(RunConfig))
+    for section_name, values in ({} if problems else data).items():
         try:
             section = section_of(cfg, str(section_name))
         except ConfigError as error:
@@ -76,7 +78,9 @@ def merge(cfg: RunConfig, data: Any, origin: str) -> None:
         if not isinstance(values, dict):
             problems.append(Problem(fields=(section_name,), value=values, rule="must be a mapping of its fields"))
             continue
-        for name, value in values.items():
+        excess = too_many_names(str(section_name), values, field_types(type(section)))
+        problems += excess
+        for name, value in ({} if excess else values).items():
             try:
                 if f"{section_name}.{name}" not in REMOVED:
                     changes.append((section, name, fitted(section, name, value)))
@@ -86,6 +90,13 @@ def merge(cfg: RunConfig, data: Any, origin: str) -> None:
         raise ConfigError(problems)
     for section, name, value in changes:
         setattr(section, name, value)
+
+
+def too_many_names(owner: str, given: dict[str, Any], known: Iterable[str]) -> list[Problem]:
+    """Refuses a mapping with more names than there are, instead of naming each unknown one and the name it is near."""
+    most = len({*known}) + len(REMOVED)
+    rule = f"{cut(owner)}: {len(given)} names are given, and there are {most}"
+    return [Problem(rule=rule)] if len(given) > most else []
 
 
 def fitted(section: Section, name: str, value: Any, raw: str | None = None) -> Any:
@@ -122,9 +133,9 @@ def section_of(cfg: RunConfig, name: str) -> Section:
         section: Section = getattr(cfg, name)
         return section
     if owners := [owner for owner, kind in sections.items() if name in field_types(kind)]:
-        rule = f"{name}: the name of its section is missing"
+        rule = f"{cut(name)}: the name of its section is missing"
         raise ConfigError(Problem(rule=rule, remedy=f"Write {' or '.join(f'{o}.{name}' for o in owners)}."))
-    rule = f"{name}: there is no such section"
+    rule = f"{cut(name)}: there is no such section"
     remedy = (
         f"Use {RENAMED[name]}." if name in RENAMED else f"{nearest(name, sections)} Sections: {', '.join(sections)}."
     )

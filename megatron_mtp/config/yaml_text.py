@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import SHOWN_LENGTH, ConfigError, cut, shown
 
 RESOLVERS = (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -23,25 +23,44 @@ RESOLVERS = (
 )
 
 
+MAX_DEPTH = 20
+"""No field holds anything near as deep; Python's own limit would end deep copies of the config later."""
+
+
 class Loader(yaml.SafeLoader):
-    """Safe, with YAML 1.2's plain scalars; a repeated key and an alias are errors."""
+    """Safe, with YAML 1.2's plain scalars; tags, anchors, aliases, repeated keys and deep nesting are errors."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML reads it from the class
 
+    depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # the stubs leave it out
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported", mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it out
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused("aliases (*name) are not supported", event)
+        if getattr(event, "anchor", None) is not None:
+            raise _refused("anchors (&name) are not supported", event)
+        if getattr(event, "tag", None) is not None:
+            raise _refused("tags (!name) are not supported", event)
+        if self.depth > MAX_DEPTH:
+            raise _refused(f"lists and mappings are nested more than {MAX_DEPTH} deep", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if repeated := next((key for key, count in counts.items() if count > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated!r} is given twice", node.start_mark)
+        for key in (key for key, count in counts.items() if count > 1):
+            raise _refused(f"the key {shown(key)} is given twice", node)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.Node) -> int:
         return int(node.value)
+
+
+def _refused(text: str, where: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=text, problem_mark=where.start_mark)
 
 
 class Dumper(yaml.SafeDumper):
@@ -80,13 +99,12 @@ def load_yaml(text: str, origin: str) -> Any:
     try:
         data = yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    except ValueError as error:  # such as a tag !!int before text, or a number of many thousand digits
-        raise ConfigError(f"{origin}: cannot be read as YAML: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{origin}: is nested too deeply.") from None
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{cut(origin)}: cannot be read as YAML: {cut(text, 2 * SHOWN_LENGTH)}") from None
+    except ValueError as error:  # a number of many thousand digits
+        raise ConfigError(f"{cut(origin)}: cannot be read as YAML: {error}") from None
     if "${" in text and _has_interpolation(data):
-        raise ConfigError(f"{origin}: interpolation (${{...}}) is not supported. Write the value itself.")
+        raise ConfigError(f"{cut(origin)}: interpolation (${{...}}) is not supported. Write the value itself.")
     return data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_with_json_mistakes_are_objects(run, command):
     data = json.loads(out)
     assert (code, data["error"]) == (2, "ConfigError")
     by_field = {problem["fields"][0]: problem for problem in data["problems"]}
-    assert by_field["optimizer.lr"]["rule"] == "must be above 0"
+    assert by_field["optimizer.lr"]["rule"] == "must be above 0 and at most 1_000"
     batch = by_field["train.global_batch_size"]
     assert (batch["value"], batch["fields"][1]) == (7, "train.micro_batch_size")
     assert "train.global_batch_size = 7: must be divisible" in err
@@ -244,3 +245,33 @@ def test_short_counts(number, text):
 
 def test_short_layouts():
     assert short_layout("Ettt|tttt|tttt|ttmL") == "Et*3 | (t*4) x 2 | t*2mL"
+
+
+COMMAND = [sys.executable, "-c", "from megatron_mtp.cli.main import main; main()"]
+
+
+@pytest.mark.parametrize(
+    "line", ["recipes", "show tiny_dense --json", "show tiny_dense rng.seed=-1 --json", "plan --help"]
+)
+def test_output_that_cannot_be_written_is_one_line(line):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*COMMAND, *line.split()], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr == "megatron-mtp: standard output cannot be written: No space left on device.\n"
+
+
+def test_a_pipe_without_a_reader_ends_a_command_in_silence():
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([*COMMAND, "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_an_error_that_has_nothing_to_do_with_the_output_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")  # as a write to another file
+
+    monkeypatch.setattr("megatron_mtp.cli.main.build_app", lambda chosen: fail)
+    with pytest.raises(OSError, match="No space left"):
+        main(["recipes"])

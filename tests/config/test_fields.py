@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -19,7 +19,7 @@ import megatron_mtp
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.coerce import field_types
 from megatron_mtp.config.frozen import FrozenDict, FrozenList
-from megatron_mtp.config.knob import INT64_MAX, Range, engine_fields, range_of
+from megatron_mtp.config.knob import INT64_MAX, Range, engine_fields, is_path, range_of
 from megatron_mtp.config.yaml_text import dump_yaml, load_yaml
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.recipes import RECIPES, get_recipe
@@ -41,23 +41,24 @@ NUMBERS = [(s, n) for s, n in FIELDS if number_types(field_types(SECTIONS[s])[n]
 
 def outside(limits: Range, kinds: set[type]) -> Iterator[float]:
     """Numbers just below and above a range, and those that no range holds."""
-    step = 1 if kinds == {int} else 1e-6
+    below, above = (-math.inf, math.inf) if float in kinds else (None, None)
     if limits.gt is not None:
         yield limits.gt
     if limits.ge is not None:
-        yield limits.ge - step
+        yield limits.ge - 1 if below is None else math.nextafter(limits.ge, below)
     if limits.lt is not None:
         yield limits.lt
     if limits.le is not None:
-        yield limits.le + step
+        yield limits.le + 1 if above is None else math.nextafter(limits.le, above)
     yield from (math.nan, math.inf, -math.inf) if float in kinds else (INT64_MAX + 1,)
 
 
-def test_every_number_has_a_range_with_a_lower_bound():
+def test_every_number_has_a_range_with_two_ends():
     for section, name in NUMBERS:
         limits = range_of(SECTIONS[section], name)
         assert limits is not None, f"{section}.{name}"
-        assert limits.gt is not None or limits.ge is not None, f"{section}.{name}"
+        assert limits.gt is not None or limits.ge is not None, f"{section}.{name} has no lower bound"
+        assert limits.lt is not None or limits.le is not None, f"{section}.{name} has no upper bound"
 
 
 @pytest.mark.parametrize(("section", "name"), NUMBERS)
@@ -75,6 +76,105 @@ def test_a_value_outside_its_range_is_refused(section, name):
             (found,) = [problem for problem in caught.value.problems if problem.fields[0] == f"{section}.{name}"]
             assert found.value == value or math.isnan(number)
             assert found.rule == limits.rule(value)
+
+
+NO_PATHS = {
+    "dataset": ("split",),
+    "dist": ("hardware",),
+    "logger": ("wandb_project", "wandb_exp_name", "wandb_entity"),
+    "model": ("mcore", "mtp_loss_scaling_factor", "mtp_variant", "pipeline_model_parallel_layout", "recompute_modules"),
+    "optimizer": ("muon_scale_mode",),
+    "scheduler": ("lr_decay_tokens", "lr_warmup_tokens", "lr_wsd_decay_tokens"),
+    "train": ("train_tokens",),
+}
+"""Fields whose text is no path: names, counts, schedules, layouts."""
+
+
+def holds_text(wanted: Any) -> bool:
+    if get_origin(wanted) is Literal:
+        return False
+    return wanted in (str, Any) or any(holds_text(arg) for arg in get_args(wanted)[get_origin(wanted) is dict :])
+
+
+TEXTS = [(s, n) for s, n in FIELDS if holds_text(field_types(SECTIONS[s])[n])]
+PATHS = [(s, n) for s, n in TEXTS if n not in NO_PATHS.get(s, ())]
+
+
+def with_text(wanted: Any, text: str) -> Any:
+    """A value of a field that holds `text`: a blend for lists, a set of blends for mappings."""
+    if "dict" in str(wanted):
+        return {"name": [["ok", text], None]}
+    return [["ok", text], None] if "list" in str(wanted) else text
+
+
+def test_every_path_is_declared_as_one():
+    assert {(s, n) for s, n in TEXTS if is_path(SECTIONS[s], n)} == set(PATHS)
+
+
+@pytest.mark.parametrize(("section", "name"), PATHS)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("s3://bucket/x", "mounted"), ("HDFS://x", "mounted"), ("a\0b", "NUL"), ("", "must not be empty")],
+)
+def test_what_is_no_path_of_a_file_system_is_refused(section, name, text, words):
+    cfg = get_recipe("tiny_dense")
+    setattr(getattr(cfg, section), name, with_text(field_types(SECTIONS[section])[name], text))
+    with pytest.raises(ConfigError) as caught:
+        cfg.finalize()
+    assert any(f.fields[0].startswith(f"{section}.{name}") and words in f.rule for f in caught.value.problems)
+
+
+@pytest.mark.parametrize("text", ["C:/x", "a:b", "x//y", "/a b/ü"])
+def test_what_looks_a_little_like_an_address_is_a_path(text):
+    cfg = get_recipe("tiny_dense")
+    cfg.checkpoint.save = text
+    assert cfg.finalize().checkpoint.save == text
+
+
+@pytest.mark.parametrize(
+    "number", [math.nan, math.inf, 2**63, -(10**400), 10**5000], ids=["nan", "inf", "2^63", "-10^400", "10^5000"]
+)
+@pytest.mark.parametrize(
+    ("section", "name", "wrap"),
+    [
+        ("rng", "seed", lambda number: number),
+        ("optimizer", "lr", lambda number: number),
+        ("model", "mtp_loss_scaling_factor", lambda number: number),
+        ("model", "mtp_depth_weights", lambda number: [number]),
+        ("model", "mcore", lambda number: {"softmax_scale": number}),
+        ("dist", "hardware", lambda number: {"peaks": {"bf16": number}}),
+        ("dataset", "blend", lambda number: [["a"], [number]]),
+        ("dataset", "valid_sets", lambda number: {"x": [["a"], [number]]}),
+    ],
+)
+def test_numbers_are_finite_wherever_they_stand(section, name, wrap, number):
+    cfg = get_recipe("tiny_dense")
+    setattr(getattr(cfg, section), name, wrap(number))
+    with pytest.raises(ConfigError) as caught:
+        cfg.finalize()
+    assert all(problem.fields[0].startswith(f"{section}.{name}") for problem in caught.value.problems)
+    json.dumps([problem.as_dict() for problem in caught.value.problems], allow_nan=False)
+
+
+def test_a_derived_value_is_checked_like_a_given_one():
+    cfg = get_recipe("tiny_mla_moe")
+    cfg.model.hidden_size = cfg.model.num_attention_heads - 1
+    with pytest.raises(ConfigError, match=r"kv_channels = 0: must be at least 1 .*It follows from other fields"):
+        cfg.finalize()
+    cfg.model.kv_channels = 16
+    assert ConfigContainer.from_yaml(cfg.finalize().to_yaml()).finalize() == cfg
+
+
+@pytest.mark.parametrize(
+    "value", [200_000 * "x", ["y" * 100_000], {"z" * 100_000: 1}, 10**5000], ids=["text", "list", "mapping", "integer"]
+)
+def test_long_values_are_cut_in_messages(value):
+    for section, name in (("model", "num_layers"), ("model", "mcore"), ("dataset", "split"), ("optimizer", "lr")):
+        cfg = get_recipe("tiny_dense")
+        setattr(getattr(cfg, section), name, value)
+        with pytest.raises(ConfigError) as caught:
+            cfg.finalize()
+        assert all(len(line) < 1000 for line in str(caught.value).splitlines())
 
 
 def test_a_wrong_field_hides_no_problem_of_another_whose_name_begins_with_its_own():

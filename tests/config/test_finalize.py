@@ -141,6 +141,18 @@ BAD = [
     ("tiny_dense", ["optimizer.lr=.inf"], "optimizer.lr = inf: must be finite"),
     ("tiny_dense", ["optimizer.adam_beta2=1"], "at least 0 and below 1"),
     ("tiny_dense", ["ddp.overlap_param_gather=true"], "needs ddp.use_distributed_optimizer"),
+    ("tiny_dense", ["optimizer.optimizer=muon"], "optimizer.optimizer = 'muon': Muon reads complete matrices of "
+     "gradients, and ddp.use_distributed_optimizer = True leaves each rank the sum of its own shard only. Set "
+     "ddp.use_distributed_optimizer = False"),
+    ("tiny_dense", ["optimizer.optimizer=muon", "ddp.use_distributed_optimizer=false", "precision.dtype=fp16"],
+     "Megatron-Core has no Muon for precision.dtype = 'fp16'"),
+    ("tiny_dense", ["model.mcore.tp_comm_overlap=true"], "made by Megatron-LM's training script only"),
+    ("tiny_moe", ["model.mcore.moe_enable_deepep=true"], "it belongs to the flex dispatcher"),
+    ("tiny_moe", ["model.mcore.moe_hybridep_num_sms=8"], "it belongs to the flex dispatcher"),
+    ("tiny_moe", ["model.mcore.moe_flex_dispatcher_backend=hybridep"], "it belongs to the flex dispatcher"),
+    ("tiny_moe", ["model.moe_token_dispatcher_type=flex"], "Use 'alltoall'"),
+    ("tiny_mla_moe", ["model.rope_type=yarn", "model.beta_fast=1", "model.beta_slow=2"],
+     "must be above model.beta_slow = 2"),
     ("tiny_dense", ["ddp.use_torch_fsdp2=true"], "fully sharded data parallelism is not supported"),
     ("tiny_dense", ["precision.loss_scale=128"], "only fp16 scales the loss"),
     ("tiny_dense", ["dataset.seq_length=32"], "must equal model.seq_length = 64"),
@@ -258,6 +270,9 @@ def test_wrong_types_set_in_python_are_found_with_the_rest():
 
 WORLD = [
     (["model.tensor_model_parallel_size=2"], 3, "world_size = 3: must be a multiple of 2"),
+    ([], 0, "world_size = 0: must be above 0"),
+    ([], -5, "world_size = -5: must be above 0"),
+    ([], 10**400, "world_size = 1000"),
     (["train.global_batch_size=6"], 2, "train.micro_batch_size = 2 x 2 data parallel ranks = 4; 8 would be"),
     (["train.rampup_batch_size=[2, 2, 9]"], 2, "size 2 must be divisible"),
     (["validation.eval_global_batch_size=2"], 2, "validation.eval_global_batch_size = 2: must be divisible"),

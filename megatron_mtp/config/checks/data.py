@@ -8,8 +8,9 @@ from typing import Any
 from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.problem import problem
+from megatron_mtp.config.quantity import read_number
 from megatron_mtp.config.sections import RunConfig
-from megatron_mtp.errors import Problem
+from megatron_mtp.errors import Problem, shown
 
 BLEND_FORM = "must be [[prefix, ...], [weight, ...] or null], or a flat list of prefixes"
 
@@ -29,9 +30,6 @@ def data_problems(cfg: RunConfig) -> list[Problem]:
                 "Set dataset.mock = False, or the blend to null.",
             )
             problems.append(problem(cfg, "dataset.mock", rule, remedy))
-    if data.loss_mask_suffix == "":
-        rule = "the mask would be the tokens themselves"
-        problems.append(problem(cfg, "dataset.loss_mask_suffix", rule, "Give a suffix, or null."))
     if data.loss_mask_suffix and data.mock:
         rule = "mock data has no files, {dataset.mock=}"
         problems.append(problem(cfg, "dataset.loss_mask_suffix", rule, "Set one of them to null or False."))
@@ -73,7 +71,7 @@ def blend_rule(blend: Any) -> str | None:
     if len(weights) != len(prefixes):
         return f"has {len(prefixes)} prefixes and {len(weights)} weights; it needs one weight for each prefix"
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        return f"has weights {weights}, which must be finite and above 0"
+        return f"has weights {shown(weights)}, which must be finite and above 0"
     return None
 
 
@@ -87,7 +85,7 @@ def _split_problems(cfg: RunConfig) -> list[Problem]:
         rule = "{dataset.blend} needs shares of train, validation and test, such as 9999,8,2"
         return [] if cfg.dataset.blend is None else [problem(cfg, name, rule)]
     try:
-        shares = [float(share) for share in split.split(",")]
+        shares = [read_number(share, float) for share in split.split(",")]
     except ValueError:
         shares = []
     if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):

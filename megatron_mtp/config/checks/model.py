@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 from megatron_mtp.config.filled import filled
+from megatron_mtp.config.knob import broken_rule
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import ModelConfig
@@ -57,6 +58,8 @@ def _mla_problems(model: ModelConfig) -> list[Problem]:
         if getattr(model, name):
             rule = "has no form for multi-latent attention"
             problems.append(problem(model, f"model.{name}", rule, "Leave it unset."))
+    if model.rope_type == "yarn" and model.beta_fast <= model.beta_slow:
+        problems.append(problem(model, "model.beta_fast", "must be above {model.beta_slow=}"))
     if model.qk_pos_emb_head_dim % 2:
         problems.append(problem(model, "model.qk_pos_emb_head_dim", "must be even: RoPE rotates pairs of channels"))
     return problems
@@ -182,7 +185,9 @@ def _balancing_problems(model: ModelConfig) -> list[Problem]:
 def _mtp_problems(model: ModelConfig) -> list[Problem]:
     problems = []
     try:
-        LossFactor.parse(model.mtp_loss_scaling_factor)
+        extremes = list(LossFactor.parse(model.mtp_loss_scaling_factor).extremes)
+        if rule := broken_rule(ModelConfig, "mtp_loss_scaling_factor", extremes):
+            problems.append(problem(model, "model.mtp_loss_scaling_factor", f"each factor {rule}"))
     except ConfigError as error:
         problems += [replace(found, fields=("model.mtp_loss_scaling_factor",)) for found in error.problems]
     weights = model.mtp_depth_weights
@@ -202,6 +207,9 @@ def _mtp_problems(model: ModelConfig) -> list[Problem]:
 def model_refusals(model: ModelConfig) -> list[Problem]:
     """Combinations inside the model that are refused by name."""
     refused = []
+    if model.moe_token_dispatcher_type == "flex":
+        rule = "the flex dispatcher (DeepEP, HybridEP, NCCL EP) has not been built and checked here"
+        refused.append(refusal(model, "model.moe_token_dispatcher_type", rule, "Use 'alltoall'."))
     if model.mtp_num_layers and model.position_embedding_type == "learned_absolute":
         rule = (
             "MTP layers ({model.mtp_num_layers=}) read the token k ahead at position i, which a table of positions "

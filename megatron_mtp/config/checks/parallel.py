@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+from megatron_mtp.config.knob import Range
 from megatron_mtp.config.layout_text import layout_chunks
 from megatron_mtp.config.problem import problem
 from megatron_mtp.config.sections import ModelConfig, RunConfig
 from megatron_mtp.errors import Problem
 
+WORLD_SIZES = Range(gt=0, le=10_000_000)
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 
@@ -197,7 +199,11 @@ def world_problems(cfg: RunConfig, world_size: int) -> list[Problem]:
     pp, need = model.pipeline_model_parallel_size, minimum_world_size(model)
     tp, cp = model.tensor_model_parallel_size, model.context_parallel_size
     etp, ep = model.expert_tensor_parallel_size, model.expert_model_parallel_size
-    if world_size < 1 or world_size % need:
+    if not WORLD_SIZES.holds(world_size):
+        remedy = "Give the number of processes."
+        rule = WORLD_SIZES.rule(world_size)
+        return [Problem(fields=("world_size",), value=world_size, rule=rule, remedy=remedy)]
+    if world_size % need:
         sizes = [f"model.{kind}_parallel_size" for kind in ("tensor_model", "context", "expert_model", "expert_tensor")]
         return [
             Problem(

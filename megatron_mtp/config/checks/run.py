@@ -166,8 +166,25 @@ def run_refusals(cfg: RunConfig) -> list[Problem]:
     """Features outside the model that are refused by name."""
     rule = "fully sharded data parallelism is not supported"
     remedy = "Use ddp.use_distributed_optimizer = True, which shards the optimizer state."
-    return [
+    return _muon_refusals(cfg) + [
         refusal(cfg, f"ddp.{name}", rule, remedy)
         for name in ("use_megatron_fsdp", "use_torch_fsdp2")
         if getattr(cfg.ddp, name)
     ]
+
+
+def _muon_refusals(cfg: RunConfig) -> list[Problem]:
+    """Megatron-Core shards Muon by whole layers, with another optimizer class, which is not connected here."""
+    if cfg.optimizer.optimizer != "muon":
+        return []
+    refused, name = [], "optimizer.optimizer"
+    if cfg.ddp.use_distributed_optimizer:
+        rule = (
+            "Muon reads complete matrices of gradients, and {ddp.use_distributed_optimizer=} leaves each rank the sum "
+            "of its own shard only"
+        )
+        refused.append(refusal(cfg, name, rule, "Set ddp.use_distributed_optimizer = False."))
+    if cfg.precision.dtype == "fp16":
+        rule = "Megatron-Core has no Muon for {precision.dtype=}"
+        refused.append(refusal(cfg, name, rule, "Use 'bf16' or 'fp32'."))
+    return refused

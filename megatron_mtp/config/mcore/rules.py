@@ -8,6 +8,7 @@ from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.mcore_table import MCORE_FIELDS, MCORE_VERSION
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import ModelConfig
+from megatron_mtp.config.serialize import too_many_names
 from megatron_mtp.errors import Problem, nearest
 
 # Fields that follow from another field; setting them as well could contradict it.
@@ -52,6 +53,7 @@ ENGINE = {
     "variable_seq_lengths",
 }
 
+FLEX = "it belongs to the flex dispatcher (DeepEP, HybridEP, NCCL EP), which has not been built and checked here"
 # Not built or never checked against the reference model here, by name or by the beginning of the name.
 UNSUPPORTED = {
     "cache_mla_latents": "it is for inference",
@@ -76,14 +78,23 @@ UNSUPPORTED = {
     "mamba_": "hybrid models are not built",
     "mla_down_proj_fusion": "it changes the parameters of MLA",
     "mlp_chunks_for_prefill": "it is for inference",
+    "moe_deepep_": FLEX,
+    "moe_enable_deepep": FLEX,
+    "moe_expert_rank_capacity_factor": FLEX,
+    "moe_flex_": FLEX,
+    "moe_hybridep_": FLEX,
     "moe_input_jitter_eps": "the curve would depend on the layout",
     "moe_latent_size": "latent experts are not built",
+    "moe_ncclep_": FLEX,
+    "moe_paged_stash": FLEX,
+    "moe_permute_fusion_into_hybridep": FLEX,
     "mrope_section": "multimodal positions are not built",
     "mup_": "muP is not built",
     "overlap_dispatch_backward_with_experts_wgrad": "it is not built",
     "overlap_moe_expert_parallel_comm": "it needs the combined 1F1B schedule, which is not built",
     "qk_clip": "it is not built",
     "qk_l2_norm": "it is not built; use model.qk_layernorm",
+    "tp_comm_": "its buffers (Transformer Engine's userbuffers) are made by Megatron-LM's training script only",
     "tensor_parallel_num_weight_shards": "sharded weights inside a tensor parallel rank are not built",
     "use_inference_optimized_layers": "it is for inference",
     "use_kitchen": "it is not built",
@@ -111,7 +122,6 @@ TRANSFORMER_ENGINE_ONLY = {
     "moe_single_grouped_": "grouped matrix products",
     "softmax_type": "another softmax",
     "symmetric_ar_type": "symmetric memory",
-    "tp_comm_": "overlap of tensor parallel messages",
     "use_grouped_gemm_": "grouped matrix products",
     "use_te_activation_func": "fused activations",
     "use_transformer_engine_op_fuser": "fused operations",
@@ -121,8 +131,8 @@ TRANSFORMER_ENGINE_ONLY = {
 
 def mcore_problems(model: ModelConfig) -> list[Problem]:
     """What is wrong in `model.mcore`, mistakes and refusals."""
-    found = []
-    for name, value in model.mcore.items():
+    found = too_many_names("model.mcore", model.mcore, MCORE_FIELDS)
+    for name, value in ({} if found else model.mcore).items():
         field = f"model.mcore.{name}"
         if mistake := _mistake(name, value):
             found.append(problem(model, field, *mistake))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Resume, knob
+from megatron_mtp.config.knob import MAX_STEPS, YEAR_MINUTES, Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,27 +16,27 @@ class CheckpointConfig(Section):
     SECTION: ClassVar[str] = "checkpoint"
     RESUME: ClassVar[Resume] = "free"
 
-    save: str | None = None
+    save: str | None = knob(None, is_path=True)
     """Folder of this run's checkpoints; None: nothing is saved."""
-    load: str | None = None
+    load: str | None = knob(None, is_path=True)
     """Folder to resume from: its newest complete checkpoint. If it equals `save`, an empty or absent folder starts
     a new run."""
-    pretrained_checkpoint: str | None = None
+    pretrained_checkpoint: str | None = knob(None, is_path=True)
     """Weights to start from if there is nothing to resume: a run directory or checkpoint folder, such as `convert
     import` writes. The optimizer and all counters start from zero."""
-    save_interval: int | None = knob(None, ge=1)
+    save_interval: int | None = knob(None, ge=1, le=MAX_STEPS)
     """Steps between checkpoints; None: only at the end."""
     save_optim: bool = True
     """Save optimizer state."""
     load_optim: bool = True
     """Load optimizer state."""
-    save_interval_mins: float | None = knob(None, gt=0)
+    save_interval_mins: float | None = knob(None, gt=0, le=YEAR_MINUTES)
     """Minutes between checkpoints, in addition to save_interval; None: only by steps."""
-    most_recent_k: int = knob(-1, ge=-1)
+    most_recent_k: int = knob(-1, ge=-1, le=1_000_000)
     """Number of checkpoints to keep; -1: all."""
-    keep_every: int | None = knob(None, ge=1)
+    keep_every: int | None = knob(None, ge=1, le=MAX_STEPS)
     """Checkpoints of iterations divisible by this are never deleted, in addition to the most recent ones."""
-    keep_best: int = knob(0, ge=0)
+    keep_best: int = knob(0, ge=0, le=1_000_000)
     """Save after each evaluation with the lowest loss so far, and keep this many with the lowest losses, in
     addition to the most recent ones."""
     async_save: bool = False

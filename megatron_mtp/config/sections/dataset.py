@@ -15,21 +15,21 @@ class DatasetConfig(Section):
 
     SECTION: ClassVar[str] = "dataset"
 
-    blend: list[Any] | None = None
+    blend: list[Any] | None = knob(None, is_path=True)
     """[[prefix, ...], [weight, ...] or None], or a flat list of prefixes; None (and no blend_per_split): mock data."""
-    blend_per_split: list[Any] | None = None
+    blend_per_split: list[Any] | None = knob(None, is_path=True)
     """One blend for each of train, validation, test (None where a split is absent)."""
     split: str | None = "9999,8,2"
     """Shares of train, validation and test within each prefix of `blend`."""
     seq_length: Derived[int] = knob(None, ge=1, le=2**31)
     """Tokens in one sample; None: model.seq_length."""
-    path_to_cache: str | None = knob(None, resume="free")
+    path_to_cache: str | None = knob(None, is_path=True, resume="free")
     """Folder for the index files; None: next to each prefix."""
-    valid_sets: dict[str, list[Any]] | None = knob(None, resume="free")
+    valid_sets: dict[str, list[Any]] | None = knob(None, is_path=True, resume="free")
     """Further validation sets: name -> blend. Each is reported under its name."""
     eod_mask_loss: bool = False
     """Targets after an end-of-document token carry no loss."""
-    loss_mask_suffix: str | None = None
+    loss_mask_suffix: str | None = knob(None, is_path=True)
     """Next to each prefix lies <prefix><suffix>.bin/.idx with one number for each token: 0 if it is no target, as
     in a prompt. None: every token is a target."""
     reset_attention_mask: bool = False

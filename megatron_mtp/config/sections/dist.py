@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Resume, knob
+from megatron_mtp.config.knob import YEAR_MINUTES, Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,14 +22,14 @@ class DistConfig(Section):
     """Device that the planner estimates times and memory for: its name in parallel/planner/machines.py, or a mapping of
     a `base` and the fields that differ. Used where model.pipeline_model_parallel_layout is "auto" and in `megatron-mtp
     plan`. None: cpu with device=cpu, else h100."""
-    distributed_timeout_minutes: float = knob(10.0, gt=0, le=525_600)
+    distributed_timeout_minutes: float = knob(10.0, gt=0, le=YEAR_MINUTES)
     """A collective that waits longer ends the job."""
-    watchdog_s: float | None = knob(None, ge=0)
+    watchdog_s: float | None = knob(None, ge=0, le=60 * YEAR_MINUTES)
     """A rank without progress for this long ends the job, and the stack of every rank is logged. None: nine tenths
     of distributed_timeout_minutes; 0: off."""
     node_check: bool = True
     """Before the first step: versions equal, checkpoint folder shared, bandwidth between ranks."""
-    straggler_factor: float = knob(1.5, ge=0)
+    straggler_factor: float = knob(1.5, ge=0, le=1e6)
     """Ranks whose own work takes more than this multiple of the median are named in the log; 0: off."""
     preempted_exit_code: int = knob(3, ge=1, le=125)
     """Exit code after SIGTERM and its checkpoint, on which launchers restart the job."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Resume, knob
+from megatron_mtp.config.knob import MAX_STEPS, Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,13 +16,13 @@ class LoggerConfig(Section):
     SECTION: ClassVar[str] = "logger"
     RESUME: ClassVar[Resume] = "free"
 
-    log_interval: int = knob(10, ge=1)
+    log_interval: int = knob(10, ge=1, le=MAX_STEPS)
     """Steps between console lines."""
-    log_dir: str | None = None
+    log_dir: str | None = knob(None, is_path=True)
     """Folder of metrics.jsonl; None: CHECKPOINT_SAVE.metrics.jsonl, next to checkpoint.save, if that is set."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: str | None = knob(None, is_path=True)
     """Folder of TensorBoard events; None: off."""
-    tensorboard_log_interval: int = knob(1, ge=1)
+    tensorboard_log_interval: int = knob(1, ge=1, le=MAX_STEPS)
     """Steps between TensorBoard, W&B and JSONL records."""
     wandb_project: str | None = None
     """Weights & Biases project; None: off."""
@@ -30,7 +30,7 @@ class LoggerConfig(Section):
     """Name of the run in W&B; required with wandb_project."""
     wandb_entity: str | None = None
     """W&B team or user."""
-    wandb_save_dir: str | None = None
+    wandb_save_dir: str | None = knob(None, is_path=True)
     """Folder of the local W&B files; None: W&B's default."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline writes to wandb_save_dir only."""
@@ -38,5 +38,5 @@ class LoggerConfig(Section):
     """Show a progress bar; None: only in a terminal."""
     log_throughput: bool = True
     """Tokens/s, TFLOP/s and MFU on each console line."""
-    device_peak_tflops: float | None = knob(None, gt=0)
+    device_peak_tflops: float | None = knob(None, gt=0, le=1e9)
     """Dense peak of the device in the training dtype, for MFU; None: from the table of known devices."""

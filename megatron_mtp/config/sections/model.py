@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Derived, knob
+from megatron_mtp.config.knob import MAX_WIDTH, Derived, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,15 +18,15 @@ class ModelConfig(Section):
     # ---- architecture ----
     num_layers: int = knob(0, ge=1, le=10_000, engine="same")
     """Decoder layers of the trunk, MTP layers not counted."""
-    hidden_size: int = knob(0, ge=1, engine="same")
+    hidden_size: int = knob(0, ge=1, le=MAX_WIDTH, engine="same")
     """Width h of the residual stream."""
-    ffn_hidden_size: Derived[int] = knob(None, ge=1, engine="same")
+    ffn_hidden_size: Derived[int] = knob(None, ge=1, le=MAX_WIDTH, engine="same")
     """Width of the dense feed-forward block; None: 4 * hidden_size."""
-    num_attention_heads: int = knob(0, ge=1, engine="same")
+    num_attention_heads: int = knob(0, ge=1, le=MAX_WIDTH, engine="same")
     """Query heads."""
-    num_query_groups: Derived[int] = knob(None, ge=1, engine="same")
+    num_query_groups: Derived[int] = knob(None, ge=1, le=MAX_WIDTH, engine="same")
     """Key/value heads (grouped-query attention); None: num_attention_heads."""
-    kv_channels: Derived[int] = knob(None, ge=1, engine="same")
+    kv_channels: Derived[int] = knob(None, ge=1, le=MAX_WIDTH, engine="same")
     """Width of one attention head; None: hidden_size / num_attention_heads."""
     seq_length: int = knob(4096, ge=1, le=2**31)
     """Tokens in one sample; dataset.seq_length follows it."""
@@ -38,17 +38,17 @@ class ModelConfig(Section):
     """Tied input embedding and output head."""
     position_embedding_type: Literal["rope", "none", "learned_absolute"] = "rope"
     """Rotary position embedding, or none. learned_absolute cannot be used with MTP."""
-    rotary_base: float = knob(10000.0, gt=0, engine="mla")
+    rotary_base: float = knob(10000.0, gt=1, le=1e12, engine="mla")
     """RoPE theta."""
     rotary_percent: float = knob(1.0, ge=0, le=1, engine="mla")
     """Fraction of each head that RoPE rotates."""
     rope_scaling: bool = False
     """Llama-3.1 frequency scaling."""
-    rope_scaling_factor: float = knob(8.0, gt=0)
+    rope_scaling_factor: float = knob(8.0, gt=0, le=1e6)
     """Factor of the Llama-3.1 frequency scaling."""
     normalization: Literal["RMSNorm", "LayerNorm"] = knob("RMSNorm", engine="same")
     """Norm of every block."""
-    layernorm_epsilon: float = knob(1e-5, gt=0, engine="same")
+    layernorm_epsilon: float = knob(1e-5, gt=0, le=1, engine="same")
     """Epsilon of every norm."""
     layernorm_zero_centered_gamma: bool = knob(False, engine="same")
     """Norm weights are stored as (weight - 1)."""
@@ -68,37 +68,37 @@ class ModelConfig(Section):
     """Dropout on attention probabilities. Above 0 the curve depends on the layout."""
     hidden_dropout: float = knob(0.0, ge=0, lt=1, engine="same", resume="curve")
     """Dropout on block outputs. Above 0 the curve depends on the layout."""
-    init_method_std: float = knob(0.02, gt=0, engine="same", resume="free")
+    init_method_std: float = knob(0.02, gt=0, le=100, engine="same", resume="free")
     """Standard deviation of the initial weights; output projections use it / sqrt(2 * num_layers)."""
 
     # ---- multi-latent attention ----
     multi_latent_attention: bool = knob(False, engine="own")
     """DeepSeek's MLA in place of multi-head attention."""
-    q_lora_rank: int | None = knob(None, ge=1, engine="mla")
+    q_lora_rank: int | None = knob(None, ge=1, le=MAX_WIDTH, engine="mla")
     """Rank of the query latent; None: full query projection."""
-    kv_lora_rank: int = knob(512, ge=1, engine="mla")
+    kv_lora_rank: int = knob(512, ge=1, le=MAX_WIDTH, engine="mla")
     """Rank of the shared key/value latent."""
-    qk_head_dim: int = knob(128, ge=1, engine="mla")
+    qk_head_dim: int = knob(128, ge=1, le=MAX_WIDTH, engine="mla")
     """Width of the part of each query/key head that RoPE leaves unchanged."""
-    qk_pos_emb_head_dim: int = knob(64, ge=1, engine="mla")
+    qk_pos_emb_head_dim: int = knob(64, ge=1, le=MAX_WIDTH, engine="mla")
     """Width of the part of each query/key head that RoPE rotates."""
-    v_head_dim: int = knob(128, ge=1, engine="mla")
+    v_head_dim: int = knob(128, ge=1, le=MAX_WIDTH, engine="mla")
     """Width of each value head."""
     rope_type: Literal["rope", "yarn"] = knob("rope", engine="mla")
     """RoPE of MLA; yarn for long context."""
-    rotary_scaling_factor: float = knob(40.0, gt=0, engine="mla")
+    rotary_scaling_factor: float = knob(40.0, ge=1, le=1e6, engine="mla")
     """YaRN: factor by which the context grows."""
-    original_max_position_embeddings: int = knob(4096, ge=1, engine="mla")
+    original_max_position_embeddings: int = knob(4096, ge=1, le=2**31, engine="mla")
     """YaRN: context length before scaling."""
-    beta_fast: float = knob(32.0, gt=0, engine="mla")
+    beta_fast: float = knob(32.0, gt=0, le=1e6, engine="mla")
     """YaRN: rotations over the original context above which a frequency is kept."""
-    beta_slow: float = knob(1.0, gt=0, engine="mla")
+    beta_slow: float = knob(1.0, gt=0, le=1e6, engine="mla")
     """YaRN: rotations over the original context below which a frequency is divided by the factor."""
-    mscale: float = knob(1.0, ge=0, engine="mla")
-    """YaRN: coefficient of the scale on the rotary embedding."""
-    mscale_all_dim: float = knob(0.0, ge=0, engine="mla")
+    mscale: float = knob(1.0, ge=0, le=100, engine="mla")
+    """YaRN: coefficient of the scale on the rotary embedding; 0: a scale of 1."""
+    mscale_all_dim: float = knob(0.0, ge=0, le=100, engine="mla")
     """YaRN: coefficient of the scale on the softmax, by which the other scale is divided; 0: off."""
-    latent_norm_epsilon: float | None = knob(None, gt=0, engine="own")
+    latent_norm_epsilon: float | None = knob(None, gt=0, le=1, engine="own")
     """Epsilon of the norms of the latents; None: layernorm_epsilon. Hugging Face's DeepSeek classes always use 1e-6."""
 
     # ---- linear attention ----
@@ -107,15 +107,15 @@ class ModelConfig(Section):
     linear_attention_freq: int | list[int] | None = knob(None, ge=0, le=10_000, engine="same")
     """Every n-th layer has full attention and the others are linear, or a list of 1 (linear) and 0 (full), one for
     each decoder layer. MTP layers have full attention."""
-    linear_conv_kernel_dim: int = knob(4, ge=1, engine="same")
+    linear_conv_kernel_dim: int = knob(4, ge=1, le=10_000, engine="same")
     """Kernel size, in tokens, of the short convolution over queries, keys and values."""
-    linear_key_head_dim: int = knob(128, ge=1, engine="same")
+    linear_key_head_dim: int = knob(128, ge=1, le=MAX_WIDTH, engine="same")
     """Width of one query and key head of linear attention."""
-    linear_value_head_dim: int = knob(128, ge=1, engine="same")
+    linear_value_head_dim: int = knob(128, ge=1, le=MAX_WIDTH, engine="same")
     """Width of one value head of linear attention."""
-    linear_num_key_heads: int = knob(16, ge=1, engine="same")
+    linear_num_key_heads: int = knob(16, ge=1, le=MAX_WIDTH, engine="same")
     """Query and key heads of linear attention."""
-    linear_num_value_heads: int = knob(32, ge=1, engine="same")
+    linear_num_value_heads: int = knob(32, ge=1, le=MAX_WIDTH, engine="same")
     """Value heads of linear attention."""
 
     # ---- mixture of experts ----
@@ -123,9 +123,9 @@ class ModelConfig(Section):
     """Routed experts of a MoE layer; None: dense model."""
     moe_layer_freq: int | list[int] = knob(1, ge=0, le=10_000, engine="moe")
     """Every n-th layer is MoE, or a list of 0 (dense) and 1 (MoE), one for each decoder layer."""
-    moe_ffn_hidden_size: int | None = knob(None, ge=1, engine="moe")
+    moe_ffn_hidden_size: int | None = knob(None, ge=1, le=MAX_WIDTH, engine="moe")
     """Width of one expert; None: ffn_hidden_size."""
-    moe_shared_expert_intermediate_size: int | None = knob(None, ge=1, engine="moe")
+    moe_shared_expert_intermediate_size: int | None = knob(None, ge=1, le=MAX_WIDTH, engine="moe")
     """Total width of the shared experts; None: no shared expert."""
     moe_shared_expert_gate: bool = knob(False, engine="moe")
     """A sigmoid gate on the shared expert."""
@@ -139,36 +139,36 @@ class ModelConfig(Section):
     """Groups of experts for group-limited routing."""
     moe_router_group_topk: int | None = knob(None, ge=1, le=100_000, engine="moe")
     """Groups a token may use."""
-    moe_router_topk_scaling_factor: float | None = knob(None, gt=0, engine="moe")
+    moe_router_topk_scaling_factor: float | None = knob(None, gt=0, le=1e6, engine="moe")
     """Factor on the routing weights."""
     moe_router_dtype: Literal["fp32", "fp64"] | None = knob("fp32", engine="moe", resume="curve")
     """Dtype of the router's matrix product and scores."""
     moe_router_enable_expert_bias: bool = knob(False, engine="moe")
     """Auxiliary-loss-free balancing: a bias for each expert, updated from the global counts of a step."""
-    moe_router_bias_update_rate: float = knob(1e-3, ge=0, engine="moe", resume="curve")
+    moe_router_bias_update_rate: float = knob(1e-3, ge=0, le=100, engine="moe", resume="curve")
     """Step size of that update."""
     moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = knob(
         "none", engine="moe", resume="curve"
     )
     """Balancing loss. seq_aux_loss is exact at every layout; aux_loss depends on the micro-batch by definition."""
-    moe_aux_loss_coeff: float = knob(0.0, ge=0, engine="moe", resume="curve")
+    moe_aux_loss_coeff: float = knob(0.0, ge=0, le=100, engine="moe", resume="curve")
     """Coefficient of the balancing loss."""
-    moe_z_loss_coeff: float | None = knob(None, ge=0, engine="moe", resume="curve")
+    moe_z_loss_coeff: float | None = knob(None, ge=0, le=100, engine="moe", resume="curve")
     """Coefficient of the router z-loss, a mean over tokens."""
-    moe_expert_capacity_factor: float | None = knob(None, gt=0, engine="moe", resume="curve")
+    moe_expert_capacity_factor: float | None = knob(None, gt=0, le=1e6, engine="moe", resume="curve")
     """Tokens above this capacity are dropped, and the curve depends on the layout. None: no token is dropped."""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = knob("alltoall", engine="moe", resume="free")
-    """How tokens are sent to their experts."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = knob("alltoall", engine="moe", resume="free")
+    """How tokens are sent to their experts. flex (DeepEP, HybridEP) is not supported; refused by name."""
     moe_grouped_gemm: bool | None = knob(None, engine="own", resume="free")
     """One grouped matrix product for all local experts (transformer_engine backend); None: where the backend has it."""
 
     # ---- multi-token prediction ----
     mtp_num_layers: Derived[int] = knob(None, ge=0, le=1000, engine="own")
     """D, the number of prediction depths in addition to the next token; 0 or None: no MTP."""
-    mtp_loss_scaling_factor: float | str = knob(0.1, ge=0, resume="curve")
+    mtp_loss_scaling_factor: float | str = knob(0.1, ge=0, le=100, resume="curve")
     """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or
     "linear:0.3->0.1@10T"."""
-    mtp_depth_weights: list[float] | None = knob(None, ge=0, resume="curve")
+    mtp_depth_weights: list[float] | None = knob(None, ge=0, le=1e6, resume="curve")
     """w_k for each depth; None: all 1."""
     mtp_variant: str = "sequential"
     """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the
@@ -215,9 +215,9 @@ class ModelConfig(Section):
     """See recompute_method."""
     recompute_modules: list[str] | None = knob(None, engine="same", resume="free")
     """selective: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; None: core_attn."""
-    logits_chunk_tokens: int = knob(1024, ge=1, resume="free")
+    logits_chunk_tokens: int = knob(1024, ge=1, le=2**31, resume="free")
     """Cross entropy is computed in chunks of this many tokens of one rank, so the full logits never exist."""
-    logits_z_loss_coeff: float = knob(0.0, ge=0, resume="curve")
+    logits_z_loss_coeff: float = knob(0.0, ge=0, le=100, resume="curve")
     """Coefficient of log(Z)^2 of the main and MTP logits; 0: off."""
 
     # ---- implementation ----

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Resume, knob
+from megatron_mtp.config.knob import MAX_STEPS, Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,11 +18,11 @@ class ProfilingConfig(Section):
 
     use_pytorch_profiler: bool = False
     """Write a trace for TensorBoard or Perfetto."""
-    profile_step_start: int = knob(10, ge=0)
+    profile_step_start: int = knob(10, ge=0, le=MAX_STEPS)
     """First step of the trace."""
-    profile_step_end: int = knob(12, ge=1)
+    profile_step_end: int = knob(12, ge=1, le=MAX_STEPS)
     """First step after the trace."""
-    profile_ranks: list[int] = knob([0], ge=0)
+    profile_ranks: list[int] = knob([0], ge=0, le=10_000_000)
     """Ranks that write a trace."""
-    profile_dir: str | None = None
+    profile_dir: str | None = knob(None, is_path=True)
     """Folder of the traces; required with use_pytorch_profiler."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Derived, Resume, knob
+from megatron_mtp.config.knob import MAX_STEPS, Derived, Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,9 +16,9 @@ class ValidationConfig(Section):
     SECTION: ClassVar[str] = "validation"
     RESUME: ClassVar[Resume] = "free"
 
-    eval_interval: int | None = knob(None, ge=1)
+    eval_interval: int | None = knob(None, ge=1, le=MAX_STEPS)
     """Steps between evaluations; None: none during training."""
-    eval_iters: int = knob(32, ge=0)
+    eval_iters: int = knob(32, ge=0, le=MAX_STEPS)
     """Global batches of one evaluation; 0: no evaluation."""
     eval_at_start: bool = False
     """Evaluate before the first step."""
