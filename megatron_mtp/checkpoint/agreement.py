@@ -4,10 +4,12 @@ waiting. Every function must be called by all ranks."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mtp.errors import CheckpointError
 
@@ -42,10 +44,10 @@ def joined[T](items: list[T]) -> list[T]:
     return [item for one in everyone for item in one]
 
 
-def raise_any(error: str | None) -> None:
+def raise_any(error: CheckpointError | None) -> None:
     """Raises the first error of any rank, on every rank."""
-    if problems := joined([] if error is None else [error]):
-        raise CheckpointError(problems[0])
+    if errors := joined([] if error is None else [error]):
+        raise errors[0]
 
 
 def first_known(values: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +58,11 @@ def first_known(values: dict[str, Any]) -> dict[str, Any]:
 
 def describe_error(error: BaseException) -> str:
     """An exception in a few words: the text of the operating system for an OSError, a CheckpointError as it is."""
+    if isinstance(error, CheckpointException):
+        return describe_error(next(iter(error.failures.values()))[0])
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if "weights_only" in str(error):  # torch's text recommends loading it without restrictions
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"it names {found[1]}" if found else type(error).__name__
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

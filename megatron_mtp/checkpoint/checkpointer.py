@@ -22,7 +22,7 @@ from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, w
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest, describe_file
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
-from megatron_mtp.checkpoint.resuming import find_checkpoint, load_checkpoint
+from megatron_mtp.checkpoint.resuming import load_newest
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.checkpoint.writer import (
     BackgroundWrite,
@@ -107,13 +107,14 @@ class Checkpointer:
                 to a run with another config, or it cannot be loaded.
         """
         load = self.cfg.checkpoint.load
-        found = find_checkpoint(self.cfg, load) if load else None
-        if found is None:
+        if load is None:
             return False
         load_optim = self.cfg.checkpoint.load_optim
-        train_state.restore(
-            load_checkpoint(self.cfg, found, chunks, optimizer, self.groups.dp_cp, load_optim=load_optim)
-        )
+        loaded = load_newest(self.cfg, load, chunks, optimizer, self.groups.dp_cp, load_optim=load_optim)
+        if loaded is None:
+            return False
+        found, saved = loaded
+        train_state.restore(saved)
         if self.directory and found.path.parent.resolve() == self.directory.path.resolve():
             self.last_saved = found.manifest.iteration
         if self.rank == 0:
@@ -126,10 +127,12 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank: there is no complete one.
         """
-        found = find_checkpoint(self.cfg, self._run_directory.path)
-        if found is None:
-            raise CheckpointError(f"checkpoint.save = {self._run_directory.path}: holds no checkpoint to go back to.")
-        train_state.restore(load_checkpoint(self.cfg, found, chunks, optimizer, self.groups.dp_cp, load_optim=True))
+        path = self._run_directory.path
+        loaded = load_newest(self.cfg, path, chunks, optimizer, self.groups.dp_cp, load_optim=True)
+        if loaded is None:
+            raise CheckpointError(f"checkpoint.save = {path}: holds no checkpoint to go back to.")
+        found, saved = loaded
+        train_state.restore(saved)
         self.last_saved = found.manifest.iteration
         if self.rank == 0:
             logger.info("went back to %s", found.path)

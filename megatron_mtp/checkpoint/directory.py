@@ -18,7 +18,15 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, SMALL_NAMES, Manifest, damage, read_manifest
+from megatron_mtp.checkpoint.manifest import (
+    MANIFEST_NAME,
+    SMALL_NAMES,
+    Manifest,
+    damage,
+    damage_error,
+    read_manifest,
+)
+from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.errors import CheckpointError
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
@@ -73,17 +81,17 @@ class RunDirectory:
 
         The checksums of large files are compared before they are read.
         """
-        problems = []
+        problems: list[str] = []
         for iteration in self.iterations():
             try:
                 manifest = self.read(iteration)
+                damaged = self.damages(manifest, only=SMALL_NAMES)
+                if not damaged:
+                    read_train_state(self.final_path(iteration), manifest)
+                    return manifest, problems
+                problems += damaged
             except CheckpointError as error:
                 problems.append(str(error))
-                continue
-            damaged = self.damages(manifest, only=SMALL_NAMES)
-            if not damaged:
-                return manifest, problems
-            problems += damaged
         return None, problems
 
     def damages(
@@ -211,16 +219,23 @@ def _remove(folders: list[Path]) -> None:
 def checkpoint_folder(path: Path) -> Path:
     """The folder of one checkpoint: `path` itself, or the newest one in the run directory `path`.
 
+    Only a resume takes an older one by itself: it goes on from there to the same end. Whoever reads weights gets the
+    newest, or says which.
+
     Raises:
-        CheckpointError: there is no complete one.
+        CheckpointError: there is none, or the newest is damaged.
     """
     if (path / MANIFEST_NAME).exists():
         return path
     directory = RunDirectory(path)
+    iterations = directory.iterations()
+    if not iterations:
+        raise CheckpointError(f"{path}: holds no checkpoint.")
+    newest = directory.final_path(iterations[0])
     manifest, problems = directory.newest_listed()
-    if manifest is None:
-        raise CheckpointError("\n".join([f"{path}: holds no complete checkpoint.", *problems]))
-    return directory.final_path(manifest.iteration)
+    if problems:
+        raise damage_error(newest, problems, None if manifest is None else directory.final_path(manifest.iteration))
+    return newest
 
 
 def write_durably(path: Path, content: bytes) -> None:

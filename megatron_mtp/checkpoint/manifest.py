@@ -20,7 +20,11 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CONFIG_NAME = "config.yaml"
 TRAIN_STATE_NAME = "train_state.json"
+METADATA_NAME = ".metadata"
 SMALL_NAMES = (CONFIG_NAME, TRAIN_STATE_NAME)
+
+_REQUIRED_NAMES = (*SMALL_NAMES, METADATA_NAME, "metadata.json")
+"""What every checkpoint has; `read_metadata` asks for the shards that its metadata leads to."""
 
 MAX_BYTES = 64 << 20
 """Maximum size of a manifest. It holds a line or two for each file; a longer file was not written here."""
@@ -98,7 +102,7 @@ class Manifest:
     def _check(self) -> None:
         """Checks the values: an attacker who writes a manifest writes its checksum too."""
         for name in ("iteration", "consumed_samples", "world_size"):
-            if not _is_count(getattr(self, name)):
+            if not is_count(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not a count")
         if not isinstance(self.validation_loss, int | float | None) or isinstance(self.validation_loss, bool):
             raise ValueError(f"validation_loss = {self.validation_loss!r} is not a number")
@@ -107,11 +111,14 @@ class Manifest:
         for entry in self.files:
             if not _FILE_NAME.fullmatch(entry.name) or entry.name in (".", "..", MANIFEST_NAME):
                 raise ValueError(f"file name {entry.name!r} leads out of the directory")
-            if not _is_count(entry.size) or not _DIGEST.fullmatch(entry.sha256):
+            if not is_count(entry.size) or not _DIGEST.fullmatch(entry.sha256):
                 raise ValueError(f"size or checksum of {entry.name} is invalid")
+        if missing := sorted(set(_REQUIRED_NAMES) - {entry.name for entry in self.files}):
+            raise ValueError(f"it does not list {', '.join(missing)}")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value from a JSON file is an integer of at least 0; true and false are integers to Python."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -146,6 +153,29 @@ def read_manifest(directory: Path) -> Manifest:
         if problem:
             raise CheckpointError(problem)
     return manifest
+
+
+def read_verified(directory: Path) -> Manifest:
+    """`read_manifest`, with every byte compared. For one process that reads a checkpoint alone.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged; names every file.
+    """
+    manifest = read_manifest(directory)
+    if problems := [text for entry in manifest.files if (text := damage(directory, entry))]:
+        raise damage_error(directory, problems)
+    return manifest
+
+
+def damage_error(directory: Path, problems: list[str], older: Path | None = None) -> CheckpointError:
+    """The error of a reader that needs this checkpoint and no other.
+
+    Args:
+        older: a checkpoint that could be read in its place.
+    """
+    such_as = f", such as {older}" if older else ""
+    remedy = f"Restore it, or name another checkpoint by its folder{such_as}."
+    return CheckpointError("\n".join([f"{directory}: the checkpoint is damaged. {remedy}", *problems]))
 
 
 def damage(directory: Path, entry: FileEntry) -> str | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from megatron.core import dist_checkpointing
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_mtp.checkpoint.agreement import describe_error, from_first, raise_any
 from megatron_mtp.checkpoint.content import Content
-from megatron_mtp.checkpoint.manifest import damage, read_manifest
-from megatron_mtp.checkpoint.resuming import _check_keys
+from megatron_mtp.checkpoint.manifest import damage_error, read_verified
+from megatron_mtp.checkpoint.resuming import UnreadableError, _check_keys, read_shards
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
 
@@ -31,23 +30,22 @@ def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: Proce
         CheckpointError: on every rank; the checkpoint is damaged, or its tensors are not the model's; names them.
     """
     from_first(lambda: _check(folder))
-    error = None
+    error: CheckpointError | None = None
     try:
         content = Content(chunks, None, dp_cp_group)
         plan = content.for_loading(with_random_state=False)
         _check_keys(folder, plan.requested_keys(), load_optim=False)
-        plan.adopt(dist_checkpointing.load(plan.state, str(folder), validate_access_integrity=False), {})
+        plan.adopt(read_shards(plan.state, folder), {})
+    except UnreadableError as failure:
+        error = damage_error(folder, [str(failure)])
     except MegatronMTPError as failure:
-        error = str(failure)
+        error = CheckpointError(str(failure))
     except Exception as failure:  # any cause on one rank must reach raise_any, or the others wait for it
         logger.debug("loading failed", exc_info=failure)
-        error = f"{folder}: cannot be loaded ({describe_error(failure)})."
+        error = CheckpointError(f"{folder}: cannot be loaded ({describe_error(failure)}).")
     raise_any(error)
 
 
 def _check(folder: Path) -> None:
     """Compares every byte with the manifest, and checks pickled parts before anything unpickles them."""
-    problems = [text for entry in read_manifest(folder).files if (text := damage(folder, entry))]
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    read_metadata(folder)
+    read_metadata(folder, read_verified(folder))

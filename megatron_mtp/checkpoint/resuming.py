@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mtp.checkpoint.agreement import describe_error, from_first, joined, raise_any
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX, Content
 from megatron_mtp.checkpoint.directory import RunDirectory
-from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest
+from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
 from megatron_mtp.checkpoint.preflight import check_missing, compare_with_run, read_saved_config, refusal_text
 from megatron_mtp.checkpoint.random_state import RNG_KEY, restore_random_state
+from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict
@@ -49,31 +52,71 @@ class Found:
     manifest: Manifest
 
 
-def find_checkpoint(cfg: ConfigContainer, path: str | Path) -> Found | None:
-    """The newest complete checkpoint of a run directory; None where a fresh start is allowed.
+class UnreadableError(CheckpointError):
+    """A checkpoint with the right checksums that cannot be read all the same."""
 
-    Every byte is compared with the manifest before any file is parsed, each rank reading its share. Rank 0 checks
-    pickled parts before any rank loads them. A damaged checkpoint is named and the one before it is used.
+
+def load_newest(
+    cfg: ConfigContainer,
+    path: str | Path,
+    chunks: list[nn.Module],
+    optimizer: MegatronOptimizer,
+    dp_cp_group: ProcessGroup,
+    *,
+    load_optim: bool,
+) -> tuple[Found, dict[str, Any]] | None:
+    """Loads the newest complete checkpoint of a run directory; None where a fresh start is allowed.
 
     Args:
         path: checkpoint.load or checkpoint.save.
+        load_optim: with optimizer state.
+
+    Returns:
+        The checkpoint and its train state.
 
     Raises:
-        CheckpointError: on every rank: no checkpoint is complete, or the newest complete one is of a run with another
-            config.
+        CheckpointError: on every rank: no checkpoint is complete, the newest complete one is of a run with another
+            config, or it cannot be loaded. Weights may be partly loaded; the process must not continue to train.
+    """
+    damaged: list[str] = []
+    for found in complete_checkpoints(cfg, path, damaged):
+        try:
+            # A failed attempt leaves nothing behind: the next one fills everything again.
+            return found, load_checkpoint(cfg, found, chunks, optimizer, dp_cp_group, load_optim=load_optim)
+        except UnreadableError as error:
+            _skip(found.manifest.iteration, [str(error)], damaged)
+    return None
+
+
+def complete_checkpoints(cfg: ConfigContainer, path: str | Path, damaged: list[str]) -> Iterator[Found]:
+    """The complete checkpoints of a run directory, newest first; ends where a fresh start is allowed.
+
+    Every byte is compared with the manifest before any file is parsed, each rank reading its share. Rank 0 checks the
+    train state and pickled parts before any rank loads them. A damaged checkpoint is named and the one before it used.
+
+    Args:
+        path: checkpoint.load or checkpoint.save.
+        damaged: the problems of all that are skipped are added to it.
+
+    Raises:
+        CheckpointError: on every rank: no checkpoint is left, or the newest one that is complete is of a run with
+            another config.
     """
     directory = RunDirectory(path)
-    damaged: list[str] = []
     for iteration in from_first(directory.iterations):
         manifest, problems = _examine(directory, iteration)
         if manifest is not None and not problems:
             from_first(partial(_check_config, cfg, directory, manifest))
-            return Found(directory.final_path(iteration), manifest)
-        for problem in problems if dist.get_rank() == 0 else ():
-            logger.warning("the checkpoint of iteration %d is damaged and skipped: %s", iteration, problem)
-        damaged += problems
+            yield Found(directory.final_path(iteration), manifest)
+        else:
+            _skip(iteration, problems, damaged)
     from_first(lambda: check_missing(cfg, damaged))
-    return None
+
+
+def _skip(iteration: int, problems: list[str], damaged: list[str]) -> None:
+    for problem in problems if dist.get_rank() == 0 else ():
+        logger.warning("the checkpoint of iteration %d is damaged and skipped: %s", iteration, problem)
+    damaged += problems
 
 
 def _examine(directory: RunDirectory, iteration: int) -> tuple[Manifest | None, list[str]]:
@@ -83,17 +126,19 @@ def _examine(directory: RunDirectory, iteration: int) -> tuple[Manifest | None, 
         except CheckpointError as error:
             return None, [str(error)]
 
-    def check_pickled() -> list[str]:
+    def check_contents(manifest: Manifest) -> list[str]:
         try:
-            read_metadata(directory.final_path(iteration))
+            read_train_state(directory.final_path(iteration), manifest)
+            read_metadata(directory.final_path(iteration), manifest)
         except CheckpointError as error:
             return [str(error)]
         return []
 
     manifest, problems = from_first(read)
-    if manifest is not None:
-        problems = joined(directory.damages(manifest, share=dist.get_rank(), num_shares=dist.get_world_size()))
-    return manifest, problems or (from_first(check_pickled) if manifest is not None else [])
+    if manifest is None:
+        return None, problems
+    problems = joined(directory.damages(manifest, share=dist.get_rank(), num_shares=dist.get_world_size()))
+    return manifest, problems or from_first(partial(check_contents, manifest))
 
 
 def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> None:
@@ -122,19 +167,23 @@ def load_checkpoint(
         The saved train state.
 
     Raises:
-        CheckpointError: on every rank. Weights may be partly loaded; the process must not continue to train.
+        UnreadableError: on every rank: a file cannot be read.
+        CheckpointError: on every rank: it does not fit the model. In both cases weights may be partly loaded.
     """
-    error, saved = None, {}
+    error: CheckpointError | None = None
+    state: dict[str, Any] = {}
     try:
-        saved = json.loads((found.path / TRAIN_STATE_NAME).read_text(encoding="utf-8"))
-        _load(cfg, found, chunks, optimizer, dp_cp_group, saved["optimizer"], load_optim)
+        state, scalars = read_train_state(found.path, found.manifest)
+        _load(cfg, found, chunks, optimizer, dp_cp_group, scalars, load_optim)
+    except UnreadableError as failure:
+        error = failure
     except MegatronMTPError as failure:
-        error = str(failure)
+        error = CheckpointError(str(failure))
     except Exception as failure:
         logger.debug("loading failed", exc_info=failure)
-        error = f"{found.path}: cannot be loaded ({describe_error(failure)})."
+        error = CheckpointError(f"{found.path}: cannot be loaded ({describe_error(failure)}).")
     raise_any(error)
-    return saved["train"]
+    return state
 
 
 def _load(
@@ -151,7 +200,7 @@ def _load(
     content = Content(chunks, optimizer if load_optim else None, dp_cp_group)
     plan = content.for_loading(with_random_state=same_place)
     _check_keys(found.path, plan.requested_keys(), load_optim)
-    loaded = dist_checkpointing.load(plan.state, str(found.path), validate_access_integrity=False)
+    loaded = read_shards(plan.state, found.path)
     plan.adopt(loaded, scalars)
     if not load_optim:
         optimizer.reload_model_params()
@@ -159,6 +208,19 @@ def _load(
         copy_master_weights_to_model(content.singles(), chunks)
     if same_place:
         restore_random_state(loaded[RNG_KEY])
+
+
+def read_shards(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
+    """`state` with tensors in place of shards.
+
+    Raises:
+        UnreadableError: on every rank: a file cannot be read on some rank, or torch refuses what is in it.
+    """
+    try:
+        return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+    except (CheckpointException, OSError) as failure:  # torch's is not an Exception
+        logger.debug("reading failed", exc_info=failure)
+        raise UnreadableError(f"{folder}: cannot be read ({describe_error(failure)}).") from failure
 
 
 def _check_keys(path: Path, requested: set[str], load_optim: bool) -> None:

@@ -37,9 +37,10 @@ from megatron_mtp.checkpoint.manifest import (
     TRAIN_STATE_NAME,
     FileEntry,
     Manifest,
-    damage,
+    damage_error,
     describe_file,
     read_manifest,
+    read_verified,
 )
 from megatron_mtp.checkpoint.preflight import read_saved_config
 from megatron_mtp.checkpoint.random_state import RNG_KEY
@@ -183,10 +184,8 @@ class StoredWeights:
 
     def __init__(self, path: Path, *, verify: bool = True):
         self.folder = checkpoint_folder(path)
-        self.manifest = read_manifest(self.folder)
-        if problems := [text for entry in self.manifest.files if verify and (text := damage(self.folder, entry))]:
-            raise CheckpointError("\n".join(problems))
-        metadata = read_metadata(self.folder)
+        self.manifest = read_verified(self.folder) if verify else read_manifest(self.folder)
+        metadata = read_metadata(self.folder, self.manifest)
         self._boxes: dict[str, dict[int, list[_Box]]] = {}
         self._stacks: set[str] = set()
         self.tensors: dict[str, TensorStorageMetadata] = {}
@@ -226,15 +225,15 @@ class StoredWeights:
         """One box, assembled from the stored parts.
 
         Raises:
-            CheckpointError: a part of it is not stored.
+            CheckpointError: a part of it is not stored, or cannot be read.
         """
         hits = [(box, shared) for box in self._candidates(key, offset, size) if (shared := box.overlap(offset, size))]
         if len(hits) == 1 and (hits[0][0].offset, hits[0][0].size) == (offset, size):
-            return self._load(hits[0][0].info)
+            return self._load(key, hits[0][0].info)
         target = torch.empty(size, dtype=self.dtype(key))
         count = 0
         for box, (ours, theirs) in hits:
-            part = self._load(box.info)[theirs]
+            part = self._load(key, box.info)[theirs]
             target[ours] = part
             count += part.numel()
         if count != target.numel():
@@ -252,10 +251,15 @@ class StoredWeights:
             return by_first.get(offset[0], [])
         return [box for boxes in by_first.values() for box in boxes]
 
-    def _load(self, info: _StorageInfo) -> Tensor:
-        with (self.folder / info.relative_path).open("rb") as stream:
-            view = _create_file_view(stream, info.offset, info.length)
-            return torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True).detach()
+    def _load(self, key: str, info: _StorageInfo) -> Tensor:
+        path = self.folder / info.relative_path
+        try:
+            with path.open("rb") as stream:
+                view = _create_file_view(stream, info.offset, info.length)
+                return torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True).detach()
+        except Exception as error:
+            problem = f"{path}: the tensor {key!r} cannot be read ({describe_error(error)})."
+            raise damage_error(self.folder, [problem]) from error
 
 
 def _other_kind(key: str) -> str | None:

@@ -6,21 +6,40 @@ position, except for `passed_over_samples`.
 
 from __future__ import annotations
 
+import json
+import reprlib
+import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from megatron_mtp.checkpoint.manifest import TRAIN_STATE_NAME, Manifest, is_count
 from megatron_mtp.errors import CheckpointError
 
-# What each value must be when it comes out of a file; bool is an int to Python and is refused.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "str | None": (str, type(None)),
-    "dict[str, list[int]]": (dict,),
-    "dict[str, Any]": (dict,),
+
+def _is_number(value: Any) -> bool:
+    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_plain and abs(value) <= sys.float_info.max  # neither nan nor inf, which JSON can hold, nor more
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(c, list) and all(map(is_count, c)) for c in value.values())
+
+
+# What each value must be when it comes out of a file.
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "int": is_count,
+    "float": lambda value: _is_number(value) and value >= 0,
+    "float | None": lambda value: value is None or _is_number(value),
+    "str | None": lambda value: isinstance(value, str | None),
+    "dict[str, list[int]]": _are_counts,
+    "dict[str, Any]": lambda value: isinstance(value, dict),
 }
+_WORDS = {"int": "int of at least 0", "float": "float of at least 0", "dict[str, list[int]]": "lists of counts"}
+_REQUIRED = ("iteration", "consumed_samples", "consumed_tokens")
+"""Every release saved them. Other fields came later, and a checkpoint may lack them."""
 
 
 @dataclass(slots=True)
@@ -95,19 +114,70 @@ class TrainState:
         """Takes over the values of a checkpoint, in place. A field the checkpoint lacks keeps its present value.
 
         Raises:
-            CheckpointError: a name or type this version does not know, so that no counter is lost silently.
+            CheckpointError: a name this version does not know, so that no counter is lost silently, or a wrong value.
         """
-        known = {f.name: f for f in fields(self)}
         for name, value in values.items():
-            if name not in known:
+            if name not in _TYPES:
                 raise CheckpointError(
                     f"train state: {name} = {value!r} is unknown to this version: a newer one wrote the checkpoint. "
                     "Resume with that version."
                 )
-            kinds = _KINDS[str(known[name].type)]
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise CheckpointError(
-                    f"train state: {name} = {value!r} should be {known[name].type}. Use another checkpoint."
-                )
+            if problem := _problem(name, value):
+                raise CheckpointError(f"train state: {problem}. Use another checkpoint.")
         for name, value in values.items():
             setattr(self, name, value)
+
+
+_TYPES = {f.name: str(f.type) for f in fields(TrainState)}
+
+
+def _problem(name: str, value: Any) -> str | None:
+    """What is wrong with the value of a field; None: it can be taken over."""
+    kind = _TYPES[name]
+    return None if _CHECKS[kind](value) else f"{name} = {reprlib.repr(value)} should be {_WORDS.get(kind, kind)}"
+
+
+def read_train_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The train state of a checkpoint, for `TrainState.restore`, and its optimizer's scalars.
+
+    An attacker, or who edits it by hand, writes a new checksum too, so the values must make sense.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / TRAIN_STATE_NAME
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        train, optimizer = _checked(saved, manifest)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: is damaged (it is nested too deeply).") from error
+    except ValueError as error:  # not UTF-8 and not JSON are ValueErrors too
+        raise CheckpointError(f"{path}: is damaged ({error}).") from error
+    return train, optimizer
+
+
+def _checked(saved: Any, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both parts. Names that this version does not know are left to `TrainState.restore`, which refuses them.
+
+    Raises:
+        ValueError: a part is missing, or a value cannot be.
+    """
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in ("train", "optimizer")):
+        raise ValueError("it does not hold the parts train and optimizer")
+    train, optimizer = saved["train"], saved["optimizer"]
+    if missing := [name for name in _REQUIRED if name not in train]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for name in [name for name in _TYPES if name in train]:
+        if problem := _problem(name, train[name]):
+            raise ValueError(problem)
+    for name in ("iteration", "consumed_samples"):
+        if train[name] != getattr(manifest, name):
+            raise ValueError(f"{name} = {train[name]}, but the manifest says {getattr(manifest, name)}")
+    step, scale = optimizer.get("step", ""), optimizer.get("grad_scaler", "")
+    if not (step is None or is_count(step)):
+        raise ValueError(f"the optimizer's step = {reprlib.repr(step)} should be a count or null")
+    if not (scale is None or (isinstance(scale, dict) and all(map(_is_number, scale.values())))):
+        raise ValueError(f"grad_scaler = {reprlib.repr(scale)} should be numbers by name or null")
+    return train, optimizer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from megatron_mtp.checkpoint.agreement import describe_error
+from megatron_mtp.checkpoint.manifest import METADATA_NAME, Manifest
 from megatron_mtp.errors import CheckpointError
-
-METADATA_NAME = ".metadata"
 
 _ALLOWED = {
     "torch": {"Size"},
@@ -85,8 +84,12 @@ def _ignore(_: Any, __: Any) -> None:
     """In place of a __setstate__ that looks into stand-ins."""
 
 
-def read_metadata(directory: Path) -> Metadata:
+def read_metadata(directory: Path, manifest: Manifest | None = None) -> Metadata:
     """The metadata of a checkpoint, after it and every object it points to were checked.
+
+    Args:
+        manifest: must list every file that the metadata leads to, or the file has no checksum; None: it was asked
+            before.
 
     Raises:
         CheckpointError: something does not belong in a checkpoint.
@@ -99,12 +102,15 @@ def read_metadata(directory: Path) -> Metadata:
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
         objects = {key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
+        listed = None if manifest is None else {entry.name for entry in manifest.files}
         places = [(index.fqn, info) for index, info in metadata.storage_data.items()]
         for _, info in places:
             name = info.relative_path
             is_here = Path(name).name == name and (directory / name).is_file()
             if not is_here or getattr(info, "transform_descriptors", None):
                 raise ValueError(f"it leads to {name!r}")
+            if listed is not None and name not in listed:
+                raise ValueError(f"it leads to {name!r}, which the manifest does not list")
     except Exception as error:
         raise CheckpointError(f"{path}: is not a checkpoint's metadata ({error}).") from error
     for key, info in places:
@@ -119,7 +125,4 @@ def _check_object(path: Path, key: str, offset: int, length: int) -> None:
             stream.seek(offset)
             torch.load(io.BytesIO(stream.read(length)), weights_only=True, map_location="cpu")
     except Exception as error:
-        # The rest of torch's text recommends loading it without restrictions.
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it names {found[1]}" if found else type(error).__name__
-        raise CheckpointError(f"{path}: the object {key!r} is not plain data ({reason}).") from error
+        raise CheckpointError(f"{path}: the object {key!r} is not plain data ({describe_error(error)}).") from error

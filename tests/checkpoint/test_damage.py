@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_mtp.checkpoint.directory import RunDirectory
 from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, describe_file, read_manifest
 from megatron_mtp.checkpoint.preflight import check_run_directory
-from megatron_mtp.checkpoint.resuming import find_checkpoint
+from megatron_mtp.checkpoint.pretrained import load_model_weights
+from megatron_mtp.checkpoint.resuming import complete_checkpoints
+from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError
 from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
@@ -57,14 +62,27 @@ class Warnings(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def what_is_found(path: str) -> tuple[int, list[str]]:
+@contextmanager
+def listened() -> Iterator[list[str]]:
+    """The warnings of a resume."""
     logger, told = logging.getLogger("megatron_mtp.checkpoint.resuming"), Warnings()
     logger.addHandler(told)
     try:
-        found = find_checkpoint(make_config(DENSE, dist.get_world_size(), path), path)
+        yield told.texts
     finally:
         logger.removeHandler(told)
-    return found.manifest.iteration, told.texts
+
+
+def what_is_found(path: str) -> tuple[int, list[str]]:
+    with listened() as told:
+        found = next(complete_checkpoints(make_config(DENSE, dist.get_world_size(), path), path, []))
+    return found.manifest.iteration, told
+
+
+def what_is_resumed(path: str) -> tuple:
+    with listened() as told, rig(make_config(DENSE, dist.get_world_size(), path)) as run:
+        assert run.resume()
+        return run.state.iteration, run.weights(), told
 
 
 def test_the_checkpoint_has_the_files_this_test_damages(saved):
@@ -103,7 +121,7 @@ def resume_and_save(path: str) -> list[int]:
 
 def refused(path: str) -> str:
     with pytest.raises(CheckpointError) as caught:
-        find_checkpoint(make_config(DENSE, dist.get_world_size(), path), path)
+        next(complete_checkpoints(make_config(DENSE, dist.get_world_size(), path), path, []))
     return str(caught.value)
 
 
@@ -203,3 +221,86 @@ def test_a_config_that_names_code_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"iter_0000002/config\.yaml"):
         check_run_directory(make_config(DENSE, 2, str(path)))
     assert not target.exists()
+
+
+TENSOR = "decoder.final_layernorm.weight"
+
+
+def make_unreadable(whole: Path, how: str, target: Path) -> None:
+    """A tensor that its checksums pass and torch's reader does not."""
+    if how == "malicious":
+        replace_object(whole, TENSOR, pickled_by_torch(Attack(target)))
+    else:  # as if the disk failed after its bytes were compared
+        metadata = read_metadata(whole)
+        next(info for index, info in metadata.storage_data.items() if index.fqn == TENSOR).length = 10
+        (whole / ".metadata").write_bytes(pickle.dumps(metadata))
+    forge(whole)
+
+
+def weights_of_folder(folder: Path) -> str:
+    with rig(make_config(DENSE, dist.get_world_size())) as run, pytest.raises(CheckpointError) as caught:
+        load_model_weights(folder, run.chunks, run.run.groups.dp_cp)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["malicious", "cut"])
+def test_a_tensor_that_cannot_be_read_is_damage(ranks, saved, tmp_path, how):
+    """Torch's own exception is not an Exception, and its text recommends loading without restrictions."""
+    path, target = shutil.copytree(saved[0], tmp_path / "run"), tmp_path / "owned"
+    whole = path / "iter_0000002"
+    make_unreadable(whole, how, target)
+    (iteration, weights, told), (second, _, silent) = ranks(2).run(what_is_resumed, str(path))
+    assert iteration == second == 1
+    assert differences(saved[1], weights) == {}
+    assert silent == []
+    refusals = ranks(2).run(weights_of_folder, whole)
+    with pytest.raises(CheckpointError) as caught:
+        StoredWeights(path).whole(TENSOR)
+    for text in (*told, *refusals, str(caught.value)):
+        assert str(whole) in text
+        assert "weights_only" not in text
+        assert how != "malicious" or "mkdir" in text
+    assert all("name another checkpoint by its folder" in text for text in (*refusals, str(caught.value)))
+    assert len(told) == 1
+    assert not target.exists()
+
+
+def test_where_no_tensor_can_be_read_every_checkpoint_is_named(ranks, saved, tmp_path):
+    path = shutil.copytree(saved[0], tmp_path / "run")
+    for name in ("iter_0000001", "iter_0000002"):
+        make_unreadable(path / name, "cut", tmp_path)
+    for message in ranks(2).run(not_resumed, str(path)):
+        assert "none of its checkpoints is complete" in message
+        assert "iter_0000001: cannot be read" in message
+        assert "iter_0000002: cannot be read" in message
+
+
+def not_resumed(path: str) -> str:
+    with rig(make_config(DENSE, dist.get_world_size(), path)) as run, pytest.raises(CheckpointError) as caught:
+        run.resume()
+    return str(caught.value)
+
+
+def test_a_train_state_without_sense_is_damage(ranks, saved, tmp_path):
+    path = shutil.copytree(saved[0], tmp_path / "run")
+    file = path / "iter_0000002" / "train_state.json"
+    values = json.loads(file.read_text())
+    values["train"]["consumed_samples"] = -5
+    file.write_text(json.dumps(values))
+    forge(path / "iter_0000002")
+    (iteration, told), _ = ranks(2).run(what_is_found, str(path))
+    assert iteration == 1
+    assert f"{file}: is damaged (consumed_samples = -5 should be int of at least 0)" in told[0]
+
+
+def test_a_shard_without_a_checksum_is_damage(ranks, saved, tmp_path):
+    path = shutil.copytree(saved[0], tmp_path / "run")
+    whole = path / "iter_0000002"
+    manifest = read_manifest(whole)
+    files = [entry for entry in manifest.files if entry.name != "__1_0.distcp"]
+    (whole / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
+    (iteration, told), _ = ranks(2).run(what_is_found, str(path))
+    assert iteration == 1
+    assert "leads to '__1_0.distcp', which the manifest does not list" in told[0]
+    with pytest.raises(CheckpointError, match="which the manifest does not list"):
+        StoredWeights(path)

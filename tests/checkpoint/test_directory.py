@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mtp.checkpoint.directory import LATEST_NAME, RunDirectory
+from megatron_mtp.checkpoint.directory import LATEST_NAME, RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from megatron_mtp.errors import CheckpointError
 from tests.checkpoint.writing import damage_file, write_checkpoint
 
 pytestmark = pytest.mark.unit
 
-FILES = ["config.yaml", "train_state.json", "__0_0.distcp", MANIFEST_NAME]
+FILES = ["config.yaml", "train_state.json", ".metadata", "metadata.json", "__0_0.distcp", MANIFEST_NAME]
 
 
 def find(directory: RunDirectory) -> tuple[int | None, list[str]]:
@@ -151,3 +151,39 @@ def test_the_manifest_is_readable(tmp_path):
     text = json.loads((write_checkpoint(tmp_path, 5) / MANIFEST_NAME).read_text())
     assert text["manifest"]["iteration"] == 5
     assert {entry["name"] for entry in text["manifest"]["files"]} == set(FILES) - {MANIFEST_NAME}
+
+
+def test_who_reads_weights_gets_the_newest_or_says_which(tmp_path):
+    older, newest = write_checkpoint(tmp_path, 100), write_checkpoint(tmp_path, 200)
+    assert checkpoint_folder(tmp_path) == newest
+    assert checkpoint_folder(older) == older
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in FILES for how in ("truncated", "deleted")]
+    + [(name, "bit-flipped") for name in ("config.yaml", "train_state.json", MANIFEST_NAME)],
+)
+def test_who_reads_weights_never_gets_an_older_one_by_itself(tmp_path, name, how):
+    """The checksums of large files are compared by the reader, which refuses with the same words."""
+    older, newest = write_checkpoint(tmp_path, 100), write_checkpoint(tmp_path, 200)
+    damage_file(newest / name, how)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint_folder(tmp_path)
+    assert f"{newest}: the checkpoint is damaged" in str(caught.value)
+    assert f"name another checkpoint by its folder, such as {older}." in str(caught.value)
+    assert f"{newest / name}: " in str(caught.value)
+
+
+def test_a_run_directory_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"__0_0.distcp", MANIFEST_NAME}))
+def test_a_manifest_must_list_what_every_checkpoint_has(tmp_path, name):
+    """What it does not list has no checksum."""
+    manifest = read_manifest(write_checkpoint(tmp_path, 1))
+    files = [entry for entry in manifest.files if entry.name != name]
+    with pytest.raises(ValueError, match=f"does not list {name}"):
+        Manifest.from_bytes(Manifest(iteration=1, files=files).to_bytes())

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mtp.checkpoint.directory import RunDirectory
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, TRAIN_STATE_NAME, Manifest, describe_file
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.errors import CheckpointError
+from tests.checkpoint.writing import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -59,6 +65,10 @@ def test_acceptance_of_another_depth_count_is_refused():
         ({"iteration": "1"}, "iteration = '1' should be int"),
         ({"iteration": True}, "iteration = True should be int"),
         ({"iteration": 1.0}, "iteration = 1.0 should be int"),
+        ({"iteration": -1}, "iteration = -1 should be int of at least 0"),
+        ({"elapsed_s": math.nan}, "elapsed_s = nan should be float of at least 0"),
+        ({"best_validation_loss": math.inf}, "best_validation_loss = inf should be float"),
+        ({"acceptance": {"matches_main": [1, -2]}}, "acceptance = .* should be lists of counts"),
         ({"wandb_run_id": 5}, "wandb_run_id = 5 should be str"),
     ],
 )
@@ -89,3 +99,44 @@ def test_what_was_handed_out_does_not_go_on_counting():
     handed_out = state.to_dict()
     state.add_acceptance({"matches_target": [5, 2]})
     assert handed_out["acceptance"] == {"matches_target": [5, 2]}
+
+
+def edited(**values: Any) -> str:
+    return json.dumps(
+        {"train": TrainState(iteration=200, consumed_samples=800).to_dict() | values.pop("train", {})}
+        | {"optimizer": {"step": 200, "grad_scaler": None}}
+        | values
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (edited(train={"consumed_samples": -5}), "consumed_samples = -5 should be"),
+        (edited(train={"iteration": 999}), "iteration = 999, but the manifest says 200"),
+        (edited(train={"consumed_samples": 4}), "consumed_samples = 4, but the manifest says 800"),
+        (edited(train={"floating_point_operations": 10**400}), "should be float of at least 0"),
+        (edited(optimizer=None), "parts train and optimizer"),
+        (edited(optimizer={}), "step = '' should be"),
+        (edited(optimizer={"step": -1, "grad_scaler": None}), "step = -1 should be"),
+        (edited(optimizer={"step": 1, "grad_scaler": {"scale": "1"}}), "should be numbers by name"),
+        ('{"train": {}, "optimizer": {}}', "lacks iteration, consumed_samples, consumed_tokens"),
+        ("[]", "parts train and optimizer"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{", "is damaged"),
+    ],
+    ids=range(12),
+)
+def test_a_file_without_sense_is_damage(tmp_path: Path, content: str, what: str):
+    """Its checksum is right: who edits a file by hand, or attacks, writes the manifest again."""
+    write_checkpoint(tmp_path, 100)
+    whole = write_checkpoint(tmp_path, 200)
+    (whole / TRAIN_STATE_NAME).write_text(content)
+    entries = [describe_file(file) for file in whole.iterdir() if file.name != MANIFEST_NAME]
+    manifest = Manifest(iteration=200, files=entries, consumed_samples=800)
+    (whole / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    found, problems = RunDirectory(tmp_path).newest_listed()
+    assert found.iteration == 100
+    assert len(problems) == 1
+    assert f"{whole / TRAIN_STATE_NAME}: is damaged (" in problems[0]
+    assert what in problems[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_mtp.checkpoint.directory import LATEST_NAME, RunDirectory
-from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, Manifest, describe_file
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, Manifest, describe_file, read_manifest
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.checkpoint.untrusted import METADATA_NAME, read_metadata
 from megatron_mtp.errors import CheckpointError
@@ -90,7 +91,8 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, how: str):
         file.symlink_to("/dev/zero")
     else:
         file.mkdir()
-    forged(whole, files=entries(name=file.name, size=0))
+    others = [entry for entry in read_manifest(tmp_path / "iter_0000100").files if entry.name != file.name]
+    forged(whole, files=[*entries(name=file.name, size=0), *map(asdict, others)])
     manifest, problems = RunDirectory(tmp_path).newest_listed()
     assert manifest.iteration == 100
     assert problems == [f"{file}: is not a file."]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_mtp.checkpoint.directory import RunDirectory
-from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest, describe_file
+from megatron_mtp.checkpoint.manifest import CONFIG_NAME, METADATA_NAME, TRAIN_STATE_NAME, Manifest, describe_file
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
+from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
 
@@ -14,13 +16,17 @@ from megatron_mtp.config.serialize import to_yaml
 def write_checkpoint(
     path: Path, iteration: int, cfg: ConfigContainer | None = None, validation_loss: float | None = None
 ) -> Path:
-    """A whole checkpoint with a config, a train state and one file of data."""
+    """A whole checkpoint with a config, a train state and one file of data; its metadata cannot be loaded."""
     cfg = cfg or ConfigContainer()
     path.mkdir(parents=True, exist_ok=True)
     directory = RunDirectory(path)
     partial = directory.begin(iteration)
     (partial / CONFIG_NAME).write_text(to_yaml(cfg))
-    (partial / TRAIN_STATE_NAME).write_text(f'{{"iteration": {iteration}}}\n')
+    state = TrainState(iteration=iteration, consumed_samples=iteration * 4)
+    scalars = {"step": None, "grad_scaler": None}
+    (partial / TRAIN_STATE_NAME).write_text(json.dumps({"train": state.to_dict(), "optimizer": scalars}))
+    for name in (METADATA_NAME, "metadata.json"):
+        (partial / name).write_text("for Megatron-Core's loader")
     (partial / "__0_0.distcp").write_bytes(bytes(range(256)) * 4)
     files = [describe_file(file) for file in sorted(partial.iterdir())]
     manifest = Manifest(
