@@ -35,6 +35,7 @@ from megatron_mtp.checkpoint.writer import (
 )
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
+from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore.optimizer import gather_weights
 from megatron_mtp.observe.env import package_versions
@@ -76,7 +77,9 @@ class Checkpointer:
         self.last_save_s = 0.0
         """Seconds from the start of the last save until the checkpoint was complete."""
         self._pending: _Pending | None = None
-        self._tokenizer = tokenizer_fingerprint(cfg) if self.directory and self.rank == 0 else None
+        is_writer = self.directory is not None and self.rank == 0
+        self._tokenizer = tokenizer_fingerprint(cfg) if is_writer else None
+        self._data = list(data_fingerprints(cfg).values()) if is_writer else []
         if self.directory:
             from_first(self._make_directory)
 
@@ -250,6 +253,7 @@ class Checkpointer:
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             validation_loss=validation_loss,
             tokenizer=self._tokenizer,
+            data=self._data,
             versions=package_versions(),
         )
 

@@ -61,6 +61,8 @@ class Manifest:
     """Main loss of the evaluation at this iteration, nats per token; None: there was none."""
     tokenizer: str | None = None
     """Fingerprint of the tokenizer; None where the run has none."""
+    data: list[str] = field(default_factory=list)
+    """Fingerprint of the files of each prefix of the training data, in the order of the blend; empty: not known."""
     versions: dict[str, str] = field(default_factory=dict)
     """Python and packages that wrote it."""
 
@@ -108,6 +110,8 @@ class Manifest:
             raise ValueError(f"validation_loss = {self.validation_loss!r} is not a number")
         if not isinstance(self.tokenizer, str | None):
             raise ValueError(f"tokenizer = {self.tokenizer!r} is not a string")
+        if not isinstance(self.data, list) or not all(isinstance(one, str) for one in self.data):
+            raise ValueError("data is not a list of strings")
         for entry in self.files:
             if not _FILE_NAME.fullmatch(entry.name) or entry.name in (".", "..", MANIFEST_NAME):
                 raise ValueError(f"file name {entry.name!r} leads out of the directory")

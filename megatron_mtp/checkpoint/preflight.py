@@ -18,6 +18,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.derive import WHEN_NULL
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.config.yaml_text import load_yaml
+from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.data.tokenizer import configured_tokenizer
 from megatron_mtp.errors import CheckpointError, ConfigError
 
@@ -106,6 +107,15 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
             f"tokenizer.tokenizer_model = {cfg.tokenizer.tokenizer_model!r}: is another tokenizer ({tokenizer}) than "
             f"the checkpoint's ({manifest.tokenizer}). It cannot change within a run."
         )
+    for (prefix, now), then in zip(data_fingerprints(cfg).items(), manifest.data, strict=False):
+        if now == then:
+            continue
+        text = f"dataset.blend: the files of {prefix} hold other data than those that the checkpoint was trained on."
+        if cfg.checkpoint.exit_on_changed_data:
+            way_on = "To go on with the new data set checkpoint.exit_on_changed_data=false."
+            comparison.refusals.append(f"{text} Put the earlier files back. {way_on}")
+        else:
+            comparison.changes.append(text)
     return comparison
 
 

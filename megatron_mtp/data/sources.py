@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.blend import Blend, BlendedSource, parse_blend
 from megatron_mtp.data.corpus import SPLITS, Corpus, split_range
+from megatron_mtp.data.files import sampled_hash
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.mock import MockSource
 from megatron_mtp.data.sidecar import Sidecar
@@ -50,6 +52,22 @@ def check_data(cfg: ConfigContainer) -> None:
         DataError: lists every problem with the files, one on a line.
     """
     open_sources(cfg, resolve_vocab_size(cfg))
+
+
+def data_fingerprints(cfg: ConfigContainer) -> dict[str, str]:
+    """Prefix -> hash of its files, for the training data in the order of the blend; see `files.sampled_hash`.
+
+    Empty for mock data, and where a file cannot be read: `check_data` says which.
+    """
+    if is_mock(cfg):
+        return {}
+    blend, _ = _main_blends(cfg, SPLITS[:1])["train"]
+    suffixes = [""] if cfg.dataset.loss_mask_suffix is None else ["", cfg.dataset.loss_mask_suffix]
+    endings = [f"{suffix}{ending}" for suffix in suffixes for ending in (".bin", ".idx")]
+    try:
+        return {prefix: sampled_hash(Path(f"{prefix}{ending}") for ending in endings) for prefix in blend.prefixes}
+    except OSError:
+        return {}
 
 
 def _main_blends(cfg: ConfigContainer, wanted: tuple[str, ...]) -> dict[str, tuple[Blend, str | None]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.data.indexed import IndexedWriter
 from megatron_mtp.errors import CheckpointError
 from tests.checkpoint.writing import damage_file, write_checkpoint
 
@@ -136,6 +140,65 @@ def test_another_tokenizer_is_refused_by_its_content(tmp_path):
     new.tokenizer.vocab_size = 100
     with pytest.raises(CheckpointError, match="is another tokenizer"):
         check_run_directory(new)
+
+
+def write_dataset(prefix: Path, num_documents: int = 40) -> None:
+    writer = IndexedWriter(str(prefix), np.dtype(np.uint16))
+    for n in range(num_documents):
+        writer.write(np.arange(n, n + 100), np.array([100]))
+    writer.close()
+
+
+def run_on_data(folder: Path) -> ConfigContainer:
+    """A run that resumes from `folder`/run, and its data."""
+    (folder / "data").mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        write_dataset(folder / "data" / name)
+    cfg = make_config(folder / "run", folder / "run")
+    cfg.dataset.blend = [[str(folder / "data" / "a"), str(folder / "data" / "b")], None]
+    return cfg
+
+
+def test_data_prepared_again_is_refused_and_may_be_accepted(tmp_path):
+    """The blend's names are the same, so the config alone does not show it."""
+    write_checkpoint(tmp_path / "run", 10, run_on_data(tmp_path))
+    cfg = run_on_data(tmp_path)
+    assert check_run_directory(cfg).changes == []
+    write_dataset(tmp_path / "data" / "b", num_documents=41)
+    with pytest.raises(CheckpointError) as caught:
+        check_run_directory(cfg)
+    assert f"the files of {tmp_path / 'data' / 'b'} hold other data" in str(caught.value)
+    assert "/data/a" not in str(caught.value)
+    assert "checkpoint.exit_on_changed_data=false" in str(caught.value)
+    cfg.checkpoint.exit_on_changed_data = False
+    assert [text for text in check_run_directory(cfg).changes if "other data" in text]
+
+
+def test_data_of_the_same_size_is_other_data_if_its_tokens_are(tmp_path):
+    cfg = run_on_data(tmp_path)
+    write_checkpoint(tmp_path / "run", 10, cfg)
+    file = tmp_path / "data" / "a.bin"
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(CheckpointError, match="hold other data"):
+        check_run_directory(cfg)
+
+
+def test_data_in_another_folder_is_the_same(tmp_path):
+    write_checkpoint(tmp_path / "run", 10, run_on_data(tmp_path))
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    cfg = make_config(tmp_path / "run", tmp_path / "run")
+    cfg.dataset.blend = [[str(tmp_path / "elsewhere" / name) for name in ("a", "b")], None]
+    for file in (tmp_path / "elsewhere").iterdir():
+        os.utime(file, (1, 1))
+    assert check_run_directory(cfg).changes == []
+
+
+def test_a_checkpoint_that_does_not_know_its_data_resumes(tmp_path):
+    """Earlier releases did not record it."""
+    cfg = run_on_data(tmp_path)
+    whole = write_checkpoint(tmp_path / "run", 10, cfg)
+    (whole / MANIFEST_NAME).write_bytes(replace(read_manifest(whole), data=[]).to_bytes())
+    assert check_run_directory(cfg).changes == []
 
 
 @pytest.mark.parametrize("save", ["file", "file/below"])

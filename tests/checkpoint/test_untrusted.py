@@ -47,6 +47,7 @@ def entries(**values: object) -> list[dict]:
         *({"consumed_samples": value} for value in ("1", -1, 0.5)),
         *({"validation_loss": value} for value in ("1", [1], True)),
         {"tokenizer": 5},
+        *({"data": data} for data in ("a", [5], None)),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
+from megatron_mtp.data.sources import data_fingerprints
 
 
 def write_checkpoint(
@@ -35,6 +36,7 @@ def write_checkpoint(
         consumed_samples=iteration * 4,
         validation_loss=validation_loss,
         tokenizer=tokenizer_fingerprint(cfg),
+        data=list(data_fingerprints(cfg).values()),
     )
     return directory.complete(manifest)
 

@@ -43,3 +43,6 @@ class CheckpointConfig(Section):
     """Write in the background while training continues."""
     exit_on_missing_checkpoint: bool = False
     """Stop with an error if `load` holds no checkpoint."""
+    exit_on_changed_data: bool = True
+    """Stop with an error if the files of the training data are others than those that the checkpoint in `load` was
+    trained on; false: the run goes on with them, and the change is reported."""
