@@ -1,7 +1,6 @@
 """Plain decoding against transformers on the same export, and drafting against plain decoding, all in one process.
 
-    python -m benchmarks.decode_speed runs/demo/run_001/checkpoints --tokenizer runs/demo/data/tokenizer.json \\
-        --data runs/demo/data/text/stdlib_valid.jsonl
+    python -m benchmarks.decode_speed      # the first run of `make demo`, on its held-out text
 
 Each prompt is decoded greedily by transformers (dynamic cache, `generate`), by this package without drafts, and with 1,
 2, 3 drafts and the automatic number; batch 1. Runs of one prompt follow each other, so that all meet the same machine,
@@ -108,8 +107,16 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="run directory, checkpoint or Hugging Face folder")
-    parser.add_argument("--data", required=True, help=".jsonl or text file with prompts")
+    demo = Path("runs/demo")
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        default=demo / "run_001" / "checkpoints",
+        help="run directory, checkpoint or Hugging Face folder; default: %(default)s",
+    )
+    data = demo / "data" / "text" / "stdlib_valid.jsonl"
+    parser.add_argument("--data", default=str(data), help=".jsonl or text file with prompts; default: %(default)s")
     parser.add_argument("--tokenizer", help="in place of the model's")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--prompt-tokens", type=int, default=32)
