@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.recipes.tiny import tiny_dense_pretrain_config, tiny_mla_moe_pretrain_config, tiny_moe_pretrain_config
+from megatron_mtp.recipes.tiny import (
+    tiny_dense_pretrain_config,
+    tiny_mla_moe_pretrain_config,
+    tiny_moe_pretrain_config,
+    tiny_qwen3_next_pretrain_config,
+)
 from megatron_mtp.verify.batches import BatchSpec
 
 NUM_SAMPLES = 8
@@ -41,6 +46,14 @@ def mla_moe() -> ConfigContainer:
     return cfg
 
 
+def qwen3_next() -> ConfigContainer:
+    """Three layers of linear attention, one of gated attention, experts with a gated shared one, one depth."""
+    cfg = _small_experts(tiny_qwen3_next_pretrain_config())
+    cfg.model.update(moe_aux_loss_coeff=0.05, mtp_depth_weights=[1.0])
+    cfg.model.update(linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=8, linear_value_head_dim=6)
+    return cfg
+
+
 def _small(cfg: ConfigContainer) -> ConfigContainer:
     model = cfg.model
     model.hidden_size = 32
@@ -69,7 +82,12 @@ def _small_experts(cfg: ConfigContainer) -> ConfigContainer:
     return cfg
 
 
-MODELS: dict[str, Callable[[], ConfigContainer]] = {"dense": dense, "moe": moe, "mla_moe": mla_moe}
+MODELS: dict[str, Callable[[], ConfigContainer]] = {
+    "dense": dense,
+    "moe": moe,
+    "mla_moe": mla_moe,
+    "qwen3_next": qwen3_next,
+}
 
 
 def batch_spec(cfg: ConfigContainer, mask: str) -> BatchSpec:

@@ -20,7 +20,7 @@ from tests.harness.models import SMALL
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "numerics.md"
 BEGIN, END = "<!-- pairs: begin -->", "<!-- pairs: end -->"
-LARGEST_WORLD = 4
+LARGEST_WORLD = 8
 BASE = (*SMALL, "train.micro_batch_size=1", "train.global_batch_size=4")
 
 
