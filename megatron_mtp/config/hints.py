@@ -50,9 +50,8 @@ def _layout_hints(model: ModelConfig) -> list[str]:
             found.append(f"model.{name} = {getattr(model, name)}: the curve depends on the layout.")
     if model.moe_router_load_balancing_type == "aux_loss" and model.moe_aux_loss_coeff:
         found.append(
-            "model.moe_router_load_balancing_type = 'aux_loss': balances inside each micro-batch by definition, so "
-            "the curve depends on train.micro_batch_size and on which samples share one. 'seq_aux_loss' and the expert "
-            "bias do not."
+            "model.moe_router_load_balancing_type = 'aux_loss': balances within each micro-batch, so the curve "
+            "depends on train.micro_batch_size (not on the layout). 'seq_aux_loss' and the expert bias do not."
         )
     if model.moe_expert_capacity_factor is not None:
         found.append(

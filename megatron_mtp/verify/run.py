@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.filled import filled
+from megatron_mtp.config.problem import problem
 from megatron_mtp.device.worker_pool import WorkerError, worker_pools
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.logs import silence_noise
@@ -20,10 +21,9 @@ from megatron_mtp.verify.placements import Placement, parse_layouts
 from megatron_mtp.verify.shrink import shrink
 
 PRELOAD = ("megatron_mtp.verify.preload",)
-DENSE_LAYOUTS = "tp=2; tp=2,sp=1; pp=2; pp=2,vp=2; cp=2; dp=2; dp=2,distopt=1,overlap=1; mbs=1"
-EXPERT_LAYOUTS = (
-    "tp=2,sp=1; tp=2,sp=1,ep=2,etp=1; pp=2; pp=2,vp=2; cp=2; ep=2; pp=2,ep=2; dp=2,distopt=1,overlap=1; mbs=1"
-)
+DENSE_LAYOUTS = "tp=2; tp=2,sp=1; pp=2; pp=2,vp=2; cp=2; dp=2; dp=2,distopt=1,overlap=1"
+EXPERT_LAYOUTS = "tp=2,sp=1; tp=2,sp=1,ep=2,etp=1; pp=2; pp=2,vp=2; cp=2; ep=2; pp=2,ep=2; dp=2,distopt=1,overlap=1"
+MICRO_BATCH = "; mbs=1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,14 @@ class Comparison:
 
 
 def default_layouts(cfg: ConfigContainer) -> str:
-    """One layout for each parallelism that the model can use, of at most four ranks."""
-    return EXPERT_LAYOUTS if cfg.model.num_moe_experts else DENSE_LAYOUTS
+    """One layout for each parallelism that the model can use, of at most four ranks, and a smaller micro-batch."""
+    layouts = EXPERT_LAYOUTS if cfg.model.num_moe_experts else DENSE_LAYOUTS
+    return layouts if _balances_micro_batches(cfg) else layouts + MICRO_BATCH
+
+
+def _balances_micro_batches(cfg: ConfigContainer) -> bool:
+    """Whether the balancing loss depends on the size of a micro-batch by definition."""
+    return cfg.model.moe_router_load_balancing_type == "aux_loss" and bool(cfg.model.num_moe_experts)
 
 
 def prepare(cfg: ConfigContainer, layouts: str | None) -> Comparison:
@@ -104,6 +110,11 @@ def prepare(cfg: ConfigContainer, layouts: str | None) -> Comparison:
     small, changes = shrink(cfg, parsed)
     placed, problems = [], []
     for layout in parsed:
+        if "mbs" in layout.values and _balances_micro_batches(cfg):
+            rule = f"--layouts, {layout.text}: 'aux_loss' balances within a micro-batch, so its size changes the curve"
+            remedy = "Compare layouts of one micro-batch size, or use 'seq_aux_loss'."
+            problems.append(problem(cfg, "model.moe_router_load_balancing_type", rule, remedy))
+            continue
         try:
             placed.append((layout, layout.apply(small)))
         except ConfigError as error:

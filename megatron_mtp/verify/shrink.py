@@ -162,8 +162,6 @@ def _shrink_experts(model: ModelConfig, sizes: _Sizes) -> None:
         model.moe_shared_expert_intermediate_size = _multiple(SHARED_FFN_SIZE, sizes.tp)
     model.moe_grouped_gemm = None
     model.moe_expert_capacity_factor = None  # dropped tokens depend on the layout by definition
-    if model.moe_router_load_balancing_type == "aux_loss" and any("mbs" in layout.values for layout in sizes.layouts):
-        model.moe_router_load_balancing_type = "seq_aux_loss"  # aux_loss depends on the micro-batch by definition
 
 
 def _fewer(pattern: list[bool], num_layers: int) -> list[bool]:

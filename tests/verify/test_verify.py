@@ -231,3 +231,12 @@ def test_a_layout_that_does_not_run_is_off_and_the_next_still_runs(command, monk
 def test_default_layouts_are_readable():
     for text in (DENSE_LAYOUTS, EXPERT_LAYOUTS):
         assert all(isinstance(layout, Placement) for layout in parse_layouts(text))
+
+
+@pytest.mark.unit
+def test_the_balancing_loss_of_the_recipe_is_checked():
+    comparison = prepare(get_recipe("qwen3_30b_a3b"), None)
+    assert comparison.reference.model.moe_router_load_balancing_type == "aux_loss"
+    assert "mbs=1" not in [layout.text for layout, _ in comparison.layouts]
+    with pytest.raises(ConfigError, match=r"--layouts, dp=2,mbs=1: 'aux_loss' balances within a micro-batch"):
+        prepare(get_recipe("qwen3_30b_a3b"), "dp=2,mbs=1; pp=2")
