@@ -15,7 +15,7 @@ def demo_pretrain_config() -> ConfigContainer:
     cfg.model.update(num_layers=10, hidden_size=96, ffn_hidden_size=256, num_attention_heads=4, num_query_groups=2)
     cfg.model.update(qk_layernorm=True, rotary_base=10000.0, layernorm_epsilon=1e-6, seq_length=256, vocab_size=1024)
     cfg.model.update(mtp_num_layers=2, mtp_loss_scaling_factor=0.1)
-    # Farther depths weigh less, as in FastMTP (arXiv 2509.18362): depth 1 then serves its own prediction first.
+    # With equal weights depth 2, which reads depth 1's output, ended below depth 1: depth 1 served it, not itself.
     cfg.model.update(mtp_depth_weights=[1.0, 0.1], pipeline_model_parallel_size=2)
     # Two MTP layers and three heads weigh about as much as four decoder layers.
     cfg.model.pipeline_model_parallel_layout = [7, 3]

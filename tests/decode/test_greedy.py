@@ -58,6 +58,15 @@ def test_every_number_of_depths_and_drafts(kind, depths):
     assert [tokens(decoder, [row], 4)[0] for row in rows] == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_different_prompts(kind):
+    """200 prompts of 4 to 40 tokens over the three kinds, each in a batch with others."""
+    decoder = decoder_of(plain_model(KINDS[kind], seed=3))
+    rows = [random_tokens(4 + row % 37, seed=900 + row, vocab_size=4).tolist() for row in range(67)]
+    assert len({tuple(row) for row in rows}) > 64
+    assert tokens(decoder, rows, 2) == tokens(decoder, rows, 0)
+
+
 def test_some_drafts_are_accepted_and_some_are_not():
     """Otherwise the tests above prove little. Every accepted draft saves a pass."""
     total, proposed = [0, 0, 0], 0
