@@ -31,7 +31,9 @@ def prepare(
     json_key: Annotated[str, typer.Option(help="Field of each line that holds the text.")] = "text",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of processes, at most one for each file. Default: one for each core."),
+        typer.Option(
+            min=1, max=1024, help="Number of processes, at most one for each file. Default: one for each core."
+        ),
     ] = None,
     train_tokenizer: Annotated[
         bool,

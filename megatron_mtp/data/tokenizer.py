@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError, DataError
+from megatron_mtp.data.files import stat_file
+from megatron_mtp.errors import ConfigError, DataError, Problem
 
 # Names of the end-of-document token, in the order in which they are tried if no config file names it.
 _EOD_NAMES = (
@@ -35,6 +36,8 @@ _TIKTOKEN_PATTERN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+MAX_VOCAB_SIZE = 2**31  # data files hold int32
+
 
 class Tokenizer(Protocol):
     """Text <-> ids.
@@ -53,7 +56,7 @@ class Tokenizer(Protocol):
         """Ids of each text; nothing is added before or after.
 
         Raises:
-            ValueError: a text has no ids (null only).
+            ValueError: a text has no ids.
         """
         ...
 
@@ -86,16 +89,21 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"tokenizer {file}: is not a Hugging Face tokenizer.json ({error}).") from error
         vocab = self._fast.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise DataError(f"tokenizer {file}: has no tokens.")
         self.vocab_size = max(vocab.values()) + 1
         self.eod = self._find_eod(file, vocab)
 
     @staticmethod
     def _find_eod(file: Path, vocab: dict[str, int]) -> int:
         config = file.parent / "tokenizer_config.json"
-        named = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
+        try:
+            named = json.loads(_read(config)).get("eos_token") if config.is_file() else None
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DataError(f"tokenizer {config}: is not a tokenizer_config.json ({error}).") from error
         named = named.get("content") if isinstance(named, dict) else named
         for name in (named, *_EOD_NAMES):
-            if name in vocab:
+            if isinstance(name, str) and name in vocab:
                 return vocab[name]
         raise DataError(
             f"tokenizer {file}: has no end-of-document token. Name it as eos_token in a tokenizer_config.json next to "
@@ -103,7 +111,10 @@ class HuggingFaceTokenizer:
         )
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(str(error)) from error
 
     def decode(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=False)
@@ -163,7 +174,7 @@ class TiktokenTokenizer:
             self._encoding = tiktoken.Encoding(
                 path.stem, pat_str=_TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.eod}
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"tokenizer {path}: is not a tiktoken file ({error}).") from error
         self._ranks = ranks
         self.vocab_size = self.eod + 1
@@ -233,14 +244,16 @@ def open_tokenizer(kind: str, model: str | None = None, vocab_size: int | None =
     if kind == "bytes":
         return BytesTokenizer()
     if kind == "null":
-        if not vocab_size or vocab_size < 2:
-            raise ConfigError(
-                f"tokenizer.vocab_size = {vocab_size}: tokenizer_type 'null' needs the number of ids (2 or more)."
-            )
+        if not vocab_size or not 2 <= vocab_size <= MAX_VOCAB_SIZE:
+            rule = f"tokenizer_type 'null' needs the number of ids, from 2 to {MAX_VOCAB_SIZE:,}"
+            raise ConfigError(Problem(fields=("tokenizer.vocab_size",), value=vocab_size, rule=rule))
         return NullTokenizer(vocab_size)
     if model is None:
         raise ConfigError(f"tokenizer.tokenizer_model = None: tokenizer_type '{kind}' needs a file.")
-    return _FILE_KINDS[kind](Path(model))
+    tokenizer = _FILE_KINDS[kind](Path(model))
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise DataError(f"tokenizer {model}: has the id {tokenizer.vocab_size - 1}, but data files hold int32.")
+    return tokenizer
 
 
 def tokenizer_from_spec(spec: str) -> Tokenizer:
@@ -251,7 +264,7 @@ def tokenizer_from_spec(spec: str) -> Tokenizer:
     """
     kind, _, rest = spec.partition(":")
     if kind == "null":
-        if not rest.isdecimal():
+        if not rest.isdecimal() or len(rest) > 20:
             raise ConfigError(f"tokenizer {spec!r}: write null:VOCAB with the number of ids, such as null:32000.")
         return open_tokenizer("null", vocab_size=int(rest))
     if spec == "bytes":
@@ -294,6 +307,7 @@ def end_of_document(tokenizer: Tokenizer | None, vocab_size: int) -> int:
 
 def _read(path: Path) -> bytes:
     try:
+        stat_file(path)
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"tokenizer {path}: cannot be read ({error.strerror}).") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_mtp.data.files import replacing
+from megatron_mtp.data.files import write_atomically
 
 EOD_TOKEN = "<|endoftext|>"
 
@@ -30,5 +30,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        tokenizer.save(str(temporary))
+    write_atomically(path, tokenizer.to_str(pretty=True).encode())  # its own `save` raises a bare Exception

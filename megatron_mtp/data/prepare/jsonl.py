@@ -10,17 +10,20 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import zstandard
 
+from megatron_mtp.data.files import stat_file
 from megatron_mtp.errors import DataError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 # Bytes of text in one byte of the file, for the memory estimate of a shuffle; measured on English web text.
 _EXPANSION = {".gz": 3.0, ".zst": 3.5}
+_LINE_BYTES = 1 << 30  # the length of a document is stored in an int32; a damaged archive may expand without end
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +42,29 @@ def list_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: list[Path] = []
     for path in map(Path, inputs):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file())
-            if not inside:
-                raise DataError(f"{path}: holds no file that ends in {', '.join(ENDINGS)}.")
-            found += inside
-        elif not path.exists():
-            raise DataError(f"{path}: no such file or folder.")
-        elif not path.name.endswith(ENDINGS):
-            raise DataError(f"{path}: is not JSONL; its name must end in {', '.join(ENDINGS)}.")
-        else:
-            found.append(path)
+        try:
+            found += _files_of(path)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file or folder.") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     doubled = {str(path) for path in found if found.count(path) > 1} if len(set(found)) < len(found) else None
     if doubled:
         raise DataError(f"{', '.join(sorted(doubled))}: given more than once.")
     return found
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The JSONL file `path`, or those in the folder `path`."""
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file())
+        if not inside:
+            raise DataError(f"{path}: holds no file that ends in {', '.join(ENDINGS)}.")
+        return inside
+    stat_file(path)
+    if not path.name.endswith(ENDINGS):
+        raise DataError(f"{path}: is not JSONL; its name must end in {', '.join(ENDINGS)}.")
+    return [path]
 
 
 def text_bytes(path: Path) -> int:
@@ -78,26 +89,30 @@ def read_documents(
         DataError: a line is malformed (names its number), or the file cannot be read to its end.
     """
     reported = 0
-    with path.open("rb") as raw:
-        try:
-            with _decompressed(path, raw) as lines:
-                for number, line in enumerate(lines, 1):
-                    if on_progress and raw.tell() - reported > 1 << 20:
-                        on_progress(raw.tell() - reported)
-                        reported = raw.tell()
-                    if line.isspace():
-                        continue
+    try:
+        with path.open("rb") as raw, _decompressed(path, raw) as lines:
+            for number, line in enumerate(iter(partial(lines.readline, _LINE_BYTES), b""), 1):
+                if on_progress and raw.tell() - reported > 1 << 20:
+                    on_progress(raw.tell() - reported)
+                    reported = raw.tell()
+                if line.isspace():
+                    continue
+                if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
+                    problem: str | None = f"is longer than {_LINE_BYTES:,} bytes"
+                    while line and not line.endswith(b"\n"):
+                        line = lines.readline(_LINE_BYTES)
+                else:
                     text, problem = _text_of(line, key)
-                    if problem is None:
-                        yield Document(number, text)
-                    elif on_bad_line is None:
-                        raise DataError(f"{path}:{number}: {problem}. Fix the line, or pass --skip-bad-lines.")
-                    else:
-                        on_bad_line(f"{path}:{number}: {problem}")
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be read to its end ({error}). It is truncated or damaged.") from error
-        if on_progress:
-            on_progress(raw.tell() - reported)
+                if problem is None:
+                    yield Document(number, text)
+                elif on_bad_line is None:
+                    raise DataError(f"{path}:{number}: {problem}. Fix the line, or pass --skip-bad-lines.")
+                else:
+                    on_bad_line(f"{path}:{number}: {problem}")
+            if on_progress:
+                on_progress(raw.tell() - reported)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read to its end ({error}). It is truncated or damaged.") from error
 
 
 def _text_of(line: bytes, key: str) -> tuple[str, str | None]:
@@ -106,6 +121,8 @@ def _text_of(line: bytes, key: str) -> tuple[str, str | None]:
         value = json.loads(line)
     except ValueError as error:
         return "", f"is not JSON ({error})"
+    except RecursionError:
+        return "", "is nested too deeply"
     if not isinstance(value, dict) or key not in value:
         return "", f"is not an object with the key {key!r} (see --json-key)"
     if not isinstance(value[key], str):

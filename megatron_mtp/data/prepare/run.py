@@ -8,16 +8,15 @@ continues if the inputs and options are the same; otherwise it starts over.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -30,12 +29,19 @@ from megatron_mtp.data.prepare.bpe import train_bpe
 from megatron_mtp.data.prepare.jsonl import list_inputs, read_documents, text_bytes
 from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolCounts
 from megatron_mtp.data.prepare.tokenize_files import TokenizeJob, spool_path, tokenize_files
+from megatron_mtp.data.prepare.work_folder import remove_finished_work, work_folder, work_path, writing
 from megatron_mtp.data.randomness import derive_key, uniform
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.tokenizer import Tokenizer, tokenizer_from_spec
-from megatron_mtp.errors import ConfigError, DataError
+from megatron_mtp.errors import ConfigError, DataError, Problem
 
 _FORMAT = 1  # part of the plan: a change here discards the unfinished work of older versions
+_RANGES = {
+    "--shards": (1, 10_000),
+    "--shuffle": (0, 2**63 - 1),
+    "--memory-mib": (64, 2**24),
+    "--vocab-size": (257, 2**20),  # the bytes and the end of a document; the library reserves memory for all ids
+}
 _SHUFFLE_BYTES_PER_TOKEN = 32  # two copies of the tokens and two int64 indices while a bucket is shuffled
 
 
@@ -67,20 +73,24 @@ class PrepareOptions:
     memory_mib: int = 1024
 
     def __post_init__(self) -> None:
-        rules = [
-            (self.shards >= 1, f"--shards {self.shards}: must be 1 or more."),
-            (self.memory_mib >= 64, f"--memory-mib {self.memory_mib}: must be 64 or more."),
-            (self.shuffle is None or self.shuffle >= 0, f"--shuffle {self.shuffle}: the seed must not be negative."),
-            (
-                self.train_vocab_size is None or self.train_vocab_size > 256,
-                f"--vocab-size {self.train_vocab_size}: must be more than 256: the bytes and the end of a document.",
-            ),
-            (
-                self.tokenizer is not None or self.train_vocab_size is not None,
-                "--tokenizer: is missing. Name a tokenizer, 'bytes', or train one with --train-tokenizer.",
-            ),
+        values = {
+            "--shards": self.shards,
+            "--shuffle": self.shuffle,
+            "--memory-mib": self.memory_mib,
+            "--vocab-size": self.train_vocab_size,
+        }
+        problems = [
+            Problem(fields=(option,), value=value, rule=f"must be from {low:,} to {high:,}")
+            for option, (low, high) in _RANGES.items()
+            if (value := values[option]) is not None and not low <= value <= high
         ]
-        if problems := [problem for holds, problem in rules if not holds]:
+        if self.tokenizer is None and self.train_vocab_size is None:
+            remedy = "Name a tokenizer, 'bytes', or train one with --train-tokenizer."
+            problems.append(Problem(fields=("--tokenizer",), rule="is missing", remedy=remedy))
+        if self.train_vocab_size is not None and not (self.tokenizer or ".json").endswith(".json"):
+            rule = "names the file that --train-tokenizer writes: must end in .json"
+            problems.append(Problem(fields=("--tokenizer",), value=self.tokenizer, rule=rule))
+        if problems:
             raise ConfigError(problems)
 
 
@@ -122,18 +132,21 @@ def prepare(
         overwrite: replace other data sets, and another tokenizer, at the output.
 
     Raises:
-        DataError: an input is missing or damaged, a line is malformed, or the output exists.
+        DataError: an input is missing or damaged, a line is malformed, or the output exists or cannot be written.
         ConfigError: an option is out of range.
     """
     files, output = list_inputs(inputs), Path(output)
     prefixes = shard_prefixes(output, options)
+    _check_output(output, prefixes)
     target = options.tokenizer or str(output.parent / "tokenizer.json")
+    files = _without_own(files, output, [*(f"{prefix}.json" for prefix in prefixes), target])
     plan = _plan(files, options)
     if finished := _finished(prefixes, plan, target):
+        remove_finished_work(output, plan)
         return finished
     if not overwrite:
         _refuse_other(prefixes, plan)
-    with _work_folder(output, plan) as work, _progress_bar(show_progress) as bar:
+    with writing("--output", output), work_folder(output, plan) as work, _progress_bar(show_progress) as bar:
         spec = target
         if options.train_vocab_size is not None:
             spec = _trained_tokenizer(files, options, work, Path(target), overwrite)
@@ -143,21 +156,49 @@ def prepare(
         counts = tokenize_files(files, job, workers, _task(bar, "tokenize (bytes)", sum(_sizes(files))))
         if counts.documents == 0:
             raise DataError(f"{', '.join(map(str, inputs))}: no line holds a text. Nothing was written.")
+        _refuse_empty_shards(work, len(files), options)
         template = _sidecar_template(tokenizer, options, plan, files)
         on_tokens = _task(bar, "write (tokens)", counts.tokens)
         _assemble(work, len(files), buckets, len(prefixes), template, on_tokens)
         if options.train_vocab_size is not None:
-            write_atomically(Path(target), Path(spec).read_bytes())
+            is_beside = Path(target).parent.resolve() == output.parent.resolve()  # else perhaps another file system
+            write_atomically(Path(target), Path(spec).read_bytes(), work if is_beside else None)
         _publish(work, prefixes, template)
     return Prepared(prefixes, target, tokenizer.vocab_size, counts)
 
 
 def shard_prefixes(output: Path, options: PrepareOptions) -> list[str]:
-    """Prefixes in Megatron's form: `out_text_document`, or `out_01_text_document`, `out_02_...` for several shards."""
+    """Prefixes in Megatron's form: `out_text_document`, or `out_01_text_document`, `out_02_...` for several shards.
+
+    A slash of the key, which a file name cannot hold, becomes "_".
+    """
+    key = options.json_key.replace("/", "_").replace("\0", "_")
     if options.shards == 1:
-        return [f"{output}_{options.json_key}_document"]
+        return [f"{output}_{key}_document"]
     width = max(2, len(str(options.shards)))
-    return [f"{output}_{shard:0{width}d}_{options.json_key}_document" for shard in range(1, options.shards + 1)]
+    return [f"{output}_{shard:0{width}d}_{key}_document" for shard in range(1, options.shards + 1)]
+
+
+def _check_output(output: Path, prefixes: Sequence[str]) -> None:
+    """Refuses names that no file can have, before any work is done."""
+    if output.name in ("", "..") or "\0" in str(output):
+        rule = "must end in the name of the data sets, such as data/web"
+        raise ConfigError(Problem(fields=("--output",), value=str(output), rule=rule))
+    longest = Path(prefixes[-1])
+    try:
+        longest.with_name(f".{longest.name}.json.{os.getpid()}.tmp").lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        remedy = "Choose another folder or a shorter name."
+        raise ConfigError(Problem(fields=("--output",), value=str(output), rule=rule, remedy=remedy)) from error
+
+
+def _without_own(files: Sequence[Path], output: Path, own: Sequence[str]) -> list[Path]:
+    """The inputs without what this or an earlier run wrote, for an output inside a folder of inputs."""
+    work, names = work_path(output).resolve(), {Path(name).resolve() for name in own}
+    return [file for file in files if not ({work, *names} & {resolved := file.resolve(), resolved.parent})]
 
 
 def _plan(files: Sequence[Path], options: PrepareOptions) -> str:
@@ -189,24 +230,13 @@ def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
             )
 
 
-@contextmanager
-def _work_folder(output: Path, plan: str) -> Iterator[Path]:
-    """The folder of unfinished work, emptied first if it belongs to another plan, and removed if the block succeeds."""
-    work = output.with_name(f"{output.name}.prepare")
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{work}: another `prepare` is writing this output. Wait for it, or stop it.") from None
-        plan_file = work / "plan"
-        if not plan_file.exists() or plan_file.read_text() != plan:
-            for path in work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            write_atomically(plan_file, plan.encode())
-        yield work
-        shutil.rmtree(work)
+def _refuse_empty_shards(work: Path, num_files: int, options: PrepareOptions) -> None:
+    counts = sum(Spool(spool_path(work, number), token_dtype(2)).count_documents() for number in range(num_files))
+    per_shard = np.reshape(counts, (options.shards, -1)).sum(axis=1)
+    if not per_shard.all():
+        rule = f"is too large for {per_shard.sum():,} documents: {np.sum(per_shard == 0):,} data sets would be empty"
+        remedy = "Choose fewer" + ("." if options.shuffle is not None else ", or spread them evenly with --shuffle.")
+        raise ConfigError(Problem(fields=("--shards",), value=options.shards, rule=rule, remedy=remedy))
 
 
 def _trained_tokenizer(
@@ -217,6 +247,12 @@ def _trained_tokenizer(
     if not path.exists():
         if target.exists() and not overwrite:
             raise DataError(f"{target}: exists. Use it with --tokenizer, choose another --output, or pass --overwrite.")
+        with writing("--tokenizer", target):  # known now, not after hours of work
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=target.parent):
+                pass
         share = min(1.0, options.train_bytes / max(1, sum(map(text_bytes, files))))
         train_bpe(_some_texts(files, options, share), filled(options.train_vocab_size), path)
     return str(path)
@@ -289,7 +325,7 @@ def _publish(work: Path, prefixes: Sequence[str], template: Sidecar) -> None:
         if existing is None or existing.plan != template.plan:
             Path(f"{prefix}.idx").unlink(missing_ok=True)
         _move(Path(f"{source}.bin"), Path(f"{prefix}.bin"))
-        filled(Sidecar.load(str(source))).save(prefix)
+        filled(Sidecar.load(str(source))).save(prefix, work)
         _move(Path(f"{source}.idx"), Path(f"{prefix}.idx"))
 
 

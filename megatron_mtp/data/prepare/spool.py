@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_mtp.data.files import write_atomically
 from megatron_mtp.data.randomness import derive_key, hash_u64, permute
+from megatron_mtp.errors import DataError
 
 RUN_TOKENS = 1 << 23  # about 0.3 GB while a run is sorted
 
@@ -143,14 +144,25 @@ class Spool:
     """A complete spool, open for reading."""
 
     def __init__(self, path: Path, dtype: np.dtype):
-        self.counts = SpoolCounts(**json.loads(path.with_suffix(".json").read_bytes()))
         self._dtype, self._tokens = dtype, path.with_suffix(".tokens")
-        self._lengths = np.load(path.with_suffix(".lengths.npy"), mmap_mode="r")
-        self._bounds = np.load(path.with_suffix(".bounds.npy"), mmap_mode="r")
+        try:
+            self.counts = SpoolCounts(**json.loads(path.with_suffix(".json").read_bytes()))
+            self._lengths = np.load(path.with_suffix(".lengths.npy"), mmap_mode="r")
+            self._bounds = np.load(path.with_suffix(".bounds.npy"), mmap_mode="r")
+        except (ValueError, EOFError, TypeError) as error:
+            raise self._damaged() from error
+
+    def _damaged(self) -> DataError:
+        return DataError(f"{self._tokens.with_suffix('')}: is damaged. Delete {self._tokens.parent} and run again.")
 
     @staticmethod
     def is_complete(path: Path) -> bool:
         return path.with_suffix(".json").exists()
+
+    def count_documents(self) -> np.ndarray:
+        """Number of documents in each bucket, int64 [buckets]."""
+        counts: np.ndarray = np.diff(self._bounds[:, :, 0], axis=1).sum(axis=0)
+        return counts
 
     def read(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens and lengths of the documents of a bucket, run by run, in the order of the input."""
@@ -160,4 +172,6 @@ class Spool:
                 if document_end > document:
                     file.seek(int(token) * self._dtype.itemsize)
                     tokens = np.fromfile(file, self._dtype, int(token_end - token))
+                    if len(tokens) < token_end - token:
+                        raise self._damaged()
                     yield tokens, np.array(self._lengths[document:document_end])

@@ -207,8 +207,10 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     for pipe in pipes:
         os.mkfifo(pipe)  # a worker waits here for ever
     code = f"""
-from megatron_mtp.data.prepare.run import PrepareOptions, prepare
-prepare({list(map(str, pipes))!r}, {str(tmp_path / "out")!r}, PrepareOptions(tokenizer="bytes"), workers=2)
+from pathlib import Path
+from megatron_mtp.data.prepare import run as room
+room.list_inputs = lambda inputs: list(map(Path, inputs))  # which refuses pipes
+room.prepare({list(map(str, pipes))!r}, {str(tmp_path / "out")!r}, room.PrepareOptions(tokenizer="bytes"), workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     ends = [wait_for(lambda pipe=pipe: opened_by_a_reader(pipe)) for pipe in pipes]
