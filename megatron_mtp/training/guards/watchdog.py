@@ -3,7 +3,8 @@
 A thread on each rank checks the age of the rank's last heartbeat. When the heartbeat times out, the thread writes the
 stacks of all threads of its process into the job's key-value store, which a hung collective does not block. Ranks that
 wait in the same collective time out at about the same time. The lowest rank that can still run prints all stacks and
-names the ranks that are behind or missing; then every rank ends.
+names the ranks that are behind or missing; then every rank ends. The store is asked in another thread: where rank 0
+serves it and is frozen, it takes a question and never answers.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from megatron_mtp.observe.failure_file import Failure
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 5
+ASK_S = 1.0
+"""Time for the store to answer one question."""
 COLLECT_S = 5.0
 """Time for all ranks to write their stacks."""
 REPORT_S = 2.0
@@ -75,6 +78,7 @@ class Watchdog:
         self._longest_s = 0.0
         self._is_short = False
         self._closed = threading.Event()
+        self._asking: threading.Thread | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
@@ -135,15 +139,33 @@ class Watchdog:
 
     def _is_asked(self) -> bool:
         """Whether another rank has timed out already."""
-        with suppress(Exception):
-            return self._store is not None and self._store.check([f"{self._prefix}/any"])
-        return False
+        store = self._store
+        return store is not None and bool(self._ask(lambda: store.check([f"{self._prefix}/any"]), ASK_S))
+
+    def _ask[T](self, question: Callable[[], T], timeout_s: float) -> T | None:
+        """The answer of the store; None if there is none in time. An earlier question is waited for first."""
+        answers: list[T] = []
+
+        def ask() -> None:
+            with suppress(Exception):  # the server is gone
+                answers.append(question())
+
+        if self._asking is not None:
+            self._asking.join(timeout_s)
+            if self._asking.is_alive():
+                return None
+        self._asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
+        self._asking.start()
+        self._asking.join(timeout_s)
+        return answers[0] if answers else None
 
     def _end(self, silent_s: float) -> None:
         own = RankReport(self._rank, socket.gethostname(), self._doing, self._beats, round(silent_s, 1), stacks())
-        everyone = self._collect(own)
+        found = {self._rank: own}
+        has_answer = self._store is not None and self._ask(lambda: self._collect(found), COLLECT_S + ASK_S)
+        everyone = [one for _, one in sorted(found.copy().items())]
         if everyone[0].rank == self._rank:
-            text = report(everyone, self._world_size, self.limit_s)
+            text = report(everyone, self._world_size, self.limit_s, has_store=bool(has_answer))
             if not Failure(self._rank, text, "crash").write():
                 print(text, file=sys.stderr, flush=True)
         else:
@@ -152,21 +174,19 @@ class Watchdog:
             Failure(self._rank, text, "echo").write()
         os._exit(EXIT_CODE)
 
-    def _collect(self, own: RankReport) -> list[RankReport]:
-        """Reports of all ranks that can still write one, by rank; only this rank's own if the store is lost."""
-        found, store = {self._rank: own}, self._store
-        if store is None:
-            return [own]
-        with suppress(Exception):
-            store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(own)))
-            store.set(f"{self._prefix}/any", "1")
-            deadline = time.monotonic() + COLLECT_S
-            while len(found) < self._world_size and time.monotonic() < deadline:
-                for rank in set(range(self._world_size)) - set(found):
-                    if store.check([f"{self._prefix}/{rank}"]):
-                        found[rank] = RankReport(**json.loads(store.get(f"{self._prefix}/{rank}")))
-                time.sleep(0.1)
-        return [found[rank] for rank in sorted(found)]
+    def _collect(self, found: dict[int, RankReport]) -> bool:
+        """Adds the reports of the ranks that can still write one to this rank's own. True: the store answered."""
+        store = self._store
+        assert store is not None, "nobody to ask"
+        store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(found[self._rank])))
+        store.set(f"{self._prefix}/any", "1")
+        deadline = time.monotonic() + COLLECT_S
+        while len(found) < self._world_size and time.monotonic() < deadline:
+            for rank in set(range(self._world_size)) - set(found):
+                if store.check([f"{self._prefix}/{rank}"]):
+                    found[rank] = RankReport(**json.loads(store.get(f"{self._prefix}/{rank}")))
+            time.sleep(0.1)
+        return True
 
 
 def job_store() -> Store | None:
@@ -189,12 +209,21 @@ def stacks() -> str:
         return file.read()
 
 
-def report(everyone: list[RankReport], world_size: int, timeout_s: float) -> str:
-    """The text for the log: ranks that are missing or behind, and every stack."""
+def report(everyone: list[RankReport], world_size: int, timeout_s: float, *, has_store: bool = True) -> str:
+    """The text for the log: ranks that are missing or behind, and every stack.
+
+    Args:
+        has_store: whether the store answered; without it, a rank knows nothing of the others.
+    """
     lines = [f"megatron-mtp: no progress for {timeout_s:g} s (dist.watchdog_s): the job hangs and is ended."]
     silent = sorted(set(range(world_size)) - {one.rank for one in everyone})
-    if silent:
+    if silent and has_store:
         lines.append(f"ranks without a report, dead or frozen: {', '.join(map(str, silent))}")
+    elif silent:
+        lines.append(
+            "the job's store does not answer: what serves it, rank 0 or torchrun's agent, is dead or frozen. Every "
+            "other rank reports alone."
+        )
     furthest = max(one.beats for one in everyone)
     behind = [one for one in everyone if one.beats < furthest]
     lines += [f"behind the others: rank {one.rank} on {one.host}, at: {one.doing}" for one in behind]

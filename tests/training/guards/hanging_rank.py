@@ -1,4 +1,4 @@
-"""One of two ranks of a run in which the second one stops at step 3; a program for test_watchdog."""
+"""One of two ranks of a run in which one stops at step 3, the second if none is named; a program for test_watchdog."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.training.test_pretrain import tiny
 
 
 class Hang(Callback):
-    """Sleeps for ever, or freezes the process; slow: takes its time in each step."""
+    """Sleeps for ever, or freezes the process or the first one; slow: takes its time in each step."""
 
     def __init__(self, how: str):
         self.how = how
@@ -25,10 +25,10 @@ class Hang(Callback):
             weight.register_hook(lambda gradient: time.sleep(0.2) or gradient)
 
     def on_step_end(self, run, state, result):
-        if os.environ["RANK"] == "1" and state.iteration == 3:
+        if os.environ["RANK"] == str(int(self.how != "first frozen")) and state.iteration == 3:
             if self.how == "asleep":
                 time.sleep(600)
-            if self.how == "frozen":
+            if self.how.endswith("frozen"):
                 os.kill(os.getpid(), signal.SIGSTOP)
 
 
