@@ -59,9 +59,14 @@ class RunShape:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches of one rank in one step at the final global batch size."""
-        train = self.cfg.train
-        return max(1, train.global_batch_size // (train.micro_batch_size * self.grid.dp_size))
+        """Micro-batches of one rank in one step at the final global batch size.
+
+        Rounded where the number of processes is open and the batch does not fit the fewest.
+        """
+        train, model = self.cfg.train, self.cfg.model
+        unit = model.pipeline_model_parallel_size if model.virtual_pipeline_model_parallel_size > 1 else 1
+        count = train.global_batch_size // (train.micro_batch_size * self.grid.dp_size)
+        return max(1, count // unit) * unit
 
     @property
     def layer_kinds(self) -> list[str]:

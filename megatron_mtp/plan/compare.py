@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.config.quantity import read_number
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
-from megatron_mtp.errors import ConfigError, PlanError
+from megatron_mtp.errors import ConfigError, PlanError, shown
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.auto_layout import is_planned, machine_of, make_planner
 from megatron_mtp.parallel.planner.machines import Machine, find_machine
@@ -78,6 +80,8 @@ def make_plans(
     machine = machine_of(cfg) if hardware is None else find_machine(hardware)
     profile = None if profile_path is None else Profile.read(profile_path)
     limit: float | None = machine.usable_bytes
+    if memory_gib is not None and not math.isfinite(memory_gib):
+        raise PlanError(f"--memory {memory_gib}: must be a finite number of GiB; 0: no limit.")
     if memory_gib is not None:
         limit = memory_gib * GIB or None
     elif profile is not None and hardware is None:
@@ -177,7 +181,7 @@ def _others(planner: Planner, wanted: Sequence[str]) -> dict[str, Plan]:
             found[text] = planner.plan(_layout_of_text(text, model))
         except PlanError as error:
             reason = str(error).replace("model.pipeline_model_parallel_layout", "the split")
-            wrong.append(f"--compare {text!r}: {reason}")
+            wrong.append(f"--compare {shown(text)}: {reason}")
     if wrong:
         raise PlanError("\n".join(wrong))
     return found
@@ -185,6 +189,8 @@ def _others(planner: Planner, wanted: Sequence[str]) -> dict[str, Plan]:
 
 def _layout_of_text(text: str, model: ModelConfig) -> PipelineLayout:
     """A split as a user writes it: numbers of decoder layers, or Megatron's string."""
-    parts = [part.strip() for part in text.strip(" []").split(",")]
-    is_list = all(part.lstrip("-").isdigit() for part in parts)
-    return PipelineLayout.parse([int(part) for part in parts] if is_list else text, model)
+    try:
+        layout: str | list[int] = [read_number(part, int) for part in text.strip(" []").split(",")]
+    except ValueError:
+        layout = text
+    return PipelineLayout.parse(layout, model)

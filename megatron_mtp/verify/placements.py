@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
-from megatron_mtp.errors import ConfigError, Problem, nearest
+from megatron_mtp.config.quantity import read_number
+from megatron_mtp.errors import ConfigError, Problem, cut, nearest, shown
 
 # Key of a layout's text -> field of the config.
 FIELDS = {
@@ -57,11 +58,10 @@ class Placement:
         for pair in filter(None, (part.strip() for part in text.split(","))):
             key, _, value = (part.strip() for part in pair.partition("="))
             if key not in KEYS:
-                raise ConfigError(
-                    f"--layouts: {key!r} in {text.strip()!r} is unknown.{nearest(key, KEYS)} Known: {', '.join(KEYS)}."
-                )
+                meant = f"{nearest(key, KEYS)} Known: {', '.join(KEYS)}."
+                raise ConfigError(f"--layouts: {shown(key)} in {shown(text.strip())} is unknown.{meant}")
             if key in values:
-                raise ConfigError(f"--layouts: {key} occurs twice in {text.strip()!r}. Name each key once.")
+                raise ConfigError(f"--layouts: {key} occurs twice in {shown(text.strip())}. Name each key once.")
             values[key] = _value(key, value, text)
         return cls(text.strip() or "one rank", values)
 
@@ -120,7 +120,7 @@ def parse_layouts(text: str) -> list[Placement]:
 
 
 def _value(key: str, value: str, text: str) -> Any:
-    where = f"--layouts: {key}={value} in {text.strip()!r}"
+    where = f"--layouts: {key}={cut(value)} in {shown(text.strip())}"
     if key == "layout":
         return value or "auto"
     if key == "recompute":
@@ -131,6 +131,10 @@ def _value(key: str, value: str, text: str) -> Any:
         if value not in ("0", "1"):
             raise ConfigError(f"{where}: must be 0 or 1.")
         return value == "1"
-    if not value.isdecimal() or int(value) < 1:
+    try:
+        number = read_number(value, int)
+    except ValueError:
+        number = 0
+    if number < 1:
         raise ConfigError(f"{where}: must be an integer of at least 1.")
-    return int(value)
+    return number

@@ -195,12 +195,12 @@ def test_a_problem_is_left_out_where_one_of_its_fields_is_wrong():
     assert fields == {"model.tensor_model_parallel_size", "model.num_attention_heads"}
 
 
-@pytest.mark.parametrize("layout", ["auto", "(t*10000)*10000"])
+@pytest.mark.parametrize("layout", ["auto", "even", "(t*10000)*10000"])
 def test_absurd_sizes_are_refused_without_being_expanded(layout):
     cfg = get_recipe("tiny_dense")
     cfg.model.update(
-        pipeline_model_parallel_size=100_000,
-        virtual_pipeline_model_parallel_size=10_000,
+        pipeline_model_parallel_size=1000,
+        virtual_pipeline_model_parallel_size=1000,
         pipeline_model_parallel_layout=layout,
     )
     with pytest.raises(ConfigError, match=r"no chunk may be empty|more than 100000 symbols"):

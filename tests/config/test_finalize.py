@@ -141,6 +141,10 @@ BAD = [
     ("tiny_dense", ["optimizer.lr=.inf"], "optimizer.lr = inf: must be finite"),
     ("tiny_dense", ["optimizer.adam_beta2=1"], "at least 0 and below 1"),
     ("tiny_dense", ["ddp.overlap_param_gather=true"], "needs ddp.use_distributed_optimizer"),
+    ("tiny_dense", ["model.num_layers=1000", "model.pipeline_model_parallel_size=8",
+                    "model.virtual_pipeline_model_parallel_size=100"], "here are 800 chunks on"),
+    ("tiny_dense", ["model.num_layers=6", "model.pipeline_model_parallel_size=3",
+                    "model.virtual_pipeline_model_parallel_size=2"], "makes 4 micro-batches; the interleaved schedule"),
     ("tiny_dense", ["optimizer.optimizer=muon"], "optimizer.optimizer = 'muon': Muon reads complete matrices of "
      "gradients, and ddp.use_distributed_optimizer = True leaves each rank the sum of its own shard only. Set "
      "ddp.use_distributed_optimizer = False"),
@@ -277,7 +281,7 @@ WORLD = [
     (["train.rampup_batch_size=[2, 2, 9]"], 2, "size 2 must be divisible"),
     (["validation.eval_global_batch_size=2"], 2, "validation.eval_global_batch_size = 2: must be divisible"),
     (["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2",
-     "train.global_batch_size=6"], 2,
+     "train.global_batch_size=12"], 4,
      "makes 3 micro-batches for each rank; the interleaved schedule"),
 ]  # fmt: skip
 

@@ -10,6 +10,8 @@ from megatron_mtp.config.problem import problem
 from megatron_mtp.config.sections import ModelConfig, RunConfig
 from megatron_mtp.errors import Problem
 
+MOST_CALLS, MOST_CHUNKS = 4096, 256
+"""A round of a schedule has pp * pp * vp calls in each direction; more take many seconds to plan."""
 WORLD_SIZES = Range(gt=0, le=10_000_000)
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
@@ -22,6 +24,14 @@ def placement_problems(model: ModelConfig) -> list[Problem]:
     if vp > 1 and pp == 1:
         rule = "the interleaved schedule needs {model.pipeline_model_parallel_size} above 1"
         return [*problems, problem(model, "model.virtual_pipeline_model_parallel_size", rule)]
+    if model.pipeline_model_parallel_layout in (None, "auto") and (pp * pp * vp > MOST_CALLS or pp * vp > MOST_CHUNKS):
+        rule = (
+            "the planner simulates up to {chunks} chunks, and {calls} chunks x stages; here are {num_chunks} chunks on "
+            "{model.pipeline_model_parallel_size=} stages ({model.virtual_pipeline_model_parallel_size=})"
+        )
+        remedy = "Use 'even', or write the layout."
+        sizes = {"chunks": MOST_CHUNKS, "calls": MOST_CALLS, "num_chunks": pp * vp}
+        problems.append(problem(model, "model.pipeline_model_parallel_layout", rule, remedy, **sizes))
     _, found = layout_chunks(
         model.pipeline_model_parallel_layout, num_layers=model.num_layers, num_depths=model.mtp_num_layers, pp=pp, vp=vp
     )
@@ -177,9 +187,10 @@ def _batch_problem(cfg: RunConfig, name: str, size: int, micro_name: str, dp: in
         )
         return problem(cfg, name, rule)
     pp, vp = cfg.model.pipeline_model_parallel_size, cfg.model.virtual_pipeline_model_parallel_size
-    if dp is not None and vp > 1 and (size // unit) % pp:
+    if vp > 1 and (size // unit) % pp:  # over one rank it must hold too, or it holds over no number of them
+        whose = "" if dp is None else " for each rank"
         rule = (
-            f"{subject}makes {size // unit} micro-batches for each rank; the interleaved schedule "
+            f"{subject}makes {size // unit} micro-batches{whose}; the interleaved schedule "
             "({model.virtual_pipeline_model_parallel_size=}) needs a multiple of {model.pipeline_model_parallel_size=}"
         )
         return problem(cfg, name, rule)

@@ -16,7 +16,7 @@ class ModelConfig(Section):
     SECTION: ClassVar[str] = "model"
 
     # ---- architecture ----
-    num_layers: int = knob(0, ge=1, le=10_000, engine="same")
+    num_layers: int = knob(0, ge=1, le=1000, engine="same")
     """Decoder layers of the trunk, MTP layers not counted."""
     hidden_size: int = knob(0, ge=1, le=MAX_WIDTH, engine="same")
     """Width h of the residual stream."""
@@ -189,9 +189,9 @@ class ModelConfig(Section):
     """TP."""
     sequence_parallel: bool = knob(False, engine="same", resume="free")
     """Shards norms and residuals along the sequence over TP; has no effect at TP = 1."""
-    pipeline_model_parallel_size: int = knob(1, ge=1, le=100_000, engine="same", resume="free")
+    pipeline_model_parallel_size: int = knob(1, ge=1, le=1000, engine="same", resume="free")
     """PP, the number of stages."""
-    virtual_pipeline_model_parallel_size: Derived[int] = knob(None, ge=1, le=10_000, engine="own", resume="free")
+    virtual_pipeline_model_parallel_size: Derived[int] = knob(None, ge=1, le=1000, engine="own", resume="free")
     """VP, model chunks for each stage (interleaved schedule); None: 1."""
     pipeline_model_parallel_layout: Derived[str | list[int]] = knob(
         "auto", ge=0, le=10_000, engine="own", resume="free"
@@ -211,7 +211,7 @@ class ModelConfig(Section):
     recompute_method: Literal["uniform", "block"] | None = knob(None, engine="same", resume="free")
     """full: groups of recompute_num_layers layers (uniform), or the first recompute_num_layers of each chunk
     (block); MTP layers in both."""
-    recompute_num_layers: int | None = knob(None, ge=1, le=10_000, engine="same", resume="free")
+    recompute_num_layers: int | None = knob(None, ge=1, le=1000, engine="same", resume="free")
     """See recompute_method."""
     recompute_modules: list[str] | None = knob(None, engine="same", resume="free")
     """selective: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; None: core_attn."""

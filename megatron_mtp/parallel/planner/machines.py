@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from megatron_mtp.config.units import GIB
-from megatron_mtp.errors import PlanError, nearest
+from megatron_mtp.errors import PlanError, nearest, shown
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -203,20 +203,24 @@ def find_machine(hardware: str | Mapping[str, Any]) -> Machine:
         return MACHINES[hardware.lower()]
     meant = nearest(hardware.lower(), MACHINES)
     raise PlanError(
-        f"hardware {hardware!r} (--hardware, dist.hardware) is not known.{meant} Known: {', '.join(MACHINES)}. "
+        f"hardware {shown(hardware)} (--hardware, dist.hardware) is not known.{meant} Known: {', '.join(MACHINES)}. "
         "Or measure: --profile FILE."
     )
 
 
 def _changed(hardware: Mapping[str, Any]) -> Machine:
     changes = dict(hardware)
-    base = find_machine(changes.pop("base", DEFAULT_MACHINE))
+    base_name, peaks = changes.pop("base", DEFAULT_MACHINE), changes.pop("peaks", {})
+    if not isinstance(base_name, str):
+        raise PlanError(f"dist.hardware.base = {shown(base_name)}: must be the name of a device.")
+    if not isinstance(peaks, Mapping):
+        raise PlanError(f"dist.hardware.peaks = {shown(peaks)}: must be a mapping, such as {{bf16: 900}}.")
+    base = find_machine(base_name)
     name = str(changes.pop("name", f"changed {base.name}"))
-    peaks = changes.pop("peaks", {})
     for value, known, changed in (("", Machine.__dataclass_fields__, changes), (".peaks", Peaks._fields, peaks)):
         for key, number in changed.items():
             if key not in known:
                 raise PlanError(f"dist.hardware{value}.{key}: there is no such field. Known: {', '.join(known)}.")
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-                raise PlanError(f"dist.hardware{value}.{key} = {number!r}: must be a number above 0.")
+                raise PlanError(f"dist.hardware{value}.{key} = {shown(number)}: must be a number above 0.")
     return replace(base, name=name, peaks=base.peaks._replace(**peaks), **changes)

@@ -16,6 +16,10 @@ FEW = 30_000
 """Number of legal splits below which all of them get a bound, which takes about a second."""
 FEW_EFFORT = 8
 """Factor on the effort where all legal splits get a bound."""
+MOST_CALLS = 200_000
+"""Calls in a round of the schedule times splits to simulate, which take about two seconds; more lower the effort."""
+LARGEST_TABLE = 1_000_000
+"""Stages times layers squared up to which the bounds of all stages are tabulated, which takes seconds."""
 NEAR = 1.0001
 """The search ends within this factor of its bound."""
 SplitFits = Callable[[Split], bool]
@@ -73,7 +77,7 @@ def best_split(
         search.by_bounds()
         return search.result()
     tables = {}
-    if problem.kind.vp == 1:
+    if problem.kind.vp == 1 and problem.kind.pp * len(problem.layers) ** 2 <= LARGEST_TABLE:
         tables = {alone: lowest_by_stages(bounds, search.stage_fits) for alone, bounds in search.bounds.items()}
         search.bound_ms = min(table[0][0] for table in tables.values())
     else:
@@ -99,7 +103,8 @@ class _Search:
     """
 
     def __init__(self, problem: SplitProblem, fits: SplitFits | None, stage_fits: StageFits | None, effort: int):
-        self.problem, self.fits, self.stage_fits, self.effort = problem, fits, stage_fits, effort
+        self.problem, self.fits, self.stage_fits = problem, fits, stage_fits
+        self.effort = min(effort, max(1, MOST_CALLS // (problem.kind.pp**2 * problem.kind.vp)))
         self.bounds = {is_standalone: RankBounds(problem, is_standalone) for is_standalone in problem.variants}
         self.best: Split | None = None
         self.best_ms = inf
