@@ -60,7 +60,9 @@ def train(folder: Path, steps: int, async_save: bool, place: dict[str, str]) -> 
 
     class Result(Callback):
         def on_train_end(self, run: Any, state: Any) -> None:
-            result = {"digest": digest(run.engine), "state": {**state.to_dict(), "elapsed_s": 0}}
+            kept = {**state.to_dict(), "elapsed_s": 0}
+            kept["health"].pop("signs", None)  # their windows hold times of steps
+            result = {"digest": digest(run.engine), "state": kept}
             (folder / f"final_{place['RANK']}.json").write_text(json.dumps(result, indent=1))
 
     with (folder / f"rank{place['RANK']}.log").open("a") as log:

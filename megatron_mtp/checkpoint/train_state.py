@@ -63,7 +63,7 @@ class TrainState:
     passed_over_samples: int = 0
     """Samples that rollbacks skipped: the data is this far ahead of consumed_samples."""
     elapsed_s: float = 0.0
-    """Wall-clock seconds of all sessions of the run, up to the last checkpoint."""
+    """Wall-clock seconds of all steps, without evaluations and saves."""
     floating_point_operations: float = 0.0
     """Model FLOPs of all steps."""
     best_validation_loss: float | None = None
@@ -73,7 +73,7 @@ class TrainState:
     wandb_run_id: str | None = None
     """Id of the run in Weights & Biases, which a resumed run continues."""
     health: dict[str, Any] = field(default_factory=dict)
-    """What the watch for spikes remembers; JSON values only."""
+    """What the watch for spikes and, on the rank that writes the records, the warning signs remember; JSON values."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Name of a callback -> its `state_dict`; JSON values only."""
 
@@ -98,6 +98,18 @@ class TrainState:
             if len(old) != len(new):
                 raise ValueError(f"acceptance counter {name!r} has {len(old)} depths, but {len(new)} were added")
             self.acceptance[name] = [int(a) + int(b) for a, b in zip(old, new, strict=True)]
+
+    def totals(self) -> str:
+        """Counters of all sessions of the run, for the log."""
+        texts = [
+            f"{self.iteration} iterations",
+            f"{self.consumed_tokens} tokens",
+            f"{self.elapsed_s / 3600:.3g} h in steps",
+            f"{self.floating_point_operations:.3g} FLOPs of the model",
+        ]
+        counts = zip(self.acceptance.get("chain_hits", []), self.acceptance.get("chain_valid", []), strict=False)
+        texts += [f"mtp_{k} accepted {100 * hits / (valid or 1):.1f} %" for k, (hits, valid) in enumerate(counts, 1)]
+        return ", ".join(texts)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values. A copy: an asynchronous save writes it while later steps count on."""

@@ -1,4 +1,4 @@
-"""Warning signs of multi-token prediction, each reported once together with a remedy.
+"""Warning signs of multi-token prediction, each reported once in a run together with a remedy.
 
 A sign is a function `(history, now) -> warning or None` over windows of steps. `SIGNS` holds the built-in ones: the
 "red flags" of Megatron-Bridge's guide to MTP with exact thresholds, and its advice. A sign of your own:
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_mtp.observe.metrics import token_losses
 
@@ -72,6 +73,12 @@ class Window:
     mtp: dict[str, Mean]
     gap: dict[str, Mean]
     metrics: dict[str, Mean] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, metrics: dict[str, Mean], gap: dict[str, Mean]) -> Window:
+        """A window from all its means; `lm loss` is one of them."""
+        mtp = {name: metrics[name] for name in token_losses(metrics) if name != "lm loss"}
+        return cls(main=metrics["lm loss"], mtp=mtp, gap=gap, metrics=metrics)
 
 
 Sign = Callable[[Sequence[Window], Window], str | None]
@@ -152,14 +159,33 @@ class HealthMonitor:
         self._reported |= set(new)
         return [f"iteration {iteration}: {text}" for text in new.values()]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know to go on as if it had not stopped, as JSON values."""
+        windows = [{"metrics": _as_lists(window.metrics), "gap": _as_lists(window.gap)} for window in self._windows]
+        return {"steps": list(self._steps), "windows": windows, "reported": sorted(self._reported)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned; nothing of it for an empty one."""
+        self._steps = [dict(step) for step in state.get("steps", [])]
+        self._windows = [Window.of(_as_means(w["metrics"]), _as_means(w["gap"])) for w in state.get("windows", [])]
+        self._reported = set(state.get("reported", []))
+
+
+def _as_lists(means: Mapping[str, Mean]) -> dict[str, list[float]]:
+    return {name: [mean.value, mean.error] for name, mean in means.items()}
+
+
+def _as_means(lists: Mapping[str, list[float]]) -> dict[str, Mean]:
+    return {name: Mean(value, error) for name, (value, error) in lists.items()}
+
 
 def _window(steps: list[dict[str, float]]) -> Window:
     names = [name for name in steps[-1] if all(name in step and math.isfinite(step[name]) for step in steps)]
     metrics = {name: Mean.of([step[name] for step in steps]) for name in names}
-    mtp = {name: metrics[name] for name in token_losses(metrics) if name != "lm loss"}
+    mtp = [name for name in token_losses(metrics) if name != "lm loss"]
     # The difference is taken in each step: a hard batch raises both losses and leaves the gap alone.
     gap = {name: Mean.of([step[name] - step["lm loss"] for step in steps]) for name in mtp}
-    return Window(main=metrics["lm loss"], mtp=mtp, gap=gap, metrics=metrics)
+    return Window.of(metrics, gap)
 
 
 def _not_finite(losses: Mapping[str, float]) -> str | None:

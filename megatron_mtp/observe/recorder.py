@@ -90,6 +90,7 @@ class Recorder:
         """Kind of record (`metrics`, `tensorboard`, `wandb`) -> where it is."""
         self._bar: ProgressBar | None = None
         self._health = HealthMonitor(signs)
+        self._health.load_state_dict(self._state.pop("signs", {}))
         self._console_interval, self._sink_interval = Interval(), Interval()
         self._iteration = run_info.iteration
         self._is_first_step = True
@@ -150,15 +151,20 @@ class Recorder:
         self._print(text)
         self._each(lambda sink: sink.message(kind, self._iteration, text))
 
-    def roll_back(self, iteration: int) -> None:
-        """Marks later records as void: the run continues from an earlier iteration. They stay in metrics.jsonl."""
+    def roll_back(self, iteration: int, signs: Mapping[str, Any] | None = None) -> None:
+        """Marks later records as void: the run continues from an earlier iteration. They stay in metrics.jsonl.
+
+        Args:
+            signs: what `state()` held under this name at that iteration.
+        """
         self._iteration = iteration
+        self._health.load_state_dict(signs or {})
         self._console_interval, self._sink_interval = Interval(), Interval()
         self._each(lambda sink: sink.message("rollback", iteration, f"the run continues from iteration {iteration}"))
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to continue the same records, as plain data; complete on the writer only."""
-        return dict(self._state)
+        return self._state | ({"signs": self._health.state_dict()} if self._is_writer else {})
 
     def close(self) -> None:
         """Removes the progress bar and closes all records; may be called twice."""

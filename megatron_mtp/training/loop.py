@@ -145,7 +145,7 @@ class Trainer:
         """Goes back to the last checkpoint; the data continues after this batch."""
         self.saver.roll_back(len(batch.sample_ids))
         restore(self.callbacks, self.state)
-        self.recorder.roll_back(self.state.iteration)
+        self.recorder.roll_back(self.state.iteration, self.state.health.get("signs"))
         return self.run.data.train(self.state.data_position)
 
     def _record(
@@ -199,6 +199,8 @@ class Trainer:
             return
         self.watchdog.beat(f"iteration {self.state.iteration}: saving ({reason})")
         self._call("on_save")
+        if signs := self.recorder.state().get("signs"):  # on the rank that writes
+            self.state.health["signs"] = signs
         self.state.callbacks |= {callback.name: kept for callback in self.callbacks if (kept := callback.state_dict())}
         if self.saver.save(reason):
             self.boundary.saved()

@@ -109,7 +109,9 @@ def _train(run: Run, recipe: str, callbacks: list[Callback], watchdog: Watchdog)
     _log_plan(run)
     check_nodes(cfg, device)
     state, checkpointer = TrainState(), Checkpointer(cfg, run.groups, device)
-    if not checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
+    if checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
+        logger.info("so far: %s", state.totals())
+    else:
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
     restore(callbacks, state)
     recorder = _recorder(run, state, recipe, callbacks)
@@ -131,6 +133,7 @@ def _train(run: Run, recipe: str, callbacks: list[Callback], watchdog: Watchdog)
     finally:
         for close in [callback.close for callback in callbacks] + [recorder.close, checkpointer.close, run.data.close]:
             close()
+    logger.info("in total: %s", state.totals())
     if trainer.is_preempted:  # torchrun's own exit code does not show it
         came = "to another rank" if signals.came_after is None else f"after iteration {signals.came_after}"
         saved = "a" if checkpointer.last_saved == state.iteration else "no"
@@ -155,7 +158,8 @@ def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback
     signs = dict(SIGNS)
     for callback in callbacks:
         signs |= callback.health_signs()
-    recorder = Recorder(run.cfg, info, dist.get_rank() == 0, {"wandb_run_id": state.wandb_run_id}, signs)
+    kept = {"wandb_run_id": state.wandb_run_id, "signs": state.health.get("signs", {})}
+    recorder = Recorder(run.cfg, info, dist.get_rank() == 0, kept, signs)
     state.wandb_run_id = recorder.state().get("wandb_run_id")
     return recorder
 

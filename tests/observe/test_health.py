@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -116,3 +117,18 @@ def test_widening_gap_is_reported(curve: Curve):
 
 def test_gap_just_below_the_limit_is_silent():
     assert not any("gap" in text for text in watch(lambda t: (3.0, 3.5 + 0.9 * min(t / 1000, 1)), 2000))
+
+
+def test_a_gap_that_widens_over_many_restarts_is_reported_as_without_them():
+    """A job that is requeued every few steps would never see it from its own steps alone."""
+    curve: Curve = lambda t: (3.0, 3.5 + t / 1000, 3.8)  # noqa: E731
+    expected = watch(curve, 2000)
+    assert any("the gap of mtp_1 loss" in text for text in expected)
+    monitor, found = HealthMonitor(), []
+    for step, losses in noisy(curve, 2000, 0.1, 0.05, 0):
+        found += monitor.check(step, losses)
+        if step % 33 == 0:  # within a window
+            kept = json.dumps(monitor.state_dict())
+            monitor = HealthMonitor()
+            monitor.load_state_dict(json.loads(kept))
+    assert found == expected

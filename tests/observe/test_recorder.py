@@ -90,7 +90,8 @@ def test_a_resumed_run_goes_on_in_its_records(tmp_path: Path):
     cfg = make_config(tmp_path, wandb=True)
     state = record_steps(cfg, range(1, 6))
     resumed = record_steps(cfg, range(4, 7), json.loads(json.dumps(state)), offset=0.5)
-    assert resumed == state
+    assert resumed["wandb_run_id"] == state["wandb_run_id"]
+    assert [step["lm loss"] for step in resumed["signs"]["steps"]] == [9.0, 8.0, 7.0, 6.0, 5.0, 6.5, 5.5, 4.5]
     expected = {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.5, 5: 5.5, 6: 4.5}
     steps = read_metrics(metrics_path(cfg))
     assert {step["iteration"]: step["lm loss"] for step in steps} == expected
@@ -99,6 +100,17 @@ def test_a_resumed_run_goes_on_in_its_records(tmp_path: Path):
     rows = read_history(tmp_path, state["wandb_run_id"])
     assert {row["iteration"]: row["lm loss"] for row in rows} == expected
     assert len(rows) == 8  # nothing was dropped
+
+
+def test_a_rollback_takes_the_signs_back_too(tmp_path: Path):
+    recorder = Recorder(make_config(tmp_path), RunInfo(), is_writer=True)
+    recorder.step(make_record(1, losses={"lm loss": 3.0}))
+    kept = recorder.state()["signs"]
+    recorder.step(make_record(2, losses={"lm loss": 9.0}))
+    recorder.roll_back(1, kept)
+    assert recorder.state()["signs"] == kept
+    assert [step["lm loss"] for step in kept["steps"]] == [3.0]
+    recorder.close()
 
 
 def test_lines_of_a_longer_first_run_are_no_part_of_the_resumed_curve(tmp_path: Path):

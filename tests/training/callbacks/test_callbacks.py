@@ -166,3 +166,29 @@ def test_the_collector_runs_again_after_a_run(tmp_path: Path):
     with pytest.raises(RuntimeError, match="in the middle"):
         pretrain(short(tmp_path), callbacks=[Look()])
     assert (seen, gc.isenabled()) == ([False], True)
+
+
+def test_a_resume_keeps_the_windows_of_the_signs_and_shows_the_totals(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def health_signs(self) -> dict[str, Any]:
+            def windows(history: Sequence[Window], now: Window) -> str | None:
+                return seen.append(len(history))
+
+            return {"windows": windows}
+
+    cfg = short(tmp_path / "log")
+    cfg.model.seq_length, cfg.train.train_iters, cfg.validation.eval_iters = 16, 45, 0
+    cfg.checkpoint.save = cfg.checkpoint.load = str(tmp_path / "run")
+    pretrain(cfg, callbacks=[Watch(), StopAfter(25)])
+    assert seen == [0]
+    with caplog.at_level("INFO", logger="megatron_mtp.training.pretrain"):
+        done = pretrain(cfg, callbacks=[Watch()])
+    assert seen == [0, 1], "steps 21 to 25 belong to the second window"
+    _, so_far, total = (text for text in caplog.messages if text.startswith(("so far: ", "in total: ")))
+    assert so_far.startswith("so far: 25 iterations, ")
+    assert total.startswith("in total: 45 iterations, ")
+    hits, valid = (done.state.acceptance[name][0] for name in ("chain_hits", "chain_valid"))
+    assert f"mtp_1 accepted {100 * hits / valid:.1f} %" in total
+    assert f"{done.state.floating_point_operations:.3g} FLOPs" in total
