@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_mtp.convert.exporting import HF_DTYPES, plan_checkpoint
+from megatron_mtp.convert.hf_families import find_family
 from megatron_mtp.convert.inventory import check_inventory
 from megatron_mtp.convert.links import duplicates
 from megatron_mtp.convert.names import EMBEDDING, HEAD
@@ -42,7 +43,7 @@ def check_hf(
         ConversionError, CheckpointError: they are different models; names what is missing or left over.
     """
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, None)
-    files = TensorFiles(Path(hf_dir))
+    files = TensorFiles(Path(hf_dir), find_family(model.family).mtp_form.folder)
     shared = model.cfg.model.share_embeddings_and_output_weights
     config = read_config(Path(hf_dir))
     check_inventory(

@@ -15,7 +15,7 @@ from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.convert.hf_config import hf_config_dict
-from megatron_mtp.convert.hf_families import family_of
+from megatron_mtp.convert.hf_families import family_of, find_family
 from megatron_mtp.convert.inventory import FP32_ENDINGS
 from megatron_mtp.convert.links import TensorLink, check_form, duplicates, links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
@@ -201,21 +201,30 @@ def _stored_dtype(weights: StoredWeights, found: list[TensorLink]) -> torch.dtyp
 
 
 def _write_weights(model: CheckpointModel, folder: Path, copies: dict[str, str], shard_bytes: int) -> None:
-    planned = {
-        source.name: Planned(source.name, model.dtype_of(source.name, model.weights.dtype(link.key)), source.shape)
-        for link in model.links
-        for source in link.sources
-    }
+    subfolder = find_family(model.family).mtp_form.folder
+    planned: dict[str, Planned] = {}
+    places: dict[str, Path] = {}
+    for link in model.links:
+        place = folder / subfolder if subfolder is not None and _depth_of(link.key) >= 0 else folder
+        for source in link.sources:
+            dtype = model.dtype_of(source.name, model.weights.dtype(link.key))
+            planned[source.name] = Planned(source.name, dtype, source.shape)
+            places[source.name] = place
     planned |= {name: Planned(name, model.dtype, planned[of].shape) for name, of in copies.items()}
     repeats: dict[str, list[str]] = {}
     for name, of in copies.items():
         repeats.setdefault(of, []).append(name)
-    writer = TensorWriter(folder, list(planned.values()), shard_bytes)
+    writers: dict[Path, TensorWriter] = {}
+    for place in dict.fromkeys(places.values()):
+        place.mkdir(exist_ok=True)
+        tensors = [tensor for name, tensor in planned.items() if places.get(name, folder) == place]
+        writers[place] = TensorWriter(place, tensors, shard_bytes)
     for name, tensor in model.tensors():
         value = tensor.to(model.dtype_of(name, tensor.dtype))
-        for place in (name, *repeats.get(name, ())):
-            writer.write(place, value)
-    writer.close()
+        for written in (name, *repeats.get(name, ())):
+            writers[places.get(written, folder)].write(written, value)
+    for writer in writers.values():
+        writer.close()
 
 
 def _config(model: CheckpointModel, tokenizer: Path | None) -> dict[str, Any]:
@@ -261,6 +270,12 @@ def _fill_report(model: CheckpointModel, copies: dict[str, str], report: Report)
     report.read = sorted({link.key for link in carried})
     report.written = sorted({s.name for link in carried for s in link.sources})
     report.duplicated = sorted(copies)
+    subfolder = find_family(model.family).mtp_form.folder
+    if model.num_depths and subfolder is not None:
+        report.notes.append(
+            f"{model.num_depths} MTP layers are in {subfolder}/: transformers, vLLM and SGLang serve the model without "
+            f"them, since they have no drafter for {model.family}; `megatron-mtp generate` drafts with them."
+        )
     report.padded = sorted({link.key for link in model.links if not link.sources})
     report.left_out = [*model.dropped, *(f"{count} of {kind}" for kind, count in model.weights.left_out.items())]
     if model.cfg.model.share_embeddings_and_output_weights:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.convert.names import DEEPSEEK_MTP, MIMO_MTP, QWEN_MTP, MTPForm
+from megatron_mtp.convert.names import DEEPSEEK_MTP, MIMO_MTP, QWEN_MTP, SEPARATE_MTP, MTPForm
 from megatron_mtp.errors import ConversionError
 
 # Key in config.json -> our field with the same meaning.
@@ -76,8 +76,8 @@ class Family:
     """Default of partial_rotary_factor."""
     mtp_key: str = "mtp_num_hidden_layers"
     """Key of the number of MTP layers. Families that were released without any use Qwen3.5's name."""
-    mtp_form: MTPForm = QWEN_MTP
-    """Tensor names of MTP layers. Qwen's cannot collide with other names, so families without MTP layers use them."""
+    mtp_form: MTPForm = SEPARATE_MTP
+    """Tensor names of MTP layers; the default is for families that were released without any."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Part of a name in the tables of `names` -> how this family writes it."""
     aliases: tuple[str, ...] = ()
@@ -166,6 +166,7 @@ FAMILIES: dict[str, Family] = {
         shared_experts="width",
         rotary_percent=0.25,
         mtp_key="num_nextn_predict_layers",
+        mtp_form=QWEN_MTP,
         renamed={"mlp.shared_experts.": "mlp.shared_expert."},
     ),
     "llama": Family(

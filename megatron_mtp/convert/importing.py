@@ -17,7 +17,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_config import hf_config_dict, model_config_from_hf
-from megatron_mtp.convert.hf_families import canonical
+from megatron_mtp.convert.hf_families import canonical, find_family
 from megatron_mtp.convert.inventory import Inventory, check_inventory
 from megatron_mtp.convert.links import TensorLink, duplicates, links, new_depth_links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
@@ -122,7 +122,7 @@ def plan_hf(
     values = read_config(folder)
     model = model_config_from_hf(values)
     family = canonical(str(values["model_type"]))
-    files = TensorFiles(folder)
+    files = TensorFiles(folder, find_family(family).mtp_form.folder)
     present = Depths.of(model).distinct
     if present and not _holds_depths(files, model, family):
         present = 0  # transformers saves the count but not the layers

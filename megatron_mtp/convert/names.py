@@ -178,6 +178,7 @@ class MTPForm:
         max_depths: most depths with weights of their own; None: any number.
         projection_layout: swap_halves if their projection reads the hidden state first; ours reads the embedding first.
         duplicates: copies of embedding and head that released files hold for each depth, and what each repeats.
+        folder: subfolder that holds the MTP tensors; None: they are among the trunk's.
     """
 
     prefix: str
@@ -189,6 +190,7 @@ class MTPForm:
     max_depths: int | None = None
     projection_layout: Layout = "copy"
     duplicates: tuple[tuple[str, str], ...] = ()
+    folder: str | None = None
 
 
 DEEPSEEK_MTP = MTPForm(
@@ -218,6 +220,18 @@ MIMO_MTP = MTPForm(
     projection="input_proj.weight",
     norm="final_layernorm.weight",
     projection_layout="swap_halves",
+)
+# For families that were released without MTP layers. vLLM's classes of these families refuse a tensor that they do not
+# know (AutoWeightsLoader), and read every safetensors file of the folder, but none of its subfolders
+# (model_loader/default_loader.py); transformers and SGLang read no subfolder either.
+SEPARATE_MTP = MTPForm(
+    prefix="mtp.layers.{k}.",
+    block_prefix="mtp.layers.{k}.",
+    enorm="enorm.weight",
+    hnorm="hnorm.weight",
+    projection="eh_proj.weight",
+    norm="norm.weight",
+    folder="mtp",
 )
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 """Buffers in old files, which every loader recomputes."""

@@ -22,6 +22,7 @@ class Report:
         made: initialised tensors that the source lacks: new MTP layers.
         left_out: what was not converted, because the caller asked for it or because it is no weight.
         files: tokenizer, config and other files that were written.
+        notes: what the caller should know about the result, in sentences.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Report:
     made: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self, path: Path) -> None:
         """Writes all lists, for programs."""
@@ -53,7 +55,7 @@ class Report:
         ):
             if names:
                 text.append(f"{title} ({len(names)}): {_some(names)}")
-        return text
+        return text + self.notes
 
 
 def _some(names: list[str]) -> str:

@@ -45,13 +45,24 @@ class Entry:
 class TensorFiles:
     """The tensors of one folder, by name.
 
+    Args:
+        subfolder: a subfolder whose tensors belong to the model too, if it exists.
+
     Raises:
         ConversionError: a file is missing, truncated or malformed, or index and files differ; names all problems.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, subfolder: str | None = None):
         self.folder = folder
         self.entries: dict[str, Entry] = {}
+        problems = self._add(folder)
+        if subfolder is not None and (folder / subfolder).is_dir():
+            problems += self._add(folder / subfolder)
+        if problems:
+            raise ConversionError("\n".join(problems))
+
+    def _add(self, folder: Path) -> list[str]:
+        """Reads the headers of a folder's files. Returns all problems."""
         problems: list[str] = []
         index = _read_index(folder)
         for name in sorted(set(index.values())) if index is not None else [SINGLE_NAME]:
@@ -65,8 +76,7 @@ class TensorFiles:
             self.entries |= found
             if index is not None:
                 problems += _index_problems(folder, name, index, found)
-        if problems:
-            raise ConversionError("\n".join(problems))
+        return problems
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor, in its own dtype, into new memory."""

@@ -4,7 +4,8 @@ package.
     h_k = norm( block( M [enorm(Emb(t[i+k])); hnorm(h_{k-1})] ) ),   logits_k = Head(h_k),   h_0 after the final norm
 
 MiMo's M reads [hidden; embedding] (vllm 0.33 mimo_mtp.py: torch.cat([previous_hidden_states, inputs_embeds])); the
-others read [embedding; hidden] (deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py).
+others read [embedding; hidden] (deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py). `separate` is this project's own
+form, in a subfolder, for families that were released without MTP layers.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def names_of(form: str, depth_idx: int, num_layers: int) -> dict[str, str]:
     elif form == "qwen":
         prefix, block = "mtp.", f"mtp.layers.{depth_idx}."
         own = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    elif form == "separate":
+        prefix = block = f"mtp.layers.{depth_idx}."
+        own = ("enorm", "hnorm", "eh_proj", "norm")
     else:
         prefix = block = f"model.mtp_layers.{depth_idx}."
         own = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
@@ -52,7 +56,10 @@ def names_of(form: str, depth_idx: int, num_layers: int) -> dict[str, str]:
 def add_depths(model: Any, folder: Path, form: str, num_depths: int, count_key: str) -> list[Depth]:
     """Gives the saved model of `folder` random MTP layers in `form`, and says so in its config.json."""
     path = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
+    tensors = trunk = safetensors.torch.load_file(path)
+    if form == "separate":
+        path, tensors = folder / "mtp" / "model.safetensors", {}
+        path.parent.mkdir()
     num_layers, h = model.config.num_hidden_layers, model.config.hidden_size
     generator = torch.Generator().manual_seed(9)
     depths = []
@@ -69,8 +76,8 @@ def add_depths(model: Any, folder: Path, form: str, num_depths: int, count_key: 
             names["block"] + name: tensor for name, tensor in file_tensors(block, model.config.model_type).items()
         }
         if form == "deepseek":
-            tensors[names["block"] + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-            tensors[names["block"] + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+            tensors[names["block"] + "embed_tokens.weight"] = trunk["model.embed_tokens.weight"].clone()
+            tensors[names["block"] + "shared_head.head.weight"] = trunk["lm_head.weight"].clone()
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     edit_config(folder, **{count_key: num_depths})
     return depths

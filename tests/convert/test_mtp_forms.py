@@ -6,6 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.convert.checking import check_hf
 from megatron_mtp.convert.exporting import export_hf
 from megatron_mtp.convert.importing import import_hf
 from megatron_mtp.errors import ConversionError
@@ -18,16 +20,16 @@ pytestmark = pytest.mark.dist
 
 LOGITS = 1e-5
 COUNT = "num_nextn_predict_layers"
-QWEN_COUNT = "mtp_num_hidden_layers"
+OWN_COUNT = "mtp_num_hidden_layers"
 # model, form, depths, key of the count
 CASES = {
     "deepseek_v3": ("deepseek_v3", "deepseek", 1, COUNT),
     "deepseek_v3_two_depths": ("deepseek_v3", "deepseek", 2, COUNT),
     "glm4_moe": ("glm4_moe", "deepseek", 1, COUNT),
-    "qwen3": ("qwen3", "qwen", 1, QWEN_COUNT),
-    "qwen3_moe": ("qwen3_moe", "qwen", 1, QWEN_COUNT),
+    "qwen3": ("qwen3", "separate", 2, OWN_COUNT),
+    "qwen3_moe": ("qwen3_moe", "separate", 1, OWN_COUNT),
     "qwen3_next": ("qwen3_next", "qwen", 1, COUNT),
-    "llama_tied": ("llama", "qwen", 1, QWEN_COUNT),
+    "llama_tied": ("llama", "separate", 2, OWN_COUNT),
     "mimo": ("mimo", "mimo", 1, COUNT),
     "mimo_two_depths": ("mimo", "mimo", 2, COUNT),
 }
@@ -53,9 +55,40 @@ def test_every_depth_is_what_the_released_weights_mean(case, ranks, tmp_path):
     (got,) = ranks(1).run(logits, str(tmp_path / "checkpoint"), ids, {})
     same_up_to_the_tail(got, expected)
     export_hf(tmp_path / "checkpoint", tmp_path / "back", family="mimo" if form == "mimo" else None)
-    first, back = (safetensors.torch.load_file(tmp_path / f / "model.safetensors") for f in ("hf", "back"))
+    first, back = stored(tmp_path / "hf"), stored(tmp_path / "back")
     assert first.keys() == back.keys()
     assert all(torch.equal(first[tensor], back[tensor]) for tensor in first)
+
+
+def stored(folder):
+    """(file below `folder`, name) -> tensor."""
+    return {
+        (str(file.relative_to(folder)), name): tensor
+        for file in folder.rglob("*.safetensors")
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe", "mixtral", "deepseek_v2"])
+def test_readers_without_a_drafter_see_the_trunk_only(name, tmp_path):
+    """vLLM's classes of these families refuse a name that they do not know. They read every *.safetensors of a folder,
+    and no subfolder; transformers reads model.safetensors."""
+    from transformers import AutoModelForCausalLM
+
+    make(name, tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "grown", mtp_depths=2, mtp_init="fresh")
+    report = export_hf(tmp_path / "grown", tmp_path / "out", shard_bytes=20_000)
+    assert any("2 MTP layers are in mtp/" in note for note in report.notes)
+    assert not report.left_out or not any(key.startswith("mtp.") for key in report.left_out)
+    visible = {key for file in (tmp_path / "out").glob("*.safetensors") for key in safetensors.torch.load_file(file)}
+    assert visible == safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors").keys()
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    assert check_hf(tmp_path / "grown", tmp_path / "out").is_equal
+    import_hf(tmp_path / "out", tmp_path / "again")
+    ours, again = StoredWeights(tmp_path / "grown"), StoredWeights(tmp_path / "again")
+    assert ours.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(ours.whole(key), again.whole(key)) for key in ours.tensors)
 
 
 @pytest.mark.parametrize("num_depths", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -109,13 +142,13 @@ def test_depths_at_two_ranks(layout, ranks, tmp_path):
 
 def test_the_qwen_form_holds_one_depth(tmp_path):
     """Two depths in one projection cannot be written: refused, unless the caller leaves the second out."""
-    make("deepseek_v3", tmp_path / "hf")
-    make("qwen3", tmp_path / "qwen")
+    make("qwen3_next", tmp_path / "qwen")
     import_hf(tmp_path / "qwen", tmp_path / "two", mtp_depths=2, mtp_init="fresh")
-    with pytest.raises(ConversionError, match=r"mtp_num_layers = 2: files of qwen3 hold 1"):
+    with pytest.raises(ConversionError, match=r"mtp_num_layers = 2: files of qwen3_next hold 1"):
         export_hf(tmp_path / "two", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     report = export_hf(tmp_path / "two", tmp_path / "out", mtp_depths=1)
     assert any(key.startswith("mtp.layers.1.") for key in report.left_out)
-    names = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors").keys()
-    assert sum(name.startswith("mtp.") for name in names) == 4 + 11
+    names = {name for file, name in stored(tmp_path / "out") if file == "model.safetensors"}
+    assert {"mtp.fc.weight", "mtp.layers.0.input_layernorm.weight"} <= names
+    assert not any(name.startswith("mtp.layers.1.") for name in names)
