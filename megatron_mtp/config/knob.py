@@ -154,6 +154,8 @@ def is_path(section: type, name: str) -> bool:
 
 def broken_rule(section: type, name: str, value: Any) -> str | None:
     """The rule of the field's range or kind that `value` breaks."""
+    if value is None or isinstance(value, bool):
+        return None
     limits = range_of(section, name) or Range()
     if not limits.holds(value):
         return limits.rule(value)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
+
+from megatron_mtp.parallel.resolve import resolve
+from megatron_mtp.recipes import get_recipe
+from tests.config import fuzz
 
 pytestmark = pytest.mark.unit
 
@@ -23,9 +28,17 @@ def test_hostile_input_ends_well(first, count):
     assert ended.stdout == ""
 
 
+@pytest.mark.parametrize(("num_layers", "pp"), [(1000, 50), (1000, 4), (300, 40)])
+def test_large_pipelines_are_planned_in_seconds(num_layers, pp):
+    cfg = get_recipe("tiny_dense")
+    cfg.model.update(num_layers=num_layers, pipeline_model_parallel_size=pp)
+    start = time.process_time()
+    resolve(cfg.finalize())
+    assert time.process_time() - start < 8
+
+
 def test_a_failure_is_seen(monkeypatch):
     """Else silence would prove nothing."""
-    from tests.config import fuzz
 
     def crash(rng):
         raise KeyError("x")
