@@ -110,6 +110,21 @@ class Corpus:
                 error.strerror,
             )
             self._index = self._make_index()
+        if not self._is_own(self._index):
+            raise DataError(f"{path}: is damaged. Delete it, and it is built again.")
+
+    def _is_own(self, index: np.ndarray) -> bool:
+        """Whether an index from the cache fits the documents: a damaged one would give wrong samples."""
+        (first, last), count = self.documents, self.documents[1] - self.documents[0]
+        if index.shape != (2, count + 1) or index.dtype != np.int64 or index[1, 0] != 0:
+            return False
+        for begin in range(0, count, _CHUNK):
+            order, begins = index[0, begin : min(begin + _CHUNK, count)], index[1, begin : begin + _CHUNK + 1]
+            if order.min() < first or order.max() >= last:
+                return False
+            if not np.array_equal(np.diff(begins), self.reader.lengths[order]):
+                return False
+        return True
 
     def read(self, sample: int) -> Sample:
         """Tokens [sample * s, sample * s + s + 1) of the shuffled documents."""

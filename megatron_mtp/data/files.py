@@ -99,11 +99,24 @@ def cached_array(path: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
             if not path.exists():
                 with replacing(path) as temporary, temporary.open("wb") as file:
                     np.save(file, build())
+    return load_array(path, "Delete it, and it is built again.")
+
+
+def load_array(path: Path, remedy: str) -> np.ndarray:
+    """The array in a `.npy` file, memory-mapped.
+
+    Raises:
+        DataError: the file is damaged; the text ends with `remedy`.
+        OSError: it cannot be read.
+    """
+    stat_file(path)
     try:
         loaded: np.ndarray = np.load(path, mmap_mode="r")
         return loaded
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: is damaged ({error}). Delete it, and it is built again.") from error
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python source, which fails in many ways
+        raise DataError(f"{path}: is damaged ({error}). {remedy}") from error
 
 
 def _wait_for_turn(lock: IO[str], path: Path) -> None:

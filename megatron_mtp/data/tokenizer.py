@@ -176,14 +176,14 @@ class TiktokenTokenizer:
             )
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"tokenizer {path}: is not a tiktoken file ({error}).") from error
-        self._ranks = ranks
+        self._ranks, self._known = ranks, {*ranks.values(), self.eod}
         self.vocab_size = self.eod + 1
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._encoding.encode_ordinary_batch(texts)
 
     def decode(self, ids: list[int]) -> str:
-        return self._encoding.decode(ids)
+        return self._encoding.decode([id_ for id_ in ids if id_ in self._known])  # a file may leave ids out
 
     def fingerprint(self) -> str:
         ranks = sorted((rank, token.hex()) for token, rank in self._ranks.items())

@@ -159,7 +159,7 @@ class _ZstdFile(io.RawIOBase):
         self._raw, self._error = raw, zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._rest, self._ready = b"", b""
+        self._rest, self._ready = b"", memoryview(b"")  # a view, so that a rest is not copied
 
     def readable(self) -> bool:
         return True
@@ -180,7 +180,7 @@ class _ZstdFile(io.RawIOBase):
             return False
         frame = self._frame = self._frame or self._new_frame()
         try:
-            self._ready = frame.decompress(piece)
+            self._ready = memoryview(frame.decompress(piece))
         except self._error as error:
             raise EOFError(str(error)) from error
         if frame.eof:

@@ -156,10 +156,14 @@ def prepare(
         counts = tokenize_files(files, job, workers, _task(bar, "tokenize (bytes)", sum(_sizes(files))))
         if counts.documents == 0:
             raise DataError(f"{', '.join(map(str, inputs))}: no line holds a text. Nothing was written.")
-        _refuse_empty_shards(work, len(files), options)
+        spools = [
+            Spool(spool_path(work, number), token_dtype(tokenizer.vocab_size), buckets.count)
+            for number in range(len(files))
+        ]
+        _refuse_empty_shards(spools, options)
         template = _sidecar_template(tokenizer, options, plan, files)
         on_tokens = _task(bar, "write (tokens)", counts.tokens)
-        _assemble(work, len(files), buckets, len(prefixes), template, on_tokens)
+        _assemble(work, spools, buckets, len(prefixes), template, on_tokens)
         if options.train_vocab_size is not None:
             is_beside = Path(target).parent.resolve() == output.parent.resolve()  # else perhaps another file system
             write_atomically(Path(target), Path(spec).read_bytes(), work if is_beside else None)
@@ -230,8 +234,8 @@ def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
             )
 
 
-def _refuse_empty_shards(work: Path, num_files: int, options: PrepareOptions) -> None:
-    counts = sum(Spool(spool_path(work, number), token_dtype(2)).count_documents() for number in range(num_files))
+def _refuse_empty_shards(spools: Sequence[Spool], options: PrepareOptions) -> None:
+    counts = sum(spool.count_documents() for spool in spools)
     per_shard = np.reshape(counts, (options.shards, -1)).sum(axis=1)
     if not per_shard.all():
         rule = f"is too large for {per_shard.sum():,} documents: {np.sum(per_shard == 0):,} data sets would be empty"
@@ -295,15 +299,22 @@ def _sidecar_template(tokenizer: Tokenizer, options: PrepareOptions, plan: str, 
 
 
 def _assemble(
-    work: Path, num_files: int, buckets: Buckets, shards: int, template: Sidecar, on_tokens: Callable[[int], None]
+    work: Path,
+    spools: Sequence[Spool],
+    buckets: Buckets,
+    shards: int,
+    template: Sidecar,
+    on_tokens: Callable[[int], None],
 ) -> None:
     """Writes the shards that are not complete yet to the work folder."""
     dtype = token_dtype(template.vocab_size)
-    spools = [Spool(spool_path(work, number), dtype) for number in range(num_files)]
     each = buckets.count // shards
     for shard in range(shards):
         prefix = _shard_path(work, shard)
-        sidecar = Sidecar.load(str(prefix))
+        try:
+            sidecar = Sidecar.load(str(prefix))
+        except DataError:  # as after a power failure
+            sidecar = None
         if sidecar is None:
             chosen = range(shard * each, (shard + 1) * each)
             assemble_shard(spools, buckets, chosen, prefix, dtype, template, on_tokens)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_mtp.data.files import write_atomically
+from megatron_mtp.data.files import load_array, write_atomically
 from megatron_mtp.data.randomness import derive_key, hash_u64, permute
 from megatron_mtp.errors import DataError
 
@@ -86,6 +87,29 @@ def regroup(tokens: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.nd
     return tokens[np.repeat(shift, moved) + np.arange(len(tokens))]
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a spool was written to its end."""
+    return path.with_suffix(".json").exists()
+
+
+def read_counts(path: Path) -> SpoolCounts:
+    """The counts of a complete spool.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    try:
+        counts = SpoolCounts(**json.loads(path.with_suffix(".json").read_bytes()))
+        if any(
+            type(value) is not type(default)
+            for value, default in zip(astuple(counts), astuple(SpoolCounts()), strict=True)
+        ):
+            raise TypeError("a count is not a number")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: is damaged ({error}). Delete {path.parent} and run again.") from error
+    return counts
+
+
 class SpoolWriter:
     """Writes the spool of one input file.
 
@@ -141,37 +165,49 @@ class SpoolWriter:
 
 
 class Spool:
-    """A complete spool, open for reading."""
+    """A complete spool. Its files are open only while they are read: there may be thousands of spools.
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        self._dtype, self._tokens = dtype, path.with_suffix(".tokens")
-        try:
-            self.counts = SpoolCounts(**json.loads(path.with_suffix(".json").read_bytes()))
-            self._lengths = np.load(path.with_suffix(".lengths.npy"), mmap_mode="r")
-            self._bounds = np.load(path.with_suffix(".bounds.npy"), mmap_mode="r")
-        except (ValueError, EOFError, TypeError) as error:
-            raise self._damaged() from error
+    Raises:
+        DataError: its files do not fit each other, as after a power failure.
+    """
 
-    def _damaged(self) -> DataError:
-        return DataError(f"{self._tokens.with_suffix('')}: is damaged. Delete {self._tokens.parent} and run again.")
-
-    @staticmethod
-    def is_complete(path: Path) -> bool:
-        return path.with_suffix(".json").exists()
+    def __init__(self, path: Path, dtype: np.dtype, num_buckets: int):
+        self.counts, self._path, self._dtype, self._num_buckets = read_counts(path), path, dtype, num_buckets
+        lengths, bounds = self._load("lengths"), self._load("bounds")
+        self._lengths_begin, self._bounds_begin, self._num_runs = lengths.offset, bounds.offset, len(bounds)
+        if bounds.dtype != np.int64 or bounds.shape[1:] != (num_buckets + 1, 2) or lengths.dtype != np.int32:
+            raise self._damaged()
+        steps = np.diff(bounds.reshape(-1, 2), axis=0, prepend=0)
+        if (steps < 0).any() or steps.sum(axis=0).tolist() != [len(lengths), self.counts.tokens]:
+            raise self._damaged()
 
     def count_documents(self) -> np.ndarray:
         """Number of documents in each bucket, int64 [buckets]."""
-        counts: np.ndarray = np.diff(self._bounds[:, :, 0], axis=1).sum(axis=0)
+        counts: np.ndarray = np.diff(self._load("bounds")[:, :, 0], axis=1).sum(axis=0)
         return counts
 
     def read(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens and lengths of the documents of a bucket, run by run, in the order of the input."""
-        with self._tokens.open("rb") as file:
-            for bounds in self._bounds:
-                (document, token), (document_end, token_end) = bounds[bucket], bounds[bucket + 1]
+        names = (self._path.with_suffix(ending) for ending in (".tokens", ".lengths.npy", ".bounds.npy"))
+        with ExitStack() as stack:
+            token_file, length_file, bound_file = (stack.enter_context(name.open("rb")) for name in names)
+            for run in range(self._num_runs):
+                bound_file.seek(self._bounds_begin + (run * (self._num_buckets + 1) + bucket) * 16)
+                document, token, document_end, token_end = np.fromfile(bound_file, np.int64, 4).tolist()
                 if document_end > document:
-                    file.seek(int(token) * self._dtype.itemsize)
-                    tokens = np.fromfile(file, self._dtype, int(token_end - token))
-                    if len(tokens) < token_end - token:
+                    length_file.seek(self._lengths_begin + document * 4)
+                    lengths = np.fromfile(length_file, np.int32, document_end - document)
+                    token_file.seek(token * self._dtype.itemsize)
+                    tokens = np.fromfile(token_file, self._dtype, token_end - token)
+                    if lengths.min() < 0 or not lengths.sum(dtype=np.int64) == len(tokens) == token_end - token:
                         raise self._damaged()
-                    yield tokens, np.array(self._lengths[document:document_end])
+                    yield tokens, lengths
+
+    def _load(self, name: str) -> np.memmap:
+        array = load_array(self._path.with_suffix(f".{name}.npy"), f"Delete {self._path.parent} and run again.")
+        if not isinstance(array, np.memmap):  # such as an archive
+            raise self._damaged()
+        return array
+
+    def _damaged(self) -> DataError:
+        return DataError(f"{self._path}: is damaged. Delete {self._path.parent} and run again.")

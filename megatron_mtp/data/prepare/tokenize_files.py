@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_mtp.data.indexed import token_dtype
 from megatron_mtp.data.prepare.jsonl import Document, read_documents
-from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolCounts, SpoolWriter
+from megatron_mtp.data.prepare.spool import Buckets, SpoolCounts, SpoolWriter, is_complete, read_counts
 from megatron_mtp.data.tokenizer import Tokenizer, tokenizer_from_spec
 from megatron_mtp.errors import DataError
 
@@ -65,7 +65,7 @@ def tokenize_files(
     """
     missing = []
     for number, file in enumerate(files):
-        if Spool.is_complete(spool_path(job.work, number)):
+        if is_complete(spool_path(job.work, number)):
             on_progress(file.stat().st_size)
         else:
             missing.append((number, file))
@@ -78,7 +78,7 @@ def tokenize_files(
             _tokenize(number, file, job, tokenizer, on_progress)
     total = SpoolCounts()
     for number in range(len(files)):
-        total.add(Spool(spool_path(job.work, number), token_dtype(2)).counts)
+        total.add(read_counts(spool_path(job.work, number)))
     return total
 
 

@@ -65,8 +65,8 @@ def _locked(work: Path) -> Iterator[None]:
 
 
 def _others_files(work: Path) -> list[str]:
-    """Names in a work folder that `prepare` did not give."""
-    return sorted(path.name for path in work.iterdir() if not _OWN_NAMES.fullmatch(path.name))
+    """Names in a work folder that `prepare` did not write."""
+    return sorted(path.name for path in work.iterdir() if not (_OWN_NAMES.fullmatch(path.name) and path.is_file()))
 
 
 def _plan_of(work: Path) -> str | None:
@@ -81,6 +81,6 @@ def remove_finished_work(output: Path, plan: str) -> None:
     """Removes the work folder that a run left which was killed after its last move."""
     work = work_path(output)
     with suppress(OSError, DataError):  # it is in use, or this user may not write
-        if _plan_of(work) in (None, plan) and not _others_files(work):
+        if not _others_files(work) and _plan_of(work) in (None, plan):
             with _locked(work):
                 shutil.rmtree(work)

@@ -326,9 +326,22 @@ def test_a_damaged_spool_is_named(inputs, tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 prepare([inputs], tmp_path / "out", BYTES, workers=1)
         (tmp_path / "out.prepare" / f"input_000002{ending}").write_bytes(change)
-        with pytest.raises(DataError, match=r"input_000002: is damaged\. Delete .*out\.prepare and run again"):
+        message = r"input_000002(\.\w+\.npy)?: is damaged.* Delete .*out\.prepare and run again"
+        with pytest.raises(DataError, match=message):
             prepare([inputs], tmp_path / "out", BYTES, workers=1)
         shutil.rmtree(tmp_path / "out.prepare")
+
+
+def test_more_inputs_than_a_process_may_open_files(inputs, tmp_path):
+    for number in range(100):
+        (inputs / f"more{number}.jsonl").write_text('{"text": "a"}\n')
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, before[1]))
+    try:
+        made = prepare([inputs], tmp_path / "out", PrepareOptions(tokenizer="bytes", shuffle=1, shards=2), workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert made.counts.documents == 340
 
 
 def test_options_from_python_are_checked_too():

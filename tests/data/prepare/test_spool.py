@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolWriter, regroup
+from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolWriter, is_complete, regroup
 
 pytestmark = pytest.mark.unit
 
@@ -33,10 +33,11 @@ def test_buckets_hold_every_document_once_whatever_the_runs(tmp_path_factory, ba
         documents += [list(range(flat + sum(lengths[:i]), flat + sum(lengths[: i + 1]))) for i in range(len(lengths))]
         writer.add(np.arange(flat, flat + sum(lengths)), np.array(lengths, int))
         flat += sum(lengths)
-    assert not Spool.is_complete(path)
+    assert not is_complete(path)
     writer.close()
-    assert Spool.is_complete(path)
-    spool = Spool(path, np.dtype(np.uint16))
+    assert is_complete(path)
+    spool = Spool(path, np.dtype(np.uint16), count)
+    assert spool.count_documents().sum() == len(documents)
     assert (spool.counts.documents, spool.counts.tokens) == (len(documents), flat)
     assert spool.counts.largest_id == flat - 1
     expected = buckets.of(np.arange(len(documents)), 3)
