@@ -1,12 +1,15 @@
-"""Vocabulary-parallel cross entropy over chunks of tokens: the logits of one chunk exist at a time.
+"""Vocabulary-parallel cross entropy over chunks of tokens, with its gradient made in the forward pass.
 
-The forward pass keeps the log-sum-exp of each token; the backward pass computes each chunk's logits again. With
-tensor parallelism there are two floating-point collectives for all tokens of all depths together, none per chunk.
+Before a step the weight of every token in the total is known. So a chunk's logits are computed once: they give losses,
+top-1 ids, and at once the gradients of the hidden states and of the weight, in three matrix products. With tensor
+parallelism the statistics of a chunk travel while the next chunk's logits are computed.
 "Chunk" in this file is a chunk of logits (`logits_chunk_tokens`), not a model chunk.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MAX_COUNTED = 7 / 8  # of the tokens; above it, selecting the counted ones costs more than it saves
+NO_ID = torch.iinfo(torch.int64).max
+MAX_COUNTED = 7 / 8  # of a chunk's tokens; above it, selecting the counted ones costs more than it saves
 
 
 class VocabShard(NamedTuple):
@@ -33,110 +37,30 @@ class VocabShard(NamedTuple):
         return cls(start, rows, group if size > 1 else None)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """(hidden [n, h], weight [v/tp, h], targets [n]) -> loss, log-sum-exp and top-1 id of each token, all [n]."""
+class TokenLosses(NamedTuple):
+    """What `chunked_cross_entropy` finds.
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk_tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens = hidden.shape[0]
-        maximum = hidden.new_full((num_tokens,), -torch.inf, dtype=torch.float32)
-        sum_exp = hidden.new_zeros(num_tokens, dtype=torch.float32)
-        target_logit = hidden.new_zeros(num_tokens, dtype=torch.float32)
-        top1 = targets.new_zeros(num_tokens)
-        rows = weight[: shard.rows]
-        if shard.rows:
-            for start in range(0, num_tokens, chunk_tokens):
-                part = slice(start, start + chunk_tokens)
-                logits = torch.mm(hidden[part], rows.t()).float()  # [chunk, v/tp]
-                torch.max(logits, dim=1, out=(maximum[part], top1[part]))
-                local, inside = _local_targets(targets[part], shard)
-                target_logit[part] = logits.gather(1, local[:, None]).squeeze(1).masked_fill_(~inside, 0.0)
-                sum_exp[part] = logits.sub_(maximum[part, None]).exp_().sum(dim=1)
-        top1 += shard.start
-        if shard.group is not None:
-            maximum, sum_exp, target_logit, top1 = _reduce(maximum, sum_exp, target_logit, top1, shard.group)
-        lse = sum_exp.log_().add_(maximum)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.shard, ctx.chunk_tokens = shard, chunk_tokens
-        ctx.mark_non_differentiable(top1)
-        return lse - target_logit, lse, top1
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, lse = ctx.saved_tensors
-        shard: VocabShard = ctx.shard
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        counted = _counted_rows(grad_loss, grad_lse)
-        if counted is not None:
-            all_hidden = hidden
-            hidden, targets, lse, grad_loss, grad_lse = (
-                x[counted] for x in (hidden, targets, lse, grad_loss, grad_lse)
-            )
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        # fp32 whatever the weight's dtype: it is a sum over all tokens of all depths.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        rows = weight[: shard.rows]
-        for start in range(0, hidden.shape[0] if shard.rows else 0, ctx.chunk_tokens):
-            part = slice(start, start + ctx.chunk_tokens)
-            grad = torch.mm(hidden[part], rows.t()).float()  # logits, then in place their gradient
-            grad.sub_(lse[part, None]).exp_().mul_((grad_loss[part] + grad_lse[part])[:, None])
-            local, inside = _local_targets(targets[part], shard)
-            grad.scatter_add_(1, local[:, None], -(grad_loss[part] * inside)[:, None])
-            grad = grad.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, rows, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_outer(grad_weight[: shard.rows], grad, hidden[part])
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if counted is not None and grad_hidden is not None:
-            grad_hidden = torch.zeros_like(all_hidden).index_copy_(0, counted, grad_hidden)
-        return grad_hidden, grad_weight, None, None, None
-
-
-def _counted_rows(grad_loss: Tensor, grad_lse: Tensor) -> Tensor | None:
-    """Indices of the tokens with a gradient, where masks exclude many, such as prompts and padding; None: all.
-
-    On a GPU all tokens are used, because the host would have to wait for the count.
+    Attributes:
+        total: [] fp32, sum of weights * (cross entropy + z_loss_coeff * log-sum-exp^2); the only one with a gradient.
+        loss: [n] fp32 in nats.
+        top1: [n] int64, the most probable id.
     """
-    if grad_loss.device.type != "cpu":
-        return None
-    has_gradient = (grad_loss != 0) | (grad_lse != 0)
-    return has_gradient.nonzero().squeeze(1) if has_gradient.sum() < MAX_COUNTED * len(grad_loss) else None
 
-
-def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    local = targets - shard.start
-    inside = (local >= 0) & (local < shard.rows)
-    return local.clamp(0, max(shard.rows - 1, 0)), inside
-
-
-def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), hidden)
-    else:
-        total.add_(torch.mm(grad.t(), hidden))
-
-
-def _reduce(
-    maximum: Tensor, sum_exp: Tensor, target_logit: Tensor, top1: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Joins the shards' results. Ties between shards go to the smallest id, as in an argmax over all logits."""
-    highest = maximum.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    top1 = torch.where(maximum == highest, top1, torch.iinfo(top1.dtype).max)
-    dist.all_reduce(top1, op=dist.ReduceOp.MIN, group=group)
-    sums = torch.stack((sum_exp * (maximum - highest).exp(), target_logit))
-    dist.all_reduce(sums, group=group)
-    return highest, sums[0], sums[1], top1
+    total: Tensor
+    loss: Tensor
+    top1: Tensor
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    shard: VocabShard,
+    chunk_tokens: int,
+    z_loss_coeff: float = 0.0,
+    gradient_scale: Tensor | float = 1.0,
+) -> TokenLosses:
     """Cross entropy of each token against the rows of `weight`, one chunk of logits at a time.
 
     Args:
@@ -144,11 +68,206 @@ def chunked_cross_entropy(
             (a preceding copy-to-region or sequence gather sums it).
         weight: [v_padded/tp, h], this rank's rows; padding rows are ignored.
         targets: [n] int64, ids below the vocabulary size (0 where masked out).
+        token_weights: [n] fp32, what the total multiplies each token's loss by; 0 where masked out.
         shard: the ids of the rows.
         chunk_tokens: tokens in one chunk of logits.
-
-    Returns:
-        loss [n] fp32 in nats, log-sum-exp [n] fp32, top-1 id [n] int64. Nothing is masked or divided here.
+        z_loss_coeff: coefficient of log-sum-exp^2 beside the cross entropy.
+        gradient_scale: the gradient that the total will receive, roughly. Gradients are made at this scale and
+            corrected in the backward pass; in fp16 small ones would vanish at another.
     """
-    results: tuple[Tensor, Tensor, Tensor] = _ChunkedCrossEntropy.apply(hidden, weight, targets, shard, chunk_tokens)
-    return results
+    is_training = torch.is_grad_enabled()
+    num_tokens = len(targets)
+    chunks = _Chunks(
+        hidden=hidden,
+        rows=weight[: shard.rows],
+        targets=targets,
+        token_weights=token_weights,
+        shard=shard,
+        z_loss_coeff=z_loss_coeff,
+        gradient_scale=gradient_scale,
+        loss=hidden.new_empty(num_tokens, dtype=torch.float32),
+        lse=hidden.new_empty(num_tokens, dtype=torch.float32),
+        top1=torch.empty_like(targets),
+        grad_hidden=torch.zeros_like(hidden) if is_training and hidden.requires_grad else None,
+        # fp32 whatever the weight's dtype: it is a sum over all tokens of all depths.
+        grad_weight=torch.zeros_like(weight, dtype=torch.float32) if is_training and weight.requires_grad else None,
+    )
+    with torch.no_grad():
+        chunks.run(chunk_tokens)
+        losses = chunks.loss + z_loss_coeff * chunks.lse.square() if z_loss_coeff else chunks.loss
+        total = (token_weights * losses).sum()
+    if chunks.has_gradient:
+        total = _Prepared.apply(hidden, weight, total, chunks.grad_hidden, chunks.grad_weight, gradient_scale)
+    return TokenLosses(total, chunks.loss, chunks.top1)
+
+
+class _Prepared(torch.autograd.Function):
+    """Attaches gradients that exist already: the value of `total` is unchanged."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        total: Tensor,
+        grad_hidden: Tensor | None,
+        grad_weight: Tensor | None,
+        gradient_scale: Tensor | float,
+    ) -> Tensor:
+        ctx.gradients, ctx.weight_dtype, ctx.scale = (grad_hidden, grad_weight), weight.dtype, gradient_scale
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, (None, None)
+        factor = grad_total / ctx.scale
+        is_one = factor.device.type == "cpu" and float(factor) == 1.0  # on a GPU the host would have to wait
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None and not is_one:
+                gradient.mul_(factor)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """One chunk of tokens between its logits and its gradient.
+
+    Attributes:
+        part: the tokens.
+        exponentials: [chunk, v/tp] fp32, exp(logit - maximum of this shard).
+        own: [3, chunk] fp32 of this shard: maximum, sum of the exponentials, target's logit (0 elsewhere).
+        every: [tp, 3, chunk], `own` of every shard, once `travelling` has ended; without shards `own`, and None.
+    """
+
+    part: slice
+    exponentials: Tensor
+    own: Tensor
+    every: Tensor
+    travelling: dist.Work | None
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """The loop over chunks. Arguments as in `chunked_cross_entropy`.
+
+    Filled in are loss, log-sum-exp and top-1 id of each token, all [n], and the gradients that are not None.
+    """
+
+    hidden: Tensor
+    rows: Tensor
+    targets: Tensor
+    token_weights: Tensor
+    shard: VocabShard
+    z_loss_coeff: float
+    gradient_scale: Tensor | float
+    loss: Tensor
+    lse: Tensor
+    top1: Tensor
+    grad_hidden: Tensor | None
+    grad_weight: Tensor | None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether hidden states or weight get a gradient."""
+        return self.grad_hidden is not None or self.grad_weight is not None
+
+    def run(self, chunk_tokens: int) -> None:
+        """Goes through all tokens. With shards, one chunk's statistics travel while the next one's logits are made."""
+        parts = [slice(start, start + chunk_tokens) for start in range(0, len(self.targets), chunk_tokens)]
+        if self.shard.group is None:
+            for part in parts:
+                self._finish(self._logits(part))
+            return
+        waiting: deque[_Chunk] = deque()  # a name would keep the logits of a finished chunk alive
+        for part in parts:
+            waiting.append(self._logits(part))
+            if len(waiting) > 1:
+                self._finish(waiting.popleft())
+        while waiting:
+            self._finish(waiting.popleft())
+        dist.all_reduce(self.top1, op=dist.ReduceOp.MIN, group=self.shard.group)
+
+    def _logits(self, part: slice) -> _Chunk:
+        """Computes a chunk's logits and sends their statistics; fills in this shard's top-1 ids."""
+        logits = torch.mm(self.hidden[part], self.rows.t()).float()  # [chunk, v/tp]
+        own = logits.new_empty(3, logits.shape[0])
+        if self.shard.rows:
+            torch.max(logits, dim=1, out=(own[0], self.top1[part]))
+            self.top1[part] += self.shard.start
+            local, inside = self._local_targets(part)
+            own[2] = logits.gather(1, local[:, None]).squeeze(1).masked_fill_(~inside, 0.0)
+            torch.sum(logits.sub_(own[0, :, None]).exp_(), dim=1, out=own[1])
+        else:
+            own[0], own[1:], self.top1[part] = -torch.inf, 0.0, NO_ID
+        if self.shard.group is None:
+            return _Chunk(part, logits, own, own, None)
+        every = own.new_empty(self.shard.group.size(), *own.shape)
+        travelling = dist.all_gather_into_tensor(every.flatten(0, 1), own, group=self.shard.group, async_op=True)
+        return _Chunk(part, logits, own, every, travelling)
+
+    def _finish(self, chunk: _Chunk) -> None:
+        """Joins the shards' statistics, then makes the chunk's gradient; its logits end here."""
+        part, own = chunk.part, chunk.own
+        if chunk.travelling is None:
+            lse = own[1].log().add_(own[0])
+            target_logit = own[2]
+        else:
+            chunk.travelling.wait()
+            highs, sums, target_logits = chunk.every.unbind(1)  # [tp, chunk] each
+            high = highs.amax(dim=0)
+            lse = (sums * (highs - high).exp()).sum(dim=0).log_().add_(high)
+            target_logit = target_logits.sum(dim=0)
+            # Ties between shards go to the smallest id, as in an argmax over all logits.
+            self.top1[part].masked_fill_(own[0] != high, NO_ID)
+        self.lse[part], self.loss[part] = lse, lse - target_logit
+        if not self.has_gradient or not self.shard.rows:
+            return
+        token_weights = self.token_weights[part] * self.gradient_scale
+        weight_of_lse = token_weights
+        if self.z_loss_coeff:
+            weight_of_lse = token_weights * (1 + 2 * self.z_loss_coeff * lse)
+        gradient = chunk.exponentials.mul_(((own[0] - lse).exp_() * weight_of_lse)[:, None])
+        local, inside = self._local_targets(part)
+        gradient.scatter_add_(1, local[:, None], -(token_weights * inside)[:, None])
+        self._add_products(part, gradient, token_weights)
+
+    def _add_products(self, part: slice, gradient: Tensor, token_weights: Tensor) -> None:
+        """Adds the two products of a chunk's gradient [chunk, v/tp], without the tokens that have none."""
+        hidden, counted = self.hidden[part], _counted_rows(token_weights)
+        if counted is not None:
+            gradient, hidden = gradient[counted], hidden[counted]
+        gradient = gradient.to(self.rows.dtype)
+        if self.grad_hidden is not None:
+            if counted is None:
+                torch.mm(gradient, self.rows, out=self.grad_hidden[part])
+            else:
+                self.grad_hidden[part].index_copy_(0, counted, torch.mm(gradient, self.rows))
+        if self.grad_weight is not None:
+            _add_outer(self.grad_weight[: self.shard.rows], gradient, hidden)
+
+    def _local_targets(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Row of each target in this shard, clamped into it, and whether it is there."""
+        local = self.targets[part] - self.shard.start
+        inside = (local >= 0) & (local < self.shard.rows)
+        return local.clamp(0, max(self.shard.rows - 1, 0)), inside
+
+
+def _counted_rows(token_weights: Tensor) -> Tensor | None:
+    """Indices of the tokens with a gradient, where masks exclude many, such as prompts and padding; None: all.
+
+    On a GPU all tokens are used, because the host would have to wait for the count.
+    """
+    if token_weights.device.type != "cpu":
+        return None
+    has_gradient = token_weights != 0
+    return has_gradient.nonzero().squeeze(1) if has_gradient.sum() < MAX_COUNTED * len(token_weights) else None
+
+
+def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    if grad.dtype == torch.float32:
+        total.addmm_(grad.t(), hidden)
+    else:
+        total.add_(torch.mm(grad.t(), hidden))

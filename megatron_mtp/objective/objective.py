@@ -35,33 +35,36 @@ class Objective:
     """
 
     run: ResolvedRun
-    heads: Callable[[Tensor, Tensor, MicroBatch], HeadOutput]
+    heads: Callable[[Tensor, Tensor, MicroBatch, Tensor, Tensor | float], HeadOutput]
     groups: ProcessGroupCollection
     device: torch.device
 
     @classmethod
     def of(cls, run: ResolvedRun, groups: ProcessGroupCollection, device: torch.device) -> Objective:
         """The objective of a resolved run."""
-        return cls(run, DepthHeads.of(run.cfg.model, groups.tp), groups, device)
+        return cls(run, DepthHeads.of(run, groups.tp), groups, device)
 
     @property
     def num_depths(self) -> int:
         """MTP depths D."""
         return self.run.depths.count
 
-    def begin(self, num_targets: Tensor, loss_factor: float, num_micro_batches: int) -> StepObjective:
+    def begin(
+        self, num_targets: Tensor, loss_factor: float, num_micro_batches: int, loss_scale: Tensor | float = 1.0
+    ) -> StepObjective:
         """The objective of one global batch. A collective over data- and context-parallel ranks.
 
         Args:
             num_targets: [1+D] int64, valid targets of this rank's micro-batches.
             loss_factor: lambda.
             num_micro_batches: of this rank.
+            loss_scale: of fp16, which the optimizer divides out again.
         """
         counts = num_targets.to(self.device, copy=True)
         dist.all_reduce(counts, group=self.groups.dp_cp)
         counts = counts.cpu()
         coefficients = total_coefficients(counts, loss_factor, self.run.depths.weights).to(self.device, torch.float32)
-        return StepObjective(self, counts, coefficients, num_micro_batches)
+        return StepObjective(self, counts, coefficients, num_micro_batches, loss_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,14 @@ class StepObjective:
         counts: [1+D] int64 on the CPU, the global N_k.
         coefficients: [1+D] fp32 on the device, see `total_coefficients`.
         num_micro_batches: of this rank.
+        loss_scale: of fp16.
     """
 
     objective: Objective
     counts: Tensor
     coefficients: Tensor
     num_micro_batches: int
+    loss_scale: Tensor | float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -87,29 +92,29 @@ class StepObjective:
 
     def heads(self, states: Tensor, weight: Tensor, batch: MicroBatch) -> HeadOutput:
         """The model's output processor on the last stage; see `DepthHeads`."""
-        return self.objective.heads(states, weight, batch)
+        gradient_scale = self.loss_scale * self.objective.groups.dp_cp.size()
+        return self.objective.heads(states, weight, batch, self.coefficients, gradient_scale)
 
-    def loss_function(self, batch: MicroBatch, top1: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch. Megatron-Core's schedules call it with `sums`, its other arguments bound.
+    def loss_function(
+        self, batch: MicroBatch, output: HeadOutput, total: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch. Megatron-Core's schedules call it with `total`, its other arguments bound.
 
         The schedule divides the loss by the number of micro-batches, and DDP averages gradients over data- and
         context-parallel ranks. The loss is multiplied by both, since the counts in the coefficients are global already.
 
         Args:
             batch: the micro-batch.
-            top1: [1+D, b, s/cp] int64 from DepthHeads.
-            sums: [2, 1+D] fp32 from DepthHeads.
+            output: of the heads.
+            total: output.total.
 
         Returns:
             (total * micro-batches * ranks, 1, the micro-batch's sums [1+D] and acceptance counts [rows, 1+D]).
         """
-        groups, z_loss_coeff = self.objective.groups, self.objective.run.cfg.model.logits_z_loss_coeff
-        total = (sums[0] * self.coefficients).sum()
-        if z_loss_coeff:
-            total = total + z_loss_coeff * (sums[1] * self.coefficients).sum()
-        one = torch.ones((), dtype=torch.int, device=sums.device)
-        acceptance = acceptance_counts(top1, batch.labels, batch.loss_mask, groups.cp)
-        found = {"sums": sums[0].detach(), "acceptance": acceptance}
+        groups = self.objective.groups
+        one = torch.ones((), dtype=torch.int, device=total.device)
+        acceptance = acceptance_counts(output.top1, batch.labels, batch.loss_mask, groups.cp)
+        found = {"sums": output.sums, "acceptance": acceptance}
         return total * (self.num_micro_batches * groups.dp_cp.size()), one, found
 
     def metrics(self, outputs: Sequence[dict[str, Tensor]], router_losses: Mapping[str, Tensor] | None) -> BatchMetrics:

@@ -11,6 +11,8 @@ from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.grid import RankGrid
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 
+MIN_LOGITS_CHUNK, MAX_LOGITS_CHUNK = 64, 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunShape:
@@ -98,3 +100,23 @@ class RunShape:
     def hidden_bytes(self) -> float:
         """One hidden state on one rank: what goes from layer to layer and from stage to stage."""
         return self.tokens * self.cfg.model.hidden_size * self.item_bytes / self.hidden_shards
+
+    @property
+    def logits_chunk_tokens(self) -> int:
+        """Tokens whose logits exist at once, on one rank.
+
+        By default they take at most a quarter of the memory of a micro-batch's logits in fp32. Smaller chunks than
+        MIN_LOGITS_CHUNK would make slow products, larger ones than MAX_LOGITS_CHUNK gain nothing.
+        """
+        if self.cfg.model.logits_chunk_tokens is not None:
+            return self.cfg.model.logits_chunk_tokens
+        return max(MIN_LOGITS_CHUNK, min(MAX_LOGITS_CHUNK, int(self.tokens // self.logit_bytes)))
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes held for each logit of a chunk: fp32, and a copy in precision.dtype.
+
+        Under tensor parallelism the chunk before is held too, while its statistics travel.
+        """
+        waiting = 4 if self.cfg.model.tensor_model_parallel_size > 1 else 0
+        return 4 + waiting + (self.item_bytes if self.item_bytes < 4 else 0)

@@ -137,9 +137,9 @@ class PartMeasurement:
             part = states[:count].clone().requires_grad_()
             inputs = replace(batch, labels=batch.labels[:count], loss_mask=batch.loss_mask[:count])
             start = clock.now()
-            sums = engine.objective.heads(part, weight, inputs).sums[0].sum()
+            total = engine.objective.heads(part, weight, inputs, torch.ones(count, device=engine.device), 1.0).total
             middle = clock.now()
-            sums.backward()
+            total.backward()
             times = (clock.ms(start, middle), clock.ms(middle, clock.now()))
             self._heads.setdefault(count, []).append(times)
 

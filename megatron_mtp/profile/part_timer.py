@@ -82,10 +82,10 @@ class PartTimer:
     def watch_heads(self, heads: Callable[..., Any]) -> Callable[..., Any]:
         """The heads, timed as "head"."""
 
-        def call(states: Tensor, weight: Tensor, batch: Any) -> Any:
+        def call(states: Tensor, *args: Any) -> Any:
             self._mark("other")
             self._watch_gradient(states, "head")
-            return heads(states, weight, batch)
+            return heads(states, *args)
 
         return call
 

@@ -26,8 +26,8 @@ def forward_step(
         model: one model chunk.
 
     Returns:
-        On the last stage sums [2, 1+D] and the loss function that Megatron-Core's schedule calls with them; before it
-        hidden states and None.
+        On the last stage the micro-batch's total and the loss function that Megatron-Core's schedule calls with it;
+        before it hidden states and None.
     """
     batch = next(data_iterator).to(context.device)
     output = model(
@@ -38,5 +38,5 @@ def forward_step(
         output_processor_context=batch,
     )
     if isinstance(output, HeadOutput):
-        return output.sums, partial(context.loss_function, batch, output.top1)
+        return output.total, partial(context.loss_function, batch, output)
     return output, None

@@ -120,7 +120,9 @@ class Engine:
 
     def _run(self, batch: GlobalBatch, loss_factor: float, *, forward_only: bool) -> BatchMetrics:
         num_micro_batches = len(batch.micro_batches)
-        objective = self.objective.begin(batch.num_targets, loss_factor, num_micro_batches)
+        objective = self.objective.begin(
+            batch.num_targets, loss_factor, num_micro_batches, self.optimizer.get_loss_scale()
+        )
         micro_batch_size, local_length = batch.micro_batches[0].tokens.shape  # [b, s/cp]
         iterators = [iter(batch.micro_batches) for _ in self.chunks]
         is_interleaved = len(self.chunks) > 1

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mtp.objective.cross_entropy import VocabShard, chunked_cross_entropy
+from megatron_mtp.parallel.shape import RunShape
+from megatron_mtp.recipes import get_recipe
 
 TOKENS, HIDDEN, ROWS, VOCAB = 37, 12, 64, 59
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+Z_LOSS = 0.3
 
 
 def _inputs(masked: int = 0) -> tuple[torch.Tensor, ...]:
-    """Hidden states, weight, targets, and the weight of each token's loss and log-sum-exp: 0 for every token but one in
-    `masked`.
-    """
+    """Hidden states, weight, targets and token weights: 0 for every token but one in `masked`."""
     torch.manual_seed(3)
     counts = torch.arange(TOKENS) % masked == 0 if masked else torch.ones(TOKENS)
     return (
@@ -23,28 +30,28 @@ def _inputs(masked: int = 0) -> tuple[torch.Tensor, ...]:
         torch.randn(ROWS, HIDDEN),
         torch.randint(0, VOCAB, (TOKENS,)),
         torch.rand(TOKENS) * counts,
-        torch.rand(TOKENS) * counts,
     )
 
 
 def _reference(masked: int = 0) -> tuple[torch.Tensor, ...]:
-    hidden, weight, targets, of_loss, of_lse = _inputs(masked)
+    hidden, weight, targets, token_weights = _inputs(masked)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = hidden @ weight[:VOCAB].T
     loss, lse = F.cross_entropy(logits, targets, reduction="none"), logits.logsumexp(1)
-    ((loss * of_loss).sum() + (lse.square() * of_lse).sum()).backward()
-    return loss.detach(), lse.detach(), logits.argmax(1), hidden.grad, weight.grad
+    total = (token_weights * (loss + Z_LOSS * lse.square())).sum()
+    total.backward()
+    return loss.detach(), total.detach(), logits.argmax(1), hidden.grad, weight.grad
 
 
 def _ours(
-    weight: torch.Tensor, group: dist.ProcessGroup | None, chunk: int, masked: int = 0
+    weight: torch.Tensor, group: dist.ProcessGroup | None, chunk: int, masked: int = 0, incoming: float = 1.0
 ) -> tuple[torch.Tensor, ...]:
-    hidden, _, targets, of_loss, of_lse = _inputs(masked)
+    hidden, _, targets, token_weights = _inputs(masked)
     hidden, weight = hidden.requires_grad_(), weight.clone().requires_grad_()
     shard = VocabShard.of(weight, VOCAB, group)
-    loss, lse, top1 = chunked_cross_entropy(hidden, weight, targets, shard, chunk)
-    ((loss * of_loss).sum() + (lse.square() * of_lse).sum()).backward()
-    return loss.detach(), lse.detach(), top1, hidden.grad, weight.grad
+    total, loss, top1 = chunked_cross_entropy(hidden, weight, targets, token_weights, shard, chunk, Z_LOSS, 8.0)
+    (incoming * total).backward()
+    return loss, total.detach(), top1, hidden.grad / incoming, weight.grad / incoming
 
 
 def _assert_close(ours: tuple[torch.Tensor, ...], reference: tuple[torch.Tensor, ...]) -> None:
@@ -55,8 +62,9 @@ def _assert_close(ours: tuple[torch.Tensor, ...], reference: tuple[torch.Tensor,
 
 @pytest.mark.unit
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS, 64])
-def test_equals_whole_logits_in_fp64_for_any_chunk(chunk: int):
-    _assert_close(_ours(_inputs()[1], None, chunk), _reference())
+@pytest.mark.parametrize("incoming", [8.0, 1.0, 1024.0])
+def test_equals_whole_logits_in_fp64_for_any_chunk_and_incoming_gradient(chunk: int, incoming: float):
+    _assert_close(_ours(_inputs()[1], None, chunk, incoming=incoming), _reference())
 
 
 @pytest.mark.unit
@@ -78,12 +86,24 @@ def test_padding_rows_take_no_part():
 
 @pytest.mark.unit
 def test_a_frozen_weight_gets_no_gradient_and_the_hidden_state_still_does():
-    hidden, weight, targets, *_ = _inputs()
+    hidden, weight, targets, token_weights = _inputs()
     hidden.requires_grad_()
-    loss, _, _ = chunked_cross_entropy(hidden, weight, targets, VocabShard.of(weight, VOCAB, None), 7)
-    loss.sum().backward()
-    assert hidden.grad.abs().max() > 0
+    shard = VocabShard.of(weight, VOCAB, None)
+    chunked_cross_entropy(hidden, weight, targets, token_weights, shard, 7, Z_LOSS).total.backward()
+    assert (hidden.grad.double() - _reference()[3]).norm() <= 2e-6 * _reference()[3].norm()
     assert weight.grad is None
+
+
+@pytest.mark.unit
+def test_without_gradients_only_the_logits_are_computed():
+    hidden, weight, targets, token_weights = _inputs()
+    shard = VocabShard.of(weight, VOCAB, None)
+    for want_gradient in (False, True):
+        with torch.no_grad(), _Products() as products:
+            hidden.requires_grad_(want_gradient)
+            found = chunked_cross_entropy(hidden, weight, targets, token_weights, shard, 7)
+        assert not found.total.requires_grad
+        assert products.multiplications == TOKENS * HIDDEN * VOCAB
 
 
 def _sharded(chunk: int) -> tuple[torch.Tensor, ...]:
@@ -99,45 +119,81 @@ def test_vocabulary_shards_equal_whole_logits(ranks, size: int):
     results = ranks(size).run(_sharded, 7)
     hidden_grad = torch.stack([result[3] for result in results]).sum(0)
     weight_grad = torch.cat([result[4] for result in results])
-    for loss, lse, top1, *_ in results:
-        _assert_close((loss, lse, top1, hidden_grad, weight_grad), _reference())
+    for loss, total, top1, *_ in results:
+        _assert_close((loss, total, top1, hidden_grad, weight_grad), _reference())
 
 
 @pytest.mark.unit
 def test_ties_between_shards_go_to_the_smallest_id():
     hidden, weight = torch.ones(1, 2), torch.zeros(8, 2)
     weight[[3, 6]] = 1.0
-    _, _, top1 = chunked_cross_entropy(hidden, weight, torch.tensor([0]), VocabShard.of(weight, 8, None), 1)
+    shard = VocabShard.of(weight, 8, None)
+    _, _, top1 = chunked_cross_entropy(hidden, weight, torch.tensor([0]), torch.ones(1), shard, 1)
     assert top1.tolist() == [3]
 
 
-def _bytes_of_logits(depths: int) -> int:
-    """Largest tensor of vocabulary width that exists during forward and backward, in bytes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class _Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products, and the most bytes of tensors [., VOCABULARY] alive at once."""
 
-    largest = 0
+    def __init__(self, vocabulary: int = -1):
+        super().__init__()
+        self.vocabulary, self.multiplications, self.alive, self.most = vocabulary, 0, {}, 0
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for out in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == 4096:
-                    largest = max(largest, out.untyped_storage().nbytes())
-            return result
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        for out in result if isinstance(result, (tuple, list)) else [result]:
+            is_weight = function.overloadpacket is torch.ops.aten.t
+            if isinstance(out, torch.Tensor) and out.shape[1:] == (self.vocabulary,) and not is_weight:
+                storage = out.untyped_storage()
+                self.alive[storage.data_ptr()] = (weakref.ref(storage), storage.nbytes())
+        self.alive = {key: value for key, value in self.alive.items() if value[0]() is not None}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return result
 
-    tokens, vocab = 512, 4096
-    hidden = torch.randn((1 + depths) * tokens, 8, requires_grad=True)
-    weight = torch.randn(vocab, 8, requires_grad=True)
-    targets = torch.randint(0, vocab, ((1 + depths) * tokens,))
-    with Watch():
-        loss, *_ = chunked_cross_entropy(hidden, weight, targets, VocabShard.of(weight, vocab, None), 64)
-        loss.sum().backward()
-    return largest
+
+def _step(tokens: int, vocab: int, chunk: int, dtype: torch.dtype = torch.float32) -> _Products:
+    hidden = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, 8, dtype=dtype, requires_grad=True)
+    targets, shard = torch.randint(0, vocab, (tokens,)), VocabShard.of(weight, vocab, None)
+    with _Products(vocab) as products:
+        chunked_cross_entropy(hidden, weight, targets, torch.rand(tokens), shard, chunk).total.backward()
+    return products
 
 
 @pytest.mark.unit
-def test_bytes_of_logits_do_not_grow_with_depth():
-    one, four = _bytes_of_logits(1), _bytes_of_logits(4)
-    assert 0 < four < 1.05 * one
-    assert one < 0.25 * 512 * 4096 * 4
+def test_three_products_make_loss_and_gradients():
+    assert _step(300, 500, 64).multiplications == 3 * 300 * 500 * 8
+
+
+def _sharded_products() -> int:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, targets, token_weights = _inputs()
+    weight = weight.chunk(size)[rank].requires_grad_()
+    shard = VocabShard.of(weight, VOCAB, dist.group.WORLD)
+    with _Products() as products:
+        chunked_cross_entropy(hidden.requires_grad_(), weight, targets, token_weights, shard, 7).total.backward()
+    return products.multiplications
+
+
+@pytest.mark.dist
+def test_three_products_with_vocabulary_shards(ranks):
+    assert sum(ranks(2).run(_sharded_products)) == 3 * TOKENS * HIDDEN * VOCAB
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("vocab", [32768, 151936])
+@pytest.mark.parametrize("seq_length", [2048, 4096])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_logits_take_a_quarter_of_one_depths_at_the_default(dtype, seq_length, vocab):
+    cfg = get_recipe("tiny_dense")
+    cfg.model.update(seq_length=seq_length, vocab_size=vocab)
+    cfg.train.micro_batch_size = 1
+    cfg.precision.dtype = dtype
+    chunk = RunShape.of(cfg.finalize(1)).logits_chunk_tokens
+    # A fraction of the vocabulary: the parts are proportional to it.
+    for depths in (1, 4):
+        most = _step((1 + depths) * seq_length, 2048, chunk, DTYPES[dtype]).most
+        assert 0 < most <= 0.25 * seq_length * 2048 * 4

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_mtp.data.batch import MicroBatch
 from megatron_mtp.objective.acceptance import ROWS, acceptance_counts
+from megatron_mtp.objective.heads import HeadOutput
 from megatron_mtp.objective.metrics import ROUTER_LOSSES, BatchMetrics
 from megatron_mtp.objective.objective import Objective, StepObjective, total_coefficients
 from megatron_mtp.parallel.resolve import resolve
@@ -58,16 +59,16 @@ def test_a_depth_without_targets_adds_nothing_and_is_reported_as_nan():
 
 def test_the_loss_function_undoes_the_divisions_of_schedule_and_ddp():
     cfg = get_recipe("tiny_dense")
-    cfg.model.mtp_num_layers, cfg.model.logits_z_loss_coeff = 1, 0.1
+    cfg.model.mtp_num_layers = 1
     groups = SimpleNamespace(tp=Group(), cp=Group(), dp_cp=Group(2))
     run = Objective.of(resolve(cfg.finalize(1)), groups, torch.device("cpu"))
     counts = torch.tensor([4, 2])
     step = StepObjective(run, counts, total_coefficients(counts, 0.5, [1.0]).float(), num_micro_batches=3)
     ids = torch.zeros(2, 1, 4, dtype=torch.int64)
     batch = MicroBatch(ids[0], ids[0], ids[1:], labels=ids, loss_mask=torch.ones(2, 1, 4))
-    total, tokens, found = step.loss_function(batch, ids, torch.tensor([[8.0, 6.0], [4.0, 2.0]]))
-    by_hand = (8 / 4 + 0.5 * 6 / 2) + 0.1 * (4 / 4 + 0.5 * 2 / 2)
-    assert float(total) / 3 / 2 == pytest.approx(by_hand)
+    output = HeadOutput(torch.tensor(3.5), torch.tensor([8.0, 6.0]), ids)
+    total, tokens, found = step.loss_function(batch, output, output.total)
+    assert float(total) / 3 / 2 == 3.5
     assert int(tokens) == 1
     assert found["sums"].tolist() == [8, 6]
     assert found["acceptance"][0].tolist() == [4, 4]

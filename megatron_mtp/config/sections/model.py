@@ -215,8 +215,9 @@ class ModelConfig(Section):
     """See recompute_method."""
     recompute_modules: list[str] | None = knob(None, engine="same", resume="free")
     """selective: core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts; None: core_attn."""
-    logits_chunk_tokens: int = knob(1024, ge=1, le=2**31, resume="free")
-    """Cross entropy is computed in chunks of this many tokens of one rank, so the full logits never exist."""
+    logits_chunk_tokens: int | None = knob(None, ge=1, le=2**31, resume="free")
+    """Cross entropy is computed in chunks of this many tokens of one rank, so the full logits never exist. None: 64 to
+    1024, at most as many as take a quarter of the memory of a micro-batch's logits in fp32."""
     logits_z_loss_coeff: float = knob(0.0, ge=0, le=100, resume="curve")
     """Coefficient of log(Z)^2 of the main and MTP logits; 0: off."""
 

@@ -139,7 +139,7 @@ class Activations:
         return before + 2 * self.stream + self.layer(kind) + after
 
     def head(self, num_states: int) -> float:
-        """Hidden states of `num_states` depths, gathered over TP, and for each token targets and the log-sum-exp."""
+        """The gradient of `num_states` depths' hidden states, gathered over TP; for each token targets and losses."""
         return num_states * self.tokens * (self.model.hidden_size * self.item + 24)
 
     def chunk(self, symbols: str, kinds: Sequence[str]) -> float:
@@ -179,7 +179,7 @@ class Activations:
             return widest
         rows = -(-(model.vocab_size or 0) // tp)
         states = (1 + self.shape.depths.count) * self.tokens
-        logits = min(model.logits_chunk_tokens, states) * rows * (4 if self.item == 4 else 4 + 2 * self.item)
+        logits = min(self.shape.logits_chunk_tokens, states) * rows * self.shape.logit_bytes
         weight = rows * model.hidden_size * (4 if self.item == 4 else 4 + self.item)
         return max(widest, logits + weight + states * model.hidden_size * self.item)
 

@@ -45,7 +45,7 @@ class _Estimate:
             layer={kind: _forward_only(time) if is_frozen else time for kind, time in layers.items()},
             final_norm=_forward_only(norm) if is_frozen else norm,
             mtp_layer=self.mtp_layer(layers),
-            head=_forward_only(self.head(3)) if is_frozen else self.head(3),
+            head=self.head(1 if is_frozen else 3),
             mtp_head=self.head(2 if model.mtp_detach_heads or is_frozen else 3),
             chunk=PartTime(self.machine.launch_ms, self.machine.launch_ms),
             step_ms=STEP_MS,
@@ -206,16 +206,17 @@ class _Estimate:
             joint = joint + PartTime(0.0, joint.forward_ms)
         return self.embedding() + joint + layer
 
-    def head(self, backward_products: int) -> PartTime:
-        """Logits and loss, computed for a part of the tokens at a time.
+    def head(self, products: int) -> PartTime:
+        """Logits, loss and gradients, all in the forward pass, for a part of the tokens at a time.
 
-        The backward pass computes the logits again, then the gradients of hidden states and weight.
+        Args:
+            products: 1 for the logits, 1 each for the gradients of hidden states and weight.
         """
         model = self.model
         product = self.compute(forward_flops_logits(model) * self.tokens / self.tp, self.machine.matmul_fraction)
-        passes = self.traffic(4 * 4 * self.tokens * padded_vocab_size(model) / self.tp)  # fp32 logits, four passes
+        passes = self.traffic(6 * 4 * self.tokens * padded_vocab_size(model) / self.tp)  # fp32 logits, six passes
         gather = self.collective(self.tokens * model.hidden_size * self.num_bytes)
-        return PartTime(product + passes + gather, backward_products * product + passes + gather)
+        return PartTime(products * product + passes + gather, gather if products > 1 else 0.0)
 
 
 def _forward_only(time: PartTime) -> PartTime:
