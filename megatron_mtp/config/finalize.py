@@ -91,7 +91,10 @@ def _value_problems(cfg: RunConfig, are_derived: bool = False) -> list[Problem]:
     for name, kind in field_types(RunConfig).items():
         section = getattr(cfg, name)
         for field_name in field_types(kind):
-            field, value = f"{name}.{field_name}", getattr(section, field_name)
+            value = getattr(section, field_name)
+            if value is None or isinstance(value, bool):
+                continue
+            field = f"{name}.{field_name}"
             if isinstance(value, dict):
                 broken = {key: rule for key, item in value.items() if (rule := broken_rule(kind, field_name, item))}
                 for key, rule in broken.items():

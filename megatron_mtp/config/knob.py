@@ -60,6 +60,8 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Whether every number in `value` is in the range; text, flags and None are not numbers."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return self._holds(value)  # as most are: `finalize` asks for every field
         return all(map(self._holds, numbers(value)))
 
     def _holds(self, number: float) -> bool:
@@ -154,11 +156,11 @@ def is_path(section: type, name: str) -> bool:
 
 def broken_rule(section: type, name: str, value: Any) -> str | None:
     """The rule of the field's range or kind that `value` breaks."""
-    if value is None or isinstance(value, bool):
-        return None
     limits = range_of(section, name) or Range()
     if not limits.holds(value):
         return limits.rule(value)
+    if value is None or isinstance(value, int | float):
+        return None  # holds no text
     texts = [item for item in _items(value) if isinstance(item, str)]
     if any("\0" in text for text in texts):
         return "must hold no NUL character"
