@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_mtp.config.blend import is_mock
 from megatron_mtp.config.checks.parallel import batch_sizes
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.sections import ModelConfig, RunConfig
@@ -13,7 +14,7 @@ USUAL_FACTOR = (0.05, 0.3)
 def hints(cfg: RunConfig) -> list[str]:
     """Advice on a finalized config, one sentence or two each."""
     found = _mtp_hints(cfg.model) + _layout_hints(cfg.model) + _schedule_hints(cfg)
-    if cfg.dataset.mock or (cfg.dataset.blend is None and cfg.dataset.blend_per_split is None):
+    if is_mock(cfg.dataset):
         found.append("dataset: mock data is used; set dataset.blend to train on text.")
     if cfg.checkpoint.save is None:
         found.append("checkpoint.save is not set: nothing will be saved.")

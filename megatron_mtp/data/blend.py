@@ -1,84 +1,14 @@
-"""Mixes data sets by weight: parses blends, and computes which data set each position of the mixture draws from."""
+"""Mixes data sets by weight: computes which data set each position of the mixture draws from."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from megatron_mtp.data.corpus import Corpus
 from megatron_mtp.data.order import epoch_samples
 from megatron_mtp.data.source import Sample
-from megatron_mtp.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class Blend:
-    """Data sets to mix.
-
-    Attributes:
-        prefixes: of the files.
-        weights: one for each prefix; None: its number of samples, so that an epoch of the mixture is an epoch of each.
-    """
-
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...] | None
-
-
-def parse_blend(value: Any, field: str) -> Blend:
-    """Reads a blend as Megatron writes it.
-
-    Args:
-        value: [[prefix, ...], [weight, ...] or None]; or a flat list of prefixes; or a flat list of weights and
-            prefixes in turn (["0.7", "a", "0.3", "b"]).
-        field: name of the config field, for messages.
-
-    Raises:
-        ConfigError: the value has none of these forms.
-    """
-    prefixes, weights = _take_apart(value)
-    if not prefixes or not all(isinstance(prefix, str) for prefix in prefixes):
-        raise ConfigError(
-            f"{field} = {value!r}: give [[prefix, ...], [weight, ...]], [[prefix, ...], None], or a list of prefixes."
-        )
-    if len(set(prefixes)) < len(prefixes):
-        raise ConfigError(f"{field} = {value!r}: a prefix occurs twice. Give it once, with the sum of its weights.")
-    if weights is None:
-        return Blend(tuple(prefixes), None)
-    try:
-        numbers = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        numbers = [math.nan]
-    if len(numbers) != len(prefixes) or not all(0 <= n < math.inf for n in numbers) or sum(numbers) <= 0:
-        raise ConfigError(
-            f"{field}: weights {weights!r} must be {len(prefixes)} numbers, one for each prefix, none negative and "
-            "not all 0."
-        )
-    kept = [(prefix, number) for prefix, number in zip(prefixes, numbers, strict=True) if number > 0]
-    return Blend(tuple(p for p, _ in kept), tuple(n for _, n in kept))
-
-
-def _take_apart(value: Any) -> tuple[list[Any], list[Any] | None]:
-    """Prefixes and weights of a blend in any form; no prefixes if the value has none of the forms."""
-    items = list(value) if isinstance(value, list | tuple) else []
-    if items and isinstance(items[0], list | tuple):
-        weights = items[1] if len(items) == 2 else None
-        fits = len(items) <= 2 and (weights is None or isinstance(weights, list | tuple))
-        return (list(items[0]), None if weights is None else list(weights)) if fits else ([], None)
-    if items and len(items) % 2 == 0 and all(_is_number(item) for item in items[::2]):
-        return items[1::2], items[::2]
-    return items, None
-
-
-def _is_number(item: Any) -> bool:
-    try:
-        float(item)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def draw(positions: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 import numpy as np
 
+from megatron_mtp.config.blend import SPLITS, parse_split
 from megatron_mtp.data.files import cached_array
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.randomness import derive_key, permute
 from megatron_mtp.data.source import Sample, document_starts
-from megatron_mtp.errors import ConfigError, DataError
+from megatron_mtp.errors import DataError
 
 logger = logging.getLogger(__name__)
-SPLITS = ("train", "valid", "test")
-_CHUNK = 1 << 22  # documents permuted at a time, to bound memory
+_BLOCK_DOCUMENTS = 1 << 22  # documents permuted at a time, to bound memory
 
 
 def split_range(split: str, which: str, num_documents: int) -> tuple[int, int]:
     """The documents [first, end) of a split, with Megatron's arithmetic and rounding.
 
     Args:
-        split: shares such as "9999,8,2", in any unit; missing shares are 0.
-        which: "train", "valid" or "test".
+        split: shares as in dataset.split.
+        which: one of `SPLITS`.
 
     Example: split_range("8,1,1", "valid", 20) -> (16, 18).
     """
-    shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
-    if not 1 <= len(shares) <= 3 or sum(shares) <= 0:
-        raise ConfigError(
-            f"dataset.split = {split!r}: write one to three shares that are not all 0, such as '9999,8,2'."
-        )
-    shares += [0.0] * (3 - len(shares))
-    shares = (np.array(shares) / np.sum(shares)).tolist()
+    shares = np.array(parse_split(split))
+    shares = (shares / np.sum(shares)).tolist()
     ends = [0.0]
     for share in shares:
         ends.append(ends[-1] + share)
@@ -118,8 +112,11 @@ class Corpus:
         (first, last), count = self.documents, self.documents[1] - self.documents[0]
         if index.shape != (2, count + 1) or index.dtype != np.int64 or index[1, 0] != 0:
             return False
-        for begin in range(0, count, _CHUNK):
-            order, begins = index[0, begin : min(begin + _CHUNK, count)], index[1, begin : begin + _CHUNK + 1]
+        for begin in range(0, count, _BLOCK_DOCUMENTS):
+            order, begins = (
+                index[0, begin : min(begin + _BLOCK_DOCUMENTS, count)],
+                index[1, begin : begin + _BLOCK_DOCUMENTS + 1],
+            )
             if order.min() < first or order.max() >= last:
                 return False
             if not np.array_equal(np.diff(begins), self.reader.lengths[order]):
@@ -151,8 +148,8 @@ class Corpus:
         count = last - first
         index = np.zeros((2, count + 1), np.int64)
         key = derive_key(self.seed, self.name, "documents")
-        for begin in range(0, count, _CHUNK):
-            block = np.arange(begin, min(begin + _CHUNK, count))
+        for begin in range(0, count, _BLOCK_DOCUMENTS):
+            block = np.arange(begin, min(begin + _BLOCK_DOCUMENTS, count))
             index[0, block] = first + permute(block, count, key)
         np.cumsum(self.reader.lengths[index[0, :-1]], out=index[1, 1:])
         return index

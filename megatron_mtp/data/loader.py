@@ -16,7 +16,7 @@ from megatron_mtp.data.prefetch import Prefetcher
 from megatron_mtp.data.source import Sample, SampleSource
 from megatron_mtp.data.sources import open_sources
 from megatron_mtp.data.tokenizer import resolve_vocab_size
-from megatron_mtp.errors import ConfigError, DataError
+from megatron_mtp.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,7 @@ class DataModule:
         validation = cfg.validation
         self._eval_micro = validation.eval_micro_batch_size or cfg.train.micro_batch_size
         self._eval_global = validation.eval_global_batch_size or cfg.train.global_batch_size
-        for size in self.schedule.sizes():
-            self._check_divides("train.global_batch_size", size, cfg.train.micro_batch_size)
         self._train, self._valid = open_sources(cfg, vocab_size)
-        if self._valid:
-            self._check_divides("validation.eval_global_batch_size", self._eval_global, self._eval_micro)
         for source in (self._train, *self._valid.values()):
             if isinstance(source, BlendedSource):
                 source.build_indices(cfg.dataset.path_to_cache)
@@ -136,14 +132,6 @@ class DataModule:
         self._open.append(Prefetcher(batches, self._cfg.dataset.prefetch_steps))
         return self._open[-1]
 
-    def _check_divides(self, field: str, size: int, micro_batch_size: int) -> None:
-        share = micro_batch_size * self._placement.dp_size
-        if size % share:
-            raise ConfigError(
-                f"{field} = {size}: must be divisible by the micro-batch size ({micro_batch_size}) times the "
-                f"data-parallel size ({self._placement.dp_size}) = {share}, also at each size of a batch ramp."
-            )
-
 
 def _pin(batch: GlobalBatch) -> GlobalBatch:
     pinned = [micro_batch.pin_memory() for micro_batch in batch.micro_batches]
@@ -164,6 +152,5 @@ def build_data(
 
     Raises:
         DataError: a file is missing or damaged, a split is too small, or the data does not fit the model.
-        ConfigError: a batch size does not divide by micro-batch times data-parallel size.
     """
     return DataModule(cfg, placement, num_depths, resolve_vocab_size(cfg), pin_memory)

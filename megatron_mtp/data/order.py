@@ -29,6 +29,7 @@ def local_positions(global_batch_size: int, micro_batch_size: int, dp_rank: int,
     Megatron's rule: sample j of micro-batch m on rank r has index (m * dp_size + r) * micro_batch_size + j.
     Global batch 8, micro-batch 2, rank 1 of 2: [[2 3] [6 7]].
     """
+    assert global_batch_size % (micro_batch_size * dp_size) == 0, "finalize(world_size) refuses such batches"
     places = np.arange(global_batch_size).reshape(-1, dp_size, micro_batch_size)
     return places[:, dp_rank]
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.data.blend import Blend, BlendedSource, parse_blend
-from megatron_mtp.data.corpus import SPLITS, Corpus, split_range
+from megatron_mtp.config.blend import SPLITS, Blend, is_mock, parse_blend
+from megatron_mtp.config.sections import DatasetConfig
+from megatron_mtp.data.blend import BlendedSource
+from megatron_mtp.data.corpus import Corpus, split_range
 from megatron_mtp.data.files import sampled_hash
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.mock import MockSource
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.source import SampleSource
 from megatron_mtp.data.tokenizer import configured_tokenizer, end_of_document, resolve_vocab_size
-from megatron_mtp.errors import ConfigError, DataError
-
-
-def is_mock(cfg: ConfigContainer) -> bool:
-    """Whether the run uses synthetic data."""
-    return cfg.dataset.mock or (cfg.dataset.blend is None and cfg.dataset.blend_per_split is None)
+from megatron_mtp.errors import DataError
 
 
 def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, dict[str, SampleSource]]:
@@ -28,17 +24,16 @@ def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, d
     Blends are opened and checked; their indices are not built yet (`BlendedSource.build_indices`).
 
     Raises:
-        ConfigError: a blend or split is invalid.
         DataError: lists every problem with the files, one on a line.
     """
     opener = _Opener(cfg, vocab_size)
     wanted = SPLITS[: 2 if cfg.validation.eval_iters else 1]  # the test split is reserved, not read
-    sources: dict[str, SampleSource] = {which: opener.mock(which) for which in wanted} if is_mock(cfg) else {}
-    for which, (blend, split) in ({} if is_mock(cfg) else _main_blends(cfg, wanted)).items():
+    sources: dict[str, SampleSource] = {which: opener.mock(which) for which in wanted} if is_mock(cfg.dataset) else {}
+    for which, (blend, split) in ({} if is_mock(cfg.dataset) else _main_blends(cfg.dataset, wanted)).items():
         sources[which] = opener.blend(blend, which, split)
     if cfg.validation.eval_iters:
-        for name, blend in _named_blends(cfg).items():
-            sources[name] = opener.blend(blend, name, split=None)
+        for name, value in (cfg.dataset.valid_sets or {}).items():
+            sources[name] = opener.blend(parse_blend(value), name, split=None)
     if opener.problems:
         raise DataError("\n".join(dict.fromkeys(opener.problems)))
     return sources.pop("train"), sources
@@ -48,7 +43,6 @@ def check_data(cfg: ConfigContainer) -> None:
     """Opens all the data of a run to find mistakes. Needs no torch, and builds and writes nothing.
 
     Raises:
-        ConfigError: a blend or split is invalid.
         DataError: lists every problem with the files, one on a line.
     """
     open_sources(cfg, resolve_vocab_size(cfg))
@@ -59,9 +53,9 @@ def data_fingerprints(cfg: ConfigContainer) -> dict[str, str]:
 
     Empty for mock data, and where a file cannot be read: `check_data` says which.
     """
-    if is_mock(cfg):
+    if is_mock(cfg.dataset):
         return {}
-    blend, _ = _main_blends(cfg, SPLITS[:1])["train"]
+    blend, _ = _main_blends(cfg.dataset, SPLITS[:1])["train"]
     suffixes = [""] if cfg.dataset.loss_mask_suffix is None else ["", cfg.dataset.loss_mask_suffix]
     endings = [f"{suffix}{ending}" for suffix in suffixes for ending in (".bin", ".idx")]
     try:
@@ -70,35 +64,12 @@ def data_fingerprints(cfg: ConfigContainer) -> dict[str, str]:
         return {}
 
 
-def _main_blends(cfg: ConfigContainer, wanted: tuple[str, ...]) -> dict[str, tuple[Blend, str | None]]:
+def _main_blends(dataset: DatasetConfig, wanted: tuple[str, ...]) -> dict[str, tuple[Blend, str | None]]:
     """Blend and split string (None: all of each prefix) of the training and the main validation set."""
-    dataset = cfg.dataset
     if dataset.blend_per_split is None:
-        blend = parse_blend(dataset.blend, "dataset.blend")
-        return dict.fromkeys(wanted, (blend, dataset.split or "1"))
-    if dataset.blend is not None:
-        raise ConfigError("dataset.blend and dataset.blend_per_split are both set: give one of them.")
-    if not dataset.blend_per_split or dataset.blend_per_split[0] is None:
-        raise ConfigError("dataset.blend_per_split: has no blend for training, its first entry.")
-    return {
-        which: (parse_blend(value, f"dataset.blend_per_split ({which})"), None)
-        for which, value in zip(wanted, dataset.blend_per_split, strict=False)
-        if value is not None
-    }
-
-
-def _named_blends(cfg: ConfigContainer) -> dict[str, Blend]:
-    """Blends of the further validation sets."""
-    for name in cfg.dataset.valid_sets or {}:
-        if name in SPLITS or not re.fullmatch(r"[\w.-]+", name):
-            raise ConfigError(
-                f"dataset.valid_sets[{name!r}]: a name consists of letters, digits, '_', '-' and '.', and is none of "
-                f"{', '.join(SPLITS)}. Choose another."
-            )
-    return {
-        name: parse_blend(value, f"dataset.valid_sets[{name!r}]")
-        for name, value in (cfg.dataset.valid_sets or {}).items()
-    }
+        return dict.fromkeys(wanted, (parse_blend(dataset.blend), dataset.split))
+    given = zip(wanted, dataset.blend_per_split, strict=False)
+    return {which: (parse_blend(value), None) for which, value in given if value is not None}
 
 
 class _Opener:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
 from megatron_mtp.data.files import stat_file
 from megatron_mtp.errors import ConfigError, DataError, Problem
 
@@ -193,7 +194,7 @@ class TiktokenTokenizer:
 class BytesTokenizer:
     """UTF-8 bytes as ids 0..255, with 256 as end of document."""
 
-    kind, vocab_size, eod = "bytes", 257, 256
+    kind, vocab_size, eod = "bytes", BYTES_VOCAB_SIZE, BYTES_VOCAB_SIZE - 1
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode("utf-8", errors="surrogatepass")) for text in texts]

@@ -30,11 +30,12 @@ class Saver:
         self._metrics: dict[str, float] = {}
 
     def evaluated(self, main_loss: float) -> bool:
-        """Remembers the main loss of the first validation set at this iteration; whether it is the lowest so far."""
+        """Records the main loss of the first validation set. Returns whether it is the lowest so far."""
         state = self._state
         self._validation = (state.iteration, main_loss)
-        is_best = state.best_validation_loss is None or main_loss < state.best_validation_loss
-        if is_best and math.isfinite(main_loss):
+        best = math.inf if state.best_validation_loss is None else state.best_validation_loss
+        is_best = math.isfinite(main_loss) and main_loss < best
+        if is_best:
             state.best_validation_loss = main_loss
         return is_best
 
@@ -45,7 +46,7 @@ class Saver:
         return has_place and self._checkpointer.last_saved != self._state.iteration
 
     def save(self, reason: str) -> bool:
-        """Saves; whether the checkpoint is complete or being written. A failure is logged: a later save may succeed."""
+        """Saves, and returns whether it worked or is under way. A failure is logged: a later save may succeed."""
         state, engine = self._state, self._run.engine
         evaluated_at, loss = self._validation
         try:

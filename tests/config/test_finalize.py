@@ -165,6 +165,7 @@ BAD = [
     ("tiny_dense", ["dataset.blend=[a, 1]"], "dataset.blend = ['a', 1]: must be"),
     ("tiny_dense", ["dataset.blend=[a]", "dataset.mock=true"], "a blend is given too"),
     ("tiny_dense", ["dataset.blend_per_split=[[a], null]"], "needs three"),
+    ("tiny_dense", ["dataset.blend_per_split=[null, [a], null]"], "needs three"),
     ("tiny_dense", ["dataset.blend=[a]", "dataset.split=9,1"], "must be three shares"),
     ("tiny_dense", ["dataset.valid_sets.code=[]"], "dataset.valid_sets.code = []"),
     ("tiny_dense", ["tokenizer.tokenizer_type=huggingface"], "needs tokenizer.tokenizer_model"),

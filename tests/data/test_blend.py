@@ -3,10 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mtp.data.blend import Blend, BlendedSource, draw, parse_blend
+from megatron_mtp.config.blend import Blend, parse_blend
+from megatron_mtp.data.blend import BlendedSource, draw
 from megatron_mtp.data.corpus import Corpus
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.errors import ConfigError
+from megatron_mtp.recipes import get_recipe
 from tests.data.corpora import write_corpus
 
 pytestmark = pytest.mark.unit
@@ -23,12 +25,12 @@ weights_lists = st.lists(st.floats(0.01, 100), min_size=1, max_size=8)
         (["a", "b"], Blend(("a", "b"), None)),
         (["30", "a", "70", "b"], Blend(("a", "b"), (30.0, 70.0))),
         ([30, "a", 70, "b"], Blend(("a", "b"), (30.0, 70.0))),
-        ([["a", "b"], [0, 2]], Blend(("b",), (2.0,))),
+        ([0.7, "a", 0.3, "b"], Blend(("a", "b"), (0.7, 0.3))),
         ((("a",), ("1",)), Blend(("a",), (1.0,))),
     ],
 )
 def test_forms_of_a_blend(value, expected):
-    assert parse_blend(value, "dataset.blend") == expected
+    assert parse_blend(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,9 @@ def test_forms_of_a_blend(value, expected):
         [[]],
         [["a"], [1, 2]],
         [["a", "b"], [1, -1]],
-        [["a"], [0]],
+        [["a", "b"], [0, 2]],
+        [["a"], [True]],
+        ["a", "b", "a"],
         [["a"], ["x"]],
         [["a"], [float("nan")]],
         [["a"], None, None],
@@ -49,8 +53,10 @@ def test_forms_of_a_blend(value, expected):
     ],
 )
 def test_what_is_no_blend_is_refused(value):
-    with pytest.raises(ConfigError, match=r"dataset\.blend"):
-        parse_blend(value, "dataset.blend")
+    cfg = get_recipe("tiny_dense")
+    cfg.dataset.blend = value
+    with pytest.raises(ConfigError, match=r"dataset\.blend = "):
+        cfg.finalize()
 
 
 def webster(weights, count):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megatron_mtp.data.corpus import Corpus, split_range
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.errors import ConfigError, DataError
+from megatron_mtp.recipes import get_recipe
 from tests.data.corpora import write_corpus
 
 pytestmark = pytest.mark.unit
@@ -20,7 +21,7 @@ def open_corpus(prefix, seq_length=8, seed=1, which="train", eod=99, cache=None)
     return corpus
 
 
-@given(st.integers(1, 5000), st.lists(st.integers(0, 10000), min_size=1, max_size=3))
+@given(st.integers(1, 5000), st.lists(st.integers(0, 10000), min_size=3, max_size=3))
 def test_split_is_megatrons(num_documents, shares):
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
@@ -39,10 +40,12 @@ def test_split_is_megatrons(num_documents, shares):
             assert (first, last) == tuple(round(end * float(num_documents)) for end in bookends)
 
 
-@pytest.mark.parametrize("split", ["", "0,0", "1,1,1,1", "none"])
+@pytest.mark.parametrize("split", ["", "0,0,0", "1,1", "1,1,1,1", "9,nan,1", "none"])
 def test_bad_split_is_refused(split):
-    with pytest.raises(ConfigError, match=r"dataset\.split"):
-        split_range(split, "train", 10)
+    cfg = get_recipe("tiny_dense")
+    cfg.dataset.split = split
+    with pytest.raises(ConfigError, match=r"dataset\.split = .* must be three shares"):
+        cfg.finalize()
 
 
 @settings(max_examples=30)

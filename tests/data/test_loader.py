@@ -43,7 +43,7 @@ def ramped(request, tmp_path):
     cfg = config()
     cfg.train.global_batch_size, cfg.train.rampup_batch_size = 16, [8, 8, 120]
     if request.param == "files":  # about 240 samples, so that 50 steps take more than two epochs
-        cfg.dataset.mock, cfg.dataset.split = False, "9,1"
+        cfg.dataset.mock, cfg.dataset.split = False, "9,1,0"
         for name in "ab":
             write_corpus(tmp_path / name, [10, 90, 33] * 30, seed=ord(name))
         cfg.dataset.blend = [[str(tmp_path / name) for name in "ab"], [0.3, 0.7]]
@@ -133,8 +133,8 @@ def test_no_validation_where_none_is_wanted():
 def test_batch_that_does_not_divide_is_refused():
     cfg = config()
     cfg.train.micro_batch_size = 3
-    with pytest.raises(ConfigError, match=r"global_batch_size = 8.*= 6"):
-        build_data(cfg, DataPlacement(0, 2), 0)
+    with pytest.raises(ConfigError, match=r"global_batch_size = 8: .* ranks = 6"):
+        cfg.finalize(2)
 
 
 @pytest.mark.parametrize("prefetch_steps", [0, 2])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import re
 from typing import Any
 
+from megatron_mtp.config.blend import SPLITS, parse_blend, parse_split
 from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.problem import problem
-from megatron_mtp.config.quantity import read_number
 from megatron_mtp.config.sections import RunConfig
-from megatron_mtp.errors import Problem, shown
-
-BLEND_FORM = "must be [[prefix, ...], [weight, ...] or null], or a flat list of prefixes"
+from megatron_mtp.errors import Problem
 
 
 def data_problems(cfg: RunConfig) -> list[Problem]:
@@ -25,10 +23,8 @@ def data_problems(cfg: RunConfig) -> list[Problem]:
         problems.append(problem(cfg, "dataset.blend", rule, "Set one of them to null."))
     for name in ("blend", "blend_per_split"):
         if data.mock and getattr(data, name) is not None:
-            rule, remedy = (
-                f"a blend is given too: {{dataset.{name}=}}",
-                "Set dataset.mock = False, or the blend to null.",
-            )
+            rule = f"a blend is given too: {{dataset.{name}=}}"
+            remedy = "Set dataset.mock = False, or the blend to null."
             problems.append(problem(cfg, "dataset.mock", rule, remedy))
     if data.loss_mask_suffix and data.mock:
         rule = "mock data has no files, {dataset.mock=}"
@@ -38,45 +34,25 @@ def data_problems(cfg: RunConfig) -> list[Problem]:
 
 def _blend_problems(cfg: RunConfig) -> list[Problem]:
     data, problems = cfg.dataset, []
-    if (rule := blend_rule(data.blend)) is not None:
-        problems.append(problem(cfg, "dataset.blend", rule))
+    blends: list[tuple[str, str, Any]] = [("dataset.blend", "", data.blend)]
     if data.blend_per_split is not None:
-        if len(data.blend_per_split) != 3:
-            rule = "needs three entries, for train, validation and test (null where a split is absent)"
+        if len(data.blend_per_split) != len(SPLITS) or data.blend_per_split[0] is None:
+            rule = "needs three entries, for train, validation and test (null where validation or test is absent)"
             problems.append(problem(cfg, "dataset.blend_per_split", rule))
-        for split, blend in zip(("train", "validation", "test"), data.blend_per_split, strict=False):
-            if (rule := blend_rule(blend)) is not None:
-                problems.append(problem(cfg, "dataset.blend_per_split", f"the entry for {split} {rule}"))
+        entries = zip(("train", "validation", "test"), data.blend_per_split, strict=False)
+        blends += [("dataset.blend_per_split", f"the entry for {split} ", blend) for split, blend in entries]
     for name, blend in (data.valid_sets or {}).items():
-        if (rule := blend_rule(blend)) is not None:
-            problems.append(problem(cfg, f"dataset.valid_sets.{name}", rule))
+        if name in SPLITS or not re.fullmatch(r"[\w.-]+", name):
+            rule = f"a name consists of letters, digits, '_', '-' and '.', and is none of {', '.join(SPLITS)}"
+            problems.append(problem(cfg, f"dataset.valid_sets.{name}", rule, "Choose another name."))
+        blends.append((f"dataset.valid_sets.{name}", "", blend))
+    for field, subject, blend in blends:
+        try:
+            if blend is not None:
+                parse_blend(blend)
+        except ValueError as error:
+            problems.append(problem(cfg, field, f"{subject}{error}"))
     return problems
-
-
-def blend_rule(blend: Any) -> str | None:
-    """The rule that a blend breaks. A blend is [[prefix, ...], [weight, ...] or None] or a flat list of prefixes."""
-    if blend is None:
-        return None
-    if not isinstance(blend, list | tuple) or not blend:
-        return BLEND_FORM
-    if all(isinstance(prefix, str) for prefix in blend):
-        return None
-    prefixes, weights = blend[0], blend[1] if len(blend) == 2 else "missing"
-    if not isinstance(prefixes, list | tuple) or not prefixes or not all(isinstance(p, str) for p in prefixes):
-        return BLEND_FORM
-    if weights is None:
-        return None
-    if not isinstance(weights, list | tuple) or not all(_is_number(weight) for weight in weights):
-        return BLEND_FORM
-    if len(weights) != len(prefixes):
-        return f"has {len(prefixes)} prefixes and {len(weights)} weights; it needs one weight for each prefix"
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        return f"has weights {shown(weights)}, which must be finite and above 0"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _split_problems(cfg: RunConfig) -> list[Problem]:
@@ -85,11 +61,9 @@ def _split_problems(cfg: RunConfig) -> list[Problem]:
         rule = "{dataset.blend} needs shares of train, validation and test, such as 9999,8,2"
         return [] if cfg.dataset.blend is None else [problem(cfg, name, rule)]
     try:
-        shares = [read_number(share, float) for share in split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
-        return [problem(cfg, name, "must be three shares such as 9999,8,2 (train, validation, test)")]
+        parse_split(split)
+    except ValueError as error:
+        return [problem(cfg, name, str(error))]
     return []
 
 
@@ -109,6 +83,6 @@ def _tokenizer_problems(cfg: RunConfig) -> list[Problem]:
         rule = "belongs to the null tokenizer, not to {tokenizer.tokenizer_type=}"
         problems.append(problem(cfg, "tokenizer.vocab_size", rule, "Use model.vocab_size."))
     if kind == "bytes" and filled(vocab_size) < BYTES_VOCAB_SIZE:
-        rule = "the tokenizer of {tokenizer.tokenizer_type=} needs 257 (256 bytes and an end of document)"
-        problems.append(problem(cfg, "model.vocab_size", rule))
+        rule = "the tokenizer of {tokenizer.tokenizer_type=} needs {size} (an id for each byte and the end of document)"
+        problems.append(problem(cfg, "model.vocab_size", rule, size=BYTES_VOCAB_SIZE))
     return problems

@@ -16,9 +16,10 @@ class DatasetConfig(Section):
     SECTION: ClassVar[str] = "dataset"
 
     blend: list[Any] | None = knob(None, is_path=True)
-    """[[prefix, ...], [weight, ...] or None], or a flat list of prefixes; None (and no blend_per_split): mock data."""
+    """[[prefix, ...], [weight, ...] or None], or a flat list of prefixes, or of weights and prefixes in turn; None (and
+    no blend_per_split): mock data."""
     blend_per_split: list[Any] | None = knob(None, is_path=True)
-    """One blend for each of train, validation, test (None where a split is absent)."""
+    """One blend for each of train, validation, test (None where validation or test is absent)."""
     split: str | None = "9999,8,2"
     """Shares of train, validation and test within each prefix of `blend`."""
     seq_length: Derived[int] = knob(None, ge=1, le=2**31)

@@ -14,7 +14,9 @@ from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.speculate import Options, generate
 from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
+from megatron_mtp.device.select import pick_device
 from megatron_mtp.errors import UnsupportedError
+from megatron_mtp.model.build import wants_te
 from megatron_mtp.model.dtypes import DTYPES
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.training.callbacks.base import ConfiguredCallback, Metrics
@@ -54,7 +56,7 @@ class DraftEvaluation(ConfiguredCallback):
         ]
         if not model.mtp_num_layers:
             problems.append(f"{named}: drafts are made by MTP layers, and model.mtp_num_layers = 0.")
-        if model.backend == "transformer_engine" or (model.backend == "auto" and torch.cuda.is_available()):
+        if wants_te(cfg, pick_device(cfg.dist.device).torch_device.type):
             problems.append(
                 f"{named}: needs the modules of the torch backend, and model.backend = {model.backend}. "
                 "Set model.backend=torch, or run megatron-mtp spec-eval on the checkpoints."

@@ -104,7 +104,7 @@ def test_trained_tokenizer_lies_beside_the_output_and_fits_the_data(inputs, tmp_
     assert documents(made.prefixes[0], made.tokenizer) == all_texts(inputs)
     cfg = ConfigContainer()
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.tokenizer_model = "huggingface", made.tokenizer
-    cfg.dataset.blend, cfg.dataset.split, cfg.model.seq_length = [made.prefixes, None], "9,1", 16
+    cfg.dataset.blend, cfg.dataset.split, cfg.model.seq_length = [made.prefixes, None], "9,1,0", 16
     check_data(cfg)
     cfg.tokenizer.tokenizer_type = "bytes"
     with pytest.raises(DataError, match="was made by the tokenizer huggingface-"):

@@ -62,3 +62,22 @@ def test_layouts_that_cannot_decode_are_refused():
     assert len(error.value.problems) == 2
     cfg.validation.draft_prompts = 0
     assert DraftEvaluation.from_config(cfg) is None
+
+
+def test_it_decodes_wherever_the_model_is_built_of_torch_modules(monkeypatch):
+    """With Transformer Engine at hand: on the CPU, and where attention stops at documents."""
+    import torch
+
+    from megatron_mtp.device.select import Device
+    from megatron_mtp.model import build
+    from megatron_mtp.training.callbacks import draft_evaluation
+
+    monkeypatch.setattr(build, "te_is_available", lambda: True)
+    cfg = config()
+    assert draft_evaluation.DraftEvaluation.from_config(cfg) is not None
+    gpu = Device(torch.device("cuda", 0), "a GPU", "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(draft_evaluation, "pick_device", lambda wanted: gpu)
+    with pytest.raises(UnsupportedError, match="torch backend"):
+        draft_evaluation.DraftEvaluation.from_config(cfg)
+    cfg.dataset.reset_attention_mask = True
+    assert draft_evaluation.DraftEvaluation.from_config(cfg) is not None

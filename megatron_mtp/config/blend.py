@@ -1,0 +1,87 @@
+"""Reads the data of a config: which data sets are mixed, and how each is split into train, validation and test."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mtp.config.quantity import read_number
+from megatron_mtp.config.sections import DatasetConfig
+
+SPLITS = ("train", "valid", "test")
+BLEND_FORM = "must be [[prefix, ...], [weight, ...] or null], or a flat list: prefix, ... or weight, prefix, ..."
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Data sets to mix.
+
+    Attributes:
+        prefixes: of the files.
+        weights: one for each prefix; None: its number of samples, so that an epoch of the mixture is an epoch of each.
+    """
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+def is_mock(dataset: DatasetConfig) -> bool:
+    """Whether the run uses synthetic data."""
+    return dataset.mock or (dataset.blend is None and dataset.blend_per_split is None)
+
+
+def parse_blend(value: Any) -> Blend:
+    """Reads a blend as Megatron writes it.
+
+    Args:
+        value: [[prefix, ...], [weight, ...] or None]; or a flat list of prefixes; or a flat list of weights and
+            prefixes in turn ([0.7, "a", 0.3, "b"]).
+
+    Raises:
+        ValueError: it has none of these forms; the text is the rule that it breaks.
+    """
+    items = list(value) if isinstance(value, list | tuple) else []
+    if items and isinstance(items[0], list | tuple):
+        prefixes, weights, *rest = [*items, None] if len(items) == 1 else items
+    elif len(items) % 2 == 0 and all(_weight(item) is not None for item in items[::2]):
+        prefixes, weights, rest = items[1::2], items[::2] or None, []
+    else:
+        prefixes, weights, rest = items, None, []
+    if rest or not prefixes or not all(isinstance(prefix, str) for prefix in prefixes):
+        raise ValueError(BLEND_FORM)
+    if len(set(prefixes)) < len(prefixes):
+        raise ValueError("holds a prefix twice; give it once, with the sum of its weights")
+    if weights is None:
+        return Blend(tuple(prefixes), None)
+    numbers = [_weight(weight) for weight in weights] if isinstance(weights, list | tuple) else [None]
+    if len(numbers) != len(prefixes):
+        raise ValueError(f"has {len(prefixes)} prefixes and {len(numbers)} weights; each prefix needs one weight")
+    if not all(number is not None and 0 < number < math.inf for number in numbers):
+        raise ValueError("has a weight that is no number; all must be finite and above 0")
+    return Blend(tuple(prefixes), tuple(float(number) for number in numbers if number is not None))
+
+
+def _weight(item: Any) -> float | None:
+    """The number of `item`, which may be text; None: it is none."""
+    if isinstance(item, bool) or not isinstance(item, int | float | str):
+        return None
+    try:
+        return read_number(item, float) if isinstance(item, str) else item
+    except ValueError:
+        return None
+
+
+def parse_split(text: str) -> tuple[float, ...]:
+    """Reads shares of train, validation and test such as "9999,8,2", in any unit.
+
+    Raises:
+        ValueError: it holds something else; the text is the rule that it breaks.
+    """
+    try:
+        shares = [read_number(share, float) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(SPLITS) or not all(0 <= share < math.inf for share in shares) or not sum(shares):
+        raise ValueError("must be three shares such as 9999,8,2 (train, validation, test)")
+    return tuple(shares)
