@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Self
 
 NOT_GIVEN: Final = object()
 """Stands for a value that a problem does not have; None is a value of config fields."""
@@ -33,7 +33,8 @@ class Problem:
     """One thing that is wrong, and what to do about it.
 
     Args:
-        fields: config fields that the rule reads, as "section.field"; the first is the one to change.
+        fields: config fields that the rule reads, as "section.field", or an option, or an entry of a file; the first is
+            the one to change.
         value: of the first field.
         rule: what must hold, such as "must be at least 1".
         remedy: what to do, if the rule does not say it.
@@ -98,8 +99,8 @@ class MegatronMTPError(Exception):
         return [Problem(rule=line) for line in str(self).splitlines()]
 
 
-class ConfigError(MegatronMTPError):
-    """A configuration is wrong. Holds every problem found, so that a user can fix all of them at once.
+class ProblemsError(MegatronMTPError):
+    """Holds every problem that was found, so that a user can fix all of them at once.
 
     Args:
         problems: one problem or several; plain text is a Problem without fields.
@@ -114,12 +115,16 @@ class ConfigError(MegatronMTPError):
     def problems(self) -> list[Problem]:
         return self._problems
 
-    def within(self, where: str) -> ConfigError:
+    def within(self, where: str) -> Self:
         """The same error; each problem says that it was found in `where`, such as a file or an option."""
         return type(self)([replace(p, where=f"{where}: {p.where}" if p.where else where) for p in self._problems])
 
 
-class PlanError(MegatronMTPError):
+class ConfigError(ProblemsError):
+    """A configuration is wrong."""
+
+
+class PlanError(ProblemsError):
     """No layout fits, or a given layout breaks a rule of the pipeline."""
 
 

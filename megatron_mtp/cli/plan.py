@@ -40,15 +40,23 @@ def plan(
 
     With the layout "auto" it searches for the fastest split; another layout is planned as it is. --compare adds splits.
     """
-    from megatron_mtp.errors import PlanError
+    from megatron_mtp.errors import PlanError, Problem
     from megatron_mtp.plan.compare import make_plans
     from megatron_mtp.plan.report import as_data, as_text, overlay
 
     if picture is not None and picture.suffix.lower() != ".svg":
         better = picture.parent / f"{picture.stem or 'schedule'}.svg"
-        raise PlanError(f"--picture {str(picture)!r}: the picture is SVG. Use --picture {str(better)!r}.")
+        remedy = f"Use --picture {str(better)!r}."
+        raise PlanError(Problem(fields=("--picture",), value=str(picture), rule="the picture is SVG", remedy=remedy))
     cfg = choose_config(recipe, config, overrides)
-    plans = make_plans(cfg, devices, hardware, profile, memory, compare or (), search=search, top=top)
+    options = (cfg, devices, hardware, profile, memory, compare or ())
+    if search:
+        from rich.console import Console
+
+        with Console(stderr=True).status("searching") as status:
+            plans = make_plans(*options, search=True, top=top, report=status.update)
+    else:
+        plans = make_plans(*options)
     typer.echo(json_format.dumps(as_data(recipe, plans), indent=2) if json else as_text(recipe, plans))
     if write is not None:
         write_file(write, overlay(recipe, plans), "--write")
@@ -64,10 +72,12 @@ def write_file(path: Path, text: str, option: str) -> None:
     Raises:
         PlanError: it cannot be written.
     """
-    from megatron_mtp.errors import PlanError
+    from megatron_mtp.errors import PlanError, Problem
 
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise PlanError(f"{option} {str(path)!r}: cannot be written: {error.strerror}. Name another file.") from None
+        rule = f"cannot be written: {error.strerror}"
+        problem = Problem(fields=(option,), value=str(path), rule=rule, remedy="Name another file.")
+        raise PlanError(problem) from None
     typer.echo(f"wrote {path}", err=True)

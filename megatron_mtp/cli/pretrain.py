@@ -78,9 +78,9 @@ def _dry_run(cfg: ConfigContainer, world_size: int, *, hardware: str | None, jso
     Raises:
         ConfigError: what would fail at launch, after the report was printed.
     """
-    from megatron_mtp.parallel.planner.machines import find_machine
+    from megatron_mtp.config.machines import find_machine
 
-    limit_gib = find_machine(hardware).memory_gib if hardware else None
+    limit_gib = find_machine(hardware, "--hardware").memory_gib if hardware else None
     from rich.console import Console
 
     from megatron_mtp.dry_run.build import dry_run

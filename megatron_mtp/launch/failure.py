@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from megatron_mtp.errors import ConfigError, MegatronMTPError, NumericsError
+from megatron_mtp.errors import ConfigError, MegatronMTPError, NumericsError, ProblemsError
 from megatron_mtp.observe.failure_file import Failure
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def exit_code_of(error: Exception) -> int:
 
 def message(error: Exception) -> str:
     """The text for the user: one line for each problem."""
-    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    problems = error.problems if isinstance(error, ProblemsError) else [str(error)]
     if len(problems) == 1:
         return f"megatron-mtp: {problems[0]}"
     return "\n".join([f"megatron-mtp: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

@@ -47,7 +47,7 @@ class PipelineLayout:
         depths = Depths.of(model).count
         flat, problems = layout_chunks(layout, num_layers=model.num_layers, num_depths=depths, pp=pp, vp=vp)
         if problems:
-            raise PlanError("\n".join(map(str, problems)))
+            raise PlanError(problems)
         return cls.of_chunks(flat, pp, vp)
 
     @classmethod

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
-from megatron_mtp.config.quantity import read_number
+from megatron_mtp.config.machines import Machine, find_machine
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
-from megatron_mtp.errors import ConfigError, PlanError, shown
+from megatron_mtp.errors import ConfigError, PlanError, Problem
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.auto_layout import is_planned, machine_of, make_planner
-from megatron_mtp.parallel.planner.machines import Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Plan, Planner
 from megatron_mtp.parallel.planner.search_sizes import Candidate, recompute_fields, search_sizes
@@ -68,20 +68,22 @@ def make_plans(
     *,
     search: bool = False,
     top: int = 10,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Plans:
     """Plans a config. For the options see `megatron-mtp plan --help`.
 
     Args:
         cfg: not finalized yet.
+        report: called with a line about the search's progress.
 
     Raises:
         ConfigError: the config is wrong. PlanError: no layout is legal or fits, or an option is wrong.
     """
-    machine = machine_of(cfg) if hardware is None else find_machine(hardware)
+    machine = machine_of(cfg) if hardware is None else find_machine(hardware, "--hardware")
     profile = None if profile_path is None else Profile.read(profile_path)
     limit: float | None = machine.usable_bytes
     if memory_gib is not None and not math.isfinite(memory_gib):
-        raise PlanError(f"--memory {memory_gib}: must be a finite number of GiB; 0: no limit.")
+        raise _wrong_option("--memory", "must be a finite number of GiB; 0: no limit")
     if memory_gib is not None:
         limit = memory_gib * GIB or None
     elif profile is not None and hardware is None:
@@ -89,18 +91,18 @@ def make_plans(
     candidates: list[Candidate] = []
     if search:
         if devices is None:
-            raise PlanError("--search: needs --devices N, the number of devices to spread the model over.")
+            raise _wrong_option("--search", "needs --devices N, the number of devices to spread the model over")
         if profile is not None:
-            raise PlanError(
-                "--search: tries other sizes than the profile was measured with. Leave out --profile or --search."
-            )
-        candidates = search_sizes(cfg, machine, devices, limit, top)
+            rule = "tries other sizes than the profile was measured with"
+            raise _wrong_option("--search", rule, "Leave out --profile or --search.")
+        candidates = search_sizes(cfg, machine, devices, limit, top, report)
         cfg = candidates[0].cfg
     else:
         devices = devices or smallest_world(cfg)
         cfg = cfg.copy().finalize(devices)
     if cfg.model.vocab_size is None:
-        raise PlanError("model.vocab_size is not known before the tokenizer is opened. Set model.vocab_size to plan.")
+        rule = "is not known before the tokenizer is opened"
+        raise PlanError(Problem(fields=("model.vocab_size",), rule=rule, remedy="Set it to plan."))
     planner = make_planner(RunShape.of(cfg, devices), machine, profile)
     chosen, choice = _choose(planner, limit)
     return Plans(planner, machine, profile, limit, chosen, choice, _others(planner, compare), candidates)
@@ -121,14 +123,16 @@ def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | 
         try:
             choice = planner.choose(limit)
         except PlanError as error:
-            raise PlanError(f"{error}{_nearest_fit(planner, limit)}") from None
+            more = _nearest_fit(planner, limit)
+            raise PlanError([replace(p, remedy=f"{p.remedy} {more}".strip()) for p in error.problems]) from None
     plan = planner.plan(planner.problem().layout(choice.split) if choice else PipelineLayout.from_config(model))
     if limit is not None and plan.peak_bytes > limit:
-        raise PlanError(
-            f"memory: the layout {plan.layout.string} needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, "
-            f"and a device has {limit / GIB:.1f} GiB to use (--memory GIB sets another limit, 0 none)."
-            f"{_nearest_fit(planner, limit)}"
+        rule = (
+            f"needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, and a device has {limit / GIB:.1f} GiB "
+            "to use (--memory GIB sets another limit, 0 none)"
         )
+        fields, value = ("model.pipeline_model_parallel_layout",), plan.layout.string
+        raise PlanError(Problem(fields=fields, value=value, rule=rule, remedy=_nearest_fit(planner, limit)))
     return plan, choice
 
 
@@ -151,9 +155,9 @@ def _nearest_fit(planner: Planner, limit: float | None) -> str:
         if (peak := _peak_after(planner, in_model, in_train)) is not None and peak <= limit:
             words = [f"model.{name}={value}" for name, value in in_model.items() if value is not None]
             words += [f"train.{name}={value}" for name, value in in_train.items()]
-            return f" Nearest that fits: {' '.join(words)}, with {peak / GIB:.1f} GiB in an even split."
+            return f"Nearest that fits: {' '.join(words)}, with {peak / GIB:.1f} GiB in an even split."
     return (
-        " None of: a smaller micro-batch, recomputation, twice the TP, PP or EP fits; use --search with more --devices."
+        "None of: a smaller micro-batch, recomputation, twice the TP, PP or EP fits; use --search with more --devices."
     )
 
 
@@ -180,17 +184,21 @@ def _others(planner: Planner, wanted: Sequence[str]) -> dict[str, Plan]:
         try:
             found[text] = planner.plan(_layout_of_text(text, model))
         except PlanError as error:
-            reason = str(error).replace("model.pipeline_model_parallel_layout", "the split")
-            wrong.append(f"--compare {shown(text)}: {reason}")
+            wrong += [replace(p, fields=("--compare",), value=text) for p in error.problems]
     if wrong:
-        raise PlanError("\n".join(wrong))
+        raise PlanError(wrong)
     return found
 
 
 def _layout_of_text(text: str, model: ModelConfig) -> PipelineLayout:
     """A split as a user writes it: numbers of decoder layers, or Megatron's string."""
-    try:
-        layout: str | list[int] = [read_number(part, int) for part in text.strip(" []").split(",")]
-    except ValueError:
-        layout = text
-    return PipelineLayout.parse(layout, model)
+    inner = text.strip(" []")
+    if not re.fullmatch(r"[-+0-9, ]+", inner):
+        return PipelineLayout.parse(text, model)
+    if not all(re.fullmatch(r" *-?[0-9]{1,9} *", part) for part in inner.split(",")):
+        raise PlanError("must be numbers of decoder layers, such as 5,6,6,4")
+    return PipelineLayout.parse([int(part) for part in inner.split(",")], model)
+
+
+def _wrong_option(option: str, rule: str, remedy: str = "") -> PlanError:
+    return PlanError(Problem(fields=(option,), rule=rule, remedy=remedy))

@@ -15,7 +15,7 @@ from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.device.process_group import cores_per_rank
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
-from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime, Profile, measured_fields
+from megatron_mtp.parallel.planner.part_costs import VERSION, Link, PartCosts, PartTime, Profile, measured_fields
 from megatron_mtp.profile.measure import UNMEASURED, PartMeasurement, measure_links
 from megatron_mtp.verify.run import PRELOAD
 
@@ -153,6 +153,7 @@ def _profile(
     cfg: ConfigContainer, costs: PartCosts, links: tuple[Link, Link], device: str, processes: int, steps: int
 ) -> Profile:
     return Profile(
+        version=VERSION,
         costs=replace(costs, pipeline_link=links[0], data_link=links[1]),
         model=measured_fields(cfg.model),
         dtype=cfg.precision.dtype,

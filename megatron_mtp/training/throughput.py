@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.machines import dense_peak_tflops
 from megatron_mtp.parallel.flops import train_flops_per_token
-from megatron_mtp.parallel.planner.machines import dense_peak_tflops
 
 
 class Rates(TypedDict):

@@ -6,10 +6,15 @@ import json
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
 from megatron_mtp.cli.main import main
+from megatron_mtp.config.machines import find_machine
+from megatron_mtp.parallel.planner.search_sizes import _Search
+from megatron_mtp.plan.compare import make_plans
+from megatron_mtp.recipes import get_recipe
 
 pytestmark = pytest.mark.unit
 
@@ -120,10 +125,22 @@ def test_a_given_layout_is_planned_as_it_is(run):
         (["demo", "--hardware", "cpu", "--compare", "5,6"], ["places 11 decoder layers", "model.num_layers = 10"]),
         (["demo", "--hardware", "cpu", "--compare", "5,-1"], ["a negative number"]),
         (["demo", "--hardware", "cpu", "--compare", "7,x"], ["unknown symbol", "the symbols are E"]),
+        (["demo", "--hardware", "cpu", "--compare", "--5"], ["--compare = '--5': must be numbers of decoder layers"]),
+        (["demo", "--hardware", "cpu", "--compare", "²"], ["--compare = '²': unknown symbol '²'"]),
+        (["demo", "--hardware", "cpu", "--compare", "٧,٣"], ["unknown symbol '٣'"]),
+        (
+            ["demo", "--hardware", "cpu", "--compare", f"{'9' * 4300},{'9' * 4300}"],
+            ["must be numbers of decoder layers"],
+        ),
+        (["demo", "--hardware", "cpu", "--compare", f"Et*{'9' * 5000}"], ["repeated more than 10000 times"]),
         (["demo", "--picture", "schedule.png"], ["the picture is SVG", "--picture 'schedule.svg'"]),
-        (["demo", "--hardware", "cpu", "--write", "."], ["--write '.': cannot be written", "Name another file"]),
-        (["deepseek_v3", "--hardware", "h1000"], ["Did you mean h100"]),
-        (["deepseek_v3", "--profile", "absent.json"], ["cannot be used", "megatron-mtp profile"]),
+        (["demo", "--hardware", "cpu", "--write", "."], ["--write = '.': cannot be written", "Name another file"]),
+        (["deepseek_v3", "--hardware", "h1000"], ["--hardware = 'h1000'", "Did you mean h100"]),
+        (["deepseek_v3", "dist.hardware=h1000"], ["dist.hardware = 'h1000'", "Did you mean h100"]),
+        (
+            ["deepseek_v3", "--profile", "absent.json"],
+            ["--profile 'absent.json': it cannot be read", "megatron-mtp profile"],
+        ),
         (
             ["tiny_dense", "--hardware", "l40s", "precision.dtype=fp16", "--write", "/absent/plan.yaml"],
             ["cannot be written"],
@@ -142,8 +159,8 @@ def test_mistakes_name_the_rule_and_what_works(run, arguments, words):
     ("text", "word"),
     [
         ("torch", "not JSON"),
-        ("[]", "version missing"),
-        ('{"costs": {}, "version": 1}', "device, dtype, micro_batch_size, model missing"),
+        ("[]", "must be a mapping"),
+        ('{"costs": {}, "version": 1}', "micro_batch_size: is missing"),
         ('{"version": 0, "costs": 0, "model": 0, "dtype": 0, "micro_batch_size": 0, "device": 0}', "another version"),
     ],
 )
@@ -201,3 +218,60 @@ def test_it_is_quick_and_imports_no_torch():
         assert done.stdout.splitlines()[-1] == "[]"
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.7
+
+
+@pytest.mark.parametrize("devices", [1_000_003, 2**30, 10**30])
+@pytest.mark.parametrize("recipe", ["tiny_dense", "deepseek_v3"])
+def test_a_search_refuses_a_number_that_divides_nothing_at_once(run, recipe, devices):
+    before = time.process_time()
+    code, _, err = run(recipe, "--search", "--devices", str(devices))
+    assert code == 2
+    assert "no parallel sizes divide" in err
+    assert time.process_time() - before < 5
+
+
+def test_the_numbers_that_a_search_offers_are_the_nearest_that_work(run):
+    """Compared with trying all numbers."""
+    cfg = get_recipe("tiny_dense").finalize()
+    cfg = cfg.copy()
+    cfg.train.global_batch_size = 12
+    machine = find_machine("h100")
+    works = [n for n in range(1, 400) if next(_Search(cfg, machine, n, None).combinations(), None) is not None]
+    assert 10 < len(works) < 390
+    for devices in set(range(1, 350)) - set(works):
+        remedy = _Search(cfg, machine, devices, None).nothing_fits().remedy
+        near = (max(n for n in works if n < devices), min((n for n in works if n > devices), default=None))
+        offered = " or ".join(str(number) for number in near if number is not None)
+        assert remedy == f"Nearest that works: --devices {offered}."
+
+
+def test_a_search_says_what_it_does():
+    said = []
+    make_plans(get_recipe("tiny_dense"), 2, "cpu", search=True, top=2, report=said.append)
+    assert said[0].startswith("planning combination 1 of at most 40: TP ")
+    assert any("fastest so far" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "value"),
+    [
+        (["tiny_dense", "--hardware", "h1000"], ["--hardware"], "h1000"),
+        (["tiny_dense", "dist.hardware={base: h100, node_size: 0}"], ["dist.hardware.node_size"], 0),
+        (["demo", "--hardware", "cpu", "--compare", "7,x"], ["--compare"], "7,x"),
+        (["tiny_dense", "--search", "--devices", "97"], ["--devices", "train.global_batch_size"], 97),
+        (
+            ["deepseek_v3", "--devices", "256", "model.pipeline_model_parallel_size=8",
+             "model.expert_model_parallel_size=32"],
+            ["model.num_layers", "model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"],
+            61,
+        ),
+    ],
+)  # fmt: skip
+def test_a_plan_that_fails_names_field_value_and_rule_in_json(run, arguments, fields, value):
+    code, out, _ = run(*arguments, "--json")
+    assert code == 2
+    (problem,) = json.loads(out)["problems"]
+    assert problem["fields"] == fields
+    assert problem["value"] == value
+    assert problem["rule"]
+    assert problem["remedy"] or arguments[-1] in ("7,x", "dist.hardware={base: h100, node_size: 0}")

@@ -85,8 +85,8 @@ def test_a_health_sign(folder: Path, capfd: pytest.CaptureFixture[str]):
 
 
 def test_a_machine(folder: Path):
+    from megatron_mtp.config.machines import MACHINES
     from megatron_mtp.config.overrides import apply_yaml
-    from megatron_mtp.parallel.planner.machines import MACHINES
     from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.recipes import get_recipe
 

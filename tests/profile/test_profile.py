@@ -13,6 +13,7 @@ from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.planner.part_costs import Link, PartTime, Profile
 from megatron_mtp.parallel.planner.planner import Planner
+from megatron_mtp.parallel.shape import RunShape
 from megatron_mtp.profile.job import CpuProfiler, block_size, mean_costs, on_cpu, profile_config
 from megatron_mtp.profile.measure import PartMeasurement
 from megatron_mtp.profile.part_timer import Clock
@@ -121,12 +122,12 @@ def test_a_profile_of_two_processes_is_written_read_and_used(tmp_path):
         profiler.advance(1)
         profiler.profile().write(tmp_path / "profile.json")
     profile = Profile.read(tmp_path / "profile.json")
-    profile.check_fits(make("tiny_dense", "model.num_layers=9 model.mtp_num_layers=1"))
+    profile.check_fits(RunShape.of(make("tiny_dense", "model.num_layers=9 model.mtp_num_layers=1")))
     assert profile.costs.pipeline_link.latency_ms > 0
     assert 0 < profile.costs.data_link.gb_per_s < 1e4
     assert profile.notes["processes"] == 2
     with pytest.raises(PlanError, match="hidden_size"):
-        profile.check_fits(make("tiny_dense", "model.hidden_size=64"))
+        profile.check_fits(RunShape.of(make("tiny_dense", "model.hidden_size=64")))
 
 
 @pytest.mark.unit

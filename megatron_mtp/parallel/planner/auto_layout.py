@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.machines import DEFAULT_MACHINE, Machine, find_machine
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.cost import estimate_costs
-from megatron_mtp.parallel.planner.machines import DEFAULT_MACHINE, Machine, find_machine
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Planner
 from megatron_mtp.parallel.shape import RunShape
@@ -73,7 +73,7 @@ def make_planner(shape: RunShape, machine: Machine, profile: Profile | None = No
     """A planner on measured part times, or on estimated ones."""
     cfg = shape.cfg
     if profile is not None:
-        profile.check_fits(cfg)
+        profile.check_fits(shape)
     on_cpu = machine.is_cpu or (profile is not None and profile.device.lower() == "cpu")
     return Planner(
         shape=shape,

@@ -9,9 +9,9 @@ on their proportions only.
 from __future__ import annotations
 
 from megatron_mtp.config.filled import filled
+from megatron_mtp.config.machines import Machine
 from megatron_mtp.parallel.flops import forward_flops_attention, forward_flops_logits
 from megatron_mtp.parallel.params import Shards, layer_parameters, padded_vocab_size
-from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime
 from megatron_mtp.parallel.shape import RunShape
 
@@ -224,11 +224,5 @@ def _forward_only(time: PartTime) -> PartTime:
 
 
 def layer_times(costs: PartCosts, shape: RunShape) -> list[PartTime]:
-    """Time of every decoder layer.
-
-    A profile may lack layers with linear attention; they then take the time of their kind with full attention.
-    """
-    return [
-        costs.layer[kind] if kind in costs.layer else costs.layer[kind.removeprefix("linear ")]
-        for kind in shape.layer_kinds
-    ]
+    """Time of every decoder layer."""
+    return [costs.time_of(kind) for kind in shape.layer_kinds]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import inf
 
+from megatron_mtp.config.layout_text import SIZES
 from megatron_mtp.config.units import DTYPE_BYTES, GIB
-from megatron_mtp.errors import PlanError
+from megatron_mtp.errors import PlanError, Problem
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import RankParameters, rank_parameters
@@ -143,21 +144,21 @@ class Planner:
         """
         problem, num_layers = self.problem(), self.shape.cfg.model.num_layers
         if not problem.variants:
-            raise PlanError(
-                f"model.num_layers = {num_layers}: too few for {problem.num_chunks} chunks of which none may be empty. "
-                "Lower model.pipeline_model_parallel_size or model.virtual_pipeline_model_parallel_size."
-            )
+            rule = f"too few for {problem.num_chunks} chunks of which none may be empty"
+            remedy = f"Lower {' or '.join(SIZES)}."
+            raise PlanError(Problem(fields=("model.num_layers", *SIZES), value=num_layers, rule=rule, remedy=remedy))
         memory = MemoryModel(self.shape, self.is_cpu)
         check = None if limit_bytes is None else _MemoryCheck(problem, memory, limit_bytes)
         fits, stage_fits = (check.split, check.stage) if check else (None, None)
         choice = best_split(problem, fits=fits, stage_fits=stage_fits, effort=effort, few=few, to_beat_ms=to_beat_ms)
         if choice is None:
             assert check is not None, "without a limit every split fits"
-            raise PlanError(
-                f"no split of model.num_layers = {num_layers} over {problem.num_chunks} chunks fits the memory of "
-                f"{check.limit_bytes / GIB:.1f} GiB; {check.nearest} "
-                "Use more pipeline stages or tensor ranks, a smaller train.micro_batch_size, or recomputation."
+            rule = (
+                f"no split over {problem.num_chunks} chunks fits the memory of {check.limit_bytes / GIB:.1f} GiB; "
+                f"{check.nearest}"
             )
+            remedy = "Use more pipeline stages or tensor ranks, a smaller train.micro_batch_size, or recomputation."
+            raise PlanError(Problem(fields=("model.num_layers", *SIZES), value=num_layers, rule=rule, remedy=remedy))
         return choice
 
     def plan(self, layout: PipelineLayout) -> Plan:

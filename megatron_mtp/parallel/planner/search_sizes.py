@@ -7,22 +7,22 @@ bound is above the best ones so far are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from math import inf
+from math import ceil, inf, isqrt
 from typing import Any, NamedTuple
 
 from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.machines import Machine
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
-from megatron_mtp.errors import ConfigError, PlanError
+from megatron_mtp.errors import ConfigError, PlanError, Problem
 from megatron_mtp.parallel.params import RankParameters, Shards, layer_parameters, moe_pattern, mtp_layer_parameters
 from megatron_mtp.parallel.planner.activations import Activations
 from megatron_mtp.parallel.planner.auto_layout import make_planner
 from megatron_mtp.parallel.planner.cost import estimate_costs, layer_times
-from megatron_mtp.parallel.planner.machines import Machine
 from megatron_mtp.parallel.planner.part_costs import PartCosts
 from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.parallel.planner.stage_memory import parameter_bytes
@@ -67,13 +67,19 @@ class _Sizes(NamedTuple):
 
 
 def search_sizes(
-    cfg: ConfigContainer, machine: Machine, world_size: int, limit_bytes: float | None, top: int = 10
+    cfg: ConfigContainer,
+    machine: Machine,
+    world_size: int,
+    limit_bytes: float | None,
+    top: int = 10,
+    report: Callable[[str], None] = lambda _: None,
 ) -> list[Candidate]:
     """The fastest combinations that fit, best first; each set of sizes once, with its fastest recomputation that fits.
 
     Args:
         cfg: not finalized; model, sequence length and global batch size are kept, parallel sizes are not.
         limit_bytes: memory of one device; None: no limit.
+        report: called with a line about the progress before each combination that is planned.
 
     Raises:
         PlanError: nothing fits.
@@ -82,7 +88,7 @@ def search_sizes(
     _set_sizes(base, _Sizes(tp=1, cp=1, ep=1, pp=1, vp=1, dp=1, micro=1, micro_batches=1, recompute=""))
     base.finalize()
     search = _Search(base, machine, world_size, limit_bytes)
-    found = search.run(top)
+    found = search.run(top, report)
     if not found:
         raise PlanError(search.nothing_fits())
     return found
@@ -94,7 +100,7 @@ class _Search:
         self.lowest = inf
         self.parts = cache(self._parts)
 
-    def run(self, top: int) -> list[Candidate]:
+    def run(self, top: int, report: Callable[[str], None]) -> list[Candidate]:
         """The best combinations, fastest first."""
         ranked = sorted((self.estimate(sizes), idx, sizes) for idx, sizes in enumerate(self.combinations()))
         found: dict[tuple[int, ...], tuple[Candidate, _Sizes]] = {}
@@ -107,6 +113,8 @@ class _Search:
             if key in found or (len(times) >= top and self.bound(sizes) >= times[top - 1]) or not self.may_fit(sizes):
                 continue
             planned += 1
+            fastest = f", fastest so far {times[0] / 1e3:.3f} s" if times else ""
+            report(f"planning combination {planned} of at most {MOST_PLANNED}: {_words(sizes)}{fastest}")
             to_beat_ms = times[top - 1] if len(times) >= top else inf
             if (candidate := self.candidate(sizes, SPLITS_EACH, to_beat_ms)) is not None:
                 found[key] = candidate, sizes
@@ -114,6 +122,7 @@ class _Search:
                 break
         best = sorted(found.values(), key=_step_ms)
         for idx, (before, sizes) in enumerate(best[:REFINED]):
+            report(f"planning number {idx + 1} of the best {min(REFINED, len(best))} again: {_words(sizes)}")
             candidate = self.candidate(sizes, SPLITS_REFINED)
             if candidate is not None and candidate.plan.step.total_ms < before.plan.step.total_ms:
                 best[idx] = candidate, sizes
@@ -122,12 +131,9 @@ class _Search:
     def combinations(self) -> Iterator[_Sizes]:
         """All combinations that divide evenly."""
         model, world, batch = self.base.model, self.world_size, self.base.train.global_batch_size
-        chunks_at_most = model.num_layers + 2 + (1 if model.mtp_num_layers else 0)
-        tps = [tp for tp in _powers(self.machine.node_size) if model.num_attention_heads % tp == 0]
-        cps = [cp for cp in _powers(8) if model.seq_length % (2 * cp) == 0 and model.seq_length // cp >= 4096] or [1]
         eps = [ep for ep in _powers(world) if (model.num_moe_experts or 1) % ep == 0]
-        pps = [pp for pp in range(1, min(world, chunks_at_most) + 1) if world % pp == 0]
-        for tp, cp, pp in product(tps, cps, pps):
+        tps, cps, pps = self.dense_sizes()
+        for tp, cp, pp in product(tps, cps, [pp for pp in pps if world % pp == 0]):
             if world % (tp * cp * pp):
                 continue
             dp = world // (tp * cp * pp)
@@ -136,8 +142,15 @@ class _Search:
                     continue
                 count = batch // (micro * dp)
                 for vp in (1, 2, 3, 4) if pp > 1 and count % pp == 0 else (1,):
-                    for recompute in ("none", "selective", "full") if pp * vp <= chunks_at_most else ():
+                    for recompute in ("none", "selective", "full") if pp * vp <= pps[-1] else ():
                         yield _Sizes(tp, cp, ep, pp, vp, dp, micro, count, recompute)
+
+    def dense_sizes(self) -> tuple[list[int], list[int], range]:
+        """TP, CP and PP that suit the model, whatever the number of devices; the last PP is the most chunks."""
+        model = self.base.model
+        tps = [tp for tp in _powers(self.machine.node_size) if model.num_attention_heads % tp == 0]
+        cps = [cp for cp in _powers(8) if model.seq_length % (2 * cp) == 0 and model.seq_length // cp >= 4096] or [1]
+        return tps, cps, range(1, model.num_layers + 3 + (1 if model.mtp_num_layers else 0))
 
     def trial(self, sizes: _Sizes) -> ConfigContainer:
         """The config of a combination, not finalized."""
@@ -208,30 +221,28 @@ class _Search:
             return None
         return Candidate(cfg=cfg, plan=plan, dp=sizes.dp, recompute=sizes.recompute)
 
-    def nothing_fits(self) -> str:
-        """The message if no combination is left."""
+    def nothing_fits(self) -> Problem:
+        """What to say if no combination is left."""
+        fields, devices = ("--devices", "train.global_batch_size"), self.world_size
         if self.limit is None or self.lowest == inf:
-            return (
-                f"--devices {self.world_size}: no parallel sizes divide both the model and train.global_batch_size = "
-                f"{self.base.train.global_batch_size} evenly over them. {self._nearest_number()}"
-            )
+            batch = f"train.global_batch_size = {self.base.train.global_batch_size}"
+            rule = f"no parallel sizes divide both the model and {batch} evenly over them"
+            return Problem(fields=fields, value=devices, rule=rule, remedy=self._nearest_number())
         limit, lowest = self.limit / GIB, self.lowest / GIB
-        return (
-            f"--devices {self.world_size}: no sizes fit {limit:.1f} GiB; the best that divides evenly needs about "
-            f"{lowest:.1f} GiB on a device. Use more devices (at least about "
-            f"{_rounded_up(self.world_size * lowest / max(limit, 1e-9))}), devices with more memory, or a smaller "
-            "model."
-        )
+        rule = f"no sizes fit {limit:.1f} GiB; the best that divides evenly needs about {lowest:.1f} GiB on a device"
+        more = _rounded_up(devices * lowest / max(limit, 1e-9))
+        remedy = f"Use more devices (at least about {more}), devices with more memory, or a smaller model."
+        return Problem(fields=fields[:1], value=devices, rule=rule, remedy=remedy)
 
     def _nearest_number(self) -> str:
         """Numbers of devices next to this one over which something divides evenly, as a sentence."""
-        world = self.world_size
-
-        def divides(number: int) -> bool:
-            return next(_Search(self.base, self.machine, number, self.limit).combinations(), None) is not None
-
-        below = next(filter(divides, range(world - 1, 0, -1)), None)
-        above = next(filter(divides, range(world + 1, 2 * world + 1)), None)
+        tps, cps, pps = self.dense_sizes()
+        batch = self.base.train.global_batch_size
+        parts = {tp * cp for tp, cp in product(tps, cps)}
+        parts = {part * dp for part, dp in product(parts, _divisors(batch))}
+        works = {part * pp for part, pp in product(parts, pps)}
+        below = max((number for number in works if number < self.world_size), default=None)
+        above = min((number for number in works if number > self.world_size), default=None)
         return f"Nearest that works: --devices {' or '.join(str(n) for n in (below, above) if n is not None)}."
 
 
@@ -239,12 +250,22 @@ def _step_ms(found: tuple[Candidate, _Sizes]) -> float:
     return found[0].plan.step.total_ms
 
 
+def _words(sizes: _Sizes) -> str:
+    return f"TP {sizes.tp}, CP {sizes.cp}, EP {sizes.ep}, PP {sizes.pp}, VP {sizes.vp}, micro-batch {sizes.micro}"
+
+
 def _powers(most: int) -> list[int]:
     return [2**exponent for exponent in range(most.bit_length()) if 2**exponent <= most]
 
 
+def _divisors(number: int) -> set[int]:
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return {*small, *(number // divisor for divisor in small)}
+
+
 def _rounded_up(devices: float) -> int:
-    return next(size for size in _powers(2**40) if size >= devices)
+    """The next power of two."""
+    return 1 << (ceil(devices) - 1).bit_length()
 
 
 def _set_sizes(cfg: ConfigContainer, sizes: _Sizes) -> None:

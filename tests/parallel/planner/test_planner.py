@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_mtp.config.machines import find_machine
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.auto_layout import make_planner
 from megatron_mtp.parallel.planner.cost import layer_times
-from megatron_mtp.parallel.planner.machines import find_machine
 from megatron_mtp.parallel.planner.part_costs import ZERO
 from megatron_mtp.parallel.shape import RunShape
 from megatron_mtp.recipes import get_recipe

@@ -9,23 +9,30 @@ network is one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import MISSING, asdict, dataclass
+from typing import Any, Literal
 
+from megatron_mtp.config.form import read_form
+from megatron_mtp.config.knob import knob
 from megatron_mtp.config.units import GIB
-from megatron_mtp.errors import PlanError, nearest, shown
+from megatron_mtp.errors import ConfigError, Problem, nearest
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
-class Peaks(NamedTuple):
+def _rate() -> Any:
+    """A rate in TFLOP/s or GB/s: far from what would make a time infinite or zero."""
+    return knob(MISSING, ge=1e-6, le=1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
     """Dense peak rates of one device in TFLOP/s; None: the device has no units for this dtype."""
 
-    bf16: float | None
-    fp16: float
-    fp32: float
+    bf16: float | None = _rate()
+    fp16: float = _rate()
+    fp32: float = _rate()
 
     def of(self, dtype: Dtype) -> float | None:
         """The peak for matrix products in `dtype`."""
@@ -93,6 +100,10 @@ USABLE = 0.94
 """Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""
 
 
+def _fraction(share: float) -> Any:
+    return knob(share, ge=1e-6, le=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """One kind of device, and what connects it to others, for estimates before anything is measured.
@@ -113,18 +124,18 @@ class Machine:
 
     name: str
     peaks: Peaks
-    memory_gib: float
-    memory_gb_per_s: float
-    node_gb_per_s: float
-    network_gb_per_s: float
-    node_size: int = 8
-    launch_ms: float = 0.03
-    matmul_fraction: float = 0.62
-    expert_fraction: float = 0.45
-    attention_fraction: float = 0.45
-    memory_fraction: float = 0.8
-    node_latency_ms: float = 0.01
-    network_latency_ms: float = 0.03
+    memory_gib: float = knob(MISSING, gt=0, le=1e6)
+    memory_gb_per_s: float = _rate()
+    node_gb_per_s: float = _rate()
+    network_gb_per_s: float = _rate()
+    node_size: int = knob(8, ge=1, le=100_000)
+    launch_ms: float = knob(0.03, ge=0, le=1e6)
+    matmul_fraction: float = _fraction(0.62)
+    expert_fraction: float = _fraction(0.45)
+    attention_fraction: float = _fraction(0.45)
+    memory_fraction: float = _fraction(0.8)
+    node_latency_ms: float = knob(0.01, ge=0, le=1e6)
+    network_latency_ms: float = knob(0.03, ge=0, le=1e6)
     is_cpu: bool = False
 
     @property
@@ -136,13 +147,14 @@ class Machine:
         """Dense peak.
 
         Raises:
-            PlanError: the device has no units for this dtype.
+            ConfigError: the device has no units for this dtype.
         """
         peak = self.peaks.of(dtype)
         if peak is None:
-            raise PlanError(
-                f"precision.dtype = {dtype}: hardware {self.name!r} has no units for it. "
-                "Use another dtype or another --hardware."
+            rule = f"{self.name} has no units for it"
+            remedy = "Use another dtype, or another device in dist.hardware or --hardware."
+            raise ConfigError(
+                Problem(fields=("precision.dtype", "dist.hardware"), value=dtype, rule=rule, remedy=remedy)
             )
         return peak * 1e9
 
@@ -189,38 +201,46 @@ MACHINES = {machine.name: machine for machine in _MACHINES}
 DEFAULT_MACHINE = "h100"
 
 
-def find_machine(hardware: str | Mapping[str, Any]) -> Machine:
+def find_machine(hardware: str | Mapping[str, Any], option: str = "dist.hardware") -> Machine:
     """A known machine by its name, or `base` with some of its fields changed.
+
+    Args:
+        option: what names it, for messages.
 
     Example: {"base": "h100", "name": "h100-ethernet", "network_gb_per_s": 25, "peaks": {"bf16": 900}}.
 
     Raises:
-        PlanError: a name or a field is unknown (the message names the nearest one), or a value is no number above 0.
+        ConfigError: a name or a field is unknown (the message names the nearest one), or a value does not fit.
     """
-    if not isinstance(hardware, str):
-        return _changed(hardware)
+    if isinstance(hardware, Mapping):
+        return _changed(hardware, option)
     if hardware.lower() in MACHINES:
         return MACHINES[hardware.lower()]
-    meant = nearest(hardware.lower(), MACHINES)
-    raise PlanError(
-        f"hardware {shown(hardware)} (--hardware, dist.hardware) is not known.{meant} Known: {', '.join(MACHINES)}. "
-        "Or measure: --profile FILE."
-    )
+    rule = f"is not a known device.{nearest(hardware.lower(), MACHINES)} Known: {', '.join(MACHINES)}"
+    remedy = "Or describe it in dist.hardware, or measure: --profile FILE."
+    raise ConfigError(Problem(fields=(option,), value=hardware, rule=rule, remedy=remedy))
 
 
-def _changed(hardware: Mapping[str, Any]) -> Machine:
+def _changed(hardware: Mapping[str, Any], option: str) -> Machine:
     changes = dict(hardware)
-    base_name, peaks = changes.pop("base", DEFAULT_MACHINE), changes.pop("peaks", {})
-    if not isinstance(base_name, str):
-        raise PlanError(f"dist.hardware.base = {shown(base_name)}: must be the name of a device.")
-    if not isinstance(peaks, Mapping):
-        raise PlanError(f"dist.hardware.peaks = {shown(peaks)}: must be a mapping, such as {{bf16: 900}}.")
-    base = find_machine(base_name)
-    name = str(changes.pop("name", f"changed {base.name}"))
-    for value, known, changed in (("", Machine.__dataclass_fields__, changes), (".peaks", Peaks._fields, peaks)):
-        for key, number in changed.items():
-            if key not in known:
-                raise PlanError(f"dist.hardware{value}.{key}: there is no such field. Known: {', '.join(known)}.")
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-                raise PlanError(f"dist.hardware{value}.{key} = {shown(number)}: must be a number above 0.")
-    return replace(base, name=name, peaks=base.peaks._replace(**peaks), **changes)
+    name = changes.pop("base", DEFAULT_MACHINE)
+    if not isinstance(name, str):
+        raise ConfigError(Problem(fields=(f"{option}.base",), value=name, rule="must be the name of a device"))
+    base = find_machine(name, f"{option}.base")
+    data = asdict(base) | {"name": f"changed {base.name}"} | changes
+    if isinstance(peaks := data["peaks"], Mapping):
+        data["peaks"] = asdict(base.peaks) | dict(peaks)
+    machine, problems = read_form(Machine, data, option)
+    if machine is None:
+        raise ConfigError(problems)
+    return machine
+
+
+def hardware_problems(hardware: str | Mapping[str, Any] | None) -> list[Problem]:
+    """What is wrong with `dist.hardware`."""
+    try:
+        if hardware is not None:
+            find_machine(hardware)
+    except ConfigError as error:
+        return error.problems
+    return []
