@@ -159,8 +159,8 @@ class LatentAttention:
         absorbed = torch.bmm(plain, self.key_up).transpose(0, 1)  # [n, heads, kv_lora_rank]
         rotated, rope_key = query[..., self.key_up.shape[1] :], rope_key[:, None]
         if span.rotation is not None:
-            rotated = rotate(rotated.contiguous(), span.rotation)
-            rope_key = rotate(rope_key.contiguous(), span.rotation)
+            rotated = rotate(rotated, span.rotation)
+            rope_key = rotate(rope_key, span.rotation)
         span.write(cache.keys, torch.cat((latent[:, None], rope_key), dim=-1))
         # Fast kernels need keys and values of one width: the mean of the rope keys is computed and dropped.
         context = attend(torch.cat((absorbed, rotated), dim=-1), cache, span, self.heads, self.scale)

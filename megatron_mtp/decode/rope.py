@@ -74,5 +74,7 @@ def pair_order(width: int, rotary_percent: float) -> list[int]:
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotates x [n, heads, width] by rotation [n, 1, width / 2], in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    # A slice may begin at an odd offset, which complex numbers cannot; a copy begins at 0.
+    copied = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(copied.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

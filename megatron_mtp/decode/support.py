@@ -34,18 +34,15 @@ WITHOUT_EFFECT = frozenset(
 )
 """Fields that matter in training only, or together with a refused one. `mcore` is checked field by field."""
 REFUSED = {
-    "attention_output_gate": "decoding does not compute gated attention.",
-    "experimental_attention_variant": "decoding has no linear attention.",
+    "attention_output_gate": "decoding does not compute gated attention. Export the model and use transformers.",
+    "experimental_attention_variant": "decoding has no linear attention. Export the model and use transformers.",
 }
 """Fields that decoding supports at their default only, and why."""
 
 
 def refuse_unsupported(model: ModelConfig) -> None:
     """Raises UnsupportedError for a model that decoding might compute wrongly, with all problems at once."""
-    unknown = (
-        "it is not known whether this changes what the model computes. Export the model and decode it with "
-        "transformers, or leave the field at its default."
-    )
+    unknown = "it is not known whether this changes what the model computes. Leave the field at its default."
     problems = []
     if model.position_embedding_type == "learned_absolute":
         problems.append("model.position_embedding_type = learned_absolute: decoding supports rope and none only.")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mtp.decode.speculate import Options, generate
-from tests.decode.models import DENSE, MLA, MOE, VARIANTS, decoder_of, plain_model, random_tokens
+from tests.decode.models import DENSE, LATENT, MLA, MOE, VARIANTS, decoder_of, plain_model, random_tokens
 
 pytestmark = pytest.mark.unit
 
@@ -44,6 +44,13 @@ def test_every_architecture(name):
     expected = tokens(decoder, rows, 0)
     assert expected == [plain_greedy(model.double(), row) for row in rows]
     assert tokens(decoder, rows, 3) == expected
+
+
+def test_latents_of_odd_rank():
+    """The rotary key of a single token begins at an odd offset of its row."""
+    model = plain_model(replace(MLA, latent=replace(LATENT, kv_lora_rank=11)))
+    decoder, (row,) = decoder_of(model), prompts(1, seed=2)
+    assert tokens(decoder, [row], 0) == [plain_greedy(model.double(), row)]
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3])
