@@ -230,7 +230,9 @@ def checkpoint_folder(path: Path) -> Path:
     directory = RunDirectory(path)
     iterations = directory.iterations()
     if not iterations:
-        raise CheckpointError(f"{path}: holds no checkpoint.")
+        inside = next((folder for folder in sorted(path.glob("*/")) if RunDirectory(folder).iterations()), None)
+        hint = "" if inside is None else f" Did you mean {inside}?"
+        raise CheckpointError(f"{path}: holds no checkpoint.{hint}")
     newest = directory.final_path(iterations[0])
     manifest, problems = directory.newest_listed()
     if problems:
