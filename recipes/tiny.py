@@ -43,9 +43,9 @@ def tiny_llama_pretrain_config() -> ConfigContainer:
 
 
 def tiny_mimo_pretrain_config() -> ConfigContainer:
-    """MiMo-7B in miniature: biases of queries, keys and values."""
+    """MiMo-7B in miniature: biases of queries, keys and values, MTP reads the hidden state before the final norm."""
     cfg = tiny_dense_pretrain_config()
-    cfg.model.update(qk_layernorm=False, add_qkv_bias=True, mtp_num_layers=1)
+    cfg.model.update(qk_layernorm=False, add_qkv_bias=True, mtp_num_layers=1, mtp_hidden_source="pre_final_norm")
     return cfg
 
 
