@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_mtp.convert.exporting import HF_DTYPES, plan_checkpoint
+from megatron_mtp.convert.exporting import plan_checkpoint
 from megatron_mtp.convert.hf_families import find_family
 from megatron_mtp.convert.inventory import check_inventory
 from megatron_mtp.convert.links import duplicates
 from megatron_mtp.convert.names import EMBEDDING, HEAD
-from megatron_mtp.convert.side_files import read_config
 from megatron_mtp.convert.tensor_files import TensorFiles
 
 
@@ -45,11 +44,9 @@ def check_hf(
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, None)
     files = TensorFiles(Path(hf_dir), find_family(model.family).mtp_form.folder)
     shared = model.cfg.model.share_embeddings_and_output_weights
-    config = read_config(Path(hf_dir))
     check_inventory(
         files,
         model.links,
-        declared_dtype=config.get("dtype") or config.get("torch_dtype") or HF_DTYPES[model.dtype],
         duplicates=duplicates(model.family, model.cfg.model, model.num_depths),
         tied={HEAD: EMBEDDING} if shared else {},
     )

@@ -31,7 +31,7 @@ from megatron_mtp.convert.side_files import (
     write_tokenizer,
 )
 from megatron_mtp.convert.tensor_files import SHARD_BYTES, Planned, TensorWriter
-from megatron_mtp.convert.tensor_forms import rows_of, to_theirs
+from megatron_mtp.convert.tensor_forms import finite, rows_of, to_theirs
 from megatron_mtp.data.tokenizer import configured_tokenizer
 from megatron_mtp.errors import ConversionError, DataError
 from megatron_mtp.model.dtypes import DTYPES
@@ -61,6 +61,8 @@ class CheckpointModel:
     weights: StoredWeights
     cfg: ConfigContainer
     family: str
+    config: dict[str, Any]
+    """The architecture as in config.json."""
     links: list[TensorLink]
     num_depths: int
     dtype: torch.dtype
@@ -76,12 +78,12 @@ class CheckpointModel:
             box = self.weights.read(link.key, link.offset, link.size)
             if link.layout != "part":
                 for source, tensor in zip(link.sources, to_theirs(link, box, self.cfg.model), strict=True):
-                    yield source.name, tensor
+                    yield source.name, finite(tensor, source.name, self.weights.folder)
                 continue
             (source,) = link.sources
             target = joined.setdefault(source.name, _Joined(torch.empty(source.shape, dtype=box.dtype)))
             if target.add(link, box):
-                yield source.name, joined.pop(source.name).tensor
+                yield source.name, finite(joined.pop(source.name).tensor, source.name, self.weights.folder)
         assert not joined, f"incomplete: {sorted(joined)[:5]}"
 
     def dtype_of(self, name: str, stored: torch.dtype) -> torch.dtype:
@@ -160,11 +162,14 @@ def plan_checkpoint(
         raise ConversionError(f"--mtp-depths {depths}: {weights.folder} holds {own} MTP layers.")
     if depths:
         check_form(cfg.model, name, depths)
+    shown = cfg.copy()
+    shown.model.mtp_num_layers = depths
+    config = hf_config_dict(shown.model, name)
     found = links(cfg.model, name, depths)
     dropped = sorted(key for key in weights.tensors if _depth_of(key) >= depths)
     _check_keys(weights, found, dropped)
     stored = _stored_dtype(weights, found)
-    return CheckpointModel(weights, cfg, name, found, depths, DTYPES[dtype] if dtype else stored, dropped)
+    return CheckpointModel(weights, cfg, name, config, found, depths, DTYPES[dtype] if dtype else stored, dropped)
 
 
 def _depth_of(key: str) -> int:
@@ -228,11 +233,9 @@ def _write_weights(model: CheckpointModel, folder: Path, copies: dict[str, str],
 
 
 def _config(model: CheckpointModel, tokenizer: Path | None) -> dict[str, Any]:
-    shown = model.cfg.copy()
-    shown.model.mtp_num_layers = model.num_depths
-    config = hf_config_dict(shown.model, model.family)
-    config |= token_ids(_kept(model, tokenizer), _end_of_document(model.cfg, tokenizer))
-    return {**config, "dtype": HF_DTYPES[model.dtype]}
+    config = model.config | token_ids(_kept(model, tokenizer), _end_of_document(model.cfg, tokenizer))
+    name = HF_DTYPES[model.dtype]
+    return {**config, "dtype": name, "torch_dtype": name}  # transformers reads the second up to 4.55
 
 
 def _kept(model: CheckpointModel, tokenizer: Path | None) -> Path | None:

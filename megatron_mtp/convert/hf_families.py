@@ -43,8 +43,20 @@ ROUTED = {"num_experts_per_tok": "moe_router_topk", "moe_intermediate_size": "mo
 DEEPSEEK_ROUTED = ROUTED | {"n_routed_experts": "num_moe_experts"}
 QWEN_ROUTED = ROUTED | {"num_experts": "num_moe_experts"}
 
-# Files on the hub omit these; transformers then uses the value given here.
-DEFAULTS: dict[str, Any] = {"tie_word_embeddings": False, "initializer_range": 0.02, "q_lora_rank": None}
+# Key of every family -> the only supported value, which a missing key means too. transformers lets a top-level
+# original_max_position_embeddings win over that of rope_parameters. FastMTP's layers, in MiMo's form but with
+# num_speculative_steps, read another hidden state than MiMo's.
+FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+    "is_causal": True,
+    "original_max_position_embeddings": None,
+    "num_speculative_steps": None,
+}
+DEFAULTS: dict[str, Any] = {"tie_word_embeddings": False, "initializer_range": 0.02}
+DERIVED_HEADS = {"head_dim": None}
+"""None: hidden_size / num_attention_heads."""
 
 SIGMOID_ROUTER = {
     "moe_router_score_function": "sigmoid",
@@ -66,14 +78,19 @@ class Family:
     """Values of ModelConfig fields that this family fixes, other than our defaults."""
     theirs: dict[str, Any] = field(default_factory=dict)
     """Keys of config.json with a fixed value; other values are refused."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """What a missing key means to the class of transformers, besides DEFAULTS; None: it follows from other keys. A key
+    that is in neither must be there."""
+    renames: dict[str, str] = field(default_factory=dict)
+    """Second name of a key -> its first name; the class reads both."""
     dense_layers: Literal["none", "first", "listed"] = "none"
     """Key that names layers without experts: none; first_k_dense_replace; mlp_only_layers."""
     shared_experts: Literal["count", "width"] | None = None
     """Key of the shared experts: n_shared_experts (of the routed width), or shared_expert_intermediate_size."""
     has_routing_groups: bool = False
     """Whether there are keys n_group and topk_group."""
-    rotary_percent: float = 1.0
-    """Default of partial_rotary_factor."""
+    rotary_percent: float | None = None
+    """Default of partial_rotary_factor; None: the class does not read it and rotates the whole head."""
     mtp_key: str = "mtp_num_hidden_layers"
     """Key of the number of MTP layers. Families that were released without any use Qwen3.5's name."""
     mtp_form: MTPForm = SEPARATE_MTP
@@ -82,6 +99,11 @@ class Family:
     """Part of a name in the tables of `names` -> how this family writes it."""
     aliases: tuple[str, ...] = ()
     """Other values of `model_type` with the same files."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a model of this family has routed experts."""
+        return "num_moe_experts" in self.keys.values()
 
     def name_of(self, name: str) -> str:
         """A name of the tables in `names` as this family writes it."""
@@ -93,7 +115,7 @@ class Family:
         """Whether this family's files can hold the model's value of a field in TELLING."""
         is_read = name in self.keys.values()
         if name == "num_moe_experts":
-            return is_read == (model.num_moe_experts is not None)
+            return self.has_experts == (model.num_moe_experts is not None)
         return is_read or getattr(model, name) == self.ours.get(name, getattr(ModelConfig(), name))
 
 
@@ -106,6 +128,14 @@ FAMILIES: dict[str, Family] = {
         # transformers has no other router in this class; vLLM asks for its names.
         theirs=NO_BIAS
         | {"norm_topk_prob": True, "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        defaults={
+            "routed_scaling_factor": 2.5,
+            "n_shared_experts": 1,
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+        },
+        renames={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
         dense_layers="first",
         shared_experts="count",
         has_routing_groups=True,
@@ -120,6 +150,8 @@ FAMILIES: dict[str, Family] = {
         # "group_limited_greedy" takes a group's best expert, Megatron-Core the sum of its best ones.
         theirs=NO_BIAS
         | {"norm_topk_prob": False, "scoring_func": "softmax", "topk_method": "greedy", "mlp_bias": False},
+        defaults={"routed_scaling_factor": 1.0, "n_shared_experts": 2, "first_k_dense_replace": 0},
+        renames={"num_experts": "n_routed_experts"},
         dense_layers="first",
         shared_experts="count",
     ),
@@ -131,6 +163,17 @@ FAMILIES: dict[str, Family] = {
         | {"use_qk_norm": "qk_layernorm", "attention_bias": "add_qkv_bias"},
         ours=SIGMOID_ROUTER,
         theirs={"norm_topk_prob": True},
+        defaults=DERIVED_HEADS
+        | {
+            "routed_scaling_factor": 1.0,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": False,
+            "attention_bias": False,
+        },
+        renames={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
         dense_layers="first",
         shared_experts="count",
         has_routing_groups=True,
@@ -149,6 +192,8 @@ FAMILIES: dict[str, Family] = {
         keys=COMMON | GROUPED_QUERIES | QWEN_ROUTED,
         ours={"qk_layernorm": True},
         theirs=NO_BIAS | {"use_sliding_window": False, "norm_topk_prob": True, "decoder_sparse_step": 1},
+        defaults=DERIVED_HEADS | {"norm_topk_prob": False, "mlp_only_layers": None},
+        renames={"num_local_experts": "num_experts"},
         dense_layers="listed",
     ),
     "qwen3_next": Family(
@@ -162,6 +207,8 @@ FAMILIES: dict[str, Family] = {
             "moe_shared_expert_gate": True,
         },
         theirs=NO_BIAS | {"norm_topk_prob": True, "decoder_sparse_step": 1},
+        defaults={"mlp_only_layers": None, "layer_types": None, "full_attention_interval": 4}
+        | {"shared_expert_intermediate_size": 512},
         dense_layers="listed",
         shared_experts="width",
         rotary_percent=0.25,
@@ -173,6 +220,7 @@ FAMILIES: dict[str, Family] = {
         architecture="LlamaForCausalLM",
         keys=COMMON | GROUPED_QUERIES,
         theirs=NO_BIAS | {"mlp_bias": False},
+        defaults=DERIVED_HEADS | {"num_key_value_heads": None},
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
@@ -180,6 +228,8 @@ FAMILIES: dict[str, Family] = {
         | GROUPED_QUERIES
         | {"num_local_experts": "num_moe_experts", "num_experts_per_tok": "moe_router_topk"},
         theirs={"sliding_window": None, "router_jitter_noise": 0.0},
+        defaults=DERIVED_HEADS,
+        renames={"num_experts": "num_local_experts"},
         renamed={
             "mlp.gate.": "block_sparse_moe.gate.",
             "mlp.experts.{e}.gate_proj.": "block_sparse_moe.experts.{e}.w1.",
@@ -190,8 +240,11 @@ FAMILIES: dict[str, Family] = {
     "mimo": Family(
         architecture="MiMoForCausalLM",
         keys=COMMON | GROUPED_QUERIES,
-        ours={"add_qkv_bias": True},
+        # Xiaomi's own vLLM (XiaomiMiMo/vllm 3a353c05, models/mimo.py) takes the final norm out of the trunk and applies
+        # it for the head only, so its MTP layer (mimo_mtp.py) reads the hidden state before that norm.
+        ours={"add_qkv_bias": True, "mtp_hidden_source": "pre_final_norm"},
         theirs={"attention_bias": True, "use_sliding_window": False},
+        defaults=DERIVED_HEADS,
         mtp_key="num_nextn_predict_layers",
         mtp_form=MIMO_MTP,
     ),

@@ -24,7 +24,7 @@ from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import KEPT_FOLDER, keep, read_config
 from megatron_mtp.convert.tensor_files import DTYPES, TensorFiles
-from megatron_mtp.convert.tensor_forms import to_ours
+from megatron_mtp.convert.tensor_forms import finite, to_ours
 from megatron_mtp.convert.warm_start import MTPInit, new_value
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.recipes.common import pretrain_common
@@ -56,7 +56,8 @@ class HFModel:
         """The box of `link` from the files; zeros if it has no sources."""
         if not link.sources:
             return torch.zeros(link.size, dtype=DTYPES[self.inventory.dtype])
-        tensors = [self.files.read(source.name) for source in link.sources]
+        names = [source.name for source in link.sources]
+        tensors = [finite(self.files.read(name), name, self.folder) for name in names]
         return to_ours(link, tensors, self.cfg.model)
 
     def initial(self, link: TensorLink, copies: bool, init: MTPInit | None) -> torch.Tensor:
@@ -136,7 +137,6 @@ def plan_hf(
     inventory = check_inventory(
         files,
         found,
-        declared_dtype=values.get("dtype") or values.get("torch_dtype"),
         duplicates=duplicates(family, model, present),
         tied={HEAD: EMBEDDING} if model.share_embeddings_and_output_weights else {},
         dropped=everything - needed,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from megatron_mtp.convert.links import TensorLink
 from megatron_mtp.convert.names import IGNORED_ENDINGS
-from megatron_mtp.convert.tensor_files import CODES, DTYPES, TensorFiles
+from megatron_mtp.convert.tensor_files import TensorFiles
 from megatron_mtp.errors import ConversionError, nearest
 
 _MOST_SHOWN = 20
 FP32_ENDINGS = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weight")
 """Tensors that stay in fp32 whatever the dtype of the weights."""
-_CODE_OF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+CONVERTED = ("F32", "BF16", "F16")
+"""Dtypes that weights may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Inventory:
         dtype: code of the weights' dtype.
         tied: repeat a weight that they are tied to.
         duplicated: repeat a weight, as in released files.
-        ignored: buffers that every loader recomputes, and what the caller drops.
+        ignored: buffers that every loader recomputes, tensors without elements, and what the caller drops.
     """
 
     dtype: str
@@ -38,7 +39,6 @@ def check_inventory(
     files: TensorFiles,
     links: list[TensorLink],
     *,
-    declared_dtype: str | None,
     duplicates: dict[str, str],
     tied: dict[str, str],
     dropped: Iterable[str] = (),
@@ -46,7 +46,6 @@ def check_inventory(
     """Checks names, shapes, dtypes and repeated tensors.
 
     Args:
-        declared_dtype: dtype in config.json, such as "bfloat16"; None: the dtype of most tensors.
         duplicates: optional names -> the tensor that they must equal.
         tied: the same for tied weights.
         dropped: names that the caller leaves out.
@@ -57,18 +56,23 @@ def check_inventory(
     """
     needed = {source.name: source.shape for link in links for source in link.sources}
     found = files.entries
-    ignored = {name for name in found if name.endswith(IGNORED_ENDINGS)} | (set(dropped) & set(found))
+    # transformers stores parts of width 0, such as the shared experts of a model without any.
+    empty = {name for name, entry in found.items() if 0 in entry.shape and name not in needed}
+    ignored = {name for name in found if name.endswith(IGNORED_ENDINGS)} | (set(dropped) & set(found)) | empty
     known = set(needed) | set(duplicates) | set(tied) | ignored
     missing, surplus = sorted(set(needed) - set(found)), sorted(set(found) - known)
     problems = [f"{name} is missing.{nearest(name, surplus, cutoff=0.8)}" for name in missing]
     problems += [f"{name} has no place in the model.{nearest(name, missing, cutoff=0.8)}" for name in surplus]
-    dtype = _dtype(files, declared_dtype, [name for name in needed if name in found])
+    dtype = _dtype(files, [name for name in needed if name in found])
     for name in sorted(set(needed) & set(found)):
         entry = found[name]
         if entry.shape != needed[name]:
             problems.append(f"{name} has shape {list(entry.shape)}, the model needs {list(needed[name])}.")
         if entry.dtype != dtype and not (entry.dtype == "F32" and name.endswith(FP32_ENDINGS)):
-            problems.append(f"{name} is {entry.dtype}, the weights are {dtype}.")
+            problems.append(
+                f"{name} is {entry.dtype}, the weights are {dtype}: only one dtype can be converted. Save the model in "
+                "one dtype with transformers first."
+            )
     repeated = {name: of for name, of in (duplicates | tied).items() if name in found and of in found}
     if not problems:
         problems += [
@@ -88,16 +92,10 @@ def check_inventory(
     )
 
 
-def _dtype(files: TensorFiles, declared: str | None, names: list[str]) -> str:
-    if declared is not None:
-        code = _CODE_OF.get(declared.removeprefix("torch."))
-        if code is None:
-            raise ConversionError(
-                f"{files.folder}: config.json says dtype = {declared!r}; {', '.join(_CODE_OF)} can be converted."
-            )
-        return code
+def _dtype(files: TensorFiles, names: list[str]) -> str:
+    """The dtype of most tensors. config.json does not count: its dtype often is another than that of the files."""
     counts = Counter(files.entries[name].dtype for name in names)
-    most = counts.most_common(1)[0][0] if counts else CODES[DTYPES["F32"]]
-    if most not in DTYPES:
-        raise ConversionError(f"{files.folder}: the tensors are {most}; {', '.join(DTYPES)} can be converted.")
+    most = counts.most_common(1)[0][0] if counts else "F32"
+    if most not in CONVERTED:
+        raise ConversionError(f"{files.folder}: the tensors are {most}; {', '.join(CONVERTED)} can be converted.")
     return most

@@ -131,21 +131,32 @@ def new_depth_links(model: ModelConfig, family: str, depth_idx: int) -> list[tup
 
 def check_form(model: ModelConfig, family: str, depths: int) -> None:
     """Raises ConversionError if the family's files cannot hold these MTP layers."""
-    form = find_family(family).mtp_form
-    without = "Export without MTP layers (--mtp-depths 0), or train another variant."
+    form = find_family(family)
+    without = "Convert without MTP layers (--mtp-depths 0), or train another variant."
     if model.mtp_variant != "sequential":
         raise ConversionError(
             f"model.mtp_variant = {model.mtp_variant!r}: files of {family} hold sequential MTP layers. {without}"
         )
-    if model.mtp_hidden_source != "post_final_norm":
+    source = form.ours.get("mtp_hidden_source", "post_final_norm")
+    if model.mtp_hidden_source != source:
         raise ConversionError(
-            f"model.mtp_hidden_source = {model.mtp_hidden_source!r}: readers of {family} files use the hidden state "
-            f"after the final norm. {without}"
+            f"model.mtp_hidden_source = {model.mtp_hidden_source!r}: the MTP layers of {family} files are trained with "
+            f"{source!r}. {without}"
         )
-    if form.max_depths is not None and depths > form.max_depths:
+    most = form.mtp_form.max_depths
+    if most is not None and depths > most:
         raise ConversionError(
-            f"model.mtp_num_layers = {depths}: files of {family} hold {form.max_depths} MTP layer, since depths share "
-            f"one projection there. Export only the first with --mtp-depths {form.max_depths}."
+            f"model.mtp_num_layers = {depths}: files of {family} hold {most} MTP layer, since depths share "
+            f"one projection there. Export only the first with --mtp-depths {most}."
+        )
+    kinds = moe_pattern(model)
+    has_dense_end = not (kinds[-1] and (kinds[0] or form.dense_layers != "listed"))
+    is_ours = form.mtp_form.folder is not None  # no other reader
+    if model.num_moe_experts is not None and form.has_experts and has_dense_end and not is_ours:
+        raise ConversionError(
+            f"model.moe_layer_freq = {model.moe_layer_freq}: readers of {family} files expect experts in MTP layers "
+            "unless a key names them as dense, and ours are like the trunk's last layer. So the last layer"
+            f"{' and the first' if form.dense_layers == 'listed' else ''} must have experts. {without}"
         )
 
 

@@ -107,6 +107,11 @@ class TensorFiles:
 def _read_index(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file name; None if there is a single file."""
     path = folder / INDEX_NAME
+    if path.exists() and (folder / SINGLE_NAME).exists():
+        raise ConversionError(
+            f"{folder}: holds {SINGLE_NAME} beside {INDEX_NAME}, two models for all that is known: transformers reads "
+            "the first, other readers the second. Remove one, with its shards."
+        )
     if not path.exists():
         if (folder / SINGLE_NAME).exists():
             return None

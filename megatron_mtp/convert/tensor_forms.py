@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.links import TensorLink
+from megatron_mtp.errors import ConversionError
+
+
+def finite(tensor: Tensor, name: str, folder: Path) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        ConversionError: it holds NaN or infinite values.
+    """
+    if not math.isfinite(tensor.sum(dtype=torch.float64).item()):  # needs no memory, unlike isfinite of all elements
+        count = int((~tensor.isfinite()).sum())
+        raise ConversionError(
+            f"{folder}: {name} holds {count} values that are NaN or infinite. The model is damaged, or its training "
+            "diverged; take an earlier checkpoint, or download it again."
+        )
+    return tensor
 
 
 def to_ours(link: TensorLink, tensors: list[Tensor], model: ModelConfig) -> Tensor:

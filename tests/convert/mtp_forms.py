@@ -3,9 +3,10 @@ package.
 
     h_k = norm( block( M [enorm(Emb(t[i+k])); hnorm(h_{k-1})] ) ),   logits_k = Head(h_k),   h_0 after the final norm
 
-MiMo's M reads [hidden; embedding] (vllm 0.33 mimo_mtp.py: torch.cat([previous_hidden_states, inputs_embeds])); the
-others read [embedding; hidden] (deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py). `separate` is this project's own
-form, in a subfolder, for families that were released without MTP layers.
+MiMo's M reads [hidden; embedding] (XiaomiMiMo/vllm mimo_mtp.py: torch.cat([previous_hidden_states, inputs_embeds])),
+and its h_0 is the hidden state before the final norm (mimo.py: the norm is in compute_logits). The others read
+[embedding; hidden] (deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py). `separate` is this project's own form, in a
+subfolder, for families that were released without MTP layers.
 """
 
 from __future__ import annotations
@@ -107,17 +108,20 @@ def file_tensors(block: Any, model_type: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reference_logits(model: Any, depths: list[Depth], ids: Tensor, hidden_first: bool) -> Tensor:
+def reference_logits(model: Any, depths: list[Depth], ids: Tensor, is_mimo: bool) -> Tensor:
     """[1 + D, b, s, v] by the equations above, on a trunk of transformers."""
     body, offset = model.model, int(model.config.model_type == "qwen3_next")  # its norms multiply by 1 + weight
+    into_norm: list[Tensor] = []
+    hook = body.norm.register_forward_pre_hook(lambda _, inputs: into_norm.append(inputs[0]))
     out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
-    hidden, logits = out.hidden_states[-1], [out.logits]
+    hook.remove()
+    hidden, logits = into_norm[0] if is_mimo else out.hidden_states[-1], [out.logits]
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     mask = torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)[None, None]
     for k, depth in enumerate(depths, start=1):
         embedded = rms_norm(body.embed_tokens(torch.roll(ids, -k, dims=1)), depth.embedding_norm + offset)
         normed = rms_norm(hidden, depth.hidden_norm + offset)
-        pair = (normed, embedded) if hidden_first else (embedded, normed)
+        pair = (normed, embedded) if is_mimo else (embedded, normed)
         projected = torch.cat(pair, dim=-1) @ depth.projection.T
         rotary = body.rotary_emb(projected, position_ids=positions)
         output = depth.block(projected, attention_mask=mask, position_ids=positions, position_embeddings=rotary)

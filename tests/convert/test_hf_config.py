@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
 from megatron_mtp.convert.hf_config import hf_config_dict, model_config_from_hf
-from megatron_mtp.convert.hf_families import ARCHITECTURE, FAMILIES, family_of
+from megatron_mtp.convert.hf_families import ARCHITECTURE, DEFAULTS, FAMILIES, FIXED, family_of
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.recipes import get_recipe
 
@@ -61,7 +62,10 @@ CASES = {
     "qwen3_next": ("tiny_moe", NEXT),
     "llama": ("tiny_dense", ["qk_layernorm=false", "rope_scaling=true", "mtp_num_layers=1"]),
     "mixtral": ("tiny_moe", [*PLAIN_MOE, "qk_layernorm=false", "moe_ffn_hidden_size=null"]),
-    "mimo": ("tiny_dense", ["qk_layernorm=false", "add_qkv_bias=true", "rotary_base=640000.0"]),
+    "mimo": (
+        "tiny_dense",
+        ["qk_layernorm=false", "add_qkv_bias=true", "rotary_base=640000.0", "mtp_hidden_source=pre_final_norm"],
+    ),
 }
 
 
@@ -110,7 +114,8 @@ def test_every_family_is_covered():
     [
         ("qwen3", "activation_func=gelu", "activation_func = 'gelu'"),
         ("qwen3", "normalization=LayerNorm", "normalization = 'LayerNorm'"),
-        ("qwen3", "rotary_percent=0.5", None),
+        ("qwen3", "rotary_percent=0.5", "rotary_percent = 0.5"),
+        ("deepseek_v3", "rotary_percent=0.5", "rotary_percent = 0.5"),
         ("qwen3", "add_bias_linear=true", "add_bias_linear = True"),
         ("qwen3", "mtp_variant=parallel", "mtp_variant = 'parallel'"),
         ("qwen3", "mtp_hidden_source=pre_final_norm", "mtp_hidden_source"),
@@ -121,6 +126,8 @@ def test_every_family_is_covered():
         ("deepseek_v3", "moe_router_topk=2", "num_experts_per_tok = 2 with topk_group = 2"),
         ("deepseek_v2", "mscale=2.0", "mscale = 2.0"),
         ("llama", "mcore.window_size=[4, 0]", "mcore.window_size = .4, 0."),
+        ("llama", "mtp_hidden_source=pre_final_norm", "mtp_hidden_source = 'pre_final_norm'"),
+        ("mimo", "mtp_hidden_source=post_final_norm", "mtp_hidden_source = 'post_final_norm'"),
         ("mixtral", "moe_ffn_hidden_size=64", "moe_ffn_hidden_size = 64"),
         ("glm4_moe", "moe_router_enable_expert_bias=false", "moe_router_enable_expert_bias = False"),
     ],
@@ -128,9 +135,6 @@ def test_every_family_is_covered():
 def test_what_a_family_cannot_carry_is_named(case, override, named):
     recipe, overrides = CASES[case]
     model = make(recipe, [*overrides, override]).model
-    if named is None:
-        assert hf_config_dict(model, case)["rope_parameters"]["partial_rotary_factor"] == 0.5
-        return
     with pytest.raises(ConversionError, match=named.replace("'", ".")):
         hf_config_dict(model, case)
 
@@ -144,7 +148,7 @@ def test_what_a_family_cannot_carry_is_named(case, override, named):
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         ("qwen3", {"model_type": "gpt2"}, "gpt2"),
         ("qwen3", {"model_type": "nemotron_h"}, "HybridModel"),
-        ("qwen3", {"hidden_size": None, "rope_parameters": {}}, "rope_theta"),
+        ("qwen3", {"rope_theta": None, "rope_parameters": {}}, "rope_theta"),
         (
             "qwen3",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
@@ -162,22 +166,124 @@ def test_what_is_not_built_is_refused_by_its_key(case, change, named):
         model_config_from_hf(config)
 
 
-def test_a_missing_key_is_named():
-    config = hf_config_dict(make(*CASES["glm4_moe"]).model)
-    del config["n_routed_experts"]
-    with pytest.raises(ConversionError, match="has no n_routed_experts"):
+ROPE = {"rope_theta": None, "rope_scaling": None}  # the older form of positions, switched off
+YARN_KEYS = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3_KEYS = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+ABSENT = object()
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "named"),
+    [
+        ("glm4_moe", {"n_routed_experts": ABSENT}, "has no n_routed_experts"),
+        ("qwen3_moe", {"norm_topk_prob": ABSENT}, "has no norm_topk_prob, which .* takes for False"),
+        ("qwen3_moe", {"norm_topk_prob": None}, "norm_topk_prob is null"),
+        ("qwen3", {"head_dim": ABSENT}, "has no head_dim"),
+        ("qwen3", {"head_dim": None}, "head_dim is null"),
+        ("qwen3", {"is_causal": False}, "is_causal = False"),
+        ("qwen3", {"is_causal": None}, "is_causal = None"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types has 'sliding_attention'"),
+        ("deepseek_v3", {"q_lora_rank": ABSENT}, "has no q_lora_rank"),
+        ("deepseek_v3", {"n_group": None}, "n_group is null"),
+        ("deepseek_v3", {"num_local_experts": 3}, "n_routed_experts = 8 and num_local_experts = 3"),
+        ("deepseek_v3", {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}, "num_experts_per_tok = 1"),
+        ("glm4_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ("glm4_moe", {"partial_rotary_factor": None, "rope_parameters": ROPE}, "partial_rotary_factor = None"),
+        *((case, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5") for case in ("llama", "qwen3", "mimo")),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
+        ("mimo", {"num_speculative_steps": 3}, "num_speculative_steps = 3"),
+        ("deepseek_v3", ROPE | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn: has no factor"),
+        ("llama", ROPE | {"rope_parameters": LLAMA3_KEYS}, "llama3: has no high_freq_factor"),
+        ("deepseek_v3", ROPE | {"rope_parameters": YARN_KEYS | {"mscale": 0.7}}, "mscale = 0.7 with .* = None"),
+        ("deepseek_v3", ROPE | {"rope_parameters": YARN_KEYS | {"mscale_all_dim": 0.7}}, "mscale = None with .* = 0.7"),
+        ("deepseek_v3", ROPE | {"rope_parameters": YARN_KEYS | {"mscale": 0, "mscale_all_dim": 1}}, "mscale = 0 with"),
+        ("deepseek_v3", {"rope_scaling": YARN_KEYS}, "rope_scaling = .* beside rope_parameters"),
+        ("qwen3", {"rope_theta": 1e6}, "rope_theta = 10000.0 beside 1000000.0"),
+        ("llama", {"rope_scaling": LLAMA3_KEYS | {"type": "linear"}}, "two descriptions that differ"),
+    ],
+)
+def test_what_transformers_reads_otherwise_is_refused(case, change, named):
+    """Missing and null keys, keys that its class ignores, and two descriptions of one thing."""
+    values = hf_config_dict(make(*CASES[case]).model) | change
+    config = {key: value for key, value in values.items() if value is not ABSENT}
+    with pytest.raises(ConversionError, match=f"(?s){named}"):
         model_config_from_hf(config)
+
+
+def test_missing_keys_mean_what_transformers_means():
+    config = hf_config_dict(make(*CASES["deepseek_v3"]).model)
+    for key in ("routed_scaling_factor", "n_group", "topk_group"):
+        del config[key]
+    model = model_config_from_hf(config | {"num_experts_per_tok": 8})
+    assert (model.moe_router_topk_scaling_factor, model.moe_router_num_groups, model.moe_router_group_topk) == (
+        2.5,
+        8,
+        4,
+    )
+
+
+CLASSES = {"mimo": "qwen2"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_defaults_are_those_of_the_class(name):
+    """Writing what a missing key means changes nothing in transformers' config."""
+    from transformers import AutoConfig
+
+    form, model_type = FAMILIES[name], CLASSES.get(name, name)
+    without = AutoConfig.for_model(model_type).to_dict()
+    for key, value in (DEFAULTS | FIXED | form.theirs | form.defaults).items():
+        explicit = AutoConfig.for_model(model_type, **{key: value}).to_dict()
+        declared = {k: v for k, v in explicit.items() if k in without or k != key}
+        assert declared == without, key
+    percent = {} if form.rotary_percent is None else {"partial_rotary_factor": form.rotary_percent}
+    assert AutoConfig.for_model(model_type, **percent).to_dict()["rope_parameters"] == without["rope_parameters"]
+
+
+def test_positions_are_written_for_transformers_4_too():
+    """It reads rope_theta, rope_scaling and partial_rotary_factor, and knows no rope_parameters."""
+    llama = hf_config_dict(make(*CASES["llama"]).model)
+    assert llama["rope_theta"] == 10000.0
+    assert llama["rope_scaling"]["rope_type"] == "llama3"
+    assert llama["rope_scaling"]["factor"] == 8.0
+    assert "partial_rotary_factor" not in llama
+    assert hf_config_dict(make(*CASES["qwen3_next"]).model)["partial_rotary_factor"] == 0.25
+    yarn = hf_config_dict(make(*CASES["deepseek_v3, no groups, no query latent"]).model)["rope_scaling"]
+    assert (yarn["rope_type"], yarn["factor"], yarn["mscale"]) == ("yarn", 4.0, 0.707)
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_mla_moe", "tiny_qwen3_next"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_holds_or_names(recipe, family):
+    """A model of one kind in files of another: a config that reads back, or one message."""
+    model = make(recipe, ["moe_router_topk=4"] if recipe == "tiny_mla_moe" else []).model
+    message = ""
+    try:
+        config = hf_config_dict(model, family)
+    except ConversionError as error:
+        message = str(error)
+    if message:
+        assert re.search(r"model\.\w+ = ", message), message
+    else:
+        assert model_config_from_hf(config).num_moe_experts == model.num_moe_experts
+
+
+def test_one_expert_per_token_is_not_exported_from_a_sigmoid_router():
+    model = make("tiny_moe", ["moe_router_topk=1", "rotary_percent=0.5", "add_qkv_bias=true"]).model
+    with pytest.raises(ConversionError, match="num_experts_per_tok = 1: Megatron-Core weights"):
+        hf_config_dict(model, "glm4_moe")
 
 
 def test_the_older_form_on_the_hub_is_read():
     """rope_theta next to rope_scaling, `type` for rope_type, Kimi's own name for DeepSeek's file."""
     config = hf_config_dict(make(*CASES["deepseek_v3, no groups, no query latent"]).model)
-    rope = config.pop("rope_parameters")
-    config |= {
-        "model_type": "kimi_k2",
-        "rope_theta": rope.pop("rope_theta"),
-        "rope_scaling": {"type": rope.pop("rope_type")} | rope,
-    }
+    del config["rope_parameters"]
+    config["model_type"] = "kimi_k2"
+    config["rope_scaling"]["type"] = config["rope_scaling"].pop("rope_type")
     model = model_config_from_hf(config)
     assert (model.rope_type, model.rotary_scaling_factor, model.mscale) == ("yarn", 4.0, 0.707)
     assert model.rotary_base == 10000.0
@@ -187,6 +293,6 @@ def test_published_llama3_scaling_is_read_and_other_numbers_are_refused():
     config = hf_config_dict(make(*CASES["llama"]).model)
     assert config["rope_parameters"]["low_freq_factor"] == 1.0
     assert model_config_from_hf(config).rope_scaling_factor == 8.0
-    config["rope_parameters"]["high_freq_factor"] = 2.0
+    config["rope_parameters"]["high_freq_factor"] = config["rope_scaling"]["high_freq_factor"] = 2.0
     with pytest.raises(ConversionError, match="high_freq_factor"):
         model_config_from_hf(config)

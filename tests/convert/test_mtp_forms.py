@@ -50,7 +50,7 @@ def test_every_depth_is_what_the_released_weights_mean(case, ranks, tmp_path):
     name, form, num_depths, key = CASES[case]
     model, ids = make(name, tmp_path / "hf"), tokens()
     depths = add_depths(model, tmp_path / "hf", form, num_depths, key)
-    expected = reference_logits(model, depths, ids, hidden_first=form == "mimo")
+    expected = reference_logits(model, depths, ids, is_mimo=form == "mimo")
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     (got,) = ranks(1).run(logits, str(tmp_path / "checkpoint"), ids, {})
     same_up_to_the_tail(got, expected)
@@ -133,7 +133,7 @@ def _drafter_logits(model, drafter, ids, num_depths):
 def test_depths_at_two_ranks(layout, ranks, tmp_path):
     model, ids = make("deepseek_v3", tmp_path / "hf"), tokens()
     depths = add_depths(model, tmp_path / "hf", "deepseek", 1, COUNT)
-    expected = reference_logits(model, depths, ids, hidden_first=False)
+    expected = reference_logits(model, depths, ids, is_mimo=False)
     found = [got for got in ranks(2).run(logits, str(tmp_path / "hf"), ids, layout) if got is not None]
     assert found
     for got in found:

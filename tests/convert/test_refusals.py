@@ -62,6 +62,7 @@ DAMAGES = {
         rf"{NAME} has shape \[8, 32\], the model needs \[16, 32\]",
     ),
     "dtype": (lambda t: t.update({NAME: t[NAME].half()}), rf"{NAME} is F16, the weights are F32"),
+    "NaN": (lambda t: t[NAME][2, 3:5].fill_(float("nan")), rf"{NAME} holds 2 values that are NaN or infinite"),
     "integers": (lambda t: t.update({NAME: t[NAME].to(torch.int8)}), rf"{NAME} is I8, the weights are F32"),
 }
 
@@ -73,6 +74,71 @@ def test_an_import_names_what_is_wrong(damage, qwen, tmp_path):
     with pytest.raises(ConversionError, match=message):
         import_hf(qwen, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_models_in_one_folder_are_refused(whole, tmp_path):
+    """transformers reads model.safetensors, other readers the index."""
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    shutil.copyfile(whole / "one" / "model.safetensors", tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"holds model\.safetensors beside model\.safetensors\.index\.json"):
+        import_hf(tmp_path / "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_is_that_of_the_files(dtype, qwen, tmp_path):
+    """Many files on the hub are bf16 under a config.json that says float32."""
+    change(qwen, lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
+    edit_config(qwen, dtype="float32")
+    import_hf(qwen, tmp_path / "out")
+    export_hf(tmp_path / "out", tmp_path / "back")
+    first, back = (safetensors.torch.load_file(f / "model.safetensors") for f in (qwen, tmp_path / "back"))
+    assert all(back[name].dtype == dtype and torch.equal(back[name], first[name]) for name in first)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_float64_is_refused(qwen, tmp_path):
+    change(qwen, lambda t: t.update({name: tensor.double() for name, tensor in t.items()}))
+    with pytest.raises(ConversionError, match="the tensors are F64"):
+        import_hf(qwen, tmp_path / "out")
+
+
+def test_tensors_without_elements_are_left_out(tmp_path):
+    """transformers stores shared experts of width 0 where a model has none."""
+    make("deepseek_v3", tmp_path / "hf", n_shared_experts=0)
+    report = import_hf(tmp_path / "hf", tmp_path / "out")
+    assert len(report.left_out) == 6
+    assert all("shared_experts" in name for name in report.left_out)
+
+
+def test_nan_in_a_checkpoint_is_not_exported(qwen, tmp_path, monkeypatch):
+    from megatron_mtp.checkpoint.streaming import StoredWeights
+
+    import_hf(qwen, tmp_path / "out")
+    read = StoredWeights.read
+    monkeypatch.setattr(StoredWeights, "read", lambda *args: read(*args) / 0)
+    with pytest.raises(ConversionError, match="NaN or infinite"):
+        export_hf(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"), [("deepseek_v3", {"first_k_dense_replace": 3}), ("qwen3_next", {"mlp_only_layers": [0]})]
+)
+def test_a_dense_mtp_layer_has_no_reader(name, dense, tmp_path):
+    """transformers and vLLM build an MTP layer with experts; ours is like the trunk's last layer."""
+    make(name, tmp_path / "hf", **dense)
+    import_hf(tmp_path / "hf", tmp_path / "two", mtp_depths=1, mtp_init="fresh")
+    with pytest.raises(ConversionError, match=r"moe_layer_freq = .* expect experts in MTP layers"):
+        export_hf(tmp_path / "two", tmp_path / "back")
+    export_hf(tmp_path / "two", tmp_path / "back", mtp_depths=0)
+
+
+def test_a_dense_model_in_a_form_with_experts(qwen, tmp_path):
+    import_hf(qwen, tmp_path / "out")
+    for family in ("deepseek_v3", "glm4_moe", "qwen3_moe", "mixtral", "qwen3_next"):
+        with pytest.raises(ConversionError, match=r"num_moe_experts = None: \w+ has routed experts"):
+            export_hf(tmp_path / "out", tmp_path / "back", family=family)
 
 
 def test_everything_wrong_is_named_at_once(qwen, tmp_path):
