@@ -92,6 +92,8 @@ class MegatronMTPError(Exception):
     """Base of every error that is addressed to the user; its text is complete without a traceback."""
 
     exit_code = 2
+    is_shared = False
+    """Whether every rank of a job meets it, so that rank 0 can report it for all."""
 
     @property
     def problems(self) -> list[Problem]:
@@ -105,6 +107,8 @@ class ProblemsError(MegatronMTPError):
     Args:
         problems: one problem or several; plain text is a Problem without fields.
     """
+
+    is_shared = True
 
     def __init__(self, problems: str | Problem | Iterable[str | Problem]):
         given = [problems] if isinstance(problems, str | Problem) else list(problems)
@@ -132,6 +136,19 @@ class CheckpointError(MegatronMTPError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class InUseError(MegatronMTPError):
+    """Another process uses the directory; names the process."""
+
+    is_shared = True
+
+
+class NotSavedError(MegatronMTPError):
+    """A run came to its end, and its last checkpoint could not be saved. Started again, it repeats the lost steps."""
+
+    exit_code = 6
+    is_shared = True
+
+
 class DataError(MegatronMTPError):
     """Input text, a tokenizer or an indexed dataset is missing, damaged, or does not fit the model."""
 
@@ -148,6 +165,7 @@ class NumericsError(MegatronMTPError):
     """Losses or gradients are bad, and the run's policy is to stop. A restart without a change ends here again."""
 
     exit_code = 4
+    is_shared = True
 
 
 class OutOfMemoryError(MegatronMTPError):

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_mtp.errors import CheckpointError
+from megatron_mtp.errors import CheckpointError, InUseError
 
 logger = logging.getLogger(__name__)
 
@@ -20,20 +20,20 @@ def from_first[T](produce: Callable[[], T]) -> T:
     """The result of rank 0, on every rank.
 
     Raises:
-        CheckpointError: on every rank, whatever `produce` raised on rank 0.
+        InUseError, CheckpointError: on every rank, whatever `produce` raised on rank 0.
     """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             found[0] = produce()
-        except CheckpointError as error:
-            found[1] = str(error)
+        except (CheckpointError, InUseError) as error:
+            found[1] = error
         except Exception as error:
             logger.exception("unexpected error")
-            found[1] = describe_error(error)
+            found[1] = CheckpointError(describe_error(error))
     dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
-        raise CheckpointError(found[1])
+        raise found[1]
     return found[0]
 
 

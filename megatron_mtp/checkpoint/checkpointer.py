@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_mtp.checkpoint.agreement import describe_error, first_known, from_
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, write_durably
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest, describe_file
-from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
+from megatron_mtp.checkpoint.preflight import check_unused, tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import load_newest
 from megatron_mtp.checkpoint.train_state import TrainState
@@ -35,12 +36,15 @@ from megatron_mtp.checkpoint.writer import (
 )
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
+from megatron_mtp.data.lock import Lock
 from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore.optimizer import gather_weights
 from megatron_mtp.observe.env import package_versions
 
 logger = logging.getLogger(__name__)
+
+LOCK_NAME = "run.lock"
 
 
 @dataclass(slots=True)
@@ -57,13 +61,17 @@ class _Pending:
 class Checkpointer:
     """The checkpoints of one run. Every method is a collective: all ranks call it at the same step.
 
+    It holds the lock of checkpoint.save from the start until `release`. It waits checkpoint.lock_wait_s for a run that
+    trains there, and dist.preemption_grace_s for one that is about to end: so long that one may take.
+
     Args:
         cfg: finalized.
         groups: process groups of the layout.
         device: where collectives keep their tensors.
 
     Raises:
-        CheckpointError: on every rank: checkpoint.save cannot be made.
+        InUseError: on every rank: another run trains in checkpoint.save.
+        CheckpointError: on every rank: checkpoint.save cannot be made, or holds a run that is not to be continued.
     """
 
     def __init__(self, cfg: ConfigContainer, groups: ProcessGroupCollection, device: torch.device | str = "cpu"):
@@ -72,6 +80,8 @@ class Checkpointer:
         self.directory = RunDirectory(cfg.checkpoint.save) if cfg.checkpoint.save else None
         self.last_saved: int | None = None
         """Iteration of the newest checkpoint that this process saved, is saving, or resumed from."""
+        self.last_complete: int | None = None
+        """Iteration of the newest complete checkpoint that this process saved or resumed from."""
         self.last_stall_s = 0.0
         """Seconds for which the last save kept the training step waiting."""
         self.last_save_s = 0.0
@@ -80,20 +90,34 @@ class Checkpointer:
         is_writer = self.directory is not None and self.rank == 0
         self._tokenizer = tokenizer_fingerprint(cfg) if is_writer else None
         self._data = list(data_fingerprints(cfg).values()) if is_writer else []
+        self._lock: Lock | None = None  # on rank 0
         if self.directory:
-            from_first(self._make_directory)
+            steps = self._open_directory()
+            while from_first(lambda: next(steps, True)) is None:  # short rounds: no rank waits long in a collective
+                pass
 
     @property
     def _run_directory(self) -> RunDirectory:
         assert self.directory is not None, "checkpoint.save is not set: nothing is saved"
         return self.directory
 
-    def _make_directory(self) -> None:
+    def _open_directory(self) -> Iterator[None]:
+        """Makes the directory and takes its lock, on rank 0. Yields while it waits."""
         path = self._run_directory.path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(path / LOCK_NAME, f"checkpoint.save = {path}")
+            for _ in self._lock.take(self.cfg.checkpoint.lock_wait_s, self.cfg.dist.preemption_grace_s):
+                yield
         except OSError as error:
-            raise CheckpointError(f"checkpoint.save = {path}: cannot be made ({describe_error(error)}).") from error
+            raise CheckpointError(
+                f"checkpoint.save = {path}: cannot be made or written ({describe_error(error)})."
+            ) from error
+        try:
+            check_unused(self.cfg)  # another run may have saved there since the check before the start
+        except CheckpointError:
+            self._lock.release()
+            raise
         for name in self._run_directory.clear_remains():
             logger.info("removed %s, the remains of a save that did not finish", path / name)
 
@@ -118,8 +142,9 @@ class Checkpointer:
             return False
         found, saved = loaded
         train_state.restore(saved)
+        self.last_complete = found.manifest.iteration
         if self.directory and found.path.parent.resolve() == self.directory.path.resolve():
-            self.last_saved = found.manifest.iteration
+            self._went_to(found.manifest.iteration)
         if self.rank == 0:
             logger.info("resumed from %s", found.path)
         return True
@@ -136,9 +161,14 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint.save = {path}: holds no checkpoint to go back to.")
         found, saved = loaded
         train_state.restore(saved)
-        self.last_saved = found.manifest.iteration
+        self._went_to(found.manifest.iteration)
         if self.rank == 0:
             logger.info("went back to %s", found.path)
+
+    def _went_to(self, iteration: int) -> None:
+        """The run continues from this checkpoint in checkpoint.save; newer ones are damaged."""
+        self.last_saved = self.last_complete = iteration
+        self._run_directory.replaceable |= {n for n in from_first(self._run_directory.iterations) if n > iteration}
 
     def start_from_pretrained(self, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
         """Loads the weights of checkpoint.pretrained_checkpoint, if it is set, whatever layout saved them.
@@ -174,6 +204,7 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank, with the first cause. Earlier checkpoints stay, no partial one is left, and
                 training can continue.
+            InUseError: on every rank: another run has taken over the directory; this one must end.
         """
         if self.directory is None:
             return
@@ -183,7 +214,7 @@ class Checkpointer:
         from_first(lambda: self._begin(train_state.iteration))
         partial = self._run_directory.partial_path(train_state.iteration)
         content = Content(chunks, optimizer if self.cfg.checkpoint.save_optim else None, self.groups.dp_cp)
-        file = plan_save(content.for_saving(), partial)
+        file = plan_save(content.for_saving())
         scalars = first_known(optimizer_scalars(content))  # there is a step count once `for_saving` made one
         pending = _Pending(
             self._manifest(train_state, reason, validation_loss),
@@ -237,8 +268,24 @@ class Checkpointer:
         if self.directory:
             self.directory.finish_removal()
 
+    def announce_end(self) -> None:
+        """Tells a start that waits for the directory that this run is about to end."""
+        if self._lock is not None:
+            self._lock.announce_end()
+
+    def release(self) -> None:
+        """Gives the lock of checkpoint.save back. Not a collective; nothing may be saved afterwards."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def _held_lock(self) -> Lock:
+        assert self._lock is not None, "rank 0 holds the lock"
+        return self._lock
+
     def _begin(self, iteration: int) -> None:
         try:
+            self._held_lock.check()
             self._run_directory.begin(iteration)
         except OSError as error:
             raise self._failure(iteration, f"{self._run_directory.path}: {describe_error(error)}") from error
@@ -266,6 +313,7 @@ class Checkpointer:
         except CheckpointError:
             self.last_saved = None
             raise
+        self.last_complete = pending.manifest.iteration
         self.last_save_s = time.monotonic() - pending.started_s
 
     def _finish(self, pending: _Pending, reports: list[Written]) -> None:
@@ -280,6 +328,7 @@ class Checkpointer:
             files = [describe_file(partial / name) for name in (CONFIG_NAME, TRAIN_STATE_NAME)]
             files += write_metadata(partial, pending.file.metadata, reports)
             files += [report.entry for report in reports if report.entry]
+            self._held_lock.check()
             self._run_directory.complete(replace(pending.manifest, files=files))
         except (OSError, CheckpointError) as error:
             self._run_directory.abandon(iteration)

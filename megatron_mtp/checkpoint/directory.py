@@ -10,6 +10,7 @@ Imports neither torch nor megatron.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from megatron_mtp.checkpoint.manifest import (
 from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 _COMPLETE = re.compile(r"iter_(\d{7,})")
 _REMAINS = re.compile(r"iter_\d{7,}\.(partial|replaced|retired)")
@@ -39,6 +42,9 @@ class RunDirectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.replaceable: set[int] = set()
+        """Iterations whose folder `complete` may replace: damaged ones that the run has skipped, and its own that could
+        not be completed."""
         self._removal: threading.Thread | None = None
 
     def final_path(self, iteration: int) -> Path:
@@ -122,20 +128,26 @@ class RunDirectory:
     def complete(self, manifest: Manifest) -> Path:
         """Writes the manifest into the partial folder, makes all of it durable, and renames it to its final name.
 
-        An existing folder of that name (a damaged checkpoint that was skipped at resume) is replaced.
+        An existing folder of that name is replaced if its iteration is `replaceable`.
 
         Raises:
-            OSError: the disk refused; the partial folder is still there.
+            CheckpointError: there is a folder of that name that this run does not know.
+            OSError: the disk refused.
         """
         partial, final = self.partial_path(manifest.iteration), self.final_path(manifest.iteration)
         write_durably(partial / MANIFEST_NAME, manifest.to_bytes())
         _sync_directory(partial)
         replaced = self.path / f"{final.name}.replaced"
         if final.exists():
+            if manifest.iteration not in self.replaceable:
+                raise CheckpointError(f"{final}: exists already, and this run did not write it")
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
+            logger.warning("%s: the damaged checkpoint of this name is replaced", final)
+        self.replaceable.add(manifest.iteration)  # until its name is durable
         partial.rename(final)
         _sync_directory(self.path)
+        self.replaceable.discard(manifest.iteration)
         shutil.rmtree(replaced, ignore_errors=True)
         self._write_latest(manifest.iteration)
         return final
@@ -145,7 +157,7 @@ class RunDirectory:
         shutil.rmtree(self.partial_path(iteration), ignore_errors=True)
 
     def clear_remains(self) -> list[str]:
-        """Removes what processes that died left over; no other process may be saving. Returns the names."""
+        """Removes what processes that died left over; only the holder of the lock may do so. Returns the names."""
         try:
             names = sorted(name for name in os.listdir(self.path) if _REMAINS.fullmatch(name))
         except OSError:

@@ -48,8 +48,7 @@ def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
     save, load = cfg.checkpoint.save, cfg.checkpoint.load
     if save is not None:
         _check_writable(save)
-        if not is_same_directory(save, load):
-            _check_unused(save, load)
+        check_unused(cfg)
     if load is None:
         check_pretrained(cfg)
         return None
@@ -178,7 +177,15 @@ def refusal_text(load: str, iteration: int, comparison: Comparison) -> str:
     )
 
 
-def _check_unused(save: str, load: str | None) -> None:
+def check_unused(cfg: ConfigContainer) -> None:
+    """Returns if this run may write to checkpoint.save: it continues the run in there, or there is none.
+
+    Raises:
+        CheckpointError: it holds checkpoints, and `load` is another directory or none.
+    """
+    save, load = cfg.checkpoint.save, cfg.checkpoint.load
+    if save is None or is_same_directory(save, load):
+        return
     iterations = RunDirectory(save).iterations()
     if not iterations:
         return

@@ -14,24 +14,24 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_mtp.checkpoint.agreement import describe_error, from_first
+from megatron_mtp.checkpoint.content import COMMON_KEY
 from megatron_mtp.checkpoint.directory import write_durably
 from megatron_mtp.checkpoint.manifest import FileEntry, describe_file
 from megatron_mtp.errors import CheckpointError
@@ -46,8 +46,6 @@ class RankFile:
 
     items: list[tuple[WriteItem, Payload]]
     metadata: Metadata | None
-    finalize_fns: list[Callable[[], None]] = field(default_factory=list)
-    """Megatron-Core appends to it; not called, rank 0 does that work in `write_metadata`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,40 +57,35 @@ class Written:
     error: str | None = None
 
 
-class PlanOnly(TorchDistSaveShardedStrategy):
-    """Megatron-Core's save strategy up to the point where bytes would be written."""
+def plan_save(state: ShardedStateDict) -> RankFile:
+    """What this rank writes; payloads are views of live tensors. A collective that touches no file.
 
-    def async_save(
-        self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, async_strategy: str = ""
-    ) -> RankFile:
-        """Plans on all ranks together.
+    Megatron-Core's `dist_checkpointing.save` up to the point where bytes would be written, but for its look into the
+    folder: it looks on rank 0 only, and where the folder is gone, the other ranks would wait for that rank forever.
 
-        Raises:
-            CheckpointError: on all ranks, if rank 0 cannot join the plans.
-        """
-        planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        is_first = dist.get_rank() == 0
-        planner.set_up_planner(to_torch_items(sharded_state_dict), is_coordinator=is_first)
-        local = planner.create_local_plan()
-        plans: list[Any] | None = [None] * dist.get_world_size() if is_first else None
-        dist.gather_object(local, plans, dst=0)
-        metadata = None
+    Raises:
+        CheckpointError: on all ranks, if rank 0 cannot join the plans.
+    """
+    shards, common = save_preprocess(state)
+    shards[COMMON_KEY] = ShardedObject(COMMON_KEY, common, (1,), (0,), replica_id=dist.get_rank())
+    planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    is_first = dist.get_rank() == 0
+    planner.set_up_planner(to_torch_items(shards), is_coordinator=is_first)
+    local = planner.create_local_plan()
+    plans: list[Any] | None = [None] * dist.get_world_size() if is_first else None
+    dist.gather_object(local, plans, dst=0)
+    metadata = None
 
-        def join() -> None:
-            nonlocal metadata
-            try:
-                metadata = planner.create_global_plan(plans)[1]
-            except Exception as error:
-                raise CheckpointError(f"the ranks' shards do not fit together ({describe_error(error)}).") from error
+    def join() -> None:
+        nonlocal metadata
+        try:
+            metadata = planner.create_global_plan(plans)[1]
+        except Exception as error:
+            raise CheckpointError(f"the ranks' shards do not fit together ({describe_error(error)}).") from error
 
-        from_first(join)
-        plan = planner.finish_plan(local)
-        return RankFile([(item, planner.resolve_data(item)) for item in plan.items], metadata)
-
-
-def plan_save(state: ShardedStateDict, directory: Path) -> RankFile:
-    """What this rank writes; payloads are views of live tensors. A collective."""
-    return dist_checkpointing.save(state, str(directory), PlanOnly(), async_sharded_save=True, async_strategy="mcore")
+    from_first(join)
+    plan = planner.finish_plan(local)
+    return RankFile([(item, planner.resolve_data(item)) for item in plan.items], metadata)
 
 
 def snapshot(file: RankFile, live_storages: set[int]) -> None:
@@ -140,10 +133,19 @@ def _write_item(stream: HashedStream, file_name: str, item: WriteItem, payload: 
 
 
 def save_tensor(tensor: torch.Tensor, stream: HashedStream) -> None:
-    """Appends one tensor on the CPU in the form that loaders of distributed checkpoints read."""
+    """Appends one tensor on the CPU in the form that loaders of distributed checkpoints read.
+
+    Raises:
+        OSError: the disk refused. torch's zip writer then raises its own error, "unexpected pos 704 vs 598".
+    """
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # torch.save writes the full storage of a view
-    torch.save(tensor, cast(IO[bytes], stream))
+    try:
+        torch.save(tensor, cast(IO[bytes], stream))
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class HashedStream:

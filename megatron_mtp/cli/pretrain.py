@@ -11,7 +11,7 @@ import typer
 
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, NotSavedError
 from megatron_mtp.launch.agent import note_exit
 from megatron_mtp.launch.failure import message
 
@@ -63,7 +63,11 @@ def pretrain(
         raise typer.Exit(run_ranks(command, world_size, cfg.dist.preempted_exit_code))
     from megatron_mtp.training.pretrain import pretrain as train
 
-    code = train(cfg, recipe=recipe).exit_code
+    try:
+        code = train(cfg, recipe=recipe).exit_code
+    except NotSavedError as error:
+        note_exit(error.exit_code)
+        raise
     note_exit(code)
     raise typer.Exit(code)
 

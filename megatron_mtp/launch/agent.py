@@ -1,7 +1,7 @@
 """torchrun with what long jobs need: `python -m megatron_mtp.launch.agent <arguments of torchrun>`.
 
 - It returns the exit code of the ranks: dist.preempted_exit_code after SIGTERM and a checkpoint, 2 for a mistake, 4 for
-  bad numbers. torchrun itself always returns 1.
+  bad numbers, 6 for a last checkpoint that could not be saved. torchrun itself always returns 1.
 - It forwards SIGUSR1 to the ranks, which save and continue. torchrun would die of it.
 - Each start of the ranks has its own store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). torchrun's shared store separates
   starts by each agent's number of restarts; agents that were cut off count differently, and ranks find dead addresses.

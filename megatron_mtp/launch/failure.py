@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from megatron_mtp.errors import ConfigError, MegatronMTPError, NumericsError, ProblemsError
+from megatron_mtp.errors import MegatronMTPError, ProblemsError
 from megatron_mtp.observe.failure_file import Failure
 
 if TYPE_CHECKING:
@@ -45,18 +45,18 @@ def exit_code_of(error: Exception) -> int:
     other exception is raised again for Python to print, unless this rank's parent collects failures or another rank
     failed first and left its reason.
     """
-    rank, is_mistake = int(os.environ.get("RANK", "0")), isinstance(error, MegatronMTPError)
-    code = error.exit_code if isinstance(error, MegatronMTPError) else 1
-    text = message(error) if is_mistake else "".join(traceback.format_exception(error))
-    if Failure(rank, text, "mistake" if is_mistake else "echo" if is_echo(error) else "crash").write():
+    rank, mistake = int(os.environ.get("RANK", "0")), error if isinstance(error, MegatronMTPError) else None
+    code = mistake.exit_code if mistake else 1
+    text = message(error) if mistake else "".join(traceback.format_exception(error))
+    if Failure(rank, text, "mistake" if mistake else "echo" if is_echo(error) else "crash").write():
         return code
-    if not is_mistake:
+    if mistake is None:
         if rank == 0 and (cause := _cause_in_store(error)):
             print(cause, file=sys.stderr, flush=True)
             return USER_MISTAKE
         raise error
     if rank != 0:
-        _let_rank_0_report(f"[rank {rank}] {text}", isinstance(error, ConfigError | NumericsError))
+        _let_rank_0_report(f"[rank {rank}] {text}", mistake.is_shared)
     else:
         print(text, file=sys.stderr, flush=True)
     return code
@@ -85,7 +85,7 @@ def _let_rank_0_report(text: str, is_shared: bool) -> None:
     """Waits for rank 0 to report the mistake and torchrun to end this rank; else reports it itself.
 
     Args:
-        is_shared: every rank meets it (a mistake in the config, bad numbers), so all ranks but 0 stay silent.
+        is_shared: every rank meets it, so all ranks but 0 stay silent.
     """
     if not is_shared and (store := _store()) is not None:
         with suppress(Exception):

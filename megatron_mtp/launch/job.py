@@ -51,7 +51,11 @@ class Job:
 
     @property
     def requeued_codes(self) -> list[int]:
-        """Exit codes after which a job is requeued: left with a checkpoint, or SIGTERM before the first step."""
+        """Exit codes after which a job is requeued: left with a checkpoint, or SIGTERM before the first step.
+
+        Not NotSavedError's: while the disk is full, the job would repeat the lost steps only to lose them again. A
+        person must make room first.
+        """
         return [self.cfg.dist.preempted_exit_code, ENDED_BY_SIGTERM]
 
     @property

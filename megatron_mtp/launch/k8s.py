@@ -1,7 +1,8 @@
 """A job for Kubernetes: an indexed Job with one pod per node, a headless Service for their names, and the config files.
 
-A pod that was preempted or evicted, or whose node was lost, is replaced and does not count as a failure. A mistake or
-bad numbers end the Job at once. Any other failure counts towards BACKOFF_LIMIT.
+A pod that was preempted or evicted, or whose node was lost, is replaced and does not count as a failure. A mistake, bad
+numbers and a last checkpoint that could not be saved end the Job at once, since a new pod would meet them again. Any
+other failure counts towards BACKOFF_LIMIT.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mtp.errors import ConfigError, NumericsError
+from megatron_mtp.errors import ConfigError, NotSavedError, NumericsError
 from megatron_mtp.launch.job import PORT, Job
 
 CONTAINER = "train"
@@ -48,7 +49,7 @@ def _service(job: Job, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _job(job: Job, meta: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
-    ends = sorted({ConfigError.exit_code, NumericsError.exit_code})
+    ends = sorted({ConfigError.exit_code, NumericsError.exit_code, NotSavedError.exit_code})
     rules = [
         {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": ends}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},

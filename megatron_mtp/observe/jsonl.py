@@ -61,7 +61,7 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
 
     Args:
         path: metrics.jsonl.
-        kind: `step`, `evaluation`, `warning`, `message` or `start`.
+        kind: `step`, `evaluation`, `warning`, `fault`, `message` or `start`.
         name: with `evaluation`, only this validation set.
 
     Returns:
@@ -72,7 +72,9 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
     for line in _lines(Path(path)):
         if line["kind"] in ("start", "rollback"):
             # A run that starts at n repeats everything after n; what it writes at n (an evaluation) is new as well.
-            kept = [old for old in kept if old["iteration"] <= line["iteration"]]
+            # A fault stays after the rollback that it caused: the batch is skipped, so it is not reported again.
+            stays = "fault" if line["kind"] == "rollback" else None
+            kept = [old for old in kept if old["iteration"] <= line["iteration"] or old["kind"] == stays]
             if line["kind"] == "start" and line["iteration"] == 0:
                 kept = []
         kept.append(line)

@@ -32,6 +32,21 @@ _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
         UserWarning,
         "Megatron-Core's optimizer asks shards of parameters for .grad before it looks at .main_grad",
     ),
+    (
+        r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+        UserWarning,
+        "at each resume: Megatron-Core lets every rank read its part of a checkpoint by itself (no_dist), and says so",
+    ),
+    (
+        r"The argument order of load has been changed",
+        UserWarning,
+        "at each resume: Megatron-Core passes torch's loader its arguments in an older order, which torch understands",
+    ),
+    (
+        r"Please use DTensor instead and we are deprecating ShardedTensor",
+        FutureWarning,
+        "at each resume: Megatron-Core hands its shards to torch's loader as ShardedTensors",
+    ),
 )
 # (logger, lowest level that is shown, why)
 _LOGGERS: tuple[tuple[str, int, str], ...] = (

@@ -144,12 +144,16 @@ class Recorder:
         metrics = {**losses, **({"lm loss ppl": perplexity(losses["lm loss"])} if "lm loss" in losses else {}), **extra}
         self._each(lambda sink: sink.evaluation(name, iteration, metrics))
 
-    def message(self, text: str, kind: str = "message") -> None:
-        """Prints a line and writes it to metrics.jsonl under the given kind."""
+    def message(self, text: str, kind: str = "message", iteration: int | None = None) -> None:
+        """Prints a line and writes it to metrics.jsonl under the given kind.
+
+        Args:
+            iteration: that the text is about; None: the one of the last step.
+        """
         if not self._is_writer:
             return
         self._print(text)
-        self._each(lambda sink: sink.message(kind, self._iteration, text))
+        self._each(methodcaller("message", kind, self._iteration if iteration is None else iteration, text))
 
     def roll_back(self, iteration: int, signs: Mapping[str, Any] | None = None) -> None:
         """Marks later records as void: the run continues from an earlier iteration. They stay in metrics.jsonl.

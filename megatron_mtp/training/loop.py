@@ -31,6 +31,10 @@ RESERVED = ("kind", "iteration", "time", "name")
 """Keys of every line of metrics.jsonl that no metric may have."""
 
 
+RETRY_S = (5.0, 30.0)
+"""Pauses before the last checkpoint of a run is tried again; together short enough for the time after a SIGTERM."""
+
+
 def built_in_names(record: StepRecord) -> set[str]:
     """Names of all built-in metrics of a step, with those that this step does not have."""
     return {column.name for column in columns(record)} | scalars(record).keys()
@@ -94,6 +98,8 @@ class Trainer:
             self.watchdog.beat(f"iteration {state.iteration}: agreeing with all ranks whether to save or leave")
             decision = self.boundary.decide(state.iteration, self.run.stop_reason)
             self.watchdog.restore_timeout()
+            if decision.leave:
+                self.saver.announce_end()
             if decision.save:
                 self._save(decision.save)
             self.saver.finalize()
@@ -101,9 +107,20 @@ class Trainer:
         self.is_preempted, self.stop_reason = decision.is_preempted, decision.leave
         if cfg.validation.eval_at_end and not self._every(cfg.validation.eval_interval) and not self.is_preempted:
             self._evaluate()
-        self._save("end of training")
-        self.saver.finalize(blocking=True)
+        self.saver.announce_end()
+        self._save_the_end()
         self._call("on_train_end")
+
+    def _save_the_end(self) -> None:
+        """Saves where the run ends, and tries again if that fails: someone may make room, or a server come back."""
+        self.saver.finalize(blocking=True)
+        for pause_s in RETRY_S if self.saver.has_tried else (0.0, *RETRY_S):
+            if not self.saver.is_due:
+                return
+            self.watchdog.beat(f"iteration {self.state.iteration}: waiting before the last checkpoint is tried again")
+            time.sleep(pause_s)
+            self._save("end of training")
+            self.saver.finalize(blocking=True)
 
     def _step(self, batch: GlobalBatch) -> Action:
         """One step, counted and recorded unless the run goes back because of it."""
@@ -138,7 +155,7 @@ class Trainer:
         if result.fault.kind == "nan":
             place = locate(self.run.groups, self.run.engine.gradients, batch, result)
         action, report = decide(result.fault, self.run.cfg.train, self.state, place)
-        self.recorder.message(report, kind="fault")
+        self.recorder.message(report, kind="fault", iteration=self.state.iteration + 1)
         return action
 
     def _roll_back(self, batch: GlobalBatch) -> Prefetcher[GlobalBatch]:

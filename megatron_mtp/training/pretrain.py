@@ -33,7 +33,7 @@ from megatron_mtp.training.guards.preemption import SignalWatch, StepBoundary
 from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.loop import Trainer
 from megatron_mtp.training.saving import Saver
-from megatron_mtp.training.setup import Run, leave_groups, setup
+from megatron_mtp.training.setup import Run, build, join_groups, leave_groups
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.throughput import Throughput
 
@@ -76,7 +76,9 @@ def pretrain(
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
+        InUseError: another run trains in checkpoint.save.
         NumericsError: the numbers are bad and the policy is to stop.
+        NotSavedError: the run came to its end, and its last checkpoint could not be saved.
         OutOfMemoryError: with the planned memory and what each remedy would save.
 
     While it trains in the main thread, it catches SIGTERM and SIGUSR1: see `guards.preemption`.
@@ -89,9 +91,14 @@ def pretrain(
     watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
     try:
         with explained_out_of_memory(resolved, env_rank()):
-            run = setup(resolved, watchdog.around(forward_step or default_forward_step))
-            with watchdog:  # setup has made the store that it needs
-                return _train(run, recipe, callbacks, watchdog)
+            device, groups = join_groups(resolved)
+            checkpointer = Checkpointer(resolved.cfg, groups, device.torch_device)  # refuses before much is built
+            try:
+                run = build(resolved, device, groups, watchdog.around(forward_step or default_forward_step))
+                with watchdog:  # the groups have made the store that it needs
+                    return _train(run, checkpointer, recipe, callbacks, watchdog)
+            finally:
+                checkpointer.release()
     finally:
         leave_groups()
 
@@ -104,11 +111,11 @@ def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContai
     return cfg.finalize(world_size)
 
 
-def _train(run: Run, recipe: str, callbacks: list[Callback], watchdog: Watchdog) -> Summary:
+def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Callback], watchdog: Watchdog) -> Summary:
     cfg, device = run.cfg, run.device.torch_device
     _log_plan(run)
     check_nodes(cfg, device)
-    state, checkpointer = TrainState(), Checkpointer(cfg, run.groups, device)
+    state = TrainState()
     if checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
         logger.info("so far: %s", state.totals())
     else:
@@ -116,11 +123,12 @@ def _train(run: Run, recipe: str, callbacks: list[Callback], watchdog: Watchdog)
     restore(callbacks, state)
     recorder = _recorder(run, state, recipe, callbacks)
     signals = SignalWatch(watchdog.shorten_timeout, state.iteration)
+    saver = Saver(run, state, checkpointer)
     trainer = Trainer(
         run=run,
         state=state,
         recorder=recorder,
-        saver=Saver(run, state, checkpointer),
+        saver=saver,
         boundary=StepBoundary(cfg, signals, device),
         watch=FaultWatch(cfg.train, state),
         watchdog=watchdog,
@@ -134,6 +142,7 @@ def _train(run: Run, recipe: str, callbacks: list[Callback], watchdog: Watchdog)
         for close in [callback.close for callback in callbacks] + [recorder.close, checkpointer.close, run.data.close]:
             close()
     logger.info("in total: %s", state.totals())
+    saver.check_end(trainer.stop_reason)
     if trainer.is_preempted:  # torchrun's own exit code does not show it
         came = "to another rank" if signals.came_after is None else f"after iteration {signals.came_after}"
         saved = "a" if checkpointer.last_saved == state.iteration else "no"

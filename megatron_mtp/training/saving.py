@@ -6,7 +6,7 @@ import logging
 import math
 
 from megatron_mtp.checkpoint import Checkpointer
-from megatron_mtp.errors import CheckpointError
+from megatron_mtp.errors import CheckpointError, NotSavedError
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 
@@ -28,6 +28,7 @@ class Saver:
         self._run, self._state, self._checkpointer = run, state, checkpointer
         self._validation: tuple[int, float | None] = (-1, None)
         self._metrics: dict[str, float] = {}
+        self._tried: int | None = None
 
     def evaluated(self, main_loss: float) -> bool:
         """Records the main loss of the first validation set. Returns whether it is the lowest so far."""
@@ -45,10 +46,16 @@ class Saver:
         has_place = self._run.cfg.checkpoint.save is not None
         return has_place and self._checkpointer.last_saved != self._state.iteration
 
+    @property
+    def has_tried(self) -> bool:
+        """Whether this process has tried to save this iteration."""
+        return self._tried == self._state.iteration
+
     def save(self, reason: str) -> bool:
         """Saves, and returns whether it worked or is under way. A failure is logged: a later save may succeed."""
         state, engine = self._state, self._run.engine
         evaluated_at, loss = self._validation
+        self._tried = state.iteration
         try:
             loss = loss if evaluated_at == state.iteration else None
             self._checkpointer.save(engine.chunks, engine.optimizer, state, reason, loss)
@@ -70,6 +77,30 @@ class Saver:
                 self._metrics["checkpoint/save_ms"] = self._checkpointer.last_save_s * 1e3
         except CheckpointError as error:
             logger.error("%s", error)
+
+    def announce_end(self) -> None:
+        """Tells a start that waits for the directory that this run is about to end."""
+        self._checkpointer.announce_end()
+
+    def check_end(self, reason: str | None) -> None:
+        """Called at the end of the run.
+
+        Args:
+            reason: why it ends before its configured length; None: it does not.
+
+        Raises:
+            NotSavedError: on every rank: the present iteration is not saved.
+        """
+        if not self.is_due:
+            return
+        last, iteration = self._checkpointer.last_complete, self._state.iteration
+        newest = "there is no checkpoint of this run" if last is None else f"the newest checkpoint is iteration {last}"
+        raise NotSavedError(
+            f"checkpoint.save = {self._run.cfg.checkpoint.save}: the run ends after iteration {iteration}"
+            f"{f' ({reason})' if reason else ''}, and that was not saved; the errors above say why. Iterations "
+            f"{(last or 0) + 1} to {iteration} are lost: {newest}. Free disk space or repair the directory, and start "
+            "the run again."
+        )
 
     def roll_back(self, samples: int) -> None:
         """Goes back to the newest complete checkpoint of this run, and skips the data up to this step, included.

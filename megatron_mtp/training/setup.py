@@ -124,7 +124,11 @@ def setup(resolved: ResolvedRun, forward_step: ForwardStep = default_forward_ste
         resolved: the run, resolved for the number of processes of this job.
         forward_step: runs one micro-batch through one chunk.
     """
-    device, groups = join_groups(resolved)
+    return build(resolved, *join_groups(resolved), forward_step)
+
+
+def build(resolved: ResolvedRun, device: Device, groups: ProcessGroupCollection, forward_step: ForwardStep) -> Run:
+    """Builds model, optimizer and data of this rank, which has joined the job."""
     cfg, num_depths = resolved.cfg, resolved.depths.count
     place = DataPlacement(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size())
     data = build_data(cfg, place, num_depths, pin_memory=device.is_cuda)

@@ -140,7 +140,11 @@ def rig(cfg: ConfigContainer) -> Iterator[Rig]:
     """Builds everything on the ranks of a pool, and takes it down again."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with opened(cfg) as run:
-        yield Rig(run)
+        held = Rig(run)
+        try:
+            yield held
+        finally:
+            held.checkpointer.release()
 
 
 def trained(values: dict[str, Any], steps: int, directory: str | None = None, save_at: int | None = None) -> Any:

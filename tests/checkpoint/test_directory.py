@@ -101,9 +101,17 @@ def test_latest_file_is_written_and_not_trusted(tmp_path):
 
 def test_a_damaged_one_is_replaced_when_its_iteration_comes_again(tmp_path):
     damage_file(write_checkpoint(tmp_path, 100) / "__0_0.distcp", "truncated")
-    write_checkpoint(tmp_path, 100)
+    write_checkpoint(tmp_path, 100, replaceable={100})
     assert find(RunDirectory(tmp_path)) == (100, [])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", LATEST_NAME]
+
+
+def test_one_that_this_run_does_not_know_is_not_replaced(tmp_path):
+    whole = write_checkpoint(tmp_path, 100)
+    before = (whole / MANIFEST_NAME).read_bytes()
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_checkpoint(tmp_path, 100, validation_loss=1.0, replaceable={99})
+    assert (whole / MANIFEST_NAME).read_bytes() == before
 
 
 def test_a_vanished_directory_is_not_made_anew(tmp_path):

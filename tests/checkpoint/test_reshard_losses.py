@@ -56,6 +56,7 @@ def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
         else:
             assert checkpointer.resume(engine.chunks, engine.optimizer, state)
             assert state.iteration == SAVED_AT
+        checkpointer.release()
         return train(run, state, STEPS)
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import resource
 import shutil
 import subprocess
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_mtp.checkpoint import checkpointer, directory, writer
-from megatron_mtp.errors import CheckpointError
+from megatron_mtp.data.lock import Owner, _start_time
+from megatron_mtp.errors import CheckpointError, InUseError
 from tests.checkpoint.rig import DENSE, Rig, differences, make_config, resumed, rig
 
 pytestmark = pytest.mark.dist
@@ -60,6 +66,11 @@ def try_to_save(run: Rig) -> str:
     return str(caught.value)
 
 
+def contents(path: str) -> list[str]:
+    """Names in a run directory that a run holds."""
+    return sorted(name for name in os.listdir(path) if name != checkpointer.LOCK_NAME)
+
+
 def save_on_a_full_disk(values: dict, path: str, place: str) -> tuple:
     with rig(make_config(values, dist.get_world_size(), path)) as run:
         run.steps(1)
@@ -69,7 +80,7 @@ def save_on_a_full_disk(values: dict, path: str, place: str) -> tuple:
         with full_disk(place):
             message = try_to_save(run)
         dist.barrier()
-        left = sorted(os.listdir(path))
+        left = contents(path)
         last = run.checkpointer.last_saved
         run.steps(1)
         run.save()
@@ -126,6 +137,97 @@ def test_a_vanished_directory_is_reported_and_not_made_anew(ranks, tmp_path):
         assert "No such file or directory" in message
         assert not came_back
         assert names[:2] == ["iter_0000001", "iter_0000002"]
+
+
+def save_where_the_folder_vanishes(path: str) -> tuple:
+    """Someone removes the folder of the checkpoint after it was made, before the ranks plan what they write."""
+    with rig(make_config(DENSE, dist.get_world_size(), path)) as run:
+        run.steps(1)
+        begin = directory.RunDirectory.begin
+        directory.RunDirectory.begin = lambda self, iteration: shutil.rmtree(begin(self, iteration))
+        try:
+            message = try_to_save(run)
+        finally:
+            directory.RunDirectory.begin = begin
+        run.save()
+        return message, contents(path)
+
+
+def test_a_folder_that_vanishes_during_a_save_is_reported_on_every_rank(ranks, tmp_path):
+    for message, left in ranks(2).run(save_where_the_folder_vanishes, str(tmp_path)):
+        assert "iteration 1 was not saved" in message
+        assert "No such file or directory" in message
+        assert left == ["iter_0000001", directory.LATEST_NAME]
+
+
+def save_beside_another(path: str) -> tuple:
+    with rig(make_config(DENSE, dist.get_world_size(), path)) as run:
+        run.steps(1)
+        if dist.get_rank() == 0:
+            os.makedirs(f"{path}/iter_0000001")
+        dist.barrier()
+        message = try_to_save(run)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            Path(path, checkpointer.LOCK_NAME).write_text("{}")
+        dist.barrier()
+        with pytest.raises(InUseError) as caught:
+            run.save()
+        run.checkpointer.release()
+        return message, str(caught.value), sorted(os.listdir(path))
+
+
+def test_nothing_of_another_run_is_replaced(ranks, tmp_path):
+    """Neither a checkpoint that this run has not skipped, nor anything once another has the lock."""
+    for replacing, lost, left in ranks(2).run(save_beside_another, str(tmp_path)):
+        assert "iter_0000001: exists already, and this run did not write it" in replacing
+        assert "took over from this process" in lost
+        assert left == ["iter_0000001", checkpointer.LOCK_NAME]
+
+
+def start_beside_another(path: str, other: Owner) -> tuple:
+    lock, partial = Path(path, checkpointer.LOCK_NAME), Path(path, "iter_0000002.partial")
+    if dist.get_rank() == 0:
+        lock.write_text(json.dumps(asdict(other)))
+        partial.mkdir()
+    dist.barrier()
+    cfg = make_config({**DENSE, "checkpoint.lock_wait_s": 0.5}, dist.get_world_size(), path)
+    try:
+        with rig(cfg) as run:
+            run.steps(1)
+            run.save()
+            return "", contents(path)
+    except InUseError as error:
+        return str(error), lock.read_text(), sorted(os.listdir(path))
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_all_ranks_are_refused_beside_a_run_or_follow_one_that_is_gone(ranks, tmp_path, is_alive):
+    started = _start_time(os.getpid()) if is_alive else "long ago"
+    other = replace(Owner.this_process(), started=started)
+    outcomes = ranks(2).run(start_beside_another, str(tmp_path), other)
+    if is_alive:
+        for message, lock, left in outcomes:
+            assert f"is in use by process {os.getpid()} on" in message
+            assert json.loads(lock) == asdict(other)
+            assert left == ["iter_0000002.partial", checkpointer.LOCK_NAME], "what the other run writes stays"
+    else:
+        for message, left in outcomes:
+            assert (message, left[0]) == ("", "iter_0000001")
+
+
+@pytest.mark.parametrize("room", [700, 3000, 50_000])
+@pytest.mark.parametrize("length", [100, 5000, 100_000])
+def test_the_disk_is_named_whatever_torch_makes_of_its_refusal(tmp_path, length, room):
+    """The largest size of a file stands for a full disk: a system call that refuses in the middle of a tensor."""
+    file = writer.RankFile([(SimpleNamespace(index=i), torch.ones(length)) for i in range(200)], None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        written = writer.write(file, tmp_path, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert written.error == f"rank 0, {tmp_path}/__0_0.distcp: File too large"
 
 
 @pytest.fixture

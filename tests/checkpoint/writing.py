@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_mtp.checkpoint.directory import RunDirectory
@@ -15,12 +16,17 @@ from megatron_mtp.data.sources import data_fingerprints
 
 
 def write_checkpoint(
-    path: Path, iteration: int, cfg: ConfigContainer | None = None, validation_loss: float | None = None
+    path: Path,
+    iteration: int,
+    cfg: ConfigContainer | None = None,
+    validation_loss: float | None = None,
+    replaceable: Collection[int] = (),
 ) -> Path:
     """A whole checkpoint with a config, a train state and one file of data; its metadata cannot be loaded."""
     cfg = cfg or ConfigContainer()
     path.mkdir(parents=True, exist_ok=True)
     directory = RunDirectory(path)
+    directory.replaceable |= set(replaceable)
     partial = directory.begin(iteration)
     (partial / CONFIG_NAME).write_text(to_yaml(cfg))
     state = TrainState(iteration=iteration, consumed_samples=iteration * 4)

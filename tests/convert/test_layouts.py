@@ -47,6 +47,7 @@ def resave(source: str, target: str, changes: dict) -> None:
         checkpointer = Checkpointer(cfg, run.groups)
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
         checkpointer.save(run.engine.chunks, run.engine.optimizer, TrainState())
+        checkpointer.release()
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_the_slurm_script_takes_cores_and_what_a_cluster_asks_for():
 
 
 @pytest.mark.parametrize(
-    ("code", "is_requeued"), [(0, False), (1, False), (2, False), (3, True), (4, False), (143, True)]
+    ("code", "is_requeued"), [(0, False), (1, False), (2, False), (3, True), (4, False), (6, False), (143, True)]
 )
 def test_only_a_preemption_is_requeued(tmp_path: Path, code: int, is_requeued: bool):
     """The script runs with stand-ins for Slurm's commands: srun runs its argument, python records its arguments."""
@@ -112,7 +112,7 @@ def test_the_kubernetes_job(tmp_path: Path):
         for rule in spec["podFailurePolicy"]["rules"]
         if "onExitCodes" in rule
     }
-    assert rules == {"FailJob": [2, 4], "Ignore": [3, 143]}
+    assert rules == {"FailJob": [2, 4, 6], "Ignore": [3, 143]}
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] == 300

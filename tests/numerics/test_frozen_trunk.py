@@ -110,6 +110,7 @@ def trained_to(end: int, overrides: tuple[str, ...], is_resumed: bool, save_at: 
                 checkpointer.maybe_finalize(blocking=True)
         batches.close()
         checkpointer.close()
+        checkpointer.release()
         return weights_of(run)
 
 

@@ -12,6 +12,7 @@ TAKEN_EXIT_CODES = {
     2: "a mistake of the user",
     4: "a stop because of bad numbers",
     5: "a hung job",
+    6: "a last checkpoint that could not be saved",
 }
 WATCHDOG_SHARE = 0.9
 

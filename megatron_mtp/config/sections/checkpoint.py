@@ -41,6 +41,9 @@ class CheckpointConfig(Section):
     addition to the most recent ones."""
     async_save: bool = False
     """Write in the background while training continues."""
+    lock_wait_s: float = knob(60.0, ge=0, le=86_400)
+    """How long a start waits while another run trains in `save`, before it is refused. The other run may be about to be
+    told to end; once it was, the start waits for up to dist.preemption_grace_s."""
     exit_on_missing_checkpoint: bool = False
     """Stop with an error if `load` holds no checkpoint."""
     exit_on_changed_data: bool = True

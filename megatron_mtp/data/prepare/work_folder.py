@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,8 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_mtp.data.files import write_atomically
-from megatron_mtp.errors import DataError
+from megatron_mtp.data.lock import Lock
+from megatron_mtp.errors import DataError, InUseError
 
+LOCK_NAME = "lock"
 _OWN_NAMES = re.compile(r"lock|plan|tokenizer\.json|(input|shard)_\d+\..+|\..+")  # in the work folder; NFS adds .nfs...
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,24 +45,19 @@ def work_folder(output: Path, plan: str) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     if other := _others_files(work):
         raise DataError(f"{work}: is not a work folder of `prepare`: it holds {other[0]}. Choose another --output.")
-    with _locked(work):
+    lock = Lock(work / LOCK_NAME, f"--output {output}")
+    for _ in lock.take(patience_s=0):
+        pass
+    try:
         if _plan_of(work) != plan:
             for path in work.iterdir():
-                if path.name != "lock":
+                if path.name != LOCK_NAME:
                     path.unlink()
             write_atomically(work / "plan", plan.encode())
         yield work
         shutil.rmtree(work)
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{work}: another `prepare` is writing this output. Wait for it, or stop it.") from None
-        yield
+    finally:
+        lock.release()
 
 
 def _others_files(work: Path) -> list[str]:
@@ -80,7 +76,9 @@ def _plan_of(work: Path) -> str | None:
 def remove_finished_work(output: Path, plan: str) -> None:
     """Removes the work folder that a run left which was killed after its last move."""
     work = work_path(output)
-    with suppress(OSError, DataError):  # it is in use, or this user may not write
+    with suppress(OSError, InUseError):  # it is in use, or this user may not write
         if not _others_files(work) and _plan_of(work) in (None, plan):
-            with _locked(work):
+            lock = Lock(work / LOCK_NAME, str(work))
+            if next(lock.take(patience_s=0), None) is None:
                 shutil.rmtree(work)
+            lock.release()

@@ -19,7 +19,7 @@ from megatron_mtp.data.prepare.run import PrepareOptions, prepare
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import tokenizer_from_spec
-from megatron_mtp.errors import ConfigError, DataError
+from megatron_mtp.errors import ConfigError, DataError, InUseError
 
 pytestmark = pytest.mark.unit
 
@@ -193,7 +193,7 @@ room.prepare([{str(inputs)!r}], {str(tmp_path / "out")!r}, room.PrepareOptions(t
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_for((tmp_path / "marker").exists)
-    with pytest.raises(DataError, match="another `prepare` is writing"):
+    with pytest.raises(InUseError, match=rf"is in use by process {process.pid} on "):
         prepare([inputs], tmp_path / "out", PrepareOptions(tokenizer="bytes"), workers=1)
     process.kill()
     process.wait(30)

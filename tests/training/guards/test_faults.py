@@ -81,7 +81,10 @@ def run(folder: Path, injection: Injection, steps: int = 8, **train: Any):
 
 
 def faults(folder: Path) -> list[str]:
-    return [line["text"] for line in read_metrics(folder / "metrics.jsonl", "fault")]
+    """The texts of the records; each record is of the iteration that its text names."""
+    lines = read_metrics(folder / "metrics.jsonl", "fault")
+    assert all(line["text"].startswith(f"iteration {line['iteration']}: ") for line in lines)
+    return [line["text"] for line in lines]
 
 
 @pytest.mark.dist
