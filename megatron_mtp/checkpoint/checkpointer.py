@@ -20,6 +20,7 @@ from torch import nn
 from megatron_mtp.checkpoint.agreement import describe_error, first_known, from_first
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, write_durably
+from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest, describe_file
 from megatron_mtp.checkpoint.preflight import check_unused, tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
@@ -118,6 +119,13 @@ class Checkpointer:
         except CheckpointError:
             self._lock.release()
             raise
+        if not (path / KEPT_FOLDER).is_dir() or not self._run_directory.iterations():
+            try:
+                keep_with_run(self.cfg, path)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint.save = {path}: the tokenizer cannot be copied there ({describe_error(error)})."
+                ) from error
         for name in self._run_directory.clear_remains():
             logger.info("removed %s, the remains of a save that did not finish", path / name)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_mtp.checkpoint.kept_files import CONFIG_NAME, GENERATION_NAME, kept_folder, tokenizer_of, why_no_text
 from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.depths import Depths
@@ -20,20 +21,11 @@ from megatron_mtp.convert.inventory import FP32_ENDINGS
 from megatron_mtp.convert.links import TensorLink, check_form, duplicates, links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
-from megatron_mtp.convert.side_files import (
-    CONFIG_NAME,
-    GENERATION_NAME,
-    KEPT_FOLDER,
-    TOKEN_IDS,
-    token_ids,
-    tokenizer_folder,
-    write_json,
-    write_tokenizer,
-)
+from megatron_mtp.convert.side_files import TOKEN_IDS, token_ids, tokenizer_to_export, write_json, write_tokenizer
 from megatron_mtp.convert.tensor_files import SHARD_BYTES, Planned, TensorWriter
 from megatron_mtp.convert.tensor_forms import finite, rows_of, to_theirs
-from megatron_mtp.data.tokenizer import configured_tokenizer
-from megatron_mtp.errors import ConversionError, DataError
+from megatron_mtp.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_mtp.errors import ConversionError
 from megatron_mtp.model.dtypes import DTYPES
 
 HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -125,9 +117,13 @@ def export_hf(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target}: exists and is not empty. Choose another folder.")
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, dtype, verify=verify)
-    chosen = tokenizer_folder(model.cfg, Path(tokenizer) if tokenizer else None) if with_tokenizer else None
-    config = _config(model, chosen)
+    named = Path(tokenizer) if tokenizer else None
+    chosen = tokenizer_to_export(model.cfg, model.weights.folder, named) if with_tokenizer else None
+    eod = _end_of_document(model, named, chosen)
+    config = _config(model, chosen, eod)
     report = Report(str(checkpoint), str(hf_dir), model.family)
+    if with_tokenizer and (reason := _why_no_tokenizer(model.cfg, chosen)) is not None:
+        report.notes.append(reason)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -135,7 +131,7 @@ def export_hf(
         copies = duplicates(model.family, model.cfg.model, model.num_depths) if mtp_duplicates else {}
         _write_weights(model, partial, copies, shard_bytes)
         write_json(partial / CONFIG_NAME, config)
-        report.files = [CONFIG_NAME, *_write_side_files(model, partial, chosen, config)]
+        report.files = [CONFIG_NAME, *_write_side_files(model, partial, chosen, config, eod)]
         if target.exists():
             target.rmdir()
         os.rename(partial, target)
@@ -232,32 +228,42 @@ def _write_weights(model: CheckpointModel, folder: Path, copies: dict[str, str],
         writer.close()
 
 
-def _config(model: CheckpointModel, tokenizer: Path | None) -> dict[str, Any]:
-    config = model.config | token_ids(_kept(model, tokenizer), _end_of_document(model.cfg, tokenizer))
+def _config(model: CheckpointModel, tokenizer: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
+    config = model.config | token_ids(_kept(model, tokenizer), eod)
     name = HF_DTYPES[model.dtype]
     return {**config, "dtype": name, "torch_dtype": name}  # transformers reads the second up to 4.55
 
 
 def _kept(model: CheckpointModel, tokenizer: Path | None) -> Path | None:
     """The folder of the files that came with an imported model, if this run still has it."""
-    candidates = [tokenizer, model.weights.folder.parent / KEPT_FOLDER]
+    candidates = [tokenizer, kept_folder(model.weights.folder)]
     return next((path for path in candidates if path is not None and (path / CONFIG_NAME).is_file()), None)
 
 
-def _end_of_document(cfg: ConfigContainer, tokenizer: Path | None) -> tuple[int, str] | None:
-    if tokenizer is None:
+def _end_of_document(model: CheckpointModel, named: Path | None, tokenizer: Path | None) -> tuple[int, str] | None:
+    """Id and text of the end-of-document token of the exported tokenizer; None if it cannot be opened."""
+    if tokenizer is None or (tokenizer.is_dir() and why_no_text(tokenizer) is not None):
         return None
-    try:
-        opened = configured_tokenizer(cfg)
-    except DataError:
-        return None  # the run's tokenizer is gone; the caller named another
+    if named is not None:
+        opened: Tokenizer | None = open_tokenizer("huggingface", str(tokenizer))
+    else:
+        opened = tokenizer_of(model.cfg, model.weights.folder, model.weights.manifest.tokenizer)
     return None if opened is None else (opened.eod, opened.decode([opened.eod]))
 
 
+def _why_no_tokenizer(cfg: ConfigContainer, tokenizer: Path | None) -> str | None:
+    """What the caller should know about the exported tokenizer; None: transformers reads it."""
+    if tokenizer is not None:
+        has_code = tokenizer.is_dir() and any(tokenizer.glob("*.py"))
+        return "The tokenizer needs its own code: load it with trust_remote_code=True." if has_code else None
+    section = cfg.tokenizer
+    whose = "The run has none" if section.tokenizer_type == "null" else f"The run's is of type {section.tokenizer_type}"
+    return f"No tokenizer was written. {whose}; --tokenizer adds a Hugging Face tokenizer."
+
+
 def _write_side_files(
-    model: CheckpointModel, folder: Path, tokenizer: Path | None, config: dict[str, Any]
+    model: CheckpointModel, folder: Path, tokenizer: Path | None, config: dict[str, Any], eod: tuple[int, str] | None
 ) -> list[str]:
-    eod = _end_of_document(model.cfg, tokenizer)
     names = [] if tokenizer is None else write_tokenizer(tokenizer, folder, eod)
     kept = _kept(model, tokenizer)
     if kept is not None and (kept / GENERATION_NAME).is_file():

@@ -10,6 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_mtp.checkpoint.kept_files import (
+    KEPT_FOLDER,
+    copy_files,
+    model_files,
+    why_no_text,
+)
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.checkpoint.train_state import TrainState
@@ -22,7 +28,7 @@ from megatron_mtp.convert.inventory import Inventory, check_inventory
 from megatron_mtp.convert.links import TensorLink, duplicates, links, new_depth_links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
-from megatron_mtp.convert.side_files import KEPT_FOLDER, keep, read_config
+from megatron_mtp.convert.side_files import read_config
 from megatron_mtp.convert.tensor_files import DTYPES, TensorFiles
 from megatron_mtp.convert.tensor_forms import finite, to_ours
 from megatron_mtp.convert.warm_start import MTPInit, new_value
@@ -99,7 +105,10 @@ def import_hf(
                 writer.add(link.key, link.shape, link.offset, source.read(link))
             for link, copies in source.new_links:
                 writer.add(link.key, link.shape, link.offset, source.initial(link, copies, mtp_init))
-            report.files = [f"{KEPT_FOLDER}/{name}" for name in keep(source.folder, kept)]
+            names = copy_files(source.folder, kept, model_files(source.folder))
+            report.files = [f"{KEPT_FOLDER}/{name}" for name in names]
+            if (reason := why_no_text(source.folder)) is not None:
+                report.notes.append(reason)
             final = _with_tokenizer(source.cfg, kept)
             writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))
     except BaseException:

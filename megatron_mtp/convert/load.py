@@ -11,13 +11,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_mtp.checkpoint.directory import checkpoint_folder
+from megatron_mtp.checkpoint.kept_files import CONFIG_NAME
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.hf_config import model_config_from_hf
 from megatron_mtp.convert.importing import HFModel, plan_hf
 from megatron_mtp.convert.links import TensorLink
-from megatron_mtp.convert.side_files import CONFIG_NAME, read_config
+from megatron_mtp.convert.side_files import read_config
 from megatron_mtp.convert.warm_start import MTPInit
 from megatron_mtp.model.sharded import sharded_tensors, unwrap
 from megatron_mtp.recipes.common import pretrain_common

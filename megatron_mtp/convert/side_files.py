@@ -7,17 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_mtp.checkpoint.kept_files import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    copy_files,
+    kept_folder,
+    kept_tokenizer,
+    tokenizer_files,
+)
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConversionError
 
-CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
-TOKENIZER_NAMES = tuple(
-    """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
-    tokenizer.model tiktoken.model chat_template.jinja""".split()
-)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-KEPT_FOLDER = "hf"
-"""Folder next to an imported checkpoint with the files that came with it."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -42,29 +43,26 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def keep(source: Path, target: Path) -> list[str]:
-    """Copies config, tokenizer and generation settings that a folder has; returns their names."""
-    names = [name for name in (CONFIG_NAME, GENERATION_NAME, *TOKENIZER_NAMES) if (source / name).is_file()]
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+def tokenizer_to_export(cfg: ConfigContainer, checkpoint: Path, chosen: Path | None) -> Path | None:
+    """Folder or tokenizer.json of the tokenizer to export: the caller's choice, or the run's. None: it has none.
 
-
-def tokenizer_folder(cfg: ConfigContainer, chosen: Path | None) -> Path | None:
-    """Path of the tokenizer to export: the caller's choice, or the run's.
+    Args:
+        checkpoint: folder of one checkpoint.
 
     Raises:
         ConversionError: it does not exist, or transformers cannot read it.
     """
-    if chosen is None and cfg.tokenizer.tokenizer_type == "huggingface" and cfg.tokenizer.tokenizer_model:
-        chosen = Path(cfg.tokenizer.tokenizer_model)
     if chosen is None:
-        return None
-    found = chosen / "tokenizer.json" if chosen.is_dir() else chosen
-    if not found.is_file():
-        others = [name for name in TOKENIZER_NAMES if chosen.is_dir() and (chosen / name).is_file()]
-        if others:
+        kept = kept_folder(checkpoint)
+        chosen = kept_tokenizer(cfg, checkpoint)
+        if chosen is None and cfg.tokenizer.tokenizer_model is not None:
+            chosen = Path(cfg.tokenizer.tokenizer_model)
+        elif chosen is None and kept is not None and tokenizer_files(kept):
+            return kept  # of an imported model whose tokenizer cannot be read here
+        if chosen is None or cfg.tokenizer.tokenizer_type != "huggingface":
+            return None
+    if not (chosen / "tokenizer.json" if chosen.is_dir() else chosen).is_file():
+        if chosen.is_dir() and tokenizer_files(chosen):
             return chosen
         raise ConversionError(
             f"tokenizer {chosen}: does not exist. Name its tokenizer.json or its folder with --tokenizer, or export "
@@ -81,9 +79,7 @@ def write_tokenizer(source: Path, target: Path, eod: tuple[int, str] | None) -> 
         eod: id and text of the token that ends a document.
     """
     if source.is_dir():
-        names = [name for name in TOKENIZER_NAMES if (source / name).is_file()]
-        for name in names:
-            shutil.copyfile(source / name, target / name)
+        names = copy_files(source, target, tokenizer_files(source))
     else:
         shutil.copyfile(source, target / "tokenizer.json")
         names = ["tokenizer.json"]
@@ -107,3 +103,16 @@ def token_ids(kept: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
         imported = read_config(kept)
         return {name: imported[name] for name in TOKEN_IDS if name in imported}
     return {} if eod is None else {"bos_token_id": None, "eos_token_id": eod[0]}
+
+
+def end_ids(folder: Path) -> set[int]:
+    """The ids that end an answer, from generation_config.json, or else config.json, of a Hugging Face folder."""
+    for name in (GENERATION_NAME, CONFIG_NAME):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue  # `read_config` refuses a broken config.json
+        ids = found if isinstance(found, list) else [found]
+        if ids := [id_ for id_ in ids if isinstance(id_, int)]:
+            return set(ids)
+    return set()
