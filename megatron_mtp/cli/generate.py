@@ -9,7 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_mtp.drafting.requests import Request, read_requests
 from megatron_mtp.errors import ConfigError, DataError
+
+MAX_NEW_TOKENS = 128
 
 Source = Annotated[
     Path, typer.Argument(help="Run directory, folder of one checkpoint, or Hugging Face folder.", show_default=False)
@@ -33,11 +36,33 @@ TokenizerPath = Annotated[str | None, typer.Option(help="Tokenizer file or folde
 def generate(
     source: Source,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeatable.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File whose text is one prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File whose text is one prompt, or a .jsonl file: on each line an object with prompt, messages or ids."
+        ),
+    ] = None,
     prompt_ids: Annotated[
         list[str] | None, typer.Option(help="Token ids to continue, such as 12,7,305; repeatable.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add to each prompt.")] = 128,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is a user's message, for the tokenizer's chat template.")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Read names of special tokens in prompts as text, and add no BOS.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens to add to each prompt. Default: 128, or fewer where the context has no room.",
+            show_default=False,
+        ),
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text; repeatable.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded at once.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option(help="Write each prompt with its answer to this .jsonl file, instead of printing.")
+    ] = None,
     num_draft: NumDraft = "auto",
     tree: Annotated[
         str | None,
@@ -50,7 +75,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample only from the k most probable tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated; for one prompt.")] = False,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Continue after end-of-document.")] = False,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Continue after tokens that end an answer.")] = False,
     context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and continuation. Default: model.seq_length.")
     ] = None,
@@ -64,14 +89,22 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print tokens, text and counts as JSON.")] = False,
 ) -> None:
     """Continue text with a trained model. MTP layers draft and the main model verifies: the same text, but faster."""
-    texts = [*(prompt or []), *([_read(prompt_file)] if prompt_file else [])]
-    ids = [_parse_ids(text) for text in prompt_ids or []]
-    if not texts and not ids:
+    requests: list[Request] = [{"prompt": text} for text in prompt or []]
+    if prompt_file is not None:
+        is_many = prompt_file.suffix == ".jsonl"
+        requests += read_requests(prompt_file) if is_many else [{"prompt": _read(prompt_file)}]
+    requests += [{"ids": _parse_ids(text)} for text in prompt_ids or []]
+    if not requests:
         raise ConfigError("There is no prompt. Give --prompt, --prompt-file or --prompt-ids.")
-    if stream and (len(texts) + len(ids) > 1 or json):
-        raise ConfigError("--stream: prints the text of one prompt. Give one prompt, and omit --json.")
+    if stream and (len(requests) > 1 or json or out is not None):
+        raise ConfigError("--stream: prints the text of one prompt. Give one prompt, and omit --json and --out.")
+    if chat and plain:
+        raise ConfigError("--chat and --plain: a chat template writes special tokens. Omit one of them.")
+    if stop and not all(stop):
+        raise ConfigError("--stop: is empty, so it would end every answer at once. Give a text.")
     options = {
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        "shorten": max_new_tokens is None,
         "num_draft": parse_num_draft(num_draft),
         "widths": parse_widths(tree),
         "context": context,
@@ -85,9 +118,13 @@ def generate(
 
     run(
         source,
-        texts,
-        ids,
+        requests,
         options,
+        chat=chat,
+        plain=plain,
+        stop=stop or (),
+        batch=batch,
+        out=out,
         stream=stream,
         json=json,
         dtype=dtype,

@@ -9,9 +9,10 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
@@ -73,7 +74,13 @@ class Tokenizer(Protocol):
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, read by the `tokenizers` library.
 
-    The name of a special token inside a text is encoded as text, so no document can end another one early.
+    The name of a special token inside a text is encoded as text, so no document can end another one early. In a prompt
+    it is that token (`encode_prompt`).
+
+    Attributes:
+        settings: content of the tokenizer_config.json beside the file; empty without one.
+        special: "bos_token" and the like -> text of the token.
+        path: the file.
     """
 
     kind = "huggingface"
@@ -86,25 +93,25 @@ class HuggingFaceTokenizer:
         try:
             self._fast = Fast.from_str(content.decode())
             self._fast.encode_special_tokens = True
+            self._fast.no_truncation()
             self._content = json.dumps(json.loads(content), sort_keys=True)
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"tokenizer {file}: is not a Hugging Face tokenizer.json ({error}).") from error
         vocab = self._fast.get_vocab(with_added_tokens=True)
         if not vocab:
             raise DataError(f"tokenizer {file}: has no tokens.")
+        self.path = file
+        self.settings = _settings(file.parent / "tokenizer_config.json")
+        # As in transformers, the older file counts only if the newer one does not list the tokens.
+        older = {} if "added_tokens_decoder" in self.settings else _settings(file.parent / "special_tokens_map.json")
+        self.special = {name: text for name, value in (self.settings | older).items() if (text := _token(name, value))}
         self.vocab_size = max(vocab.values()) + 1
-        self.eod = self._find_eod(file, vocab)
+        self.eod = self._find_eod(vocab)
 
-    @staticmethod
-    def _find_eod(file: Path, vocab: dict[str, int]) -> int:
-        config = file.parent / "tokenizer_config.json"
-        try:
-            named = json.loads(_read(config)).get("eos_token") if config.is_file() else None
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise DataError(f"tokenizer {config}: is not a tokenizer_config.json ({error}).") from error
-        named = named.get("content") if isinstance(named, dict) else named
-        for name in (named, *_EOD_NAMES):
-            if isinstance(name, str) and name in vocab:
+    def _find_eod(self, vocab: dict[str, int]) -> int:
+        file = self.path
+        for name in (self.special.get("eos_token", ""), *_EOD_NAMES):
+            if name in vocab:
                 return vocab[name]
         raise DataError(
             f"tokenizer {file}: has no end-of-document token. Name it as eos_token in a tokenizer_config.json next to "
@@ -116,6 +123,30 @@ class HuggingFaceTokenizer:
             return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # the library raises bare Exception
             raise ValueError(str(error)) from error
+
+    def encode_prompt(self, text: str, *, is_rendered: bool = False) -> list[int]:
+        """Ids of a prompt, equal to those of transformers 5.
+
+        Args:
+            is_rendered: the text comes from a chat template, which has written all special tokens. Otherwise tokens are
+                added that the file's post-processor adds, such as BOS.
+        """
+        return list(self._for_prompts.encode(text, add_special_tokens=not is_rendered).ids)
+
+    @cached_property
+    def _for_prompts(self) -> Any:
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Fast
+
+        fast = Fast.from_str(self._content)
+        fast.no_truncation()
+        fast.no_padding()
+        listed = self.settings.get("added_tokens_decoder", {})
+        fast.add_tokens([AddedToken(**_flags(listed[id_])) for id_ in sorted(listed, key=int)])
+        extra = self.settings.get("extra_special_tokens") or self.settings.get("additional_special_tokens") or []
+        names = [*self.special.values(), *(extra if isinstance(extra, list) else extra.values())]
+        fast.add_special_tokens([name for name in names if isinstance(name, str)])
+        return fast
 
     def decode(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=False)
@@ -304,6 +335,32 @@ def resolve_vocab_size(cfg: ConfigContainer) -> int:
 def end_of_document(tokenizer: Tokenizer | None, vocab_size: int) -> int:
     """The end-of-document id: the tokenizer's, or the last id of the vocabulary without a tokenizer."""
     return vocab_size - 1 if tokenizer is None else tokenizer.eod
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Content of a JSON file beside a tokenizer; empty if there is none.
+
+    Raises:
+        DataError: it holds no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(_read(path)).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"tokenizer {path}: is not a {path.name} ({error}).") from error
+
+
+def _flags(token: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of AddedToken in an entry of added_tokens_decoder."""
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: value for name, value in token.items() if name in known}
+
+
+def _token(name: str, value: Any) -> str | None:
+    """Text of an entry such as "bos_token" of tokenizer_config.json; None: it is another kind of entry."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if name.endswith("_token") and isinstance(text, str) else None
 
 
 def _read(path: Path) -> bytes:

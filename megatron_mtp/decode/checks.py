@@ -75,9 +75,10 @@ def _check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], options: 
             raise DataError(
                 f"Prompt {row} is empty: decoding needs at least one token. Begin it with end-of-document, for example."
             )
-        if len(prompt) + options.max_new_tokens > context:
+        following = max(options.new_tokens(len(prompt), context), 1)
+        if len(prompt) + following > context:
             raise DataError(
-                f"Prompt {row} has {len(prompt)} tokens and {options.max_new_tokens} are to follow: more than the "
+                f"Prompt {row} has {len(prompt)} tokens and {following} are to follow: more than the "
                 f"context of {context} (model.seq_length). Shorten the prompt, request fewer tokens, or set a larger "
                 "context if the model supports it."
             )

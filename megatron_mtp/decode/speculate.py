@@ -37,6 +37,7 @@ class Counts:
     rounds: int = 0
     """Passes of the main model after the prefill, summed over the rows that were not finished."""
     new_tokens: int = 0
+    """Tokens of those passes: all but the first of each row, which is the prefill's."""
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     reached: list[int] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Counts:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Mean new tokens per pass of the main model, without the prefill."""
+        """new_tokens / rounds: what a pass of the main model after the prefill yields on average."""
         return self.new_tokens / self.rounds if self.rounds else 1.0
 
 
@@ -79,6 +80,7 @@ class Generation:
 
     Args:
         tokens: new tokens of each row.
+        is_ended: whether a row ended by `stop_ids` or `is_end`, and not by its length.
         counts: statistics of all rounds.
         prefill_s, decode_s: seconds up to the first token, and after it.
         draft_s, verify_s: parts of decode_s spent on drafting and in the main model; not measured for a draft tree.
@@ -87,11 +89,21 @@ class Generation:
 
     tokens: list[list[int]]
     counts: Counts
+    is_ended: list[bool] = field(default_factory=list)
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
     margin: float = float("inf")
+
+    def add(self, other: Generation) -> None:
+        """Adds the rows and measurements of another batch."""
+        self.tokens += other.tokens
+        self.is_ended += other.is_ended
+        self.counts.merge(other.counts)
+        for name in ("prefill_s", "decode_s", "draft_s", "verify_s"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.margin = min(self.margin, other.margin)
 
     @property
     def tokens_per_s(self) -> float:
@@ -117,8 +129,9 @@ def generate(
         ConfigError, DataError, UnsupportedError: the request does not fit the model; raised before any computation.
     """
     num_drafts = check_request(decoder, prompts, options)
-    rows = Answers(len(prompts), options, on_tokens)
-    session = Session(decoder, prompts, options.max_new_tokens, num_drafts, round_tokens(num_drafts, options.widths))
+    limits = [options.new_tokens(len(ids), decoder.model.seq_length) for ids in prompts]
+    rows = Answers(limits, options, on_tokens)
+    session = Session(decoder, prompts, max(limits), num_drafts, round_tokens(num_drafts, options.widths))
     chooser = DraftLength(num_drafts, is_fixed=options.num_draft != "auto", tp=decoder.tp)
     generator = options.sampling.generator(decoder.device)
     started = time.perf_counter()
@@ -192,10 +205,10 @@ def _pick_drawn(
 class Answers:
     """New tokens of each row, and which rows are not finished."""
 
-    def __init__(self, b: int, options: Options, on_tokens: OnTokens | None):
-        self.options, self.on_tokens = options, on_tokens
-        self.active = [True] * b
-        self.result = Generation([[] for _ in range(b)], Counts())
+    def __init__(self, limits: list[int], options: Options, on_tokens: OnTokens | None):
+        self.limits, self.options, self.on_tokens = limits, options, on_tokens
+        self.active = [True] * len(limits)
+        self.result = Generation([[] for _ in limits], Counts(), [False for _ in limits])
 
     @property
     def are_done(self) -> bool:
@@ -230,16 +243,15 @@ class Answers:
 
     def _extend(self, row: int, tokens: list[int]) -> int:
         """Adds tokens up to the row's end. Returns how many."""
-        done = self.result.tokens[row]
-        tokens = tokens[: self.options.max_new_tokens - len(done)]
-        for index, token in enumerate(tokens):
-            if token in self.options.stop_ids:
-                tokens = tokens[: index + 1]
-                self.active[row] = False
+        done, is_end = self.result.tokens[row], self.options.is_end
+        start = len(done)
+        for token in tokens[: self.limits[row] - start]:
+            done.append(token)
+            if token in self.options.stop_ids or (is_end is not None and is_end(done)):
+                self.result.is_ended[row], self.active[row] = True, False
                 break
-        done.extend(tokens)
-        if len(done) >= self.options.max_new_tokens:
+        if len(done) >= self.limits[row]:
             self.active[row] = False
-        if self.on_tokens is not None and tokens:
-            self.on_tokens(row, tokens)
-        return len(tokens)
+        if self.on_tokens is not None and len(done) > start:
+            self.on_tokens(row, done[start:])
+        return len(done) - start

@@ -11,13 +11,19 @@ from typing import Literal
 
 import torch
 
+from megatron_mtp.checkpoint.directory import checkpoint_folder
+from megatron_mtp.checkpoint.kept_files import kept_folder, tokenizer_of, why_no_text
+from megatron_mtp.checkpoint.manifest import read_manifest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.load import config_of, is_hf_folder, load_weights
-from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, open_tokenizer, tokenizer_from_spec
+from megatron_mtp.convert.side_files import end_ids
+from megatron_mtp.data.tokenizer import HuggingFaceTokenizer, Tokenizer, open_tokenizer, tokenizer_from_spec
 from megatron_mtp.decode.model import Decoder
 from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.device.process_group import job_size
+from megatron_mtp.drafting.chat import render
+from megatron_mtp.drafting.requests import Request
 from megatron_mtp.errors import DataError, MegatronMTPError
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.dtypes import DTYPES
@@ -32,30 +38,71 @@ class LoadedModel:
     Args:
         tokenizer: None if the folder names no tokenizer that can be opened.
         why_no_tokenizer: the reason, for the user.
+        stop_ids: the ids that end an answer: the tokenizer's end-of-document, and those of the model's files.
     """
 
     cfg: ConfigContainer
     decoder: Decoder
     tokenizer: Tokenizer | None
     why_no_tokenizer: str = ""
+    stop_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text.
+        """The ids of a text, as in training: nothing is added, and names of special tokens are text.
+
+        Raises:
+            DataError: there is no tokenizer, or it has no ids for the text.
+        """
+        tokenizer = self._tokenizer()
+        try:
+            return tokenizer.encode_batch([text])[0]
+        except ValueError as error:
+            hint = " It takes ids separated by spaces; give them, or name another one with --tokenizer."
+            raise DataError(
+                f"The tokenizer ({tokenizer.kind}) has no ids for the prompt {text[:40]!r} ({error})."
+                f"{hint if tokenizer.kind == 'null' else ''}"
+            ) from None
+
+    def encode_request(self, request: Request, *, chat: bool = False, plain: bool = False) -> list[int]:
+        """The ids of a request, equal to those that transformers makes.
+
+        Args:
+            chat: a "prompt" is a user's message, for the tokenizer's chat template; "messages" always are.
+            plain: `encode` a "prompt" as in training.
+
+        Raises:
+            DataError: the tokenizer is missing, or is none of those with special tokens or chat templates.
+        """
+        if "ids" in request:
+            return request["ids"]
+        tokenizer = self._tokenizer()
+        if "messages" in request or chat:
+            if not isinstance(tokenizer, HuggingFaceTokenizer):
+                raise DataError(
+                    f"The tokenizer ({tokenizer.kind}) has no chat template: only a Hugging Face tokenizer can have "
+                    "one. Give prompts as text, or name another tokenizer with --tokenizer."
+                )
+            messages = request.get("messages") or [{"role": "user", "content": request["prompt"]}]
+            return tokenizer.encode_prompt(render(tokenizer, messages), is_rendered=True)
+        if plain or not isinstance(tokenizer, HuggingFaceTokenizer):
+            return self.encode(request["prompt"])
+        return tokenizer.encode_prompt(request["prompt"])
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids.
 
         Raises:
             DataError: there is no tokenizer.
         """
+        return self._tokenizer().decode(ids)
+
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise DataError(
-                f"The model's tokenizer cannot be opened, so only token ids can be given. {self.why_no_tokenizer} "
-                "Name a tokenizer with --tokenizer."
+                f"The model has no tokenizer that can be opened, so only token ids can be given (--prompt-ids). "
+                f"{self.why_no_tokenizer} Or name a tokenizer with --tokenizer."
             )
-        return self.tokenizer.encode_batch([text])[0]
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """End-of-document, if the tokenizer is known."""
-        return frozenset() if self.tokenizer is None else frozenset({self.tokenizer.eod})
+        return self.tokenizer
 
 
 @contextmanager
@@ -121,13 +168,31 @@ def decoding_config(
     return cfg.finalize(world_size=tp)
 
 
-def _open_tokenizer(cfg: ConfigContainer, source: Path, chosen: str | None) -> tuple[Tokenizer | None, str]:
-    """The tokenizer, or None and the reason. Ids can be decoded without one."""
-    if chosen is not None:
-        return tokenizer_from_spec(chosen), ""
+def _open_tokenizer(
+    cfg: ConfigContainer, source: Path, chosen: str | None
+) -> tuple[Tokenizer | None, str, frozenset[int]]:
+    """The tokenizer, or None and the reason; and the ids that end an answer. Ids can be decoded without a tokenizer."""
+    checkpoint = None if is_hf_folder(source) else checkpoint_folder(source)
+    files = source if checkpoint is None else kept_folder(checkpoint)
+    found, reason = None, ""
     try:
-        if is_hf_folder(source):
-            return open_tokenizer("huggingface", str(source)), ""
-        return configured_tokenizer(cfg), "Its config names none (tokenizer.tokenizer_type = null)."
+        if chosen is not None:
+            found = tokenizer_from_spec(chosen)
+        elif checkpoint is None:
+            found, reason = _of_files(source)
+        elif cfg.tokenizer.tokenizer_type == "null" and files is not None:
+            found, reason = _of_files(files)  # an imported model
+        else:
+            found = tokenizer_of(cfg, checkpoint, read_manifest(checkpoint).tokenizer)
+            reason = "Its config names none (tokenizer.tokenizer_type = null)."
     except MegatronMTPError as error:
-        return None, str(error)
+        if chosen is not None:
+            raise
+        reason = str(error)
+    ends = (set() if files is None else end_ids(files)) | (set() if found is None else {found.eod})
+    return found, reason, frozenset(ends)
+
+
+def _of_files(folder: Path) -> tuple[Tokenizer | None, str]:
+    reason = why_no_text(folder)
+    return (open_tokenizer("huggingface", str(folder)), "") if reason is None else (None, reason)

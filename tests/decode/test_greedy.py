@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_mtp.decode.speculate import Options, generate
+from megatron_mtp.errors import DataError
 from tests.decode.models import DENSE, LATENT, MLA, MOE, VARIANTS, decoder_of, plain_model, random_tokens
 
 pytestmark = pytest.mark.unit
@@ -126,3 +127,32 @@ def test_stops_and_streams():
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert got == whole[:end]
     assert seen == result.tokens
+
+
+@pytest.mark.parametrize("num_draft", [0, 3])
+def test_rows_get_what_the_context_holds(num_draft):
+    """With `shorten` a long prompt gets fewer tokens, the others what they would get alone; without, it is refused."""
+    decoder = decoder_of(plain_model(KINDS["dense"]))
+    rows = [*prompts(2, seed=1), random_tokens(59, seed=5, vocab_size=4).tolist()]
+    with pytest.raises(DataError, match=r"Prompt 2 has 59 tokens and 16 are to follow"):
+        tokens(decoder, rows, num_draft)
+    found = tokens(decoder, rows, num_draft, shorten=True)
+    assert found[:2] == tokens(decoder, rows[:2], num_draft)
+    assert len(found[2]) == 5
+    assert found[2] == generate(decoder, rows[2:], Options(max_new_tokens=5, context=64)).tokens[0]
+    with pytest.raises(DataError, match=r"Prompt 0 has 64 tokens and 1 are to follow"):
+        tokens(decoder, [random_tokens(64, vocab_size=4).tolist()], num_draft, shorten=True)
+
+
+@pytest.mark.parametrize("num_draft", [0, 4])
+def test_a_condition_ends_a_row(num_draft):
+    """`is_end` sees each prefix of the new tokens, also within a round; `is_ended` tells an end from a limit."""
+    decoder, rows = decoder_of(plain_model(KINDS["dense"])), prompts(3, seed=4)
+    complete = tokens(decoder, rows, 0)
+    options = Options(max_new_tokens=NEW_TOKENS, num_draft=num_draft, context=64, is_end=lambda new: len(new) == 7)
+    result = generate(decoder, rows, options)
+    assert result.tokens == [row[:7] for row in complete]
+    assert result.is_ended == [True] * 3
+    assert not any(generate(decoder, rows, Options(max_new_tokens=4, num_draft=num_draft, context=64)).is_ended)
+    # Every row's first token is the prefill's; a pass yields the others.
+    assert result.counts.new_tokens == sum(map(len, result.tokens)) - len(rows)

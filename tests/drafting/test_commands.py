@@ -48,7 +48,8 @@ def test_generate(run_directory):
     assert code == 0
     drafted = json.loads(out)
     assert len(drafted["rows"][0]["tokens"]) == 12
-    assert drafted["new_tokens"] == 12
+    assert (drafted["new_tokens"], drafted["tokens_after_prefill"]) == (12, 11)
+    assert drafted["tokens_per_pass"] == 11 / drafted["rounds"]
     code, out, _ = call(*arguments, "--num-draft", "3", "--json", "--nproc", "2")
     assert code == 0
     assert json.loads(out)["rows"] == drafted["rows"]
@@ -58,8 +59,38 @@ def test_generate(run_directory):
     assert len(out.strip()) > 0
 
 
+def test_a_file_of_requests(run_directory, tmp_path):
+    """In batches, each answer beside its request; the default number of tokens is what the context of 64 holds."""
+    requests = [{"prompt": "import os", "id": "a"}, {"ids": [100, 101]}, {"prompt": "x" * 60}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    arguments = [
+        "--prompt-file",
+        tmp_path / "in.jsonl",
+        "--out",
+        tmp_path / "out.jsonl",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    code, out, _ = call("generate", run_directory, *arguments, "--num-draft", "2", "--ignore-end")
+    assert (code, out) == (0, "")
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [
+        {key: answer[key] for key in request} for request, answer in zip(requests, answers, strict=True)
+    ] == requests
+    assert [len(answer["tokens"]) for answer in answers] == [55, 62, 4]
+    assert {answer["finish_reason"] for answer in answers} == {"length"}
+    first = bytes(answers[0]["tokens"][:20]).decode("utf-8", errors="replace")
+    stop = next(character for character in first if character.isprintable())
+    code, out, _ = call("generate", run_directory, "--prompt", "import os", "--stop", stop, "--device", "cpu", "--json")
+    (row,) = json.loads(out)["rows"]
+    assert (code, row["finish_reason"], row["text"]) == (0, "stop", first[: first.index(stop)])
+
+
 def test_mistakes(run_directory):
-    code, _, error = call("generate", run_directory, "--prompt", "x" * 80, "--device", "cpu")
+    arguments = ["--prompt", "x" * 80, "--max-new-tokens", "12", "--device", "cpu"]
+    code, _, error = call("generate", run_directory, *arguments)
     assert code == 2
     assert "context of 64" in error
     assert "Traceback" not in error
