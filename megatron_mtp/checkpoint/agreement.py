@@ -16,7 +16,7 @@ from megatron_mtp.errors import CheckpointError, InUseError
 logger = logging.getLogger(__name__)
 
 
-def from_first[T](produce: Callable[[], T]) -> T:
+def run_on_rank_0[T](produce: Callable[[], T]) -> T:
     """The result of rank 0, on every rank.
 
     Raises:
@@ -37,7 +37,7 @@ def from_first[T](produce: Callable[[], T]) -> T:
     return found[0]
 
 
-def joined[T](items: list[T]) -> list[T]:
+def gather_lists[T](items: list[T]) -> list[T]:
     """The items of all ranks in order of rank, on every rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, items)
@@ -46,13 +46,13 @@ def joined[T](items: list[T]) -> list[T]:
 
 def raise_any(error: CheckpointError | None) -> None:
     """Raises the first error of any rank, on every rank."""
-    if errors := joined([] if error is None else [error]):
+    if errors := gather_lists([] if error is None else [error]):
         raise errors[0]
 
 
-def first_known(values: dict[str, Any]) -> dict[str, Any]:
+def first_value_of_any_rank(values: dict[str, Any]) -> dict[str, Any]:
     """Each value from the first rank that has it; a rank that holds no parameter has none."""
-    everyone = joined([values])
+    everyone = gather_lists([values])
     return {name: next((one[name] for one in everyone if one[name] is not None), None) for name in values}
 
 

@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
-from megatron_mtp.checkpoint.agreement import describe_error, first_known, from_first
+from megatron_mtp.checkpoint.agreement import describe_error, first_value_of_any_rank, run_on_rank_0
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, write_durably
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
@@ -94,7 +94,7 @@ class Checkpointer:
         self._lock: Lock | None = None  # on rank 0
         if self.directory:
             steps = self._open_directory()
-            while from_first(lambda: next(steps, True)) is None:  # short rounds: no rank waits long in a collective
+            while run_on_rank_0(lambda: next(steps, True)) is None:  # short rounds: no rank waits long in a collective
                 pass
 
     @property
@@ -176,7 +176,7 @@ class Checkpointer:
     def _went_to(self, iteration: int) -> None:
         """The run continues from this checkpoint in checkpoint.save; newer ones are damaged."""
         self.last_saved = self.last_complete = iteration
-        self._run_directory.replaceable |= {n for n in from_first(self._run_directory.iterations) if n > iteration}
+        self._run_directory.replaceable |= {n for n in run_on_rank_0(self._run_directory.iterations) if n > iteration}
 
     def start_from_pretrained(self, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
         """Loads the weights of checkpoint.pretrained_checkpoint, if it is set, whatever layout saved them.
@@ -187,7 +187,7 @@ class Checkpointer:
         pretrained = self.cfg.checkpoint.pretrained_checkpoint
         if pretrained is None:
             return
-        folder = from_first(lambda: checkpoint_folder(Path(pretrained)))
+        folder = run_on_rank_0(lambda: checkpoint_folder(Path(pretrained)))
         load_model_weights(folder, chunks, self.groups.dp_cp)
         optimizer.reload_model_params()
         if self.rank == 0:
@@ -219,11 +219,12 @@ class Checkpointer:
         self.close()  # one at a time
         started_s = time.monotonic()
         gather_weights(chunks)
-        from_first(lambda: self._begin(train_state.iteration))
+        run_on_rank_0(lambda: self._begin(train_state.iteration))
         partial = self._run_directory.partial_path(train_state.iteration)
         content = Content(chunks, optimizer if self.cfg.checkpoint.save_optim else None, self.groups.dp_cp)
         file = plan_save(content.for_saving())
-        scalars = first_known(optimizer_scalars(content))  # there is a step count once `for_saving` made one
+        # `for_saving` initialized the optimizer state; before that there is no step count.
+        scalars = first_value_of_any_rank(optimizer_scalars(content))
         pending = _Pending(
             self._manifest(train_state, reason, validation_loss),
             {"train": train_state.to_dict(), "optimizer": scalars},
@@ -317,7 +318,7 @@ class Checkpointer:
         reports: list[Any] = [None] * self.world_size
         dist.gather_object(written, reports if self.rank == 0 else None, dst=0)
         try:
-            from_first(lambda: self._finish(pending, reports))
+            run_on_rank_0(lambda: self._finish(pending, reports))
         except CheckpointError:
             self.last_saved = None
             raise

@@ -64,7 +64,7 @@ def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, 
     return Comparison(refusals, changes)
 
 
-# Beside free and curve fields: what a model may be trained with otherwise, its weights staying what they are.
+# Fixed fields that may still differ when only the weights are loaded.
 _OF_TRAINING = frozenset({"seq_length"})
 
 

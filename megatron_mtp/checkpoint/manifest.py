@@ -54,7 +54,7 @@ class Manifest:
     consumed_samples: int = 0
     world_size: int = 1
     reason: str = "interval"
-    """Why it was saved: interval, end, exit ..."""
+    """Why it was saved, such as "interval", "end of training", "lowest validation loss" or "imported"."""
     saved_at: str = ""
     """ISO 8601, UTC."""
     validation_loss: float | None = None

@@ -70,7 +70,7 @@ def is_same_directory(save: str | None, load: str | None) -> bool:
 
 
 def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
-    """Returns if a `load` without a complete checkpoint is a fresh start: when it is the empty or absent `save`.
+    """Raises unless checkpoint.load is the empty or absent checkpoint.save directory, which means a fresh start.
 
     Raises:
         CheckpointError: it is not; names every damaged checkpoint.

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from megatron_mtp.checkpoint.agreement import describe_error, from_first, raise_any
+from megatron_mtp.checkpoint.agreement import describe_error, raise_any, run_on_rank_0
 from megatron_mtp.checkpoint.content import Content
 from megatron_mtp.checkpoint.manifest import damage_error, read_verified
-from megatron_mtp.checkpoint.resuming import UnreadableError, _check_keys, read_shards
+from megatron_mtp.checkpoint.resuming import UnreadableError, check_keys, read_shards
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
 
@@ -29,12 +29,12 @@ def load_model_weights(folder: Path, chunks: list[nn.Module], dp_cp_group: Proce
     Raises:
         CheckpointError: on every rank; the checkpoint is damaged, or its tensors are not the model's; names them.
     """
-    from_first(lambda: _check(folder))
+    run_on_rank_0(lambda: _check(folder))
     error: CheckpointError | None = None
     try:
         content = Content(chunks, None, dp_cp_group)
         plan = content.for_loading(with_random_state=False)
-        _check_keys(folder, plan.requested_keys(), load_optim=False)
+        check_keys(folder, plan.requested_keys(), load_optim=False)
         plan.adopt(read_shards(plan.state, folder), {})
     except UnreadableError as failure:
         error = damage_error(folder, [str(failure)])

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_mtp.checkpoint.agreement import describe_error, from_first, joined, raise_any
+from megatron_mtp.checkpoint.agreement import describe_error, gather_lists, raise_any, run_on_rank_0
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX, Content
 from megatron_mtp.checkpoint.directory import RunDirectory
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
@@ -103,14 +103,14 @@ def complete_checkpoints(cfg: ConfigContainer, path: str | Path, damaged: list[s
             another config.
     """
     directory = RunDirectory(path)
-    for iteration in from_first(directory.iterations):
+    for iteration in run_on_rank_0(directory.iterations):
         manifest, problems = _examine(directory, iteration)
         if manifest is not None and not problems:
-            from_first(partial(_check_config, cfg, directory, manifest))
+            run_on_rank_0(partial(_check_config, cfg, directory, manifest))
             yield Found(directory.final_path(iteration), manifest)
         else:
             _skip(iteration, problems, damaged)
-    from_first(lambda: check_missing(cfg, damaged))
+    run_on_rank_0(lambda: check_missing(cfg, damaged))
 
 
 def _skip(iteration: int, problems: list[str], damaged: list[str]) -> None:
@@ -134,11 +134,11 @@ def _examine(directory: RunDirectory, iteration: int) -> tuple[Manifest | None, 
             return [str(error)]
         return []
 
-    manifest, problems = from_first(read)
+    manifest, problems = run_on_rank_0(read)
     if manifest is None:
         return None, problems
-    problems = joined(directory.damages(manifest, share=dist.get_rank(), num_shares=dist.get_world_size()))
-    return manifest, problems or from_first(partial(check_contents, manifest))
+    problems = gather_lists(directory.damages(manifest, share=dist.get_rank(), num_shares=dist.get_world_size()))
+    return manifest, problems or run_on_rank_0(partial(check_contents, manifest))
 
 
 def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> None:
@@ -199,7 +199,7 @@ def _load(
     same_place = found.manifest.world_size == dist.get_world_size() and _place(saved) == _place(to_dict(cfg))
     content = Content(chunks, optimizer if load_optim else None, dp_cp_group)
     plan = content.for_loading(with_random_state=same_place)
-    _check_keys(found.path, plan.requested_keys(), load_optim)
+    check_keys(found.path, plan.requested_keys(), load_optim)
     loaded = read_shards(plan.state, found.path)
     plan.adopt(loaded, scalars)
     if not load_optim:
@@ -223,9 +223,9 @@ def read_shards(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
         raise UnreadableError(f"{folder}: cannot be read ({describe_error(failure)}).") from failure
 
 
-def _check_keys(path: Path, requested: set[str], load_optim: bool) -> None:
+def check_keys(path: Path, requested: set[str], load_optim: bool) -> None:
     """Compares what all ranks request with what the checkpoint holds, both ways: nothing is skipped silently."""
-    wanted = set(joined(sorted(requested))) - {RNG_KEY}
+    wanted = set(gather_lists(sorted(requested))) - {RNG_KEY}
     stored = {key.split("/shard_")[0] for key in read_metadata(path).state_dict_metadata} - {RNG_KEY, COMMON_KEY}
     if not load_optim:
         stored = {key for key in stored if not key.startswith(OPTIMIZER_PREFIX)}

@@ -91,7 +91,7 @@ class TrainState:
     def add_acceptance(self, counts: dict[str, list[int]]) -> None:
         """Adds the global counts of one step: name -> one count for each depth. Python integers do not overflow.
 
-        Example: {"matches_target": [5, 2]} added to {"matches_target": [10, 4]} gives [15, 6].
+        Example: {"label_hits": [5, 2]} added to {"label_hits": [10, 4]} gives [15, 6].
         """
         for name, new in counts.items():
             old = self.acceptance.setdefault(name, [0] * len(new))

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_mtp.checkpoint.agreement import describe_error, from_first
+from megatron_mtp.checkpoint.agreement import describe_error, run_on_rank_0
 from megatron_mtp.checkpoint.content import COMMON_KEY
 from megatron_mtp.checkpoint.directory import write_durably
 from megatron_mtp.checkpoint.manifest import FileEntry, describe_file
@@ -83,7 +83,7 @@ def plan_save(state: ShardedStateDict) -> RankFile:
         except Exception as error:
             raise CheckpointError(f"the ranks' shards do not fit together ({describe_error(error)}).") from error
 
-    from_first(join)
+    run_on_rank_0(join)
     plan = planner.finish_plan(local)
     return RankFile([(item, planner.resolve_data(item)) for item in plan.items], metadata)
 

@@ -56,5 +56,5 @@ def verify(
         typer.echo(json_format.dumps(data, indent=2))
     else:
         print_outcomes(outcomes)
-    if not all(outcome.is_right for outcome in outcomes):
+    if not all(outcome.passed for outcome in outcomes):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Does a value fit a field's type, and can one that was read from text be made to fit.
+"""Checks a value against a field's type, and converts values read from text.
 
 The types of config fields are a closed set (numbers, text, flags, literals, lists, dicts, unions), so this small file
 does it. pydantic would do the same for 0.25 s of import time, half of what `show` may take.

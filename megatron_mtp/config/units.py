@@ -1,4 +1,4 @@
-"""Sizes in bytes that several rooms count with."""
+"""Sizes in bytes that several packages use."""
 
 from __future__ import annotations
 

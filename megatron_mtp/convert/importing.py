@@ -201,7 +201,7 @@ def _resolved(
 
 
 def _check_recipe(cfg: ConfigContainer, model: ModelConfig, family: str) -> None:
-    title = "The recipe is another model than config.json describes. Choose another recipe."
+    title = "The recipe does not match config.json. Choose another recipe."
     try:
         ours = _declared(cfg.model, family)
     except ConversionError as error:  # config.json of this family cannot describe the recipe

@@ -25,10 +25,10 @@ class Patch:
 
     Attributes:
         target: what is changed, by its name upstream; several names of one owner are joined by |.
-        where: file of this package that makes the change.
+        where: file under megatron_mtp/ that makes the change.
         scope: how long it lasts.
         reason: what is wrong without it.
-        test: file and function that fail without it.
+        test: what fails without it: a function, or a file where many of its tests do.
     """
 
     target: str

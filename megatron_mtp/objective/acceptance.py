@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# Rows of the counts; columns are depths 0..D. Depth 0 agrees with itself: its last two rows equal the first.
+# Rows of the counts; columns are depths 0..D. Depth 0 agrees with itself: its last three rows equal the first.
 ROWS = ("valid", "label_hits", "main_hits", "chain_valid", "chain_hits")
 
 

@@ -1,4 +1,4 @@
-"""The old name of several rooms. Importing it, or a module below it, says where its modules are now."""
+"""The old name of several packages. Importing it, or a module below it, says where its modules are now."""
 
 raise ImportError(
     "megatron_mtp.tools is gone. Its modules are now in megatron_mtp.verify, plan, profile, dry_run, drafting, launch, "

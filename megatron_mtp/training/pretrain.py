@@ -21,7 +21,7 @@ from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.callbacks import Callback
-from megatron_mtp.training.callbacks.base import restore, unique
+from megatron_mtp.training.callbacks.base import check_unique_names, restore
 from megatron_mtp.training.callbacks.configured import configured_callbacks
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.gpt_step import ForwardStep
@@ -86,7 +86,7 @@ def pretrain(
     resolved = resolve(prepare_config(cfg, job_size()), job_size())
     check_data(resolved.cfg)
     check_run_directory(resolved.cfg)
-    callbacks = unique([*configured_callbacks(resolved.cfg), *callbacks])
+    callbacks = check_unique_names([*configured_callbacks(resolved.cfg), *callbacks])
     setup_logging(env_rank())
     watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
     try:
@@ -185,7 +185,7 @@ def _log_plan(run: Run) -> None:
         logger.warning(text, name)
     if name not in device.lower():
         text = (
-            "this device is %s: set dist.hardware to what to plan for, or measure it with `megatron-mtp profile` for "
-            "`plan --profile`"
+            "this device is %s: set dist.hardware to the device to plan for, or measure it with "
+            "`megatron-mtp profile` for `plan --profile`"
         )
         logger.info(text, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import random
 from dataclasses import dataclass
@@ -100,7 +99,6 @@ def leave_groups() -> None:
     """Undoes `join_groups`."""
     destroy_model_parallel()
     destroy_distributed()
-    gc.enable()
 
 
 def embedding_stages(layout: PipelineLayout, is_tied: bool) -> list[int]:

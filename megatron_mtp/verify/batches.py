@@ -1,6 +1,6 @@
-"""Samples made from a seed, the same at every layout, with the loss masks that break programs.
+"""Samples made from a seed, the same at every layout, with loss masks that programs often get wrong.
 
-The data room makes micro-batches of them as it does of a run's data, so `verify` covers it too.
+The data package makes micro-batches of them as it does of a run's data, so `verify` covers it too.
 """
 
 from __future__ import annotations

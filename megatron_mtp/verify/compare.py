@@ -156,8 +156,8 @@ def _without_padding(g: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unequal_weights(got: Measurement, reference: Measurement) -> str | None:
-    for name in sorted(got.weights.keys() ^ reference.weights.keys()):
-        return name
+    if names := got.weights.keys() ^ reference.weights.keys():
+        return min(names)
     for name, expected in reference.weights.items():
         rows = min(len(expected), len(got.weights[name])) if expected.dim() else None
         a, b = (got.weights[name], expected) if rows is None else (got.weights[name][:rows], expected[:rows])

@@ -48,7 +48,7 @@ class Outcome:
     faults: list[str]
 
     @property
-    def is_right(self) -> bool:
+    def passed(self) -> bool:
         """Whether every difference is within the tolerances of `compare`."""
         return not self.faults
 
@@ -57,7 +57,7 @@ class Outcome:
         return {
             "layout": self.layout,
             "ranks": self.ranks,
-            "right": self.is_right,
+            "right": self.passed,
             "losses_relative_difference": [_finite_or_none(value) for value in self.losses],
             "counts_equal": self.counts_equal,
             "acceptance_equal": self.acceptance_equal,
@@ -204,7 +204,7 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
             _word(outcome.counts_equal),
             _word(outcome.acceptance_equal),
             f"{outcome.gradient:.1e} {outcome.gradient_name}",
-            "[green]right[/]" if outcome.is_right else "[red]OFF[/]",
+            "[green]pass[/]" if outcome.passed else "[red]FAIL[/]",
         )
     console = Console()
     console.print(table)

@@ -180,7 +180,7 @@ def test_the_command_says_off(command, monkeypatch):
     monkeypatch.setattr(verify, "prepare", lambda *args: with_another_reference(prepare(*args)))
     code, out, _ = command("tiny_dense", "--layouts", "pp=2")
     assert code == 1
-    assert "OFF" in out
+    assert "FAIL" in out
     for fault in ("loss of depth 2 differs", "acceptance counts differ", "gradient of", "initial weights of"):
         assert fault in out
 

@@ -28,7 +28,9 @@ Metrics = dict[str, float]
 
 
 class Callback:
-    """Override what you need. An exception ends the run; `run.request_stop(reason)` ends it with a checkpoint.
+    """Base class of callbacks; override the events you need.
+
+    An exception ends the run; `run.request_stop(reason)` ends it with a checkpoint.
 
     Metrics that an event returns are recorded on the console, in TensorBoard, W&B and JSONL. Rank 0 writes them, so a
     value that other ranks know must be brought there first: see `mean_over_ranks`.
@@ -46,7 +48,8 @@ class Callback:
         """Called when a step is counted in `state`, before it is recorded or saved.
 
         Returns:
-            Metrics of this step. Console and W&B show their mean over the logging interval.
+            Metrics of this step. The console shows their mean over logger.log_interval, the other sinks over
+            logger.tensorboard_log_interval.
         """
 
     def on_evaluation(self, run: Run, state: TrainState, results: dict[str, EvaluationResult]) -> Metrics | None:
@@ -89,7 +92,7 @@ class ConfiguredCallback(Callback):
         raise NotImplementedError
 
 
-def unique(callbacks: list[Callback]) -> list[Callback]:
+def check_unique_names(callbacks: list[Callback]) -> list[Callback]:
     """`callbacks`, if each that keeps state has a name of its own.
 
     Raises:

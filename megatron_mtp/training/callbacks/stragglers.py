@@ -18,16 +18,16 @@ from megatron_mtp.training.step import StepResult
 logger = logging.getLogger(__name__)
 
 MARGIN_S = 0.02
-"""A smaller difference is noise of tiny models."""
+"""Smaller differences are noise, as in tiny models."""
 MIN_INTERVAL = 10
 """Fewer steps are too noisy to compare."""
 
 
 class StragglerReport(ConfiguredCallback):
-    """Compares the time that each rank takes to have its own gradients, averaged over some steps.
+    """Compares how long each rank takes to compute its own gradients, averaged over some steps.
 
-    Afterwards ranks wait for each other, so a complete step takes the same time on all. Pipeline stages wait for each
-    other before that too: the report names the slow data-parallel replica.
+    After that, ranks wait for each other in the reduction, so a complete step takes the same time on all. Pipeline
+    stages wait for each other earlier, so with PP the report names the slow data-parallel replica, not the stage.
 
     Args:
         factor: a rank is named if it takes this many times the median.
@@ -44,7 +44,7 @@ class StragglerReport(ConfiguredCallback):
         return cls(cfg.dist.straggler_factor, cfg.logger.log_interval) if cfg.dist.straggler_factor else None
 
     def on_step_end(self, run: Run, state: TrainState, result: StepResult) -> None:
-        """Takes in one step; a collective at every interval."""
+        """Records one step; every interval steps a collective compares the ranks."""
         if dist.get_world_size() == 1:
             return
         self._times_s.append(run.engine.gradients.own_s)
@@ -66,7 +66,7 @@ def stragglers(everyone: list[tuple[float, str]], factor: float) -> list[str]:
     """
     median = statistics.median_low([seconds for seconds, _ in everyone])
     return [
-        f"rank {rank} on {host} is slow: {seconds * 1e3:.0f} ms until its gradients are there, "
+        f"rank {rank} on {host} is slow: {seconds * 1e3:.0f} ms until its gradients are computed, "
         f"{seconds / median:.1f} times the median. All other ranks wait for it."
         for rank, (seconds, host) in enumerate(everyone)
         if seconds > max(factor * median, median + MARGIN_S)

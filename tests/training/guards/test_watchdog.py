@@ -85,7 +85,7 @@ def test_a_slow_rank_is_named(tmp_path: Path, capfd):
 def test_who_is_a_straggler():
     everyone = [(1.0, "a"), (1.1, "a"), (0.9, "b"), (1.6, "b")]
     (one,) = stragglers(everyone, 1.5)
-    assert one.startswith("rank 3 on b is slow: 1600 ms until its gradients are there, 1.6 times the median")
+    assert one.startswith("rank 3 on b is slow: 1600 ms until its gradients are computed, 1.6 times the median")
     assert stragglers(everyone, 2.0) == []
 
 
