@@ -31,6 +31,11 @@ explains it.
 "Cut": its digits are cut off, not rounded.
 
 """
+DEVICES = """\
+The parallel sizes of a recipe are for the GPUs in parentheses: its plan fits them, by the estimate of
+`megatron-mtp plan`, which
+a test repeats for every recipe.
+"""
 NOTES = """\
 ## Limits
 
@@ -145,10 +150,11 @@ def _sizes(names: list[str]) -> str:
 
 
 def _defaults(names: list[str]) -> str:
-    lines = ["## Defaults and their sources", ""]
+    lines = ["## Defaults and their sources", "", DEVICES]
     for name in names:
         text = inspect.getdoc(recipe_function(name)) or ""
-        lines += [f"- `{name}`: {' '.join(text.split())}"]
+        gpus = PUBLISHED[name].gpus
+        lines += [f"- `{name}` ({gpus} GPU{'s' * (gpus > 1)} of 80 GB): {' '.join(text.split())}"]
     return "\n".join(lines) + "\n"
 
 

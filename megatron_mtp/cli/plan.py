@@ -16,7 +16,7 @@ def plan(
     overrides: Overrides = None,
     config: Files = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Devices of the job; default: the fewest that hold it.")
+        int | None, typer.Option(min=1, help="Devices of the job; default: those that `recipes` lists.")
     ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="Device to estimate for: h100, h200, a100, b200, mi300x, cpu ...")
@@ -41,7 +41,7 @@ def plan(
     With the layout "auto" it searches for the fastest split; another layout is planned as it is. --compare adds splits.
     """
     from megatron_mtp.errors import PlanError, Problem
-    from megatron_mtp.plan.compare import make_plans
+    from megatron_mtp.plan.compare import default_devices, make_plans
     from megatron_mtp.plan.report import as_data, as_text, overlay
 
     if picture is not None and picture.suffix.lower() != ".svg":
@@ -49,6 +49,8 @@ def plan(
         remedy = f"Use --picture {str(better)!r}."
         raise PlanError(Problem(fields=("--picture",), value=str(picture), rule="the picture is SVG", remedy=remedy))
     cfg = choose_config(recipe, config, overrides)
+    if devices is None and not search:
+        devices = default_devices(recipe, cfg)
     options = (cfg, devices, hardware, profile, memory, compare or ())
     if search:
         from rich.console import Console

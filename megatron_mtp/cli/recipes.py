@@ -30,9 +30,11 @@ def describe(name: str) -> dict[str, Any]:
     """One recipe as plain data."""
     from megatron_mtp.plan.facts import facts
     from megatron_mtp.recipes import get_recipe, recipe_function
+    from megatron_mtp.recipes.published import PUBLISHED
 
-    doc = inspect.getdoc(recipe_function(name)) or ""
-    return {"name": name, "description": " ".join(doc.split("\n\n")[0].split()), **facts(get_recipe(name).finalize())}
+    doc, found = inspect.getdoc(recipe_function(name)) or "", facts(get_recipe(name).finalize())
+    found["num_devices"] = PUBLISHED[name].gpus if name in PUBLISHED else found["processes"]
+    return {"name": name, "description": " ".join(doc.split("\n\n")[0].split()), **found}
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -42,7 +44,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     cells = [("recipe", "parameters", "active", "MTP depths", "devices", "parallel")]
     for row in rows:
         total, active = (short_count(row["parameters"][name]) for name in ("total", "active"))
-        devices = f"{row['processes']} x {row['devices']}"
+        devices = f"{row['num_devices']} x {row['devices']}"
         cells.append((row["name"], total, active, str(row["mtp_num_layers"]), devices, short_parallel(row["parallel"])))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for number, line in enumerate(cells):
@@ -53,6 +55,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         text = "  ".join([name, *counts, devices, parallel]).rstrip()
         typer.secho(text, bold=number == 0 and sys.stdout.isatty())
     typer.echo(
-        "\nParameters include the MTP layers; active ones are those that one token uses. Devices: the fewest that\n"
-        "hold one replica with these parallel sizes. Next: megatron-mtp show RECIPE"
+        "\nParameters include the MTP layers; active ones are those that one token uses. Devices: what the\n"
+        "parallel sizes are for, with 80 GB each; `plan` takes as many. Next: megatron-mtp show RECIPE"
     )

@@ -14,7 +14,6 @@ from megatron_mtp.config.checks.run import ramp_problems, run_problems, run_refu
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.derive import derive, read_token_counts
 from megatron_mtp.config.knob import broken_rule, range_of
-from megatron_mtp.config.machines import hardware_problems
 from megatron_mtp.config.mcore.rules import mcore_problems
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.errors import ConfigError, Problem, UnsupportedError
@@ -58,7 +57,10 @@ def find_problems(trial: RunConfig, world_size: int | None = None) -> list[Probl
     misfits = misfits or derived  # with misfits, it may follow from what replaces one
     found += mcore_problems(trial.model) + model_problems(trial.model)
     found += placement_problems(trial.model) + run_problems(trial) + data_problems(trial) + fault_problems(trial)
-    found += hardware_problems(trial.dist.hardware)
+    if trial.dist.hardware is not None:
+        from megatron_mtp.config.machines import hardware_problems  # its table would add 5 % to the time of `show`
+
+        found += hardware_problems(trial.dist.hardware)
     ramp = ramp_problems(trial)
     if not ramp:  # else its batch sizes cannot be counted
         found += batch_problems(trial, None) if world_size is None else world_problems(trial, world_size)

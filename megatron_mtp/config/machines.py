@@ -236,11 +236,10 @@ def _changed(hardware: Mapping[str, Any], option: str) -> Machine:
     return machine
 
 
-def hardware_problems(hardware: str | Mapping[str, Any] | None) -> list[Problem]:
-    """What is wrong with `dist.hardware`."""
+def hardware_problems(hardware: str | Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with a `dist.hardware` that is set."""
     try:
-        if hardware is not None:
-            find_machine(hardware)
+        find_machine(hardware)
     except ConfigError as error:
         return error.problems
     return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_mtp.parallel.planner.search_sizes import Candidate, recompute_fiel
 from megatron_mtp.parallel.planner.search_split import SplitChoice
 from megatron_mtp.parallel.planner.stage_memory import MemoryModel
 from megatron_mtp.parallel.shape import RunShape
+from megatron_mtp.recipes.published import PUBLISHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,25 @@ def make_plans(
     return Plans(planner, machine, profile, limit, chosen, choice, _others(planner, compare), candidates)
 
 
+def default_devices(recipe: str, cfg: ConfigContainer) -> int:
+    """As many devices as the recipe is for, or the fewest that form one replica where `cfg` was changed too much.
+
+    Args:
+        cfg: the recipe with the user's changes, not finalized.
+
+    Raises:
+        ConfigError: the config is wrong for any number of devices.
+    """
+    smallest, published = smallest_world(cfg), PUBLISHED.get(recipe)
+    if published is not None and smallest != published.gpus:
+        with suppress(ConfigError):
+            cfg.copy().finalize(published.gpus)
+            return published.gpus
+    return smallest
+
+
 def smallest_world(cfg: ConfigContainer) -> int:
-    """The fewest processes that hold one replica.
+    """The fewest processes that form one replica with these parallel sizes, whether it fits their memory or not.
 
     Raises:
         ConfigError: the config is wrong for any number of processes.

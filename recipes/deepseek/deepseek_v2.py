@@ -7,7 +7,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def deepseek_v2_lite_pretrain_config() -> ConfigContainer:
-    """DeepSeek-V2-Lite (15.7B, 2.4B active) with one MTP layer at 4K, on 8 GPUs of 80 GB: EP=8. Queries have no
+    """DeepSeek-V2-Lite (15.7B, 2.4B active) with one MTP layer at 4K: EP=8. Queries have no
     latent.
 
     YaRN came with the extension to 32K: model.rope_type=yarn model.mscale=0.707 model.mscale_all_dim=0.707.

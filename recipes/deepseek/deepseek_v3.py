@@ -7,7 +7,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def deepseek_v3_pretrain_config() -> ConfigContainer:
-    """DeepSeek-V3 (671B, 37B active) with its MTP layer, its data schedule and loss factor, on 1024 GPUs of 80 GB:
+    """DeepSeek-V3 (671B, 37B active) with its MTP layer, its data schedule and loss factor:
     TP=2 with sequence parallelism, PP=16, EP=64.
 
     The last 167B tokens of the report, at a constant 7.3e-6, are not part of the schedule: they run at 2.2e-5.

@@ -7,26 +7,29 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def glm45_pretrain_config() -> ConfigContainer:
-    """GLM-4.5 (355B, 32B active) with its MTP layer and loss factor, on 128 GPUs of 80 GB: TP=2 with sequence
-    parallelism, PP=8, EP=16.
+    """GLM-4.5 (355B, 32B active) with its MTP layer and loss factor: TP=2 with sequence parallelism, PP=16,
+    EP=8, feed-forward layers recomputed.
 
     The report trains with Muon, whose updates have the size of AdamW's; its learning rate is used with AdamW here, as a
     cosine over all 22T tokens. Rotary positions have the base of the released weights; the report's 4K phase has 10000.
 
     Sources: GLM-4.5's report, table 1 and section 2.4 (dimensions, batch, learning rate, loss factor, balancing);
-    transformers 5.23.0 models/glm4_moe; parallel sizes, Megatron-Bridge 067f987d recipes/glm/h100/glm45.py.
+    transformers 5.23.0 models/glm4_moe. The parallel sizes are the planner's, as Megatron-Bridge's (067f987d
+    recipes/glm/h100/glm45.py: PP=8, EP=16) do not fit the memory that it estimates.
     """
     cfg = pretrain_common()
     _set_architecture(cfg)
     _set_training(cfg)
     model = cfg.model
-    model.update(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=8)
-    model.update(expert_model_parallel_size=16, expert_tensor_parallel_size=1, recompute_granularity="selective")
+    model.update(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=16)
+    model.update(expert_model_parallel_size=8, expert_tensor_parallel_size=1)
+    model.update(recompute_granularity="selective", recompute_modules=["mlp", "moe"])
     return cfg
 
 
 def glm45_air_pretrain_config() -> ConfigContainer:
-    """GLM-4.5-Air (106B, 12B active) with its MTP layer, on 32 GPUs of 80 GB: PP=4, EP=8. No norm of queries and keys.
+    """GLM-4.5-Air (106B, 12B active) with its MTP layer: TP=4 with sequence parallelism, PP=4, EP=8. No norm of
+    queries and keys.
 
     The scaling of routed experts is 1.0 as in transformers and slime; a test of Megatron-Bridge has 2.5.
 
@@ -36,8 +39,8 @@ def glm45_air_pretrain_config() -> ConfigContainer:
     model = cfg.model
     model.update(num_layers=46, hidden_size=4096, ffn_hidden_size=10944, qk_layernorm=False, num_moe_experts=128)
     model.update(moe_layer_freq=[0] + [1] * 45, moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=1408)
-    model.update(moe_router_topk_scaling_factor=None, tensor_model_parallel_size=1, pipeline_model_parallel_size=4)
-    model.update(expert_model_parallel_size=8)
+    model.update(moe_router_topk_scaling_factor=None, tensor_model_parallel_size=4, pipeline_model_parallel_size=4)
+    model.update(recompute_granularity=None, recompute_modules=None)
     return cfg
 
 

@@ -7,7 +7,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def mimo_7b_pretrain_config() -> ConfigContainer:
-    """MiMo-7B with its MTP layer and loss factor at 8K, on 4 GPUs of 80 GB: TP=4 with sequence parallelism.
+    """MiMo-7B with its MTP layer and loss factor at 8K: TP=4 with sequence parallelism.
 
     One schedule stands for the report's first two stages: constant to 10.3T, then a cosine to 3e-5 at 25T. Rotary
     positions have the base of the released weights; the report's stages at 8K have 10000.

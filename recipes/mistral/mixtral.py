@@ -7,7 +7,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def mixtral_8x7b_pretrain_config() -> ConfigContainer:
-    """Mixtral-8x7B with one MTP layer at 4K, on 16 GPUs of 80 GB: PP=2, EP=8, layers recomputed.
+    """Mixtral-8x7B with one MTP layer at 4K: PP=2, EP=8, layers recomputed.
 
     Mistral published no training settings: learning rate and batch are pretrain_common's with a larger batch, the
     coefficient of the balancing loss is transformers', the loss factor Megatron-Core's default, the parallel sizes this

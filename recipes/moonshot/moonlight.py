@@ -7,7 +7,7 @@ from megatron_mtp.recipes.deepseek.deepseek_v3 import deepseek_v3_architecture
 
 
 def moonlight_16b_a3b_pretrain_config() -> ConfigContainer:
-    """Moonlight-16B-A3B with one MTP layer at 8K, on 8 GPUs of 80 GB: TP=2 with sequence parallelism, EP=8.
+    """Moonlight-16B-A3B with one MTP layer at 8K: TP=2 with sequence parallelism, EP=8.
 
     The report trains with Muon, whose updates it scales to the size of AdamW's, and found no benefit of MTP for this
     model's own predictions. Its learning rate is used with AdamW here.
@@ -32,7 +32,7 @@ def moonlight_16b_a3b_pretrain_config() -> ConfigContainer:
 
 
 def kimi_k2_pretrain_config() -> ConfigContainer:
-    """Kimi-K2 (1.04T, 32B active) with one MTP layer at 4K, on 512 GPUs of 80 GB: TP=2 with sequence parallelism,
+    """Kimi-K2 (1.04T, 32B active) with one MTP layer at 4K: TP=2 with sequence parallelism,
     PP=16, EP=32.
 
     The report trains with MuonClip; AdamW with its learning rate is used here.

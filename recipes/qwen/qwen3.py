@@ -10,7 +10,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def qwen3_8b_pretrain_config() -> ConfigContainer:
-    """Qwen3-8B with one MTP layer, on 4 GPUs of 80 GB: TP=4 with sequence parallelism.
+    """Qwen3-8B with one MTP layer: TP=4 with sequence parallelism.
 
     Sources: dimensions of all sizes, THUDM/slime 624b824a scripts/models/qwen3-*.sh; parallel sizes of all sizes,
     Megatron-Bridge 067f987d recipes/qwen/h100/qwen3.py. Qwen published no learning rate; it is pretrain_common's, and
@@ -28,28 +28,28 @@ def qwen3_8b_pretrain_config() -> ConfigContainer:
 
 
 def qwen3_600m_pretrain_config() -> ConfigContainer:
-    """Qwen3-0.6B with one MTP layer, on one GPU; the head is tied."""
+    """Qwen3-0.6B with one MTP layer; the head is tied."""
     cfg = _tied(qwen3_8b_pretrain_config())
     cfg.model.update(num_layers=28, hidden_size=1024, ffn_hidden_size=3072, num_attention_heads=16)
     return cfg
 
 
 def qwen3_1p7b_pretrain_config() -> ConfigContainer:
-    """Qwen3-1.7B with one MTP layer, on one GPU; the head is tied."""
+    """Qwen3-1.7B with one MTP layer; the head is tied."""
     cfg = qwen3_600m_pretrain_config()
     cfg.model.update(hidden_size=2048, ffn_hidden_size=6144)
     return cfg
 
 
 def qwen3_4b_pretrain_config() -> ConfigContainer:
-    """Qwen3-4B with one MTP layer, on 2 GPUs of 80 GB: TP=2; the head is tied."""
+    """Qwen3-4B with one MTP layer: TP=2; the head is tied."""
     cfg = _tied(qwen3_8b_pretrain_config())
     cfg.model.update(hidden_size=2560, ffn_hidden_size=9728, tensor_model_parallel_size=2)
     return cfg
 
 
 def qwen3_14b_pretrain_config() -> ConfigContainer:
-    """Qwen3-14B with one MTP layer, on 8 GPUs of 80 GB: TP=8."""
+    """Qwen3-14B with one MTP layer: TP=8."""
     cfg = qwen3_8b_pretrain_config()
     cfg.model.update(num_layers=40, hidden_size=5120, ffn_hidden_size=17408, num_attention_heads=40)
     cfg.model.update(tensor_model_parallel_size=8)
@@ -57,7 +57,7 @@ def qwen3_14b_pretrain_config() -> ConfigContainer:
 
 
 def qwen3_32b_pretrain_config() -> ConfigContainer:
-    """Qwen3-32B with one MTP layer, on 16 GPUs of 80 GB: TP=8, PP=2, layers recomputed."""
+    """Qwen3-32B with one MTP layer: TP=8, PP=2, layers recomputed."""
     cfg = qwen3_14b_pretrain_config()
     model = cfg.model
     model.update(num_layers=64, ffn_hidden_size=25600, num_attention_heads=64, pipeline_model_parallel_size=2)

@@ -7,7 +7,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def qwen3_30b_a3b_pretrain_config() -> ConfigContainer:
-    """Qwen3-30B-A3B with one MTP layer, on 8 GPUs of 80 GB: TP=4 with sequence parallelism, PP=2, EP=4.
+    """Qwen3-30B-A3B with one MTP layer: TP=4 with sequence parallelism, PP=2, EP=4.
 
     The vocabulary is Qwen's; the tokenizer is "null" until the run names the one that made its data.
 
@@ -34,7 +34,7 @@ def qwen3_30b_a3b_pretrain_config() -> ConfigContainer:
 
 
 def qwen3_235b_a22b_pretrain_config() -> ConfigContainer:
-    """Qwen3-235B-A22B with one MTP layer, on 128 GPUs of 80 GB: TP=4 with sequence parallelism, PP=16, CP=2, EP=8.
+    """Qwen3-235B-A22B with one MTP layer: TP=4 with sequence parallelism, PP=16, CP=2, EP=8.
 
     Sources: as `qwen3_30b_a3b_pretrain_config`, of the larger model.
     """

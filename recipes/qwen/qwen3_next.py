@@ -7,7 +7,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 
 def qwen3_next_80b_a3b_pretrain_config() -> ConfigContainer:
-    """Qwen3-Next-80B-A3B with its MTP layer, on 32 GPUs of 80 GB: PP=4, EP=8. GPUs need flash-linear-attention.
+    """Qwen3-Next-80B-A3B with its MTP layer: PP=4, EP=8. GPUs need flash-linear-attention.
 
     The MTP layer has full attention with a gate and experts, as every fourth layer of the trunk.
 

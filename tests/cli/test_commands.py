@@ -53,6 +53,9 @@ def test_recipes_as_json(run):
     assert set(rows) == set(RECIPES)
     assert rows["deepseek_v3"]["processes"] == 1024
     assert rows["deepseek_v3"]["parallel"]["expert"] == 64
+    assert (rows["llama3_8b"]["processes"], rows["llama3_8b"]["num_devices"]) == (4, 8)
+    code, out, _ = run("plan", "llama3_8b", "--json")
+    assert (code, json.loads(out)["devices"]) == (0, 8), "what `recipes` names, `plan` takes, and it fits"
     assert rows["demo"]["mtp_num_layers"] == 2
     assert all(row["description"] for row in rows.values())
 

@@ -121,7 +121,7 @@ def test_a_given_layout_is_planned_as_it_is(run):
             ["global_batch_size = 8 evenly", "Nearest that works: --devices"],
         ),
         (["tiny_dense", "--devices", "0"], ["greater than or equal to 1"]),
-        (["llama3_8b", "--devices", "3"], ["world_size = 3", "multiple of 2"]),
+        (["llama3_8b", "--devices", "3"], ["world_size = 3", "multiple of 4"]),
         (["demo", "--hardware", "cpu", "--compare", "5,6"], ["places 11 decoder layers", "model.num_layers = 10"]),
         (["demo", "--hardware", "cpu", "--compare", "5,-1"], ["a negative number"]),
         (["demo", "--hardware", "cpu", "--compare", "7,x"], ["unknown symbol", "the symbols are E"]),
