@@ -59,7 +59,9 @@ def launch(
     cfg.finalize(nodes * gpus_per_node)
     chosen = name or recipe.replace("_", "-")
     job = Job(cfg, recipe, config or [], overrides or [], chosen, nodes, gpus_per_node, max_restarts)
-    check_job(job, where)
+    options = {"--partition": partition, "--account": account, "--time": time, "--sbatch": sbatch}
+    options |= {"--image": image, "--namespace": namespace, "--claim": claim, "--mount": mount}
+    check_job(job, where, options)
     if where == "local":
         _start_here(job.agent(["--standalone"]), job.environment, dry_run)
     elif where == "slurm":

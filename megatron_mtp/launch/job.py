@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megatron_mtp.checkpoint.preflight import is_same_directory
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, Problem
 
 PORT = 29400
 """Port of the rendezvous on the first node."""
@@ -18,6 +19,33 @@ REAP_S = 15
 MIN_GRACE_S = 30
 ENDED_BY_SIGTERM = 143
 """128 + 15, as shells report it."""
+
+CONFIG_PATH = "/etc/megatron-mtp"
+"""Where a pod finds the `--config` files."""
+MOUNTED = ("/dev/shm", CONFIG_PATH)
+"""Paths of a pod that hold something else than the shared file system."""
+LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+# Option -> (form of its value, the form in words). None of them may hold a line break or another control character.
+FORMS: dict[str, dict[str, tuple[str, str]]] = {
+    "slurm": {
+        "--partition": (r"\S+", "must be a name without spaces"),
+        "--account": (r"\S+", "must be a name without spaces"),
+        "--time": (r"\S+", "must be a time limit in Slurm's format, such as 24:00:00"),
+        "--sbatch": (r"-{0,2}[A-Za-z]\S*.*", "must be one option of sbatch, such as qos=high or exclusive"),
+    },
+    "k8s": {
+        "--image": (r"[A-Za-z0-9][\w.:/@+-]*", "must be the name of a container image, such as registry/image:tag"),
+        "--namespace": (
+            LABEL,
+            "must be lower-case letters, digits and '-', at most 63, with no '-' at the beginning or end",
+        ),
+        "--claim": (
+            rf"(?=.{{1,253}}$){LABEL}(\.{LABEL})*",
+            "must be lower-case letters, digits, '-' and '.', at most 253, with a letter or digit at both ends",
+        ),
+        "--mount": (r"/[^:]*[^:/]", "must be an absolute path below /, without ':'"),
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +147,35 @@ def job_problems(job: Job, kind: str) -> list[str]:
     return problems
 
 
-def check_job(job: Job, kind: str) -> None:
-    """Raises ConfigError with every problem."""
-    if problems := job_problems(job, kind):
+def option_problems(kind: str, options: Mapping[str, str | Sequence[str] | None]) -> list[Problem]:
+    """Options whose text the scheduler would refuse, or that would add lines to a script.
+
+    Args:
+        options: "--name" -> its value or values; None is not given.
+    """
+    problems = []
+    for option, (form, rule) in FORMS.get(kind, {}).items():
+        given = options.get(option)
+        for text in [given] if isinstance(given, str) else given or ():
+            if not text.isprintable():
+                problems.append(Problem(fields=(option,), value=text, rule="must be one line of printable characters"))
+            elif not re.fullmatch(form, text, re.ASCII):
+                problems.append(Problem(fields=(option,), value=text, rule=rule))
+            elif option == "--mount" and (rule := _mount_rule(PurePosixPath(text))):
+                problems.append(Problem(fields=(option,), value=text, rule=rule, remedy="Use a path such as /shared."))
+    return problems
+
+
+def _mount_rule(path: PurePosixPath) -> str:
+    """The rule that a mount path breaks, or nothing."""
+    if ".." in path.parts:
+        return "must not hold '..'"
+    taken = [other for other in map(PurePosixPath, MOUNTED) if path.is_relative_to(other) or other.is_relative_to(path)]
+    return f"would hide {taken[0]}, which the pod needs" if taken else ""
+
+
+def check_job(job: Job, kind: str, options: Mapping[str, str | Sequence[str] | None]) -> None:
+    """Raises ConfigError with every problem of a job and of the scheduler's options."""
+    problems: Iterable[str | Problem] = [*job_problems(job, kind), *option_problems(kind, options)]
+    if problems:
         raise ConfigError(problems)

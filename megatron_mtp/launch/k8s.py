@@ -12,10 +12,9 @@ from typing import Any
 import yaml
 
 from megatron_mtp.errors import ConfigError, NotSavedError, NumericsError
-from megatron_mtp.launch.job import PORT, Job
+from megatron_mtp.launch.job import CONFIG_PATH, PORT, Job
 
 CONTAINER = "train"
-CONFIG_PATH = "/etc/megatron-mtp"
 BACKOFF_LIMIT = 20
 """Failed pods, over all nodes, after which the Job fails."""
 

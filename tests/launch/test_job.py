@@ -14,7 +14,7 @@ import yaml
 from megatron_mtp.cli.launch import _submit
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.launch import k8s, slurm
-from megatron_mtp.launch.job import Job, check_job, job_problems
+from megatron_mtp.launch.job import Job, check_job, job_problems, option_problems
 from megatron_mtp.recipes import get_recipe
 
 pytestmark = pytest.mark.unit
@@ -144,12 +144,63 @@ def test_what_would_lose_work_is_refused(kind: str, change: dict, said: str):
     job = Job(cfg, "tiny_dense", [], [], change.get("name", "tiny"), 2, 8, 3)
     assert [problem for problem in job_problems(job, kind) if said in problem]
     with pytest.raises(ConfigError):
-        check_job(job, kind)
+        check_job(job, kind, {})
 
 
 def test_a_sound_job_is_accepted():
     assert job_problems(make_job(), "slurm") == job_problems(make_job(), "k8s") == []
     assert job_problems(make_job(nodes=1), "local") == []
+
+
+SLURM = ("--partition", "--account", "--time", "--sbatch")
+KUBERNETES = ("--image", "--namespace", "--claim", "--mount")
+
+
+@pytest.mark.parametrize("option", SLURM + KUBERNETES)
+@pytest.mark.parametrize("text", ["x\ntouch F", "x\rtouch F", "\n", "x\0", "x\u2028y", "", " ", "\t"])
+def test_no_option_adds_a_line_or_is_empty(option: str, text: str):
+    kind = "slurm" if option in SLURM else "k8s"
+    given = [text] if option == "--sbatch" else text
+    (found,) = option_problems(kind, {option: given})
+    assert found.fields == (option,)
+    assert found.value == text
+    assert option_problems("local", {option: given}) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "said"),
+    [
+        ("--namespace", "A B", "lower-case"),
+        ("--namespace", "-x", "lower-case"),
+        ("--namespace", "x" * 64, "at most 63"),
+        ("--image", "a b", "container image"),
+        ("--claim", "../x", "lower-case"),
+        ("--claim", "a..b", "lower-case"),
+        ("--claim", ("a" * 60 + ".") * 4 + "a" * 60, "at most 253"),
+        ("--mount", "relative", "absolute path"),
+        ("--mount", "/", "absolute path"),
+        ("--mount", "/a:b", "without ':'"),
+        ("--mount", "/dev/shm", "would hide /dev/shm"),
+        ("--mount", "/dev/shm/x", "would hide /dev/shm"),
+        ("--mount", "/dev", "would hide /dev/shm"),
+        ("--mount", "/etc", "would hide /etc/megatron-mtp"),
+        ("--mount", "/a/../dev/shm", "'..'"),
+    ],
+)
+def test_what_kubernetes_would_refuse_is_refused(option: str, text: str, said: str):
+    with pytest.raises(ConfigError, match=f"^{option} = ") as caught:
+        check_job(make_job(), "k8s", {option: text})
+    assert said in str(caught.value)
+
+
+def test_sound_options_are_accepted():
+    slurm_options = {"--partition": "gpu,big", "--account": "proj-1", "--time": "1-00:00:00"}
+    more = ["qos=high", "--exclusive", "-C a100", "--comment='two words'", "mem=0"]
+    assert option_problems("slurm", slurm_options | {"--sbatch": more}) == []
+    for image in ("i", "registry/mtp:1", "ghcr.io:5000/a/b_c@sha256:0f", "nvcr.io/nvidia/pytorch:25.01-py3"):
+        options = {"--image": image, "--namespace": "ml-1", "--claim": "disk.a", "--mount": "/shared/x y"}
+        assert option_problems("k8s", options) == []
+    assert option_problems("k8s", dict.fromkeys(KUBERNETES)) == []
 
 
 def test_without_the_scheduler_it_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -177,6 +228,11 @@ def test_the_command_prints_and_validates():
     )
     assert done.returncode == 2
     assert "model.num_layers = 'x'" in done.stderr
+    lines = ["--partition", "x\ntouch F", "--sbatch", "qos=\ntouch G"]
+    done = command("slurm", "tiny_dense", "--nodes", "2", "--gpus-per-node", "2", "--dry-run", *RUN, *lines)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--partition = 'x\\ntouch F'" in done.stderr
+    assert "--sbatch = 'qos=\\ntouch G'" in done.stderr
     done = command("slurm", "tiny_dense", "--nodes", "3", "--gpus-per-node", "1", "--dry-run", *RUN)
     assert done.returncode == 2
     assert "train.global_batch_size" in done.stderr
