@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import numpy as np
@@ -12,18 +13,22 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory):
-    """A run of a byte model, trained for three steps."""
+    """A run of a byte model, trained for three steps. The file of its tokenizer, in the folder of the training, is gone
+    after that, so that every test here depends on the copy that the run keeps."""
     import subprocess
     import sys
 
     folder = tmp_path_factory.mktemp("run")
+    ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
+    (folder / "bytes.tiktoken").write_text("\n".join(ranks))
     fields = "model.num_layers=2 model.hidden_size=32 model.ffn_hidden_size=64 model.vocab_size=257 model.seq_length=64"
     fields += " train.train_iters=3 validation.eval_iters=1 validation.draft_prompts=2 dist.device=cpu"
-    fields += " tokenizer.tokenizer_type=bytes"
+    fields += " tokenizer.tokenizer_type=tiktoken tokenizer.tokenizer_model=bytes.tiktoken"
     fields += f" checkpoint.save={folder / 'checkpoints'} logger.log_dir={folder}"
     command = [sys.executable, "-m", "megatron_mtp", "pretrain", "tiny_dense", *fields.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
+    (folder / "bytes.tiktoken").unlink()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = [record for record in records if record["kind"] == "evaluation"][-1]
     assert evaluation["drafting/tokens_per_pass"] >= 1.0
@@ -59,33 +64,33 @@ def test_generate(run_directory):
     assert len(out.strip()) > 0
 
 
-def test_a_file_of_requests(run_directory, tmp_path):
+def test_a_file_of_requests(run_directory, tmp_path, capsys):
     """In batches, each answer beside its request; the default number of tokens is what the context of 64 holds."""
     requests = [{"prompt": "import os", "id": "a"}, {"ids": [100, 101]}, {"prompt": "x" * 60}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
-    arguments = [
-        "--prompt-file",
-        tmp_path / "in.jsonl",
-        "--out",
-        tmp_path / "out.jsonl",
-        "--batch",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    code, out, _ = call("generate", run_directory, *arguments, "--num-draft", "2", "--ignore-end")
-    assert (code, out) == (0, "")
+    files = ["--prompt-file", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
+    options = ["--batch", "2", "--num-draft", "2", "--ignore-end", "--device", "cpu"]
+    assert in_process("generate", run_directory, *files, *options) == 0
+    assert capsys.readouterr().out == ""
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [
-        {key: answer[key] for key in request} for request, answer in zip(requests, answers, strict=True)
-    ] == requests
+    assert [{key: answer[key] for key in given} for given, answer in zip(requests, answers, strict=True)] == requests
     assert [len(answer["tokens"]) for answer in answers] == [55, 62, 4]
     assert {answer["finish_reason"] for answer in answers} == {"length"}
-    first = bytes(answers[0]["tokens"][:20]).decode("utf-8", errors="replace")
-    stop = next(character for character in first if character.isprintable())
-    code, out, _ = call("generate", run_directory, "--prompt", "import os", "--stop", stop, "--device", "cpu", "--json")
-    (row,) = json.loads(out)["rows"]
-    assert (code, row["finish_reason"], row["text"]) == (0, "stop", first[: first.index(stop)])
+    text = answers[0]["text"]
+    stop = text[10]
+    options = ["--stop", stop, "--num-draft", "2", "--ignore-end", "--device", "cpu", "--json"]
+    assert in_process("generate", run_directory, "--prompt", "import os", *options) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["finish_reason"], row["text"]) == ("stop", text[: text.index(stop)])
+
+
+def in_process(*arguments) -> int:
+    """Exit code of the command line, without a new interpreter."""
+    from megatron_mtp.cli.main import main
+
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    return int(end.value.code or 0)
 
 
 def test_mistakes(run_directory):

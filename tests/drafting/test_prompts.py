@@ -21,7 +21,15 @@ from megatron_mtp.errors import DataError
 pytestmark = pytest.mark.unit
 
 BOS, START, END = "<|bos|>", "<|im_start|>", "<|im_end|>"
-PROMPTS = ["", "f(x)", f"{START}user\nf(x){END}\n{START}", f"{BOS} return", "x<|endoftext|>y", "<tool>f</tool>"]
+PROMPTS = [
+    "",
+    "f(x)",
+    f"{START}user\nf(x){END}\n{START}",
+    f"{BOS} return",
+    "x<|endoftext|>y",
+    "<tool>f</tool>",
+    "5 %<|later|><|new|>",
+]
 CHATML = (
     "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message.content | trim }}"
     "{% if message.tool_calls is defined %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>\n"
