@@ -254,7 +254,7 @@ def test_a_recipe_must_be_the_same_model(qwen, tmp_path):
     from megatron_mtp.recipes import get_recipe
 
     with pytest.raises(
-        ConversionError, match=r"(?s)another model.*hidden_size: the recipe has 64, config\.json means 32"
+        ConversionError, match=r"(?s)Choose another recipe.*hidden_size: the recipe has 64, config\.json means 32"
     ):
         import_hf(qwen, tmp_path / "out", get_recipe("tiny_dense"))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_mtp import pretrain
 from megatron_mtp.config.sections import TrainConfig
@@ -27,7 +28,7 @@ NAMES = ["lm loss", "mtp_1 loss", "mtp_2 loss"]
 
 
 class Injection(Callback):
-    """Spoils one step: `forward_step` adds a value to the sum of one depth, the callback multiplies a gradient.
+    """Spoils one step: `forward_step` adds a value to one depth's sum, the callback multiplies a gradient.
 
     The step is recognised by its data, like a real bad batch: a rollback that skips the batch does not meet it again.
     """
@@ -60,16 +61,13 @@ class Injection(Callback):
         return self.batch in self.steps
 
     def forward_step(self, context: Any, iterator: Any, model: Any):
-        output, loss = gpt_step.forward_step(context, iterator, model)
-
-        def spoiled(sums: torch.Tensor):
-            if self.is_bad and self.depth is not None:
-                spoil = torch.zeros_like(sums)
-                spoil[0, self.depth] = self.value
-                sums = sums + spoil
-            return loss(sums)
-
-        return output, spoiled
+        total, loss = gpt_step.forward_step(context, iterator, model)
+        if self.depth is None or not self.is_bad:
+            return total, loss
+        batch, output = loss.args
+        sums = output.sums.clone()
+        sums[self.depth] += self.value
+        return total, partial(context.loss_function, batch, replace(output, sums=sums))
 
 
 def run(folder: Path, injection: Injection, steps: int = 8, **train: Any):
