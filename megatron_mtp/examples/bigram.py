@@ -77,6 +77,19 @@ def distance_bigram_loss(train_prefix: str, valid_prefix: str, distance: int, vo
     return counts.loss(np.concatenate(_documents(valid_prefix)), distance, alpha)
 
 
+def unigram_loss(train_prefix: str, valid_prefix: str, vocab_size: int) -> float:
+    """Held-out cross entropy of p(b), in nats per token: what can be known of a token without any other token.
+
+    Args:
+        train_prefix: indexed data set to count tokens in.
+        valid_prefix: indexed data set to test on.
+        vocab_size: token ids are below it.
+    """
+    tokens = np.concatenate(_documents(train_prefix))
+    share = (np.bincount(tokens, minlength=vocab_size) + 1.0) / (len(tokens) + vocab_size)
+    return float(-np.log(share[np.concatenate(_documents(valid_prefix))]).mean())
+
+
 def _documents(prefix: str) -> list[np.ndarray]:
     reader = IndexedReader(prefix)
     documents = [reader.read(place) for place in range(len(reader))]

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megatron_mtp.data.indexed import IndexedReader, IndexedWriter
 from megatron_mtp.data.prepare.run import PrepareOptions, prepare
-from megatron_mtp.examples.bigram import distance_bigram_loss
+from megatron_mtp.examples.bigram import distance_bigram_loss, unigram_loss
 from megatron_mtp.examples.stdlib_corpus import stdlib_jsonl
 from megatron_mtp.observe.curves import plot_losses
 from megatron_mtp.observe.jsonl import read_metrics
@@ -43,17 +43,23 @@ class DemoData:
 
 @dataclass(frozen=True, slots=True)
 class DepthVerdict:
-    """Loss of one depth on training and held-out text, and of the bigram table on the latter, in nats per token."""
+    """Loss of one depth on training and held-out text, and of both tables on the latter, in nats per token."""
 
     name: str
     train: float
     held_out: float
     bigram: float
+    unigram: float
 
     @property
     def is_learnt(self) -> bool:
         """Whether the model learnt more than token pairs at this distance; False for NaN."""
         return self.held_out < self.bigram
+
+    @property
+    def knows_frequencies_only(self) -> bool:
+        """Whether the model learnt how often each token occurs, and nothing else; False for NaN."""
+        return abs(self.held_out - self.unigram) < 0.1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,8 +98,8 @@ def make_data(folder: Path) -> DemoData:
 def shuffled_targets(data: DemoData, folder: Path) -> DemoData:
     """The control: the training tokens in random order, so that tokens cannot be predicted from earlier ones.
 
-    A model trained on it can learn how often each token occurs and nothing else, so it must fail the check at every
-    depth; otherwise the check is wrong.
+    A model trained on it can learn how often each token occurs and nothing else, so it must end at the unigram table's
+    loss and fail the check at every depth; otherwise the check is wrong.
     """
     reader = IndexedReader(data.train)
     documents = [reader.read(index) for index in range(len(reader))]
@@ -129,8 +135,9 @@ def train_command(data: DemoData, run: Path, overrides: list[str]) -> list[str]:
 
 
 def judge(metrics: Path, data: DemoData) -> list[DepthVerdict]:
-    """Compares the last evaluation with the bigram table of each distance."""
+    """Compares the last evaluation with the bigram table of each distance and with the unigram table."""
     steps, evaluation = read_metrics(metrics)[-20:], read_metrics(metrics, "evaluation", "validation")[-1]
+    unigram = unigram_loss(data.train, data.valid, VOCAB_SIZE)
     names = ["lm loss", *sorted(name for name in evaluation if re.fullmatch(r"mtp_\d loss", name))]
     return [
         DepthVerdict(
@@ -138,6 +145,7 @@ def judge(metrics: Path, data: DemoData) -> list[DepthVerdict]:
             sum(step[name] for step in steps) / len(steps),
             evaluation[name],
             distance_bigram_loss(data.train, data.valid, distance, VOCAB_SIZE),
+            unigram,
         )
         for distance, name in enumerate(names, start=1)
     ]
@@ -150,11 +158,12 @@ def is_success(verdicts: list[DepthVerdict]) -> bool:
 
 
 def _print_summary(run: Path, verdicts: list[DepthVerdict], seconds: float) -> None:
-    table = Table(title="Loss of every prediction depth, nats per token")
-    for heading in ("depth", "training", "held out", "bigram, held out", "learnt more than pairs"):
+    table = Table(title="Loss of every prediction depth, nats per token (tables: held out)")
+    for heading in ("depth", "training", "held out", "bigram table", "unigram table", "learnt more than pairs"):
         table.add_column(heading, justify="left" if heading == "depth" else "right")
     for v in verdicts:
-        table.add_row(v.name, f"{v.train:.3f}", f"{v.held_out:.3f}", f"{v.bigram:.3f}", "yes" if v.is_learnt else "NO")
+        losses = (v.train, v.held_out, v.bigram, v.unigram)
+        table.add_row(v.name, *(f"{loss:.3f}" for loss in losses), "yes" if v.is_learnt else "NO")
     console.print(table)
     last: dict[str, Any] = read_metrics(run / "metrics.jsonl")[-1]
     evaluation = read_metrics(run / "metrics.jsonl", "evaluation", "validation")[-1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_mtp.data.indexed import IndexedWriter
-from megatron_mtp.examples.bigram import _ALPHAS, distance_bigram_loss
+from megatron_mtp.examples.bigram import _ALPHAS, distance_bigram_loss, unigram_loss
 
 pytestmark = pytest.mark.unit
 VOCAB = 12
@@ -57,3 +57,9 @@ def test_a_deterministic_chain_is_learnt_and_noise_is_not(tmp_path):
         assert learnt < 0.1
         loss = distance_bigram_loss(write(tmp_path / "c", noise), write(tmp_path / "d", noise[:1]), distance, VOCAB)
         assert loss == pytest.approx(math.log(VOCAB), abs=0.1)
+
+
+def test_a_unigram_table_is_counted_by_hand(tmp_path):
+    train, valid = write(tmp_path / "t", [[0, 1, 1], [2]]), write(tmp_path / "v", [[1, 3]])
+    expected = -(math.log(3 / 16) + math.log(1 / 16)) / 2
+    assert unigram_loss(train, valid, VOCAB) == pytest.approx(expected, rel=1e-12)
