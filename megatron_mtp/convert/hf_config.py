@@ -234,12 +234,9 @@ _SWITCHES = (
     # Multi-latent attention reads it too, except with YaRN.
     (("rotary_percent",), lambda model: not model.multi_latent_attention or model.rope_type == "rope"),
     (
-        ("rotary_scaling_factor", "original_max_position_embeddings", "beta_"),
+        ("rotary_scaling_factor", "original_max_position_embeddings", "beta_", "mscale"),
         lambda model: model.multi_latent_attention and model.rope_type == "yarn",
     ),
-    # Megatron-Core scales the softmax by mscale_all_dim without YaRN too.
-    (("mscale_all_dim",), lambda model: model.multi_latent_attention),
-    (("mscale",), lambda model: model.multi_latent_attention and model.rope_type == "yarn"),
     (
         ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos", "v_head_dim", "rope_type", "latent_"),
         lambda model: model.multi_latent_attention,

@@ -157,6 +157,7 @@ BAD = [
     ("tiny_moe", ["model.moe_token_dispatcher_type=flex"], "Use 'alltoall'"),
     ("tiny_mla_moe", ["model.rope_type=yarn", "model.beta_fast=1", "model.beta_slow=2"],
      "must be above model.beta_slow = 2"),
+    ("tiny_mla_moe", ["model.mscale_all_dim=0.7"], "belongs to model.rope_type = 'yarn'"),
     ("tiny_dense", ["ddp.use_torch_fsdp2=true"], "fully sharded data parallelism is not supported"),
     ("tiny_dense", ["precision.loss_scale=128"], "only fp16 scales the loss"),
     ("tiny_dense", ["dataset.seq_length=32"], "must equal model.seq_length = 64"),

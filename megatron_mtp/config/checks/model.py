@@ -60,6 +60,9 @@ def _mla_problems(model: ModelConfig) -> list[Problem]:
             problems.append(problem(model, f"model.{name}", rule, "Leave it unset."))
     if model.rope_type == "yarn" and model.beta_fast <= model.beta_slow:
         problems.append(problem(model, "model.beta_fast", "must be above {model.beta_slow=}"))
+    if model.rope_type == "rope" and model.mscale_all_dim:
+        rule = "belongs to {model.rope_type} = 'yarn'; Megatron-Core would scale the softmax by it without YaRN too"
+        problems.append(problem(model, "model.mscale_all_dim", rule, "Use 0."))
     if model.qk_pos_emb_head_dim % 2:
         problems.append(problem(model, "model.qk_pos_emb_head_dim", "must be even: RoPE rotates pairs of channels"))
     return problems
