@@ -55,16 +55,23 @@ REFUSED: dict[str, str] = {
 
 
 def get_recipe(name: str) -> ConfigContainer:
-    """Returns a fresh, unfinalized config of the recipe `name`.
+    """Returns a fresh, unfinalized config of a recipe.
+
+    Args:
+        name: one of RECIPES, or one's own: `module:function` or `path/file.py:function`.
 
     Raises:
-        ConfigError: there is no such recipe; the message names the nearest ones.
+        ConfigError: there is no such recipe; the message names the nearest ones. Or the code of one's own fails.
     """
     return recipe_function(name)()
 
 
 def recipe_function(name: str) -> Callable[[], ConfigContainer]:
     """The function of a recipe; raises as `get_recipe`."""
+    if ":" in name or name.endswith(".py"):
+        from megatron_mtp.recipes.own import own_recipe
+
+        return own_recipe(name)
     if name in REFUSED:
         raise UnsupportedError(f"recipe {name}: {REFUSED[name]}. Known recipes: {', '.join(RECIPES)}.")
     if name not in RECIPES:

@@ -11,7 +11,12 @@ import typer
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError, Problem
 
-Recipe = Annotated[str, typer.Argument(help="Name of a recipe; `megatron-mtp recipes` lists them.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a recipe (`megatron-mtp recipes` lists them), or your own: module:function or file.py:function."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Config changes, such as model.num_layers=8."),

@@ -54,11 +54,12 @@ def launch(
     The config is validated for the job's size before anything is submitted.
     """
     from megatron_mtp.launch.job import Job, check_job
+    from megatron_mtp.recipes.own import absolute
 
     cfg = choose_config(recipe, config, overrides)
     cfg.finalize(nodes * gpus_per_node)
-    chosen = name or recipe.replace("_", "-")
-    job = Job(cfg, recipe, config or [], overrides or [], chosen, nodes, gpus_per_node, max_restarts)
+    chosen = name or recipe.rpartition(":")[2].replace("_", "-")
+    job = Job(cfg, absolute(recipe), config or [], overrides or [], chosen, nodes, gpus_per_node, max_restarts)
     options = {"--partition": partition, "--account": account, "--time": time, "--sbatch": sbatch}
     options |= {"--image": image, "--namespace": namespace, "--claim": claim, "--mount": mount}
     check_job(job, where, options)

@@ -1,4 +1,5 @@
-"""A job for Kubernetes: an indexed Job with one pod per node, a headless Service for their names, and the config files.
+"""A job for Kubernetes: an indexed Job with one pod per node, a headless Service for their names, and the config files
+with the file of a recipe of one's own.
 
 A pod that was preempted or evicted, or whose node was lost, is replaced and does not count as a failure. A mistake, bad
 numbers and a last checkpoint that could not be saved end the Job at once, since a new pod would meet them again. Any
@@ -7,14 +8,18 @@ other failure counts towards BACKOFF_LIMIT.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from megatron_mtp.errors import ConfigError, NotSavedError, NumericsError
 from megatron_mtp.launch.job import CONFIG_PATH, PORT, Job
+from megatron_mtp.recipes.own import recipe_file
 
 CONTAINER = "train"
+RECIPE_NAME = "recipe.py"
+"""Name in the pod of the file of a recipe of one's own; its neighbours are not there."""
 BACKOFF_LIMIT = 20
 """Failed pods, over all nodes, after which the Job fails."""
 
@@ -30,10 +35,14 @@ def render(job: Job, *, image: str, namespace: str | None, claim: str | None, mo
     """
     meta = {"name": job.name, "labels": {"app": job.name}} | ({"namespace": namespace} if namespace else {})
     parts = [_service(job, meta)]
-    if job.files:
-        data = {f"{index}.yaml": file.read_text(encoding="utf-8") for index, file in enumerate(job.files)}
+    data = {f"{index}.yaml": file.read_text(encoding="utf-8") for index, file in enumerate(job.files)}
+    if recipe := recipe_file(job.recipe):
+        data[RECIPE_NAME] = recipe.read_text(encoding="utf-8")
+        function = job.recipe.rpartition(":")[2]
+        job = replace(job, recipe=f"{CONFIG_PATH}/{RECIPE_NAME}:{function}")
+    if data:
         parts.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
-    parts.append(_job(job, meta, _pod(job, image, claim, mount)))
+    parts.append(_job(job, meta, _pod(job, image, claim, mount, has_files=bool(data))))
     return yaml.safe_dump_all(parts, sort_keys=False, width=1000)
 
 
@@ -68,14 +77,14 @@ def _job(job: Job, meta: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}
 
 
-def _pod(job: Job, image: str, claim: str | None, mount: str) -> dict[str, Any]:
+def _pod(job: Job, image: str, claim: str | None, mount: str, *, has_files: bool) -> dict[str, Any]:
     # NCCL shares memory between the ranks of a node; by default a pod has only 64 MiB of it.
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
     if claim:
         volumes.append({"name": "shared", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": "shared", "mountPath": mount})
-    if job.files:
+    if has_files:
         volumes.append({"name": "config", "configMap": {"name": job.name}})
         mounts.append({"name": "config", "mountPath": CONFIG_PATH})
     container: dict[str, Any] = {

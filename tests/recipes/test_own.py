@@ -1,0 +1,126 @@
+"""Recipes of one's own, as module:function and as file.py:function."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mtp.cli.main import main
+from megatron_mtp.errors import ConfigError
+from megatron_mtp.recipes import get_recipe
+
+pytestmark = pytest.mark.unit
+WEEK = """\
+from megatron_mtp.recipes import get_recipe
+import beside
+
+CALLS = []
+
+def week_config():
+    cfg = get_recipe("tiny_dense")
+    cfg.model.num_layers = beside.LAYERS
+    CALLS.append(1)
+    return cfg
+
+def half_done():
+    return get_recipe("tiny_dense").finalize()
+
+def other_kind():
+    return {}
+
+def failing():
+    return undefined_name
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recipe, and what importing it changes put back afterwards."""
+    (tmp_path / "rec").mkdir()
+    (tmp_path / "rec/week.py").write_text(WEEK)
+    (tmp_path / "rec/beside.py").write_text("LAYERS = 6\n")
+    (tmp_path / "rec/broken.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("megatron_mtp_recipe") or name in ("rec", "rec.week", "beside"):
+            del sys.modules[name]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert not end.value.code, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_a_file_and_a_module_give_fresh_configs(folder: Path):
+    for name in ("rec/week.py:week_config", f"{folder}/rec/week.py:week_config", "rec.week:week_config"):
+        first, second = get_recipe(name), get_recipe(name)
+        assert first.model.num_layers == 6
+        assert first == second
+        assert first is not second
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rec/weak.py:week_config", "recipe rec/weak.py:week_config: there is no file rec/weak.py"),
+        ("rec/week.py", "must be module:function or path/file.py:function"),
+        ("rec/week.py:", "must be module:function or path/file.py:function"),
+        (":week_config", "must be module:function or path/file.py:function"),
+        ("rec/week.py:weak_config", "has no function 'weak_config'. Did you mean week_config?"),
+        ("rec.weak:week_config", "there is no module 'rec.weak' in the working directory"),
+        ("rec.week.deep:f", "there is no module 'rec.week.deep'"),
+        ("rec/broken.py:f", "rec/broken.py:1: SyntaxError"),
+        ("rec/week.py:failing", "rec/week.py:19, in failing: NameError: name 'undefined_name' is not defined"),
+        ("rec/week.py:half_done", "must return a config that is not finalized"),
+        ("rec/week.py:other_kind", "must return a ConfigContainer, not dict"),
+        ("rec/week.py:CALLS", "has no function 'CALLS'"),
+    ],
+)
+def test_what_is_wrong_with_it_is_said_in_one_line(folder: Path, name: str, message: str):
+    with pytest.raises(ConfigError) as error:
+        get_recipe(name)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_command_takes_one(folder: Path, capsys: pytest.CaptureFixture[str]):
+    name = "rec/week.py:week_config"
+    assert "# rec/week.py:week_config" in run(capsys, "show", name)
+    assert "model.num_layers: 6 -> 7" in run(capsys, "show", name, "model.num_layers=7", "--diff")
+    assert name in run(capsys, "plan", name, "--devices", "2")
+    checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run"]
+    script = run(capsys, "launch", "slurm", name, "--gpus-per-node", "1", "--dry-run", *checkpoint)
+    assert f"pretrain {folder}/rec/week.py:week_config" in script
+    assert "#SBATCH --job-name=week-config" in script
+
+
+def test_a_pod_gets_the_file(folder: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--image", "image", "--gpus-per-node", "1", "--dry-run"]
+    checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run"]
+    text = run(capsys, "launch", "k8s", "rec/week.py:week_config", *arguments, *checkpoint)
+    parts = {part["kind"]: part for part in yaml.safe_load_all(text)}
+    (name,) = parts["ConfigMap"]["data"]
+    assert parts["ConfigMap"]["data"][name] == WEEK
+    pod = parts["Job"]["spec"]["template"]["spec"]
+    (place,) = (mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "config")
+    assert f"pretrain {place}/{name}:week_config" in pod["containers"][0]["command"][-1]
+
+
+@pytest.mark.dist
+def test_it_trains(folder: Path):
+    command = [sys.executable, "-m", "megatron_mtp", "pretrain", "rec/week.py:week_config", "--nproc", "2"]
+    command += ["train.train_iters=2", "validation.eval_iters=0", "dist.device=cpu"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "iteration        2/       2" in done.stdout
