@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 SCRIPT = """
 import logging, sys
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.observe import Recorder, RunInfo
+from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.observe.logs import setup_logging
 from tests.observe.records import make_record
 

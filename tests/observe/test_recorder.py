@@ -15,9 +15,10 @@ import pytest
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.observe import Recorder, RunInfo, metrics_path, read_metrics
 from megatron_mtp.observe.health import SIGNS, WINDOW_STEPS, Window
+from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.observe.metrics import columns, scalars
+from megatron_mtp.observe.recorder import Recorder, RunInfo, metrics_path
 from tests.observe.records import make_record
 from tests.observe.wandb_file import read_history
 
@@ -287,7 +288,7 @@ def test_neither_torch_nor_tensorflow_is_imported(tmp_path: Path):
     code = f"""
 import sys
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.observe import Recorder, RunInfo
+from megatron_mtp.observe.recorder import Recorder, RunInfo
 from tests.observe.records import make_record
 cfg = ConfigContainer()
 cfg.logger.tensorboard_dir = {str(tmp_path / "tb_logs")!r}

@@ -31,10 +31,13 @@ def read_history(folder: Path, run_id: str) -> list[dict[str, Any]]:
 def _finished(path: Path, wait_s: float = 30.0) -> list[Any]:
     """All records of a run. W&B's own process may still be writing them when `finish` returns."""
     deadline = time.monotonic() + wait_s
-    while not (records := list(_records(path.read_bytes()))) or not records[-1].HasField("exit"):
-        assert time.monotonic() < deadline, f"{path} was not finished in {wait_s} s"
+    while True:
+        records = list(_records(path.read_bytes()))
+        kinds = [record.WhichOneof("record_type") for record in records]
+        if "exit" in kinds:
+            return records
+        assert time.monotonic() < deadline, f"{path} was not finished in {wait_s} s; it holds {kinds}"
         time.sleep(0.05)
-    return records
 
 
 def _records(data: bytes):
