@@ -30,7 +30,7 @@ from megatron_mtp.cli.main import main
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.check import check_files
 from megatron_mtp.data.indexed import IndexedWriter
-from megatron_mtp.data.prepare import run as prepare_room
+from megatron_mtp.data.prepare import run as prepare_run
 from megatron_mtp.data.prepare.bpe import train_bpe
 from megatron_mtp.data.prepare.jsonl import read_documents
 from megatron_mtp.data.prepare.run import PrepareOptions, prepare
@@ -187,7 +187,7 @@ def unfinished_work(rng: random.Random, folder: Path) -> Open:
     (folder / "a.jsonl").write_bytes(b'{"text": "some words"}\n' * 50)
     options = PrepareOptions(tokenizer="bytes", shards=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_room, rng.choice(["_publish", "_assemble"]), stop)
+        patch.setattr(prepare_run, rng.choice(["_publish", "_assemble"]), stop)
         with pytest.raises(KeyboardInterrupt):
             prepare([folder / "a.jsonl"], folder / "out", options, workers=1)
     damage_one(rng, folder / "out.prepare")

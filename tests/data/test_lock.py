@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mtp.data import lock as room
+from megatron_mtp.data import lock as lock_module
 from megatron_mtp.data.lock import BEAT_S, POLL_S, SILENT_S, UNKNOWN, Lock, Owner
 from megatron_mtp.errors import InUseError
 
@@ -32,7 +32,7 @@ def take(lock: Lock, patience_s: float = 0.0, leaving_patience_s: float = 0.0) -
 
 def owner(**values: object) -> Owner:
     """Another process of this machine that lives as long as the test: the parent of this one."""
-    started = room._start_time(os.getppid())
+    started = lock_module._start_time(os.getppid())
     return replace(Owner.this_process(), token="f00d", pid=os.getppid(), started=started, **values)
 
 
@@ -51,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         clock.now += seconds
         clock.during()
 
-    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    monkeypatch.setattr(lock_module, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
     return clock
 
 
@@ -156,8 +156,8 @@ def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path: Path, clock):
 
 def compete(folder: Path, has_flock: bool, start, end, results) -> None:
     if not has_flock:
-        room.fcntl.flock = lambda descriptor, how: os.read(-1, 1)  # an OSError
-        room.SETTLE_S = 1.0
+        lock_module.fcntl.flock = lambda descriptor, how: os.read(-1, 1)  # an OSError
+        lock_module.SETTLE_S = 1.0
     lock = new(folder)
     start.wait()
     try:
@@ -201,7 +201,7 @@ def test_one_that_lost_the_lock_hears_of_it_and_leaves_it_alone(tmp_path: Path):
 
 
 def test_the_heartbeat_ends_with_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "BEAT_S", 0.02)
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.02)
     lock = new(tmp_path)
     take(lock)
     os.utime(lock.path, ns=(0, 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mtp.decode import linear as room
+from megatron_mtp.decode import linear as forms
 
 pytestmark = pytest.mark.unit
 
@@ -19,14 +19,14 @@ def test_products(shape, rows, has_bias):
     weight, x = torch.randn(shape, generator=generator), torch.randn(rows, shape[1], generator=generator)
     bias = torch.randn(shape[0], generator=generator) if has_bias else None
     residual = torch.randn(rows, shape[0], generator=generator)
-    product = room.linear(weight, bias)
+    product = forms.linear(weight, bias)
     wanted = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(product(x).double(), wanted, rtol=1e-5, atol=2e-4)
     torch.testing.assert_close(product.plus(x, residual).double(), wanted + residual, rtol=1e-5, atol=2e-4)
 
 
 def test_forms():
-    assert isinstance(room.linear(torch.zeros(8, 8)), room._Small)
-    assert isinstance(room.linear(torch.zeros(8, 8, dtype=torch.bfloat16)), room._Plain)
-    big = room.linear(torch.zeros(1024, 1024))
-    assert isinstance(big, room._Packed if room.packs() else room._Small)
+    assert isinstance(forms.linear(torch.zeros(8, 8)), forms._Small)
+    assert isinstance(forms.linear(torch.zeros(8, 8, dtype=torch.bfloat16)), forms._Plain)
+    big = forms.linear(torch.zeros(1024, 1024))
+    assert isinstance(big, forms._Packed if forms.packs() else forms._Small)

@@ -1,4 +1,4 @@
-"""Every file, name and config field that the docs mention exists, and the map lists the rooms in their order."""
+"""Every file, name and config field that the docs mention exists, and the map lists the packages in their order."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def test_what_is_mentioned_exists(page):
     assert not problems
 
 
-def test_the_map_lists_the_rooms_as_the_contract_does():
+def test_the_map_lists_the_packages_as_the_contract_does():
     (contract, _) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = [re.findall(r"megatron_mtp\.(\w+)", layer) for layer in contract["layers"]]
-    rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```\n")[1]
-    assert [line.split() for line in rooms.splitlines()] == layers
+    packages = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```\n")[1]
+    assert [line.split() for line in packages.splitlines()] == layers
 
 
 def test_a_wrong_name_is_found():

@@ -144,7 +144,7 @@ def step_of_chunk(run: Run, model: PlainMTPModel, batches: Batches) -> StepResul
 
 
 def samples_of(batches: Batches) -> ArraySource:
-    """The samples of all micro-batches, for the data room."""
+    """The samples of all micro-batches, as `data/` reads them."""
     tokens, masks = (np.concatenate([batch[name].numpy() for batch in batches]) for name in ("tokens", "base_mask"))
     starts = np.zeros(tokens.shape, bool)
     if batches[0]["segment_ids"] is not None:

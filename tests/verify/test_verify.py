@@ -186,7 +186,7 @@ def test_the_command_says_off(command, monkeypatch):
 
 
 def measure_with_masks_sliced_in_two_halves(cfg, spec):
-    """`measure` with a data room that gives context-parallel ranks contiguous loss masks, all else in zigzag order."""
+    """`measure` where context-parallel ranks get contiguous loss masks, and all else in zigzag order."""
     from megatron_mtp.data import batch
     from megatron_mtp.verify.measure import measure
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from megatron_mtp.cli.prepare import prepare as prepare_command
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.indexed import IndexedReader
-from megatron_mtp.data.prepare import run as prepare_room
+from megatron_mtp.data.prepare import run as prepare_run
 from megatron_mtp.data.prepare.run import PrepareOptions, prepare
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.sources import check_data
@@ -88,7 +88,7 @@ def test_shuffle_spreads_every_document_once_and_follows_from_the_seed(inputs, t
 
 
 def test_many_buckets_give_a_whole_shuffle_too(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_room, "_SHUFFLE_BYTES_PER_TOKEN", 64 * 2**20 / 300)  # 300 tokens fit in memory
+    monkeypatch.setattr(prepare_run, "_SHUFFLE_BYTES_PER_TOKEN", 64 * 2**20 / 300)  # 300 tokens fit in memory
     options = PrepareOptions(tokenizer="bytes", shuffle=1, memory_mib=64)
     (prefix,) = prepare([inputs], tmp_path / "out", options, workers=1).prefixes
     shuffled = documents(prefix)
@@ -167,7 +167,7 @@ def test_stopped_anywhere_it_leaves_no_data_set_and_goes_on(inputs, tmp_path, mo
 def test_changed_input_starts_afresh(inputs, tmp_path, monkeypatch):
     options = PrepareOptions(tokenizer="bytes")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_room, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare_run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare([inputs], tmp_path / "out", options, workers=1)
     (inputs / "0.jsonl").write_text('{"text": "new"}\n')
@@ -187,9 +187,9 @@ def test_killed_process_leaves_no_data_set_and_a_second_one_is_kept_out(inputs, 
     code = f"""
 import time
 from pathlib import Path
-from megatron_mtp.data.prepare import run as room
-room._assemble = lambda *_: (Path({str(tmp_path / "marker")!r}).touch(), time.sleep(600))
-room.prepare([{str(inputs)!r}], {str(tmp_path / "out")!r}, room.PrepareOptions(tokenizer="bytes"), workers=1)
+from megatron_mtp.data.prepare import run
+run._assemble = lambda *_: (Path({str(tmp_path / "marker")!r}).touch(), time.sleep(600))
+run.prepare([{str(inputs)!r}], {str(tmp_path / "out")!r}, run.PrepareOptions(tokenizer="bytes"), workers=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_for((tmp_path / "marker").exists)
@@ -208,9 +208,9 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         os.mkfifo(pipe)  # a worker waits here for ever
     code = f"""
 from pathlib import Path
-from megatron_mtp.data.prepare import run as room
-room.list_inputs = lambda inputs: list(map(Path, inputs))  # which refuses pipes
-room.prepare({list(map(str, pipes))!r}, {str(tmp_path / "out")!r}, room.PrepareOptions(tokenizer="bytes"), workers=2)
+from megatron_mtp.data.prepare import run
+run.list_inputs = lambda inputs: list(map(Path, inputs))  # which refuses pipes
+run.prepare({list(map(str, pipes))!r}, {str(tmp_path / "out")!r}, run.PrepareOptions(tokenizer="bytes"), workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     ends = [wait_for(lambda pipe=pipe: opened_by_a_reader(pipe)) for pipe in pipes]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mtp.cli.main import main
-from megatron_mtp.data.prepare import run as prepare_room
+from megatron_mtp.data.prepare import run as prepare_run
 from megatron_mtp.data.prepare.jsonl import list_inputs, read_documents
 from megatron_mtp.data.prepare.run import PrepareOptions, prepare
 from megatron_mtp.data.tokenizer import tokenizer_from_spec
@@ -105,7 +105,7 @@ def test_a_folder_without_permission_to_write(inputs, tmp_path, command):
 def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_work(inputs, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
-    monkeypatch.setattr(prepare_room, "train_bpe", lambda *_: pytest.fail("it began to train"))
+    monkeypatch.setattr(prepare_run, "train_bpe", lambda *_: pytest.fail("it began to train"))
     for target in ("file/tokenizer.json", "folder.json"):
         options = PrepareOptions(tokenizer=str(tmp_path / target), train_vocab_size=300)
         with pytest.raises(DataError, match=rf"--tokenizer .*{target}: cannot be written"):
@@ -228,11 +228,11 @@ def test_a_folder_of_the_user_is_not_taken_for_the_work_folder(inputs, tmp_path)
 def test_an_output_inside_the_folder_of_inputs_is_no_input(inputs, monkeypatch):
     options = PrepareOptions(train_vocab_size=260)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_room, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare_run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare([inputs], inputs / "out", options, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_room, "train_bpe", lambda *_: pytest.fail("it started over"))
+        patch.setattr(prepare_run, "train_bpe", lambda *_: pytest.fail("it started over"))
         made = prepare([inputs], inputs / "out", options, workers=1)
     assert made.counts.documents == 240
     assert prepare([inputs], inputs / "out", options, workers=1).was_done
@@ -322,7 +322,7 @@ def test_a_key_with_a_slash_gives_a_name_without(inputs, tmp_path):
 def test_a_damaged_spool_is_named(inputs, tmp_path, monkeypatch):
     for ending, change in ((".lengths.npy", b""), (".bounds.npy", b"x"), (".json", b"[]"), (".tokens", b"")):
         with monkeypatch.context() as patch:
-            patch.setattr(prepare_room, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(prepare_run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 prepare([inputs], tmp_path / "out", BYTES, workers=1)
         (tmp_path / "out.prepare" / f"input_000002{ending}").write_bytes(change)
