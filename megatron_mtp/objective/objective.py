@@ -1,7 +1,7 @@
 """The objective: L_k = sum_k / N_k over the global batch, total = L_0 + lambda / D * sum_k w_k L_k.
 
-N_k is known before the forward pass from the masks, summed over micro-batches, data- and context-parallel ranks. The
-same sums and counts make the gradient and the metrics.
+N_k is known from the masks before the first micro-batch, summed over micro-batches, data- and context-parallel ranks.
+So the heads make their gradient in the forward pass. The same sums and counts make the gradient and the metrics.
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 2.2, equations 21-25, with the mean over valid targets in place of 1/T.
 """
