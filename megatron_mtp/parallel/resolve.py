@@ -1,7 +1,10 @@
-"""`resolve(cfg, world_size)`: everything that follows from a config and the number of processes, worked out once.
+"""`resolve(cfg, world_size)` turns a finalized config into the `ResolvedRun` that builds, runs or shows it.
 
-A run, a dry run and every command resolve once and hand the result on. It follows from the config alone, never from the
-device at hand, so a laptop and a cluster get the same result. Imports neither torch nor Megatron-Core.
+Resolved are the pipeline layout (planned where the config says "auto"), the grid of ranks, the MTP depths, the kind of
+each layer, and learning rate, weight decay and MTP loss factor as functions of the run's position. Training, the dry
+run, `verify`, `profile` and decoding resolve once and hand the result to what they build; `show` prints the layout.
+The result does not depend on the device at hand: a laptop and a cluster get the same. Imports neither torch nor
+Megatron-Core.
 """
 
 from __future__ import annotations
