@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_mtp.config.blend import is_mock
-from megatron_mtp.config.checks.parallel import batch_sizes
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.sections import ModelConfig, RunConfig
 
@@ -73,7 +72,7 @@ def _schedule_hints(cfg: RunConfig) -> list[str]:
                 f"scheduler.lr_warmup_{unit} = {warmup}: the run ends after {length} {unit}, before the learning rate "
                 "reaches its peak."
             )
-    if train.rampup_batch_size is not None and len(batch_sizes(cfg)) == 1:
+    if train.rampup_batch_size is not None and train.rampup_batch_size[0] == train.global_batch_size:
         found.append("train.rampup_batch_size starts at train.global_batch_size: there is no ramp.")
     if cfg.optimizer.clip_grad == 0:
         found.append("optimizer.clip_grad = 0: gradients are not clipped; MTP runs are usually clipped to 1.0.")

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.quantity import parse_quantity
-from megatron_mtp.config.sections import TrainConfig
+from megatron_mtp.config.sections import RunConfig, TrainConfig
 from megatron_mtp.errors import ConfigError
 
 
@@ -24,34 +23,17 @@ class BatchSchedule:
     """Global batch size as a function of the samples consumed so far.
 
     With `rampup` = (start, increment, samples) the batch grows from start to `global_batch_size` in equal increments
-    over that many samples, each held for samples / number of increments: Megatron's --rampup-batch-size.
-
-    Raises:
-        ConfigError: the ramp does not reach global_batch_size in whole increments.
+    over that many samples, each held for samples / number of increments: Megatron's --rampup-batch-size. Its rules are
+    in `checks.run.ramp_problems`.
     """
 
     global_batch_size: int
     rampup: tuple[int, int, int] | None = None
 
-    def __post_init__(self) -> None:
-        if self.rampup is None:
-            return
-        if len(self.rampup) != 3:
-            raise ConfigError(
-                f"train.rampup_batch_size = {list(self.rampup)}: give three numbers, [start, increment, samples]."
-            )
-        start, increment, samples = self.rampup
-        growth = self.global_batch_size - start
-        if start < 1 or increment < 1 or samples < 0 or growth < 0 or growth % increment:
-            raise ConfigError(
-                f"train.rampup_batch_size = {list(self.rampup)}: must be [start, increment, samples] with "
-                f"train.global_batch_size = {self.global_batch_size} equal to start plus a whole number of increments."
-            )
-
     @classmethod
-    def from_train(cls, train: TrainConfig) -> BatchSchedule:
-        """The schedule of a TrainConfig."""
-        ramp: Any = train.rampup_batch_size  # three numbers, which __post_init__ checks
+    def of(cls, train: TrainConfig) -> BatchSchedule:
+        """The schedule of a TrainConfig whose ramp, if any, was checked."""
+        ramp: Any = train.rampup_batch_size  # three numbers
         return cls(train.global_batch_size, tuple(ramp) if ramp else None)
 
     def size_at(self, consumed_samples: int) -> int:
@@ -90,7 +72,7 @@ class BatchSchedule:
         return position + (steps - step) * self.global_batch_size
 
 
-def run_length_samples(cfg: ConfigContainer) -> int | None:
+def run_length_samples(cfg: RunConfig) -> int | None:
     """Samples after which the run ends: the earliest end of its iterations, samples and tokens.
 
     None: the run ends by wall-clock time only.
@@ -104,11 +86,11 @@ def run_length_samples(cfg: ConfigContainer) -> int | None:
 
 
 def _samples(
-    cfg: ConfigContainer, *, iters: int | None = None, samples: int | None = None, tokens: int | str | None = None
+    cfg: RunConfig, *, iters: int | None = None, samples: int | None = None, tokens: int | str | None = None
 ) -> int | None:
     """One length in samples: whichever of the three is given (0 counts as given only if all others are absent too)."""
     if iters:
-        return BatchSchedule.from_train(cfg.train).consumed_after(iters)
+        return BatchSchedule.of(cfg.train).consumed_after(iters)
     if samples:
         return samples
     if tokens and (count := parse_quantity(tokens)):
@@ -187,7 +169,7 @@ class WeightDecay:
         return start + share * (end - start)
 
 
-def learning_rate(cfg: ConfigContainer) -> LearningRate:
+def learning_rate(cfg: RunConfig) -> LearningRate:
     """The learning-rate schedule of a config.
 
     Raises:
@@ -229,14 +211,14 @@ def learning_rate(cfg: ConfigContainer) -> LearningRate:
     )
 
 
-def _wsd_decay(cfg: ConfigContainer, decay: int | None) -> int:
+def _wsd_decay(cfg: RunConfig, decay: int | None) -> int:
     """Samples of WSD's last phase; 0 for other styles. In iterations it is counted back from the end of the decay."""
     scheduler = cfg.scheduler
     if scheduler.lr_decay_style != "WSD":
         return 0
     if scheduler.lr_wsd_decay_iters and decay is not None:
         # The last iterations of a ramped run hold more samples than the first ones.
-        schedule = BatchSchedule.from_train(cfg.train)
+        schedule = BatchSchedule.of(cfg.train)
         start = max(0, schedule.step_at(decay) - scheduler.lr_wsd_decay_iters)
         return decay - schedule.consumed_after(start)
     length = _samples(cfg, samples=scheduler.lr_wsd_decay_samples, tokens=scheduler.lr_wsd_decay_tokens)
@@ -248,7 +230,7 @@ def _wsd_decay(cfg: ConfigContainer, decay: int | None) -> int:
     return length
 
 
-def weight_decay(cfg: ConfigContainer) -> WeightDecay:
+def weight_decay(cfg: RunConfig) -> WeightDecay:
     """The weight-decay schedule of a config; it moves over the complete run.
 
     Raises:

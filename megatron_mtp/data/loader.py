@@ -76,7 +76,7 @@ class DataModule:
     def __init__(
         self, cfg: ConfigContainer, placement: DataPlacement, num_depths: int, vocab_size: int, pin_memory: bool
     ):
-        self.schedule = BatchSchedule.from_train(cfg.train)
+        self.schedule = BatchSchedule.of(cfg.train)
         self._cfg, self._placement, self._pin_memory = cfg, placement, pin_memory
         self._vocab_size = vocab_size if cfg.dataset.check_token_ids else None
         self._rules = BatchRules(

@@ -119,7 +119,7 @@ def test_tokens_may_be_written_in_words():
 def test_iterations_go_through_the_batch_ramp():
     cfg = make_config(lr_decay_style="WSD", lr_warmup_iters=3, lr_wsd_decay_iters=4)
     cfg.train.rampup_batch_size = [1, 1, 12]
-    schedule = BatchSchedule.from_train(cfg.train)
+    schedule = BatchSchedule.of(cfg.train)
     sizes = [size for size, _ in zip(iter_sizes(schedule), range(40), strict=False)]
     assert len(set(sizes)) == 4, "the ramp was not walked"
     lr = schedules.learning_rate(cfg)

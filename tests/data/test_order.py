@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from megatron_mtp.data.order import BatchSchedule, batch_positions, epoch_samples, local_positions
 from megatron_mtp.data.randomness import derive_key, permute, uniform
-from megatron_mtp.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
@@ -43,12 +42,6 @@ def test_resuming_continues_the_same_batches(start, increments, samples, steps):
     assert again == complete[steps:]
     flat = [position for _, positions in complete for position in positions]
     assert flat == list(range(len(flat)))
-
-
-@pytest.mark.parametrize("ramp", [(4, 5, 100), (20, 2, 100), (0, 4, 100), (4, 2), (4, 0, 100)])
-def test_ramp_that_misses_the_batch_size_is_refused(ramp):
-    with pytest.raises(ConfigError, match="rampup_batch_size"):
-        BatchSchedule(16, ramp)
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))

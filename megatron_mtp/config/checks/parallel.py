@@ -7,6 +7,7 @@ import math
 from megatron_mtp.config.knob import Range
 from megatron_mtp.config.layout_text import layout_chunks
 from megatron_mtp.config.problem import problem
+from megatron_mtp.config.schedules import BatchSchedule
 from megatron_mtp.config.sections import ModelConfig, RunConfig
 from megatron_mtp.errors import Problem
 
@@ -151,17 +152,11 @@ def _module_problems(model: ModelConfig) -> list[Problem]:
     return problems
 
 
-def batch_sizes(cfg: RunConfig) -> list[int]:
-    """Every global batch size that a run passes through, from the ramp's start to train.global_batch_size."""
-    ramp, final = cfg.train.rampup_batch_size, cfg.train.global_batch_size
-    return [final] if ramp is None else [*range(ramp[0], final, ramp[1]), final]
-
-
 def batch_problems(cfg: RunConfig, dp: int | None) -> list[Problem]:
     """Whether batches divide into micro-batches over `dp` data-parallel ranks; dp None: over one."""
     train, val = cfg.train, cfg.validation
     problems = []
-    for size in batch_sizes(cfg)[:-1]:
+    for size in BatchSchedule.of(train).sizes()[:-1]:
         if found := _batch_problem(cfg, "train.rampup_batch_size", size, "train.micro_batch_size", dp):
             problems.append(found)
             break
