@@ -9,7 +9,7 @@ from megatron_mtp.config.checks.data import data_problems
 from megatron_mtp.config.checks.faults import fault_problems
 from megatron_mtp.config.checks.model import model_problems, model_refusals
 from megatron_mtp.config.checks.pairs import pair_refusals
-from megatron_mtp.config.checks.parallel import batch_problems, placement_problems, world_problems
+from megatron_mtp.config.checks.parallel import batch_problems, placement_problems, rank_order_problems, world_problems
 from megatron_mtp.config.checks.run import ramp_problems, run_problems, run_refusals
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.derive import derive, read_token_counts
@@ -56,7 +56,8 @@ def find_problems(trial: RunConfig, world_size: int | None = None) -> list[Probl
     derived = _value_problems(trial, are_derived=True)
     misfits = misfits or derived  # with misfits, it may follow from what replaces one
     found += mcore_problems(trial.model) + model_problems(trial.model)
-    found += placement_problems(trial.model) + run_problems(trial) + data_problems(trial) + fault_problems(trial)
+    found += placement_problems(trial.model) + rank_order_problems(trial)
+    found += run_problems(trial) + data_problems(trial) + fault_problems(trial)
     if trial.dist.hardware is not None:
         from megatron_mtp.config.machines import hardware_problems  # its table would add 5 % to the time of `show`
 

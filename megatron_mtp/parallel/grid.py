@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +18,6 @@ class RankGrid:
         world_size: number of ranks.
         etp: tensor parallel size inside an expert; None: tp.
 
-    Raises:
-        ConfigError: a product of sizes does not divide the world size, or the pipeline groups of dense and expert parts
-            would differ.
-
     Source: megatron-core 0.19.2, parallel_state.py `RankGenerator` and `initialize_model_parallel`.
     """
 
@@ -35,17 +30,10 @@ class RankGrid:
     pp_before_dp: bool = False
 
     def __post_init__(self) -> None:
-        dense, expert = self.tp * self.cp * self.pp, self.expert_tp * self.ep * self.pp
-        if self.world_size % dense or self.world_size % expert:
-            raise ConfigError(
-                f"world size {self.world_size}: it must be a multiple of tp {self.tp} x cp {self.cp} x pp {self.pp} = "
-                f"{dense} and of etp {self.expert_tp} x ep {self.ep} x pp {self.pp} = {expert}."
-            )
-        if self.pp_before_dp and self.pp > 1 and self.dp_size != self.expert_dp_size:
-            raise ConfigError(
-                f"dist.use_tp_pp_dp_mapping: the data parallel size of dense parts ({self.dp_size}) and of experts "
-                f"({self.expert_dp_size}) must be equal when the pipeline axis is not the last one."
-            )
+        dense, expert = self.tp * self.cp, self.expert_tp * self.ep
+        fits = self.world_size % (dense * self.pp) == self.world_size % (expert * self.pp) == 0
+        assert fits, f"finalize({self.world_size}) refuses {self}"
+        assert not self.pp_before_dp or self.pp == 1 or dense == expert, f"finalize refuses {self}"
 
     @classmethod
     def from_config(cls, cfg: ConfigContainer, world_size: int) -> RankGrid:

@@ -51,7 +51,6 @@ def resolve(cfg: ConfigContainer, world_size: int | None = None) -> ResolvedRun:
         world_size: processes of the job; None: the fewest that hold one replica.
 
     Raises:
-        ConfigError: the parallel sizes do not fit the number of processes.
         PlanError: the layout breaks a rule, or there are too few layers for its chunks; all problems are named.
     """
     shape = RunShape.of(cfg, world_size)

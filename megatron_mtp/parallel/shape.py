@@ -36,14 +36,7 @@ class RunShape:
 
     @classmethod
     def of(cls, cfg: ConfigContainer, world_size: int | None = None) -> RunShape:
-        """The shape of a finalized config.
-
-        Args:
-            world_size: None: the fewest processes that hold one replica.
-
-        Raises:
-            ConfigError: the parallel sizes do not fit the number of processes.
-        """
+        """The shape of a config that is finalized for `world_size`; None: the fewest that hold one replica."""
         size = minimum_world_size(cfg.model) if world_size is None else world_size
         return RunShape(
             cfg=cfg,

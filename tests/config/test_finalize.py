@@ -300,6 +300,16 @@ def test_dense_and_expert_grids_must_both_fit():
     assert "world_size = 2: must be a multiple of 4" in problems_of("tiny_moe", *overrides, world_size=2)
 
 
+@pytest.mark.parametrize("world_size", [None, 4])
+def test_pipeline_groups_of_dense_parts_and_experts_must_be_the_same(world_size):
+    overrides = ["dist.use_tp_pp_dp_mapping=true", "model.pipeline_model_parallel_size=2"]
+    finalized("tiny_moe", *overrides, world_size=world_size)
+    finalized("tiny_moe", overrides[0], "model.expert_model_parallel_size=2", world_size=world_size)
+    found = problems_of("tiny_moe", *overrides, "model.expert_model_parallel_size=2", world_size=world_size)
+    assert "dist.use_tp_pp_dp_mapping = True: needs as many data parallel ranks" in found
+    assert "model.expert_tensor_parallel_size = 1 x model.expert_model_parallel_size = 2" in found
+
+
 def test_one_gpu_version_of_a_cluster_recipe_needs_only_sizes():
     cfg = get_recipe("qwen3_30b_a3b")
     cfg.model.num_layers, cfg.model.mtp_num_layers, cfg.train.train_iters = 8, 1, 2

@@ -192,11 +192,29 @@ def _batch_problem(cfg: RunConfig, name: str, size: int, micro_name: str, dp: in
     return None
 
 
+def _stage_sizes(model: ModelConfig) -> tuple[int, int]:
+    """Ranks that one replica of a stage's dense parts takes, and one of its experts; `model` may be unfinalized."""
+    dense = model.tensor_model_parallel_size * model.context_parallel_size
+    expert_tp = model.expert_tensor_parallel_size or model.tensor_model_parallel_size
+    return dense, expert_tp * model.expert_model_parallel_size
+
+
 def minimum_world_size(model: ModelConfig) -> int:
     """Ranks that one replica of the model takes, dense and expert grids together."""
-    dense = model.tensor_model_parallel_size * model.context_parallel_size
-    expert = (model.expert_tensor_parallel_size or model.tensor_model_parallel_size) * model.expert_model_parallel_size
-    return math.lcm(dense, expert) * model.pipeline_model_parallel_size
+    return math.lcm(*_stage_sizes(model)) * model.pipeline_model_parallel_size
+
+
+def rank_order_problems(cfg: RunConfig) -> list[Problem]:
+    """Whether dense parts and experts have the same pipeline groups in the order of ranks."""
+    dense, expert = _stage_sizes(cfg.model)
+    if not cfg.dist.use_tp_pp_dp_mapping or cfg.model.pipeline_model_parallel_size == 1 or dense == expert:
+        return []
+    rule = (
+        "needs as many data parallel ranks for dense parts as for experts, so "
+        "{model.tensor_model_parallel_size=} x {model.context_parallel_size=} must equal "
+        "{model.expert_tensor_parallel_size=} x {model.expert_model_parallel_size=}"
+    )
+    return [problem(cfg, "dist.use_tp_pp_dp_mapping", rule, "Set it to False.")]
 
 
 def world_problems(cfg: RunConfig, world_size: int) -> list[Problem]:
@@ -220,11 +238,7 @@ def world_problems(cfg: RunConfig, world_size: int) -> list[Problem]:
                 remedy=f"Start a multiple of {need} processes (--nproc {need}, or torchrun), or lower a parallel size.",
             )
         ]
-    dp, expert_dp = world_size // (tp * cp * pp), world_size // (etp * ep * pp)
-    problems = batch_problems(cfg, dp)
-    if cfg.dist.use_tp_pp_dp_mapping and pp > 1 and dp != expert_dp:
-        rule = f"needs the same number of data parallel ranks for dense parts ({dp}) and experts ({expert_dp})"
-        problems.append(problem(cfg, "dist.use_tp_pp_dp_mapping", rule, "Set it to False."))
+    problems = batch_problems(cfg, world_size // (tp * cp * pp))
     prof = cfg.profiling
     if prof.use_pytorch_profiler and any(rank >= world_size for rank in prof.profile_ranks):
         rule = f"ranks must be below the world size {world_size}"
