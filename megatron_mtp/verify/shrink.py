@@ -65,10 +65,9 @@ class _Sizes:
         return (layout.values.get(key, 1) for layout in self.layouts)
 
     def _batch_unit(self, layout: Placement) -> int:
-        values = layout.values
-        dense = values.get("tp", 1) * values.get("cp", 1)
-        expert = values.get("etp", values.get("tp", 1)) * values.get("ep", 1)
-        dp = values.get("dp") or math.lcm(dense, expert) // dense
+        """What a layout's global batch is a multiple of."""
+        values, num_ranks = layout.values, layout.world_size(layout.place(ConfigContainer()))
+        dp = num_ranks // (values.get("tp", 1) * values.get("cp", 1) * values.get("pp", 1))
         rounds = values.get("pp", 1) if values.get("vp", 1) > 1 else 1
         return values.get("mbs", self.micro_batch_size) * dp * rounds
 
