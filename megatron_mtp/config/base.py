@@ -12,27 +12,27 @@ from megatron_mtp.errors import ConfigError, cut, nearest
 
 # Fields that are gone, with the reason. A config file may still name them; they are ignored.
 REMOVED = {"logger.log_params_norm": "no norm of the weights was ever logged"}
-# Names people bring from other systems, with what to use here instead.
+# Names people bring from other systems, with what to do here instead.
 RENAMED = {
-    "pipeline_model_parallel_split_rank": "model.pipeline_model_parallel_layout (which layers each stage holds)",
-    "num_layers_in_first_pipeline_stage": "model.pipeline_model_parallel_layout, for example [5, 6, 6, 4]",
-    "num_layers_in_last_pipeline_stage": "model.pipeline_model_parallel_layout, for example [5, 6, 6, 4]",
-    "account_for_embedding_in_pipeline_split": "model.pipeline_model_parallel_layout",
-    "account_for_loss_in_pipeline_split": "model.pipeline_model_parallel_layout",
-    "transformer_impl": "model.backend",
-    "add_cross_attention": "a decoder-only model: cross attention is not supported, and MTP has no form for it",
-    "cross_attention": "a decoder-only model: cross attention is not supported, and MTP has no form for it",
-    "mixed_precision": "precision.dtype",
-    "pipeline_dtype": "precision.dtype",
-    "params_dtype": "precision.dtype",
-    "bf16": "precision.dtype",
-    "fp16": "precision.dtype",
-    "fp8": "model.mcore, as model.mcore.fp8 (Transformer Engine only)",
-    "fp4": "model.mcore, as model.mcore.fp4 (Transformer Engine only)",
-    "calculate_per_token_loss": "nothing: every loss is divided by its global number of targets",
-    "cross_entropy_loss_fusion": "model.logits_chunk_tokens",
-    "cross_entropy_fusion_impl": "model.logits_chunk_tokens",
-    "num_nextn_predict_layers": "model.mtp_num_layers",
+    "pipeline_model_parallel_split_rank": "Use model.pipeline_model_parallel_layout (which layers each stage holds).",
+    "num_layers_in_first_pipeline_stage": "Use model.pipeline_model_parallel_layout, for example [5, 6, 6, 4].",
+    "num_layers_in_last_pipeline_stage": "Use model.pipeline_model_parallel_layout, for example [5, 6, 6, 4].",
+    "account_for_embedding_in_pipeline_split": "Use model.pipeline_model_parallel_layout.",
+    "account_for_loss_in_pipeline_split": "Use model.pipeline_model_parallel_layout.",
+    "transformer_impl": "Use model.backend.",
+    "add_cross_attention": "Leave it out: cross attention is not supported, and MTP has no form for it.",
+    "cross_attention": "Leave it out: cross attention is not supported, and MTP has no form for it.",
+    "mixed_precision": "Use precision.dtype.",
+    "pipeline_dtype": "Use precision.dtype.",
+    "params_dtype": "Use precision.dtype.",
+    "bf16": "Use precision.dtype.",
+    "fp16": "Use precision.dtype.",
+    "fp8": "Write model.mcore.fp8 (Transformer Engine only).",
+    "fp4": "Write model.mcore.fp4 (Transformer Engine only).",
+    "calculate_per_token_loss": "Leave it out: every loss is divided by its global number of targets.",
+    "cross_entropy_loss_fusion": "Use model.logits_chunk_tokens.",
+    "cross_entropy_fusion_impl": "Use model.logits_chunk_tokens.",
+    "num_nextn_predict_layers": "Use model.mtp_num_layers.",
 }
 
 
@@ -45,7 +45,7 @@ def _names(section: type) -> dict[str, None]:
 def unknown_field(section: str, name: str, known: list[str]) -> str:
     """Says that `section` has no field `name`, and which one was probably meant."""
     if name in RENAMED:
-        hint = f" Use {RENAMED[name]}."
+        hint = f" {RENAMED[name]}"
     elif f"{section}.{name}" in REMOVED:
         hint = f" It was removed: {REMOVED[f'{section}.{name}']}."
     elif section == "model" and _is_megatron_core_field(name):

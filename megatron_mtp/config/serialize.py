@@ -136,7 +136,5 @@ def section_of(cfg: RunConfig, name: str) -> Section:
         rule = f"{cut(name)}: the name of its section is missing"
         raise ConfigError(Problem(rule=rule, remedy=f"Write {' or '.join(f'{o}.{name}' for o in owners)}."))
     rule = f"{cut(name)}: there is no such section"
-    remedy = (
-        f"Use {RENAMED[name]}." if name in RENAMED else f"{nearest(name, sections)} Sections: {', '.join(sections)}."
-    )
+    remedy = RENAMED.get(name) or f"{nearest(name, sections)} Sections: {', '.join(sections)}."
     raise ConfigError(Problem(rule=rule, remedy=remedy.strip()))

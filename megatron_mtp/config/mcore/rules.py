@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_mtp.config.base import RENAMED
 from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.mcore_table import MCORE_FIELDS, MCORE_VERSION
 from megatron_mtp.config.problem import problem, refusal
@@ -11,30 +12,19 @@ from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.serialize import too_many_names
 from megatron_mtp.errors import Problem, nearest
 
-# Fields that follow from another field; setting them as well could contradict it.
+# Fields that follow from another field, which could contradict them, with what to do instead.
 OWNED = {
-    "account_for_embedding_in_pipeline_split": "model.pipeline_model_parallel_layout",
-    "account_for_loss_in_pipeline_split": "model.pipeline_model_parallel_layout",
-    "autocast_dtype": "precision.dtype",
-    "bf16": "precision.dtype",
-    "calculate_per_token_loss": "nothing: the objective always divides by the global number of targets",
-    "config_logger_dir": "logger.log_dir",
-    "cross_entropy_fusion_impl": "model.logits_chunk_tokens",
-    "cross_entropy_loss_fusion": "model.logits_chunk_tokens",
-    "deterministic_mode": "train.deterministic",
-    "embedding_init_method_std": "model.init_method_std",
-    "enable_autocast": "precision.dtype",
-    "fp16": "precision.dtype",
-    "moe_layer_recompute": "model.recompute_modules",
-    "moe_router_topk_limited_devices": "model.moe_router_num_groups and model.moe_router_group_topk",
-    "moe_token_dropping": "model.moe_expert_capacity_factor",
-    "mtp_hybrid_override_pattern": "model.pipeline_model_parallel_layout",
-    "mtp_standalone": "model.pipeline_model_parallel_layout",
-    "num_layers_in_first_pipeline_stage": "model.pipeline_model_parallel_layout",
-    "num_layers_in_last_pipeline_stage": "model.pipeline_model_parallel_layout",
-    "params_dtype": "precision.dtype",
-    "pipeline_dtype": "precision.dtype",
-    "transformer_impl": "model.backend",
+    **{name: RENAMED[name] for name in RENAMED if name in MCORE_FIELDS and name not in ("fp8", "fp4")},
+    "autocast_dtype": "Use precision.dtype.",
+    "config_logger_dir": "Use logger.log_dir.",
+    "deterministic_mode": "Use train.deterministic.",
+    "embedding_init_method_std": "Use model.init_method_std.",
+    "enable_autocast": "Use precision.dtype.",
+    "moe_layer_recompute": "Use model.recompute_modules.",
+    "moe_router_topk_limited_devices": "Use model.moe_router_num_groups and model.moe_router_group_topk.",
+    "moe_token_dropping": "Use model.moe_expert_capacity_factor.",
+    "mtp_hybrid_override_pattern": "Use model.pipeline_model_parallel_layout.",
+    "mtp_standalone": "Use model.pipeline_model_parallel_layout.",
 }
 
 # Fields the engine sets itself: process groups, schedules, initial weights, callbacks.
@@ -176,7 +166,7 @@ def _mistake(name: str, value: Any) -> tuple[str, str] | None:
     if name in field_types(ModelConfig):
         return "this is a field of the section model", f"Set model.{name} instead."
     if name in OWNED:
-        return "this follows from another field", f"Use {OWNED[name]}."
+        return "this follows from another field", OWNED[name]
     if name not in MCORE_FIELDS:
         return f"megatron-core {MCORE_VERSION} has no such field", nearest(name, MCORE_FIELDS).strip()
     wanted, _ = MCORE_FIELDS[name]
