@@ -1,6 +1,6 @@
-"""What is known about a config field, stated where the field is declared: range, path, engine, resume.
+"""What is known about a config field, stated where the field is declared: range, path, way into Megatron-Core, resume.
 
-    rotary_percent: float = knob(1.0, ge=0, le=1, engine="mla")
+    rotary_percent: float = knob(1.0, ge=0, le=1, mcore="mla")
 
 The range checks of `finalize`, the fields that Megatron-Core's config receives, what a resume may change and
 docs/config.md are all derived from these.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-Engine = Literal["same", "mla", "moe", "own"]
+Transfer = Literal["same", "mla", "moe", "own"]
 """How Megatron-Core's config gets the field. same: under its own name; mla, moe: the same, for such models only;
 own: converted in model/transformer_config.py."""
 Resume = Literal["free", "curve", "fixed"]
@@ -124,7 +124,7 @@ def knob(
     lt: float | None = None,
     le: float | None = None,
     is_path: bool = False,
-    engine: Engine | None = None,
+    mcore: Transfer | None = None,
     resume: Resume | None = None,
 ) -> Any:
     """A field of a section with the facts about it; the string below the field says what it means.
@@ -133,11 +133,11 @@ def knob(
         default: a list or dict is copied for every new section.
         gt, ge, lt, le: its range, see `Range`.
         is_path: its texts, also in a list or mapping, name files or folders.
-        engine: None: Megatron-Core's config does not get it.
+        mcore: how Megatron-Core's config gets it; None: it does not.
         resume: None: as the section says.
     """
     limits = None if gt is ge is lt is le is None else Range(gt, ge, lt, le)
-    metadata = {"range": limits, "is_path": is_path, "engine": engine, "resume": resume}
+    metadata = {"range": limits, "is_path": is_path, "mcore": mcore, "resume": resume}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -177,10 +177,10 @@ def resume_rule(section: type, name: str) -> Resume:
     return rule
 
 
-def engine_fields(section: type, kinds: Iterable[Engine]) -> list[str]:
+def mcore_fields(section: type, kinds: Iterable[Transfer]) -> list[str]:
     """Names of the fields that Megatron-Core's config gets in one of these ways."""
     wanted = set(kinds)
-    return [name for name, facts in _facts(section).items() if facts.get("engine") in wanted]
+    return [name for name, facts in _facts(section).items() if facts.get("mcore") in wanted]
 
 
 def per_class[F: Callable[..., Any]](function: F) -> F:

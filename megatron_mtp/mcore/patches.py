@@ -84,7 +84,7 @@ PATCHES = (
           "MTP layers, latent attention and linear attention are classes of this project under Transformer Engine too",
           "tests/model/test_parity_one_rank.py::test_one_step_equals_the_plain_model"),
     Patch("TransformerConfig.latent_norm_epsilon", "model/transformer_config.py", "object",
-          "the engine has one epsilon for all norms; released models have another for those of the latents",
+          "Megatron-Core has one epsilon for all norms; released models have another for those of the latents",
           "tests/convert/test_families.py::test_one_rank_computes_what_transformers_computes"),
     Patch("MLASelfAttention.q_layernorm.eps", "model/torch_backend/mla.py", "object",
           "as latent_norm_epsilon",

@@ -11,7 +11,7 @@ from megatron.core.activations import squared_relu
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_mtp.config.knob import Engine, engine_fields
+from megatron_mtp.config.knob import Transfer, mcore_fields
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.model.dtypes import DTYPES
 from megatron_mtp.parallel.resolve import ResolvedRun
@@ -28,12 +28,12 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
         device_type: "cuda" or "cpu"; gloo needs point-to-point messages one by one.
     """
     cfg, layout, model = run.cfg, run.layout, run.cfg.model
-    kinds: dict[Engine, bool] = {
+    kinds: dict[Transfer, bool] = {
         "same": True,
         "mla": model.multi_latent_attention,
         "moe": bool(model.num_moe_experts),
     }
-    names = engine_fields(ModelConfig, {kind for kind, is_used in kinds.items() if is_used})
+    names = mcore_fields(ModelConfig, {kind for kind, is_used in kinds.items() if is_used})
     fields: dict[str, Any] = {name: deepcopy(getattr(model, name)) for name in names}  # Megatron-Core may change lists
     dtype = DTYPES[cfg.precision.dtype]
     fields |= {
@@ -62,7 +62,7 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
     fields |= {name: _engine_value(name, deepcopy(value)) for name, value in model.mcore.items()}
     config_class = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
     config = config_class(**fields)
-    config.latent_norm_epsilon = model.latent_norm_epsilon  # no field of the engine; ExactMLASelfAttention reads it
+    config.latent_norm_epsilon = model.latent_norm_epsilon  # no field of Megatron-Core; ExactMLASelfAttention reads it
     return config
 
 

@@ -19,7 +19,7 @@ import megatron_mtp
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.coerce import field_types
 from megatron_mtp.config.frozen import FrozenDict, FrozenList
-from megatron_mtp.config.knob import INT64_MAX, Range, engine_fields, is_path, range_of
+from megatron_mtp.config.knob import INT64_MAX, Range, is_path, mcore_fields, range_of
 from megatron_mtp.config.yaml_text import dump_yaml, load_yaml
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.recipes import RECIPES, get_recipe
@@ -292,7 +292,7 @@ def fields_read() -> set[str]:
     `own = cfg.logger`), or a text with the field's name where fields are read by name.
     """
     root = Path(megatron_mtp.__file__).parent
-    found: set[str] = {f"model.{name}" for name in engine_fields(SECTIONS["model"], ("same", "mla", "moe"))}
+    found: set[str] = {f"model.{name}" for name in mcore_fields(SECTIONS["model"], ("same", "mla", "moe"))}
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
         if not (parts[0] == "config" and parts[1] in NOT_READERS):

@@ -204,7 +204,7 @@ BAD = [
     ("tiny_dense", ["model.mcore.softmax_scal=3"], "Did you mean softmax_scale?"),
     ("tiny_dense", ["model.mcore.softmax_scale=wide"], "must be a number or null"),
     ("tiny_dense", ["model.mcore.fp8_quantizer_factory=os.system"], "may not name code to run"),
-    ("tiny_dense", ["model.mcore.batch_p2p_comm=true"], "the engine sets this field itself"),
+    ("tiny_dense", ["model.mcore.batch_p2p_comm=true"], "it is set when the model is built"),
     ("tiny_dense", ["model.mcore.grad_scale_func=f"], "no value can be given"),
 ]  # fmt: skip
 

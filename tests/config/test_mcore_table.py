@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from megatron_mtp.config import mcore_table
-from megatron_mtp.config.knob import engine_fields
+from megatron_mtp.config.knob import mcore_fields
 from megatron_mtp.config.mcore import rules as mcore_rules
 from megatron_mtp.config.sections import ModelConfig
 from scripts.mcore_table import render
@@ -25,7 +25,7 @@ def test_the_table_has_not_drifted():
 def test_every_rule_names_a_field():
     names = set(mcore_table.MCORE_FIELDS)
     assert set(mcore_rules.OWNED) <= names
-    assert names >= mcore_rules.ENGINE
+    assert names >= mcore_rules.SET_AT_BUILD
     for prefix in (*mcore_rules.UNSUPPORTED, *mcore_rules.TRANSFORMER_ENGINE_ONLY):
         assert any(name.startswith(prefix) for name in names), prefix
 
@@ -46,7 +46,7 @@ def test_what_a_field_says_about_megatron_core_is_so():
 
     all_kinds, plain_kinds = ("same", "moe", "mla", "own"), ("same", "moe")
     for config_class, kinds in ((MLATransformerConfig, ("same", "moe", "mla")), (TransformerConfig, plain_kinds)):
-        assert set(engine_fields(ModelConfig, kinds)) <= {field.name for field in fields(config_class)}
+        assert set(mcore_fields(ModelConfig, kinds)) <= {field.name for field in fields(config_class)}
     both = {field.name for field in fields(MLATransformerConfig)} & {field.name for field in fields(ModelConfig)}
     # The objective weighs the losses itself.
-    assert both - set(engine_fields(ModelConfig, all_kinds)) == {"mtp_loss_scaling_factor"}
+    assert both - set(mcore_fields(ModelConfig, all_kinds)) == {"mtp_loss_scaling_factor"}

@@ -27,8 +27,8 @@ OWNED = {
     "mtp_standalone": "Use model.pipeline_model_parallel_layout.",
 }
 
-# Fields the engine sets itself: process groups, schedules, initial weights, callbacks.
-ENGINE = {
+# Fields that are set when the model is built: process groups, schedules, initial weights, callbacks.
+SET_AT_BUILD = {
     "batch_p2p_comm",
     "batch_p2p_sync",
     "deallocate_pipeline_outputs",
@@ -126,8 +126,8 @@ def mcore_problems(model: ModelConfig) -> list[Problem]:
         field = f"model.mcore.{name}"
         if mistake := _mistake(name, value):
             found.append(problem(model, field, *mistake))
-        elif name in ENGINE:
-            found.append(refusal(model, field, "the engine sets this field itself", "Remove it."))
+        elif name in SET_AT_BUILD:
+            found.append(refusal(model, field, "it is set when the model is built", "Remove it."))
         elif (reason := _lookup(UNSUPPORTED, name)) and value != MCORE_FIELDS[name][1]:
             found.append(refusal(model, field, f"not supported, {reason}", "Remove it."))
     return found + (torch_backend_problems(model) if model.backend == "torch" else [])

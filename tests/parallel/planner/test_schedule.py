@@ -28,10 +28,10 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"pp{k.pp}vp{k.vp}mb{k.num_microbatches}{'b' * k.sends_block}")
 def test_every_instruction_is_the_engines(kind):
-    from tests.parallel.planner.engine_program import engine_program
+    from tests.parallel.planner.megatron_program import megatron_program
 
     for rank in range(kind.pp):
-        assert list(rank_program(kind, rank)) == engine_program(kind, rank), f"rank {rank}"
+        assert list(rank_program(kind, rank)) == megatron_program(kind, rank), f"rank {rank}"
 
 
 def test_one_forward_one_backward_by_hand():

@@ -72,7 +72,7 @@ class _Chunk(torch.nn.Module):
         self.model_type = ModelType.encoder_or_decoder
 
 
-def engine_program(kind: ScheduleKind, rank: int) -> list[Instruction]:
+def megatron_program(kind: ScheduleKind, rank: int) -> list[Instruction]:
     """The instructions that Megatron-Core's schedule carries out on one rank."""
     notes: list[tuple] = []
     config = _config(kind)
