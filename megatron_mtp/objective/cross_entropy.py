@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NO_ID = torch.iinfo(torch.int64).max
-MAX_COUNTED = 7 / 8  # of a chunk's tokens; above it, selecting the counted ones costs more than it saves
+MAX_SELECTED = 7 / 8  # of a chunk's tokens; selecting more than this costs more than it saves
 
 
 class VocabShard(NamedTuple):
@@ -236,15 +236,15 @@ class _Chunks:
 
     def _add_products(self, part: slice, gradient: Tensor, token_weights: Tensor) -> None:
         """Adds the two products of a chunk's gradient [chunk, v/tp], without the tokens that have none."""
-        hidden, counted = self.hidden[part], _counted_rows(token_weights)
-        if counted is not None:
-            gradient, hidden = gradient[counted], hidden[counted]
+        hidden, selected = self.hidden[part], _tokens_with_gradient(token_weights)
+        if selected is not None:
+            gradient, hidden = gradient[selected], hidden[selected]
         gradient = gradient.to(self.rows.dtype)
         if self.grad_hidden is not None:
-            if counted is None:
+            if selected is None:
                 torch.mm(gradient, self.rows, out=self.grad_hidden[part])
             else:
-                self.grad_hidden[part].index_copy_(0, counted, torch.mm(gradient, self.rows))
+                self.grad_hidden[part].index_copy_(0, selected, torch.mm(gradient, self.rows))
         if self.grad_weight is not None:
             _add_outer(self.grad_weight[: self.shard.rows], gradient, hidden)
 
@@ -255,7 +255,7 @@ class _Chunks:
         return local.clamp(0, max(self.shard.rows - 1, 0)), inside
 
 
-def _counted_rows(token_weights: Tensor) -> Tensor | None:
+def _tokens_with_gradient(token_weights: Tensor) -> Tensor | None:
     """Indices of the tokens with a gradient, where masks exclude many, such as prompts and padding; None: all.
 
     On a GPU all tokens are used, because the host would have to wait for the count.
@@ -263,7 +263,7 @@ def _counted_rows(token_weights: Tensor) -> Tensor | None:
     if token_weights.device.type != "cpu":
         return None
     has_gradient = token_weights != 0
-    return has_gradient.nonzero().squeeze(1) if has_gradient.sum() < MAX_COUNTED * len(token_weights) else None
+    return has_gradient.nonzero().squeeze(1) if has_gradient.sum() < MAX_SELECTED * len(token_weights) else None
 
 
 def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:

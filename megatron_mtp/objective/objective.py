@@ -50,21 +50,21 @@ class Objective:
         return self.run.depths.count
 
     def begin(
-        self, num_targets: Tensor, loss_factor: float, num_micro_batches: int, loss_scale: Tensor | float = 1.0
+        self, num_targets: Tensor, loss_factor: float, num_microbatches: int, loss_scale: Tensor | float = 1.0
     ) -> StepObjective:
         """The objective of one global batch. A collective over data- and context-parallel ranks.
 
         Args:
             num_targets: [1+D] int64, valid targets of this rank's micro-batches.
             loss_factor: lambda.
-            num_micro_batches: of this rank.
+            num_microbatches: of this rank.
             loss_scale: of fp16, which the optimizer divides out again.
         """
         counts = num_targets.to(self.device, copy=True)
         dist.all_reduce(counts, group=self.groups.dp_cp)
         counts = counts.cpu()
         coefficients = total_coefficients(counts, loss_factor, self.run.depths.weights).to(self.device, torch.float32)
-        return StepObjective(self, counts, coefficients, num_micro_batches, loss_scale)
+        return StepObjective(self, counts, coefficients, num_microbatches, loss_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +75,14 @@ class StepObjective:
         objective: of the run.
         counts: [1+D] int64 on the CPU, the global N_k.
         coefficients: [1+D] fp32 on the device, see `total_coefficients`.
-        num_micro_batches: of this rank.
+        num_microbatches: of this rank.
         loss_scale: of fp16.
     """
 
     objective: Objective
     counts: Tensor
     coefficients: Tensor
-    num_micro_batches: int
+    num_microbatches: int
     loss_scale: Tensor | float = 1.0
 
     @property
@@ -115,7 +115,7 @@ class StepObjective:
         one = torch.ones((), dtype=torch.int, device=total.device)
         acceptance = acceptance_counts(output.top1, batch.labels, batch.loss_mask, groups.cp)
         found = {"sums": output.sums, "acceptance": acceptance}
-        return total * (self.num_micro_batches * groups.dp_cp.size()), one, found
+        return total * (self.num_microbatches * groups.dp_cp.size()), one, found
 
     def metrics(self, outputs: Sequence[dict[str, Tensor]], router_losses: Mapping[str, Tensor] | None) -> BatchMetrics:
         """Metrics of the global batch. One collective over all ranks, in fp64, in which counts below 2^53 are exact.
@@ -159,7 +159,7 @@ class StepObjective:
         """
         run, groups = self.objective.run, self.objective.groups
         ranks = (groups.dp.size(), groups.dp.size(), groups.tp_dp_cp.size())
-        losses = self.num_micro_batches * run.num_moe_layers if is_recorded else 0
+        losses = self.num_microbatches * run.num_moe_layers if is_recorded else 0
         return torch.tensor(
             [losses * n if name in run.router_loss_names else 0 for name, n in zip(ROUTER_LOSSES, ranks, strict=True)]
         )

@@ -119,9 +119,9 @@ class Engine:
                 chunk.train()
 
     def _run(self, batch: GlobalBatch, loss_factor: float, *, forward_only: bool) -> BatchMetrics:
-        num_micro_batches = len(batch.micro_batches)
+        num_microbatches = len(batch.micro_batches)
         objective = self.objective.begin(
-            batch.num_targets, loss_factor, num_micro_batches, self.optimizer.get_loss_scale()
+            batch.num_targets, loss_factor, num_microbatches, self.optimizer.get_loss_scale()
         )
         micro_batch_size, local_length = batch.micro_batches[0].tokens.shape  # [b, s/cp]
         iterators = [iter(batch.micro_batches) for _ in self.chunks]
@@ -131,7 +131,7 @@ class Engine:
             forward_step_func=partial(self.forward_step, objective),
             data_iterator=iterators if is_interleaved else iterators[0],
             model=self.chunks if is_interleaved else self.chunks[0],
-            num_microbatches=num_micro_batches,
+            num_microbatches=num_microbatches,
             seq_length=local_length * self.groups.cp.size(),
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,

@@ -10,7 +10,7 @@ SEQ_LENGTH = 16
 
 
 def run_config(
-    plain: PlainConfig, micro_batch_size: int, num_micro_batches: int, pp: int = 1, documents: bool = False
+    plain: PlainConfig, micro_batch_size: int, num_microbatches: int, pp: int = 1, documents: bool = False
 ) -> ConfigContainer:
     """A run whose model is `plain`, on one rank or on `pp` pipeline stages; `documents` are kept apart or not."""
     cfg = tiny_dense_pretrain_config()
@@ -20,7 +20,7 @@ def run_config(
     cfg.model.seq_length = SEQ_LENGTH
     cfg.dataset.reset_attention_mask = documents
     cfg.train.micro_batch_size = micro_batch_size
-    cfg.train.global_batch_size = micro_batch_size * num_micro_batches
+    cfg.train.global_batch_size = micro_batch_size * num_microbatches
     cfg.optimizer.clip_grad = 0.0  # gradients are read after the step
     cfg.dist.device = "cpu"
     cfg.dist.num_threads = 1

@@ -60,12 +60,12 @@ def test_one_step_equals_the_plain_model(ranks, name, documents):
         assert_same(StepResults(**vars(stage) | {"gradients": first | last, "expert_biases": biases}), expected)
 
 
-def by_micro_batch(maps_of_stages: list[list[Tensor]], num_micro_batches: int) -> list[Tensor]:
+def by_micro_batch(maps_of_stages: list[list[Tensor]], num_microbatches: int) -> list[Tensor]:
     """Each stage's router calls in its own order -> micro-batch by micro-batch, through all stages."""
-    per_stage = [len(maps) // num_micro_batches for maps in maps_of_stages]
+    per_stage = [len(maps) // num_microbatches for maps in maps_of_stages]
     return [
         maps[index * calls + call]
-        for index in range(num_micro_batches)
+        for index in range(num_microbatches)
         for maps, calls in zip(maps_of_stages, per_stage, strict=True)
         for call in range(calls)
     ]

@@ -63,7 +63,7 @@ def test_the_loss_function_undoes_the_divisions_of_schedule_and_ddp():
     groups = SimpleNamespace(tp=Group(), cp=Group(), dp_cp=Group(2))
     run = Objective.of(resolve(cfg.finalize(1)), groups, torch.device("cpu"))
     counts = torch.tensor([4, 2])
-    step = StepObjective(run, counts, total_coefficients(counts, 0.5, [1.0]).float(), num_micro_batches=3)
+    step = StepObjective(run, counts, total_coefficients(counts, 0.5, [1.0]).float(), num_microbatches=3)
     ids = torch.zeros(2, 1, 4, dtype=torch.int64)
     batch = MicroBatch(ids[0], ids[0], ids[1:], labels=ids, loss_mask=torch.ones(2, 1, 4))
     output = HeadOutput(torch.tensor(3.5), torch.tensor([8.0, 6.0]), ids)
