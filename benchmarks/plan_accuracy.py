@@ -101,7 +101,7 @@ def config(depths: int, split: tuple[int, ...]) -> ConfigContainer:
 def outcome(cfg: ConfigContainer, depths: int, split: tuple[int, ...], costs: PartCosts, times: list[float]) -> Outcome:
     """Median, its interval, and the plan."""
     low, high = interval_of_median(times)
-    step = Planner(RunShape.of(cfg, 2), costs, is_cpu=True).step(PipelineLayout.from_config(cfg.model))
+    step = Planner(RunShape.of(cfg, 2), costs, is_cpu=True).step(PipelineLayout.of(cfg.model))
     return Outcome(depths=depths, split=split, planned=step.total_ms, measured=median(times), low=low, high=high)
 
 

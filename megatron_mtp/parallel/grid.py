@@ -36,7 +36,7 @@ class RankGrid:
         assert not self.pp_before_dp or self.pp == 1 or dense == expert, f"finalize refuses {self}"
 
     @classmethod
-    def from_config(cls, cfg: ConfigContainer, world_size: int) -> RankGrid:
+    def of(cls, cfg: ConfigContainer, world_size: int) -> RankGrid:
         """The grid of a config on `world_size` ranks."""
         model = cfg.model
         return cls(

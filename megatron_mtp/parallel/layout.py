@@ -26,7 +26,7 @@ class PipelineLayout:
     chunks: tuple[tuple[Chunk, ...], ...]
 
     @classmethod
-    def from_config(cls, model: ModelConfig) -> PipelineLayout:
+    def of(cls, model: ModelConfig) -> PipelineLayout:
         """The layout that a config gives; "auto" is for the planner, see `parallel.resolve`.
 
         Raises:

@@ -57,7 +57,7 @@ def resolve(cfg: ConfigContainer, world_size: int | None = None) -> ResolvedRun:
     planned = auto_layout(shape) if is_planned(cfg.model) else None
     return ResolvedRun(
         **{field.name: getattr(shape, field.name) for field in fields(shape)},
-        layout=PipelineLayout.from_config(cfg.model) if planned is None else planned.layout,
+        layout=PipelineLayout.of(cfg.model) if planned is None else planned.layout,
         planned=planned,
         loss_factor=LossFactor.parse(cfg.model.mtp_loss_scaling_factor),
         learning_rate=learning_rate(cfg),

@@ -41,7 +41,7 @@ class RunShape:
         return RunShape(
             cfg=cfg,
             world_size=size,
-            grid=RankGrid.from_config(cfg, size),
+            grid=RankGrid.of(cfg, size),
             depths=Depths.of(cfg.model),
             is_moe=tuple(moe_pattern(cfg.model)),
             is_linear=tuple(linear_pattern(cfg.model)),

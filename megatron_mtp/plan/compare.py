@@ -144,7 +144,7 @@ def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | 
         except PlanError as error:
             more = _nearest_fit(planner, limit)
             raise PlanError([replace(p, remedy=f"{p.remedy} {more}".strip()) for p in error.problems]) from None
-    plan = planner.plan(planner.problem().layout(choice.split) if choice else PipelineLayout.from_config(model))
+    plan = planner.plan(planner.problem().layout(choice.split) if choice else PipelineLayout.of(model))
     if limit is not None and plan.peak_bytes > limit:
         rule = (
             f"needs {plan.peak_bytes / GIB:.1f} GiB on its fullest stage, and a device has {limit / GIB:.1f} GiB "

@@ -18,7 +18,7 @@ def make(layout, num_layers=4, depths=2, pp=2, vp=1) -> PipelineLayout:
     model = ModelConfig(num_layers=num_layers, mtp_num_layers=depths, pipeline_model_parallel_size=pp)
     model.virtual_pipeline_model_parallel_size = vp
     model.pipeline_model_parallel_layout = layout
-    return PipelineLayout.from_config(model)
+    return PipelineLayout.of(model)
 
 
 def assert_every_layer_once(layout: PipelineLayout, num_layers: int, depths: int) -> None:
