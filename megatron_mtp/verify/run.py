@@ -69,7 +69,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PreparedRuns:
     """The runs to compare.
 
     Attributes:
@@ -96,7 +96,7 @@ def _balances_micro_batches(cfg: ConfigContainer) -> bool:
     return cfg.model.moe_router_load_balancing_type == "aux_loss" and bool(cfg.model.num_moe_experts)
 
 
-def prepare(cfg: ConfigContainer, layouts: str | None) -> Comparison:
+def prepare(cfg: ConfigContainer, layouts: str | None) -> PreparedRuns:
     """Reads and checks everything before a process starts.
 
     Args:
@@ -133,10 +133,10 @@ def prepare(cfg: ConfigContainer, layouts: str | None) -> Comparison:
         mask="documents" if reference.dataset.reset_attention_mask else "empty_micro_batch",
         micro_batch_size=reference.train.micro_batch_size,
     )
-    return Comparison(changes, reference, placed, spec)
+    return PreparedRuns(changes, reference, placed, spec)
 
 
-def verify(comparison: Comparison, report: Callable[[str], None]) -> list[Outcome]:
+def verify(comparison: PreparedRuns, report: Callable[[str], None]) -> list[Outcome]:
     """Runs the reference, then each layout on the same batches.
 
     Args:
