@@ -70,8 +70,8 @@ def make_model(folder: Path, num_layers: int) -> tuple[int, int]:
     cfg.finalize(None)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config_dict(cfg.model, "llama") | {"dtype": "float32"}))
-    sources = [source for link in links(cfg.model, "llama") for source in link.sources]
-    planned = [Planned(source.name, torch.float32, source.shape) for source in sources]
+    tensors = [hf for link in links(cfg.model, "llama") for hf in link.theirs]
+    planned = [Planned(hf.name, torch.float32, hf.shape) for hf in tensors]
     writer = TensorWriter(folder, planned)
     for plan in planned:
         writer.write(plan.name, torch.randn(plan.shape))

@@ -30,14 +30,14 @@ _ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ConfigDifferences:
     """Result of `compare`: why resuming is refused, and which changes move the curve; one sentence each."""
 
     refusals: list[str]
     changes: list[str]
 
 
-def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> Comparison:
+def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> ConfigDifferences:
     """Compares two resolved configs as nested dicts.
 
     Args:
@@ -61,11 +61,11 @@ def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, 
                 advice = _ADVICE.get((section, name), "It cannot change within a run.")
                 refusals.append(f"{text}. {advice}")
     refusals += _pair_refusals(saved, present)
-    return Comparison(refusals, changes)
+    return ConfigDifferences(refusals, changes)
 
 
 # Fixed fields that may still differ when only the weights are loaded.
-_OF_TRAINING = frozenset({"seq_length"})
+_MAY_DIFFER = frozenset({"seq_length"})
 
 
 def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
@@ -76,7 +76,7 @@ def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: di
     same_layers = _stored_mtp_layers(ours) == _stored_mtp_layers(default | theirs)
     for name in sorted((set(ours) | set(theirs)) - (_MTP_COUNT if same_layers else set())):
         old, new = theirs.get(name, default.get(name, _ABSENT)), ours.get(name, default.get(name, _ABSENT))
-        may_change = _rule("model", name) != "fixed" or name in _OF_TRAINING
+        may_change = _rule("model", name) != "fixed" or name in _MAY_DIFFER
         if not may_change and not same("model", name, old, new):
             advice = _MTP_ADVICE if name == "mtp_num_layers" else ""
             refusals.append(f"model.{name} = {_show(new)}: the weights are of a model with {_show(old)}.{advice}")

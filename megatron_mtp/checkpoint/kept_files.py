@@ -17,7 +17,7 @@ from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, open_to
 from megatron_mtp.errors import CheckpointError
 
 KEPT_FOLDER = "hf"
-CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
+HF_CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 TOKENIZER_NAMES = tuple(
     """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
     tokenizer.model tiktoken.model tekken.json chat_template.jinja chat_template.json""".split()
@@ -34,7 +34,10 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def model_files(folder: Path) -> list[str]:
     """The same, and config.json and generation_config.json."""
-    return [*(name for name in (CONFIG_NAME, GENERATION_NAME) if (folder / name).is_file()), *tokenizer_files(folder)]
+    return [
+        *(name for name in (HF_CONFIG_NAME, GENERATION_NAME) if (folder / name).is_file()),
+        *tokenizer_files(folder),
+    ]
 
 
 def copy_files(source: Path, target: Path, names: list[str]) -> list[str]:

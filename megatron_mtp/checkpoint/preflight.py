@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mtp.checkpoint.compat import Comparison, compare, compare_weights
+from megatron_mtp.checkpoint.compat import ConfigDifferences, compare, compare_weights
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest, read_manifest
 from megatron_mtp.config import ConfigContainer
@@ -89,7 +89,7 @@ def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
         )
 
 
-def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> Comparison:
+def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> ConfigDifferences:
     """Compares `cfg` with the config in a checkpoint whose small files have been verified.
 
     Raises:
@@ -169,7 +169,7 @@ def check_pretrained(cfg: ConfigContainer) -> None:
         raise CheckpointError("\n".join([f"{named}: holds the weights of another model.", *refusals]))
 
 
-def refusal_text(load: str, iteration: int, comparison: Comparison) -> str:
+def refusal_text(load: str, iteration: int, comparison: ConfigDifferences) -> str:
     """One message for all fields that do not fit."""
     return (
         f"checkpoint.load = {load}: iteration {iteration} belongs to a run with another config. Set these fields back, "

@@ -16,7 +16,7 @@ from megatron_mtp.convert.tensor_files import TensorFiles
 
 
 @dataclass(slots=True)
-class Comparison:
+class WeightDifferences:
     """Result of `check_hf`. `different`: name -> largest absolute difference; 0 if only the dtypes differ."""
 
     num_equal: int = 0
@@ -30,7 +30,7 @@ class Comparison:
 
 def check_hf(
     checkpoint: str | Path, hf_dir: str | Path, *, family: str | None = None, mtp_depths: int | None = None
-) -> Comparison:
+) -> WeightDifferences:
     """Compares every tensor, one at a time.
 
     Args:
@@ -50,7 +50,7 @@ def check_hf(
         duplicates=duplicates(model.family, model.cfg.model, model.num_depths),
         tied={HEAD: EMBEDDING} if shared else {},
     )
-    result = Comparison()
+    result = WeightDifferences()
     for name, ours in model.tensors():
         theirs = files.read(name)
         if ours.dtype == theirs.dtype and torch.equal(ours, theirs):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_mtp.checkpoint.kept_files import CONFIG_NAME, GENERATION_NAME, kept_folder, tokenizer_of, why_no_text
+from megatron_mtp.checkpoint.kept_files import GENERATION_NAME, HF_CONFIG_NAME, kept_folder, tokenizer_of, why_no_text
 from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.depths import Depths
@@ -26,7 +26,7 @@ from megatron_mtp.convert.tensor_files import SHARD_BYTES, Planned, TensorWriter
 from megatron_mtp.convert.tensor_forms import finite, rows_of, to_theirs
 from megatron_mtp.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mtp.errors import ConversionError
-from megatron_mtp.model.dtypes import DTYPES
+from megatron_mtp.model.dtypes import TORCH_DTYPES
 
 HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -65,17 +65,17 @@ class CheckpointModel:
         """Every tensor of theirs with its name, in its stored dtype."""
         joined: dict[str, _Joined] = {}
         for link in self.links:
-            if not link.sources:
+            if not link.theirs:
                 continue
             box = self.weights.read(link.key, link.offset, link.size)
-            if link.layout != "part":
-                for source, tensor in zip(link.sources, to_theirs(link, box, self.cfg.model), strict=True):
-                    yield source.name, finite(tensor, source.name, self.weights.folder)
+            if link.arrangement != "part":
+                for hf, tensor in zip(link.theirs, to_theirs(link, box, self.cfg.model), strict=True):
+                    yield hf.name, finite(tensor, hf.name, self.weights.folder)
                 continue
-            (source,) = link.sources
-            target = joined.setdefault(source.name, _Joined(torch.empty(source.shape, dtype=box.dtype)))
+            (hf,) = link.theirs
+            target = joined.setdefault(hf.name, _Joined(torch.empty(hf.shape, dtype=box.dtype)))
             if target.add(link, box):
-                yield source.name, finite(joined.pop(source.name).tensor, source.name, self.weights.folder)
+                yield hf.name, finite(joined.pop(hf.name).tensor, hf.name, self.weights.folder)
         assert not joined, f"incomplete: {sorted(joined)[:5]}"
 
     def dtype_of(self, name: str, stored: torch.dtype) -> torch.dtype:
@@ -130,8 +130,8 @@ def export_hf(
         partial.mkdir(parents=True)
         copies = duplicates(model.family, model.cfg.model, model.num_depths) if mtp_duplicates else {}
         _write_weights(model, partial, copies, shard_bytes)
-        write_json(partial / CONFIG_NAME, config)
-        report.files = [CONFIG_NAME, *_write_side_files(model, partial, chosen, config, eod)]
+        write_json(partial / HF_CONFIG_NAME, config)
+        report.files = [HF_CONFIG_NAME, *_write_side_files(model, partial, chosen, config, eod)]
         if target.exists():
             target.rmdir()
         os.rename(partial, target)
@@ -165,7 +165,7 @@ def plan_checkpoint(
     dropped = sorted(key for key in weights.tensors if _depth_of(key) >= depths)
     _check_keys(weights, found, dropped)
     stored = _stored_dtype(weights, found)
-    return CheckpointModel(weights, cfg, name, config, found, depths, DTYPES[dtype] if dtype else stored, dropped)
+    return CheckpointModel(weights, cfg, name, config, found, depths, TORCH_DTYPES[dtype] if dtype else stored, dropped)
 
 
 def _depth_of(key: str) -> int:
@@ -193,7 +193,7 @@ def _stored_dtype(weights: StoredWeights, found: list[TensorLink]) -> torch.dtyp
     """Dtype of the weights, without tensors that always stay in fp32."""
     kinds: dict[torch.dtype, str] = {}
     for link in found:
-        if link.sources and not link.sources[0].name.endswith(FP32_ENDINGS):
+        if link.theirs and not link.theirs[0].name.endswith(FP32_ENDINGS):
             kinds.setdefault(weights.dtype(link.key), link.key)
     if len(kinds) != 1 or next(iter(kinds)) not in HF_DTYPES:
         shown = ", ".join(f"{key} is {dtype}" for dtype, key in kinds.items())
@@ -207,10 +207,10 @@ def _write_weights(model: CheckpointModel, folder: Path, copies: dict[str, str],
     places: dict[str, Path] = {}
     for link in model.links:
         place = folder / subfolder if subfolder is not None and _depth_of(link.key) >= 0 else folder
-        for source in link.sources:
-            dtype = model.dtype_of(source.name, model.weights.dtype(link.key))
-            planned[source.name] = Planned(source.name, dtype, source.shape)
-            places[source.name] = place
+        for hf in link.theirs:
+            dtype = model.dtype_of(hf.name, model.weights.dtype(link.key))
+            planned[hf.name] = Planned(hf.name, dtype, hf.shape)
+            places[hf.name] = place
     planned |= {name: Planned(name, model.dtype, planned[of].shape) for name, of in copies.items()}
     repeats: dict[str, list[str]] = {}
     for name, of in copies.items():
@@ -237,7 +237,7 @@ def _config(model: CheckpointModel, tokenizer: Path | None, eod: tuple[int, str]
 def _kept(model: CheckpointModel, tokenizer: Path | None) -> Path | None:
     """The folder of the files that came with an imported model, if this run still has it."""
     candidates = [tokenizer, kept_folder(model.weights.folder)]
-    return next((path for path in candidates if path is not None and (path / CONFIG_NAME).is_file()), None)
+    return next((path for path in candidates if path is not None and (path / HF_CONFIG_NAME).is_file()), None)
 
 
 def _end_of_document(model: CheckpointModel, named: Path | None, tokenizer: Path | None) -> tuple[int, str] | None:
@@ -275,9 +275,9 @@ def _write_side_files(
 
 
 def _fill_report(model: CheckpointModel, copies: dict[str, str], report: Report) -> None:
-    carried = [link for link in model.links if link.sources]
+    carried = [link for link in model.links if link.theirs]
     report.read = sorted({link.key for link in carried})
-    report.written = sorted({s.name for link in carried for s in link.sources})
+    report.written = sorted({hf.name for link in carried for hf in link.theirs})
     report.duplicated = sorted(copies)
     subfolder = find_family(model.family).mtp_form.folder
     if model.num_depths and subfolder is not None:
@@ -285,7 +285,7 @@ def _fill_report(model: CheckpointModel, copies: dict[str, str], report: Report)
             f"{model.num_depths} MTP layers are in {subfolder}/: transformers, vLLM and SGLang serve the model without "
             f"them, since they have no drafter for {model.family}; `megatron-mtp generate` drafts with them."
         )
-    report.padded = sorted({link.key for link in model.links if not link.sources})
+    report.padded = sorted({link.key for link in model.links if not link.theirs})
     report.left_out = [*model.dropped, *(f"{count} of {kind}" for kind, count in model.weights.left_out.items())]
     if model.cfg.model.share_embeddings_and_output_weights:
         report.tied = [f"{HEAD} (is {EMBEDDING})"]

@@ -29,7 +29,7 @@ from megatron_mtp.convert.links import TensorLink, duplicates, links, new_depth_
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import read_config
-from megatron_mtp.convert.tensor_files import DTYPES, TensorFiles
+from megatron_mtp.convert.tensor_files import DTYPE_OF_CODE, TensorFiles
 from megatron_mtp.convert.tensor_forms import finite, to_ours
 from megatron_mtp.convert.warm_start import MTPInit, new_value
 from megatron_mtp.errors import ConversionError
@@ -37,7 +37,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 DTYPE_NAMES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 # Keys of config.json that a recipe may change: they do not affect the meaning of the weights.
-_OF_TRAINING = ("initializer_range", "router_aux_loss_coef", "max_position_embeddings")
+_TRAINING_KEYS = ("initializer_range", "router_aux_loss_coef", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ class HFModel:
     new_links: list[tuple[TensorLink, bool]]
 
     def read(self, link: TensorLink) -> torch.Tensor:
-        """The box of `link` from the files; zeros if it has no sources."""
-        if not link.sources:
-            return torch.zeros(link.size, dtype=DTYPES[self.inventory.dtype])
-        names = [source.name for source in link.sources]
+        """The box of `link` from the files; zeros if it is padding."""
+        if not link.theirs:
+            return torch.zeros(link.size, dtype=DTYPE_OF_CODE[self.inventory.dtype])
+        names = [hf.name for hf in link.theirs]
         tensors = [finite(self.files.read(name), name, self.folder) for name in names]
         return to_ours(link, tensors, self.cfg.model)
 
@@ -70,7 +70,7 @@ class HFModel:
         """The box of `link` in a new MTP layer."""
         if copies and init == "last_layer":
             return self.read(link)
-        return new_value(link, self.cfg, DTYPES[self.inventory.dtype])
+        return new_value(link, self.cfg, DTYPE_OF_CODE[self.inventory.dtype])
 
 
 def import_hf(
@@ -141,8 +141,8 @@ def plan_hf(
     _check_depths(folder, present, wanted, mtp_depths, mtp_init)
     used = min(present, wanted)
     found = links(cfg.model, family, used)
-    everything = {source.name for link in links(model, family, present) for source in link.sources}
-    needed = {source.name for link in found for source in link.sources}
+    everything = {hf.name for link in links(model, family, present) for hf in link.theirs}
+    needed = {hf.name for link in found for hf in link.theirs}
     inventory = check_inventory(
         files,
         found,
@@ -158,8 +158,8 @@ def plan_hf(
 
 
 def _holds_depths(files: TensorFiles, model: ModelConfig, family: str) -> bool:
-    of_trunk = {source.name for link in links(model, family, 0) for source in link.sources}
-    of_depths = {s.name for link in links(model, family, Depths.of(model).distinct) for s in link.sources} - of_trunk
+    of_trunk = {hf.name for link in links(model, family, 0) for hf in link.theirs}
+    of_depths = {hf.name for link in links(model, family, Depths.of(model).distinct) for hf in link.theirs} - of_trunk
     return bool(of_depths & files.entries.keys())
 
 
@@ -226,7 +226,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 def _declared(model: ModelConfig, family: str) -> dict[str, Any]:
     cfg = ConfigContainer(model=model).copy()
     cfg.model.mtp_num_layers = 0
-    return {key: value for key, value in hf_config_dict(cfg.model, family).items() if key not in _OF_TRAINING}
+    return {key: value for key, value in hf_config_dict(cfg.model, family).items() if key not in _TRAINING_KEYS}
 
 
 def _finalized(model: ModelConfig) -> ModelConfig:
@@ -247,9 +247,9 @@ def _with_tokenizer(cfg: ConfigContainer, kept: Path) -> ConfigContainer:
 def _fill_report(source: HFModel, report: Report) -> None:
     """Fills the lists of the report and checks that every tensor of the files is in one of them."""
     inventory = source.inventory
-    report.read = sorted({s.name for link in source.links for s in link.sources})
+    report.read = sorted({hf.name for link in source.links for hf in link.theirs})
     report.written = sorted({link.key for link in source.links} | {link.key for link, _ in source.new_links})
-    report.padded = sorted({link.key for link in source.links if not link.sources})
+    report.padded = sorted({link.key for link in source.links if not link.theirs})
     report.made = sorted({link.key for link, _ in source.new_links})
     report.tied, report.duplicated, report.left_out = inventory.tied, inventory.duplicated, inventory.ignored
     if source.cfg.model.share_embeddings_and_output_weights and not report.tied:

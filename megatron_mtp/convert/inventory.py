@@ -54,7 +54,7 @@ def check_inventory(
         ConversionError: names all tensors that are missing, left over, of a wrong shape or dtype, or repeated with
             other values.
     """
-    needed = {source.name: source.shape for link in links for source in link.sources}
+    needed = {hf.name: hf.shape for link in links for hf in link.theirs}
     found = files.entries
     # transformers stores parts of width 0, such as the shared experts of a model without any.
     empty = {name for name, entry in found.items() if 0 in entry.shape and name not in needed}

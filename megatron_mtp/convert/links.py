@@ -19,7 +19,7 @@ from megatron_mtp.convert.names import (
     GROUPED_ATTENTION,
     HEAD,
     LATENT_ATTENTION,
-    Layout,
+    Arrangement,
     Row,
     RowCut,
 )
@@ -56,17 +56,17 @@ class TensorLink:
         shape: shape of the full tensor, with layer and expert axes.
         offset: where the box begins, per axis.
         size: size of the box, per axis.
-        sources: none for padding, which is zero.
-        layout: how the sources make the box without its leading axes of length 1.
-        rows: which rows of the source, for layout `part`.
+        theirs: none for padding, which is zero.
+        arrangement: how they make the box without its leading axes of length 1.
+        rows: which rows of theirs, for arrangement `part`.
     """
 
     key: str
     shape: tuple[int, ...]
     offset: tuple[int, ...]
     size: tuple[int, ...]
-    sources: tuple[HFTensor, ...]
-    layout: Layout = "copy"
+    theirs: tuple[HFTensor, ...]
+    arrangement: Arrangement = "copy"
     rows: RowBlock | None = None
 
 
@@ -106,7 +106,7 @@ def links(model: ModelConfig, family: str, num_depths: int | None = None) -> lis
 
 
 def new_depth_links(model: ModelConfig, family: str, depth_idx: int) -> list[tuple[TensorLink, bool]]:
-    """The tensors of a new MTP depth, with the trunk's last layer and final norm as sources.
+    """The tensors of a new MTP depth, with the trunk's last layer and final norm as theirs.
 
     Returns:
         Each link, and whether it can be copied: input norms and projection have no counterpart in the trunk.
@@ -205,8 +205,8 @@ def _depth(model: ModelConfig, family: Family, depth_idx: int) -> Iterator[Tenso
     yield _vector(f"{ours}enorm.weight", prefix + form.enorm, h)
     yield _vector(f"{ours}hnorm.weight", prefix + form.hnorm, h)
     shape = (h, 2 * h)
-    source = HFTensor(prefix + form.projection, shape)
-    yield TensorLink(f"{ours}eh_proj.weight", shape, (0, 0), shape, (source,), form.projection_layout)
+    theirs = (HFTensor(prefix + form.projection, shape),)
+    yield TensorLink(f"{ours}eh_proj.weight", shape, (0, 0), shape, theirs, form.projection_arrangement)
     block_prefix = form.block_prefix.format(**place)
     yield from _layer(model, family, depth_axes(depth_idx), block_prefix, moe_pattern(model)[-1])
     yield _vector(f"{ours}final_layernorm.weight", prefix + form.norm, h)
@@ -233,35 +233,36 @@ def _row(
         lead = axes.lead + ((num_experts,) if of_expert else ())
         index = axes.index + ((expert,) if of_expert else ())
         names = (prefix + family.name_of(name).replace("{e}", str(expert)) for name in row.theirs)
-        sources = tuple(HFTensor(name, shape) for name, shape in zip(names, shapes, strict=True))
+        theirs = tuple(HFTensor(name, shape) for name, shape in zip(names, shapes, strict=True))
         if row.cut is not None:
-            yield _cut(axes.prefix + row.ours, sources, row.cut, symbols)
+            yield _cut(axes.prefix + row.ours, theirs, row.cut, symbols)
             continue
-        layout = "by_group_gated" if row.layout == "by_group" and model.attention_output_gate else row.layout
-        yield from _boxes(axes.prefix + row.ours, lead, index, sources, layout)
+        has_gate = row.arrangement == "by_group" and model.attention_output_gate
+        arrangement = "by_group_gated" if has_gate else row.arrangement
+        yield from _boxes(axes.prefix + row.ours, lead, index, theirs, arrangement)
 
 
-def _cut(key: str, sources: tuple[HFTensor, ...], cut: RowCut, symbols: dict[str, int]) -> TensorLink:
+def _cut(key: str, theirs: tuple[HFTensor, ...], cut: RowCut, symbols: dict[str, int]) -> TensorLink:
     """Layers with such tensors never share one, so there is no leading axis."""
     widths = [symbols[width] for width in cut.widths]
     start = sum(widths[: cut.index])
     rows = RowBlock(symbols[cut.groups], start, start + widths[cut.index])
-    shape = (rows.groups * widths[cut.index], *sources[0].shape[1:])
-    return TensorLink(key, shape, (0,) * len(shape), shape, sources, "part", rows)
+    shape = (rows.groups * widths[cut.index], *theirs[0].shape[1:])
+    return TensorLink(key, shape, (0,) * len(shape), shape, theirs, "part", rows)
 
 
 def _boxes(
-    key: str, lead: tuple[int, ...], index: tuple[int, ...], sources: tuple[HFTensor, ...], layout: Layout
+    key: str, lead: tuple[int, ...], index: tuple[int, ...], theirs: tuple[HFTensor, ...], arrangement: Arrangement
 ) -> Iterator[TensorLink]:
-    """One box for all sources; for `stacked` one box for each."""
-    rows = sum(source.shape[0] for source in sources)
-    inner = sources[0].shape[1:]
+    """One box for all of theirs; for `stacked` one box for each."""
+    rows = sum(tensor.shape[0] for tensor in theirs)
+    inner = theirs[0].shape[1:]
     shape, ones = (*lead, rows, *inner), (1,) * len(lead)
-    if layout != "stacked":
-        yield TensorLink(key, shape, (*index, 0, *(0 for _ in inner)), (*ones, rows, *inner), sources, layout)
+    if arrangement != "stacked":
+        yield TensorLink(key, shape, (*index, 0, *(0 for _ in inner)), (*ones, rows, *inner), theirs, arrangement)
         return
     first = 0
-    for source in sources:
+    for tensor in theirs:
         offset = (*index, first, *(0 for _ in inner))
-        yield TensorLink(key, shape, offset, (*ones, *source.shape), (source,))
-        first += source.shape[0]
+        yield TensorLink(key, shape, offset, (*ones, *tensor.shape), (tensor,))
+        first += tensor.shape[0]

@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_mtp.checkpoint.directory import checkpoint_folder
-from megatron_mtp.checkpoint.kept_files import CONFIG_NAME
+from megatron_mtp.checkpoint.kept_files import HF_CONFIG_NAME
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
@@ -26,7 +26,7 @@ from megatron_mtp.recipes.common import pretrain_common
 
 def is_hf_folder(source: str | Path) -> bool:
     """Whether a folder is a Hugging Face model: it has a config.json."""
-    return (Path(source) / CONFIG_NAME).is_file()
+    return (Path(source) / HF_CONFIG_NAME).is_file()
 
 
 def config_of(source: str | Path) -> ConfigContainer:

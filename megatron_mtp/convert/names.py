@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["copy", "stacked", "by_group", "by_group_gated", "swap_halves", "part"]
+Arrangement = Literal["copy", "stacked", "by_group", "by_group_gated", "swap_halves", "part"]
 """How a tensor of ours is made of theirs.
 
 copy: unchanged. stacked: their rows, one tensor after the other. by_group: for each key/value head its query, key and
-    value
-rows. by_group_gated: the same; their query rows alternate between query and gate for each head, ours hold all queries
-of a group before all its gates. swap_halves: the two halves of the columns are swapped. part: some of their rows.
+value rows. by_group_gated: the same; their query rows alternate between query and gate for each head, ours hold all
+queries of a group before all its gates. swap_halves: the two halves of the columns are swapped. part: some of their
+rows.
 """
 
 
@@ -40,15 +40,15 @@ class Row:
         ours: key after our layer prefix.
         theirs: names after their layer prefix; {e} is the expert.
         shapes: shapes of `theirs`.
-        layout: see `Layout`.
+        arrangement: see `Arrangement`.
         needs: the tensor exists if the model has this feature; see `dimensions.features`. None: always.
-        cut: which rows, for layout `part`.
+        cut: which rows, for arrangement `part`.
     """
 
     ours: str
     theirs: tuple[str, ...]
     shapes: tuple[str, ...]
-    layout: Layout = "copy"
+    arrangement: Arrangement = "copy"
     needs: str | None = None
     cut: RowCut | None = None
 
@@ -176,7 +176,8 @@ class MTPForm:
         prefix: prefix of the names below.
         block_prefix: prefix of the transformer layer.
         max_depths: most depths with weights of their own; None: any number.
-        projection_layout: swap_halves if their projection reads the hidden state first; ours reads the embedding first.
+        projection_arrangement: swap_halves if their projection reads the hidden state first; ours reads the embedding
+            first.
         duplicates: copies of embedding and head that released files hold for each depth, and what each repeats.
         folder: subfolder that holds the MTP tensors; None: they are among the trunk's.
     """
@@ -188,7 +189,7 @@ class MTPForm:
     projection: str
     norm: str
     max_depths: int | None = None
-    projection_layout: Layout = "copy"
+    projection_arrangement: Arrangement = "copy"
     duplicates: tuple[tuple[str, str], ...] = ()
     folder: str | None = None
 
@@ -219,7 +220,7 @@ MIMO_MTP = MTPForm(
     hnorm="hidden_layernorm.weight",
     projection="input_proj.weight",
     norm="final_layernorm.weight",
-    projection_layout="swap_halves",
+    projection_arrangement="swap_halves",
 )
 # For families that were released without MTP layers. vLLM's classes of these families refuse a tensor that they do not
 # know (AutoWeightsLoader), and read every safetensors file of the folder, but none of its subfolders

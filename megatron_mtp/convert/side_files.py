@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtp.checkpoint.kept_files import (
-    CONFIG_NAME,
     GENERATION_NAME,
+    HF_CONFIG_NAME,
     copy_files,
     kept_folder,
     kept_tokenizer,
@@ -27,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ConversionError: it is missing or not a JSON object.
     """
-    path = folder / CONFIG_NAME
+    path = folder / HF_CONFIG_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -99,7 +99,7 @@ def token_ids(kept: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
         kept: folder of the files that came with an imported model.
         eod: id and text of the token that ends a document.
     """
-    if kept is not None and (kept / CONFIG_NAME).is_file():
+    if kept is not None and (kept / HF_CONFIG_NAME).is_file():
         imported = read_config(kept)
         return {name: imported[name] for name in TOKEN_IDS if name in imported}
     return {} if eod is None else {"bos_token_id": None, "eos_token_id": eod[0]}
@@ -107,7 +107,7 @@ def token_ids(kept: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
 
 def end_ids(folder: Path) -> set[int]:
     """The ids that end an answer, from generation_config.json, or else config.json, of a Hugging Face folder."""
-    for name in (GENERATION_NAME, CONFIG_NAME):
+    for name in (GENERATION_NAME, HF_CONFIG_NAME):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):

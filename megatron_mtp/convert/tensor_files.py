@@ -20,8 +20,8 @@ from megatron_mtp.errors import ConversionError
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_OF_CODE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 _LARGEST_HEADER = 100_000_000  # the library's limit
 _SLICE_BYTES = 1 << 26
 
@@ -38,8 +38,8 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch's; it must be in DTYPES."""
-        return DTYPES[self.dtype]
+        """`dtype` as torch's; it must be in DTYPE_OF_CODE."""
+        return DTYPE_OF_CODE[self.dtype]
 
 
 class TensorFiles:
@@ -171,7 +171,7 @@ def _entry(path: Path, base: int, values: dict[str, Any]) -> Entry:
     start, end = values["data_offsets"]
     shape = tuple(values["shape"])
     entry = Entry(path, values["dtype"], shape, base + start, base + end)
-    if entry.dtype in DTYPES and torch.Size(shape).numel() * entry.torch_dtype.itemsize != end - start:
+    if entry.dtype in DTYPE_OF_CODE and torch.Size(shape).numel() * entry.torch_dtype.itemsize != end - start:
         raise ValueError(f"the size of a tensor of shape {list(shape)} is not {end - start} bytes")
     return entry
 
@@ -231,7 +231,7 @@ class TensorWriter:
         for tensor in ordered:
             end = position + tensor.num_bytes
             header[tensor.name] = {
-                "dtype": CODES[tensor.dtype],
+                "dtype": CODE_OF_DTYPE[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [position, end],
             }

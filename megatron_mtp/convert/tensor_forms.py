@@ -1,4 +1,4 @@
-"""Tensors of theirs <-> one tensor of ours, for each `Layout`. All are permutations, so the bits do not change."""
+"""Tensors of theirs <-> one tensor of ours, for each `Arrangement`. All are permutations, so the bits do not change."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def to_ours(link: TensorLink, tensors: list[Tensor], model: ModelConfig) -> Tens
     """Their tensors -> the box of `link`, with its leading axes.
 
     Args:
-        tensors: those of `link.sources`, in order.
+        tensors: those of `link.theirs`, in order.
         model: finalized.
 
     Example: by_group with two groups: q = [q0 q1 q2 q3], k = [k0 k1], v = [v0 v1] (heads of rows) ->
         [q0 q1 k0 v0 q2 q3 k1 v1].
     """
     groups = model.num_query_groups or 1
-    if link.layout == "by_group_gated":
+    if link.arrangement == "by_group_gated":
         query, *rest = tensors
         tensors = [_heads(query, model, (-1, 2)).transpose(1, 2).flatten(0, 3), *rest]
-    if link.layout in ("by_group", "by_group_gated"):
+    if link.arrangement in ("by_group", "by_group_gated"):
         box = torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
-    elif link.layout == "swap_halves":
+    elif link.arrangement == "swap_halves":
         box = swap_halves(tensors[0])
-    elif link.layout == "part":
+    elif link.arrangement == "part":
         box = rows_of(tensors[0], link).flatten(0, 1)
     else:
         (box,) = tensors
@@ -54,24 +54,24 @@ def to_ours(link: TensorLink, tensors: list[Tensor], model: ModelConfig) -> Tens
 
 
 def to_theirs(link: TensorLink, box: Tensor, model: ModelConfig) -> list[Tensor]:
-    """The inverse of `to_ours`, except for layout `part`, whose box does not fill its source."""
-    full = box.reshape(link.size[len(link.size) - len(link.sources[0].shape) :])
-    if link.layout in ("by_group", "by_group_gated"):
+    """The inverse of `to_ours`, except for arrangement `part`, whose box is some rows of theirs."""
+    full = box.reshape(link.size[len(link.size) - len(link.theirs[0].shape) :])
+    if link.arrangement in ("by_group", "by_group_gated"):
         groups = model.num_query_groups or 1
-        rows = [source.shape[0] // groups for source in link.sources]
+        rows = [hf.shape[0] // groups for hf in link.theirs]
         parts = [part.flatten(0, 1) for part in full.unflatten(0, (groups, -1)).split(rows, dim=1)]
-        if link.layout == "by_group_gated":
+        if link.arrangement == "by_group_gated":
             parts[0] = _heads(parts[0], model, (2, -1)).transpose(1, 2).flatten(0, 3)
         return parts
-    if link.layout == "swap_halves":
+    if link.arrangement == "swap_halves":
         return [swap_halves(full)]
     return [full]
 
 
-def rows_of(source: Tensor, link: TensorLink) -> Tensor:
-    """The rows that a link of layout `part` uses of its source, as a view: [groups, rows, ...]."""
+def rows_of(tensor: Tensor, link: TensorLink) -> Tensor:
+    """The rows that a link of arrangement `part` uses of `tensor`, as a view: [groups, rows, ...]."""
     assert link.rows is not None
-    return source.unflatten(0, (link.rows.groups, -1))[:, link.rows.start : link.rows.stop]
+    return tensor.unflatten(0, (link.rows.groups, -1))[:, link.rows.start : link.rows.stop]
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def new_value(link: TensorLink, cfg: ConfigContainer, dtype: torch.dtype) -> Ten
         dtype: dtype of the result.
     """
     model = cfg.model
-    lead = len(link.size) - len(link.sources[0].shape)
+    lead = len(link.size) - len(link.theirs[0].shape)
     size = link.size[lead:]
     if len(size) < 2:
         is_scale = link.key.endswith(_NORM_ENDINGS) and not model.layernorm_zero_centered_gamma

@@ -26,7 +26,7 @@ from megatron_mtp.drafting.chat import render
 from megatron_mtp.drafting.requests import Request
 from megatron_mtp.errors import DataError, MegatronMTPError
 from megatron_mtp.model.build import build_model
-from megatron_mtp.model.dtypes import DTYPES
+from megatron_mtp.model.dtypes import TORCH_DTYPES
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.setup import join_groups, leave_groups
 
@@ -139,7 +139,7 @@ def open_decoder(
             cfg.model,
             chunks[0].state_dict(),
             TensorParallel(groups.tp),
-            dtype=DTYPES[dtype],
+            dtype=TORCH_DTYPES[dtype],
             device=chosen.torch_device,
         )
         decoder.limit_drafts(chunks[0].head_weight(), draft_vocab)

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_mtp.config.knob import Transfer, mcore_fields
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.model.dtypes import DTYPES
+from megatron_mtp.model.dtypes import TORCH_DTYPES
 from megatron_mtp.parallel.resolve import ResolvedRun
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
@@ -35,7 +35,7 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
     }
     names = mcore_fields(ModelConfig, {kind for kind, is_used in kinds.items() if is_used})
     fields: dict[str, Any] = {name: deepcopy(getattr(model, name)) for name in names}  # Megatron-Core may change lists
-    dtype = DTYPES[cfg.precision.dtype]
+    dtype = TORCH_DTYPES[cfg.precision.dtype]
     fields |= {
         "activation_func": ACTIVATIONS[model.activation_func],
         "mtp_num_layers": run.depths.count or None,

@@ -20,7 +20,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.schedules import LearningRate, WeightDecay
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.mcore import optimizer as mcore_optimizer
-from megatron_mtp.model.dtypes import DTYPES
+from megatron_mtp.model.dtypes import TORCH_DTYPES
 from megatron_mtp.training.guards.attribution import GradientWatch
 
 
@@ -71,7 +71,7 @@ def build_optimizer(
         muon_scale_mode=options.muon_scale_mode,
         clip_grad=options.clip_grad,
         log_num_zeros_in_grad=options.log_num_zeros_in_grad,
-        params_dtype=DTYPES[precision.dtype],
+        params_dtype=TORCH_DTYPES[precision.dtype],
         bf16=precision.dtype == "bf16",
         fp16=precision.dtype == "fp16",
         loss_scale=precision.loss_scale,

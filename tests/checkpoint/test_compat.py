@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 DEFAULTS = asdict(ConfigContainer())
 
 
-def compare(changes: dict[str, object], saved: dict[str, object] | None = None) -> compat.Comparison:
+def compare(changes: dict[str, object], saved: dict[str, object] | None = None) -> compat.ConfigDifferences:
     """Compares a default config that has `saved` applied with one that has `changes` applied too."""
     sides = []
     for values in (saved or {}, {**(saved or {}), **changes}):
@@ -74,7 +74,7 @@ def test_what_cannot_change_is_refused_by_name(path):
     ],
 )
 def test_what_may_change_is_not_mentioned(path):
-    assert compare({path: "other"}) == compat.Comparison([], [])
+    assert compare({path: "other"}) == compat.ConfigDifferences([], [])
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,13 @@ def test_every_tensor_is_covered_once(recipe):
     for (key, whole), parts in boxes.items():
         assert sum(prod(part.size) for part in parts) == prod(whole), key
         assert len({part.offset for part in parts}) == len(parts), key
-    uses = Counter(source.name for link in found if link.layout != "part" for source in link.sources)
+    uses = Counter(hf.name for link in found if link.arrangement != "part" for hf in link.theirs)
     assert set(uses.values()) == {1}
     rows = defaultdict(int)
     for link in found:
-        if link.layout == "part":
-            rows[link.sources[0]] += link.size[0]
-    assert all(total == source.shape[0] for source, total in rows.items())
+        if link.arrangement == "part":
+            rows[link.theirs[0]] += link.size[0]
+    assert all(total == hf.shape[0] for hf, total in rows.items())
 
 
 @pytest.mark.parametrize("recipe", ["deepseek_v3", "tiny_mla_moe", "qwen3_30b_a3b", "smollm2_135m", "tiny_qwen3_next"])
@@ -67,7 +67,7 @@ def test_a_new_depth_has_the_tensors_of_a_depth(recipe):
 def test_released_names_of_deepseek_v3():
     """From the index of the released model (facts of its files, not of the tables)."""
     _, _, _, found = planned("deepseek_v3")
-    shapes = {source.name: source.shape for link in found for source in link.sources}
+    shapes = {hf.name: hf.shape for link in found for hf in link.theirs}
     assert shapes["model.layers.61.eh_proj.weight"] == (7168, 14336)
     assert shapes["model.layers.61.shared_head.norm.weight"] == (7168,)
     assert shapes["model.layers.0.mlp.gate_proj.weight"] == (18432, 7168)

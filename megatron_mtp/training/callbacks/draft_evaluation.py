@@ -17,7 +17,7 @@ from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.device.select import pick_device
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.model.build import wants_te
-from megatron_mtp.model.dtypes import DTYPES
+from megatron_mtp.model.dtypes import TORCH_DTYPES
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.training.callbacks.base import ConfiguredCallback, Metrics
 from megatron_mtp.training.evaluation import EvaluationResult
@@ -76,7 +76,7 @@ class DraftEvaluation(ConfiguredCallback):
             model,
             chunk.state_dict(),
             TensorParallel(run.groups.tp),
-            dtype=DTYPES[run.cfg.precision.dtype],
+            dtype=TORCH_DTYPES[run.cfg.precision.dtype],
             device=run.engine.device,
         )
         options = Options(max_new_tokens=self.new_tokens or quarter, num_draft=model.mtp_num_layers)
