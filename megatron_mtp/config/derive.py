@@ -35,10 +35,24 @@ def derive(cfg: RunConfig) -> list[Problem]:
 
 
 def _derive_model(model: ModelConfig) -> list[Problem]:
-    problems: list[Problem] = []
+    problems = derive_widths(model)
     for name, value in WHEN_NULL.items():
         if getattr(model, name) is None:
             setattr(model, name, value)
+    if model.tensor_model_parallel_size == 1:
+        model.sequence_parallel = False  # a shard of one: the same numbers, and Megatron-Core refuses it
+    if model.expert_tensor_parallel_size is None:
+        model.expert_tensor_parallel_size = model.tensor_model_parallel_size
+    if model.pipeline_model_parallel_layout is None:
+        model.pipeline_model_parallel_layout = "auto"
+    if model.recompute_granularity == "selective" and model.recompute_modules is None:
+        model.recompute_modules = ["core_attn"]
+    return problems
+
+
+def derive_widths(model: ModelConfig) -> list[Problem]:
+    """Fills the widths of attention and feed-forward blocks in place and returns what could not be derived."""
+    problems: list[Problem] = []
     if model.ffn_hidden_size is None:
         model.ffn_hidden_size = 4 * model.hidden_size
     if model.num_query_groups is None:
@@ -51,14 +65,6 @@ def _derive_model(model: ModelConfig) -> list[Problem]:
             problems.append(problem(model, "model.hidden_size", rule, remedy))
     if model.num_moe_experts is not None and model.moe_ffn_hidden_size is None:
         model.moe_ffn_hidden_size = model.ffn_hidden_size
-    if model.tensor_model_parallel_size == 1:
-        model.sequence_parallel = False  # a shard of one: the same numbers, and Megatron-Core refuses it
-    if model.expert_tensor_parallel_size is None:
-        model.expert_tensor_parallel_size = model.tensor_model_parallel_size
-    if model.pipeline_model_parallel_layout is None:
-        model.pipeline_model_parallel_layout = "auto"
-    if model.recompute_granularity == "selective" and model.recompute_modules is None:
-        model.recompute_modules = ["core_attn"]
     return problems
 
 

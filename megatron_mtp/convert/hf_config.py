@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_mtp.config.derive import derive_widths
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.mcore.effects import changed_function
 from megatron_mtp.config.sections import ModelConfig
@@ -61,10 +62,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     model = ModelConfig(**form.ours)
     for key, ours in form.keys.items():
         setattr(model, ours, config[key])
-    if model.num_query_groups is None:
-        model.num_query_groups = model.num_attention_heads
-    if model.kv_channels is None and model.num_attention_heads:
-        model.kv_channels = model.hidden_size // model.num_attention_heads
+    derive_widths(model)  # transformers rounds the width of a head down too
     rope_from_hf(config, model, form)
     _experts_from_hf(config, model, form)
     _require_same_routing(model, form)
@@ -153,8 +151,6 @@ def _experts_to_hf(model: ModelConfig, form: Family) -> dict[str, Any]:
 def _experts_from_hf(config: dict[str, Any], model: ModelConfig, form: Family) -> None:
     if model.num_moe_experts is None:
         return
-    if "moe_intermediate_size" not in form.keys:
-        model.moe_ffn_hidden_size = model.ffn_hidden_size
     if form.dense_layers == "listed":
         dense = set(config["mlp_only_layers"] or [])
     else:
