@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from torch import nn
 
 from megatron_mtp.checkpoint.agreement import describe_error, first_value_of_any_rank, run_on_rank_0
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
-from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, write_durably
+from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
-from megatron_mtp.checkpoint.manifest import CONFIG_NAME, TRAIN_STATE_NAME, Manifest, describe_file
+from megatron_mtp.checkpoint.manifest import Manifest
 from megatron_mtp.checkpoint.preflight import check_unused, tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import load_newest
@@ -33,10 +32,9 @@ from megatron_mtp.checkpoint.writer import (
     plan_save,
     snapshot,
     write,
-    write_metadata,
+    write_shared_files,
 )
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.data.lock import Lock
 from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.errors import CheckpointError
@@ -332,11 +330,7 @@ class Checkpointer:
             if failures:
                 raise CheckpointError("; ".join(failures))
             partial = self._run_directory.partial_path(iteration)
-            write_durably(partial / CONFIG_NAME, to_yaml(self.cfg).encode())
-            write_durably(partial / TRAIN_STATE_NAME, (json.dumps(pending.train_state, indent=1) + "\n").encode())
-            files = [describe_file(partial / name) for name in (CONFIG_NAME, TRAIN_STATE_NAME)]
-            files += write_metadata(partial, pending.file.metadata, reports)
-            files += [report.entry for report in reports if report.entry]
+            files = write_shared_files(partial, self.cfg, pending.train_state, pending.file.metadata, reports)
             self._held_lock.check()
             self._run_directory.complete(replace(pending.manifest, files=files))
         except (OSError, CheckpointError) as error:

@@ -23,7 +23,7 @@ TRAIN_STATE_NAME = "train_state.json"
 METADATA_NAME = ".metadata"
 SMALL_NAMES = (CONFIG_NAME, TRAIN_STATE_NAME)
 
-_REQUIRED_NAMES = (*SMALL_NAMES, METADATA_NAME, "metadata.json")
+REQUIRED_NAMES = (*SMALL_NAMES, METADATA_NAME, "metadata.json")
 """What every checkpoint has; `read_metadata` asks for the shards that its metadata leads to."""
 
 MAX_BYTES = 64 << 20
@@ -117,7 +117,7 @@ class Manifest:
                 raise ValueError(f"file name {entry.name!r} leads out of the directory")
             if not is_count(entry.size) or not _DIGEST.fullmatch(entry.sha256):
                 raise ValueError(f"size or checksum of {entry.name} is invalid")
-        if missing := sorted(set(_REQUIRED_NAMES) - {entry.name for entry in self.files}):
+        if missing := sorted(set(REQUIRED_NAMES) - {entry.name for entry in self.files}):
             raise ValueError(f"it does not list {', '.join(missing)}")
 
 

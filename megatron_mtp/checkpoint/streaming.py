@@ -7,7 +7,6 @@ layout are read here.
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -31,23 +30,20 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_mtp.checkpoint.agreement import describe_error
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX
-from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, write_durably
+from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.manifest import (
     CONFIG_NAME,
-    TRAIN_STATE_NAME,
     FileEntry,
     Manifest,
     damage_error,
-    describe_file,
     read_manifest,
     read_verified,
 )
 from megatron_mtp.checkpoint.preflight import read_saved_config
 from megatron_mtp.checkpoint.random_state import RNG_KEY
 from megatron_mtp.checkpoint.untrusted import read_metadata
-from megatron_mtp.checkpoint.writer import HashedStream, Written, save_tensor, write_metadata
+from megatron_mtp.checkpoint.writer import HashedStream, Written, save_tensor, write_shared_files
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.errors import CheckpointError
 
 FILE_BYTES = 8 << 30
@@ -141,10 +137,7 @@ class WeightsWriter:
         metadata = Metadata({**self._tensors, common: BytesStorageMetadata()})
         written = [Written(self._results, None), *(Written([], entry) for entry in self._entries)]
         state = {"train": train_state, "optimizer": {"step": None, "grad_scaler": None}}
-        write_durably(partial / CONFIG_NAME, to_yaml(cfg).encode())
-        write_durably(partial / TRAIN_STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
-        files = [describe_file(partial / name) for name in (CONFIG_NAME, TRAIN_STATE_NAME)]
-        files += write_metadata(partial, metadata, written) + self._entries
+        files = write_shared_files(partial, cfg, state, metadata, written)
         # No run has world size 0, so that none restores random state from here.
         manifest = Manifest(iteration=self.iteration, files=files, world_size=0, reason=reason, tokenizer=tokenizer)
         return directory.complete(replace(manifest, consumed_samples=train_state["consumed_samples"]))

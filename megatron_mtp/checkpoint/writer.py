@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import sys
@@ -33,7 +34,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_mtp.checkpoint.agreement import describe_error, run_on_rank_0
 from megatron_mtp.checkpoint.content import COMMON_KEY
 from megatron_mtp.checkpoint.directory import write_durably
-from megatron_mtp.checkpoint.manifest import FileEntry, describe_file
+from megatron_mtp.checkpoint.manifest import (
+    CONFIG_NAME,
+    METADATA_NAME,
+    REQUIRED_NAMES,
+    TRAIN_STATE_NAME,
+    FileEntry,
+    describe_file,
+)
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore.checkpoint import to_torch_items
 
@@ -166,25 +176,39 @@ class HashedStream:
         self.raw.flush()
 
 
-def write_metadata(directory: Path, metadata: Metadata | None, written: list[Written]) -> list[FileEntry]:
-    """Writes the metadata by which a loader finds each shard; rank 0 only.
+def write_shared_files(
+    directory: Path, cfg: ConfigContainer, state: dict[str, Any], metadata: Metadata | None, written: list[Written]
+) -> list[FileEntry]:
+    """Writes what a checkpoint holds beside the ranks' files, on rank 0: config, state and metadata.
 
     Args:
+        state: for train_state.json.
+        metadata: by which a loader finds each shard.
         written: of every rank.
+
+    Returns:
+        Every file of the checkpoint, for its manifest.
 
     Raises:
         OSError: the disk refused, or a rank's file is not where rank 0 looks.
     """
-    for entry in (one.entry for one in written if one.entry):
+    entries = [one.entry for one in written if one.entry]
+    for entry in entries:
         if not (directory / entry.name).exists():
             raise OSError(f"{directory / entry.name} was written but is not here: ranks must share the file system")
+    write_durably(directory / CONFIG_NAME, to_yaml(cfg).encode())
+    write_durably(directory / TRAIN_STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
+    _write_metadata(directory, metadata, written)
+    return [*(describe_file(directory / name) for name in REQUIRED_NAMES), *entries]
+
+
+def _write_metadata(directory: Path, metadata: Metadata | None, written: list[Written]) -> None:
     assert metadata is not None, "the metadata is on rank 0"
     metadata.version = CURRENT_DCP_VERSION
     metadata.storage_meta = StorageMeta()
     metadata.storage_data = {result.index: result.storage_data for one in written for result in one.results}
-    write_durably(directory / ".metadata", pickle.dumps(metadata))
-    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-    return [describe_file(directory / name) for name in (".metadata", "metadata.json")]
+    write_durably(directory / METADATA_NAME, pickle.dumps(metadata))
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))  # metadata.json
 
 
 NICENESS = 10

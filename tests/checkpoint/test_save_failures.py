@@ -33,8 +33,8 @@ def full_disk(place: str):
     """The disk is full for one rank, at one place of a save."""
     patched = {
         "file of rank 1": (1, writer.os, "fsync"),
-        "metadata on rank 0": (0, writer, "write_durably"),
-        "config on rank 0": (0, checkpointer, "write_durably"),
+        "config on rank 0": (0, writer, "write_durably"),
+        "metadata on rank 0": (0, writer, "save_config"),
         "manifest on rank 0": (0, directory, "write_durably"),
         "folder on rank 0": (0, directory.RunDirectory, "begin"),
     }
