@@ -1,4 +1,7 @@
-"""For values that are None only where their reader is never called, such as fields that `finalize` fills."""
+"""For optional values that are there whenever they are read, such as the experts' fields in a model with experts.
+
+A field that `finalize` fills in every config is `Derived` (config/knob.py) and needs no `filled`.
+"""
 
 from __future__ import annotations
 

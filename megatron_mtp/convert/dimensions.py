@@ -7,7 +7,7 @@ from megatron_mtp.config.sections import ModelConfig
 
 def sizes(model: ModelConfig) -> dict[str, int]:
     """Symbol in the tables' shapes -> size."""
-    heads, head = model.num_attention_heads, model.kv_channels or 0
+    heads, head = model.num_attention_heads, model.kv_channels
     queries = heads * head
     return {
         "1": 1,
@@ -15,8 +15,8 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "head": head,
         "heads": queries,
         "queries": queries * (2 if model.attention_output_gate else 1),
-        "keys": (model.num_query_groups or 0) * head,
-        "ffn": model.ffn_hidden_size or 0,
+        "keys": model.num_query_groups * head,
+        "ffn": model.ffn_hidden_size,
         "experts": model.num_moe_experts or 0,
         "expert_ffn": model.moe_ffn_hidden_size or 0,
         "shared_ffn": model.moe_shared_expert_intermediate_size or 0,

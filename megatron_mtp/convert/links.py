@@ -188,7 +188,7 @@ def depth_axes(depth_idx: int) -> Axes:
 
 
 def _embedding(key: str, name: str, model: ModelConfig) -> Iterator[TensorLink]:
-    rows, padded, h = model.vocab_size or 0, padded_vocab_size(model), model.hidden_size
+    rows, padded, h = filled(model.vocab_size), padded_vocab_size(model), model.hidden_size
     yield TensorLink(key, (padded, h), (0, 0), (rows, h), (HFTensor(name, (rows, h)),))
     if padded > rows:
         yield TensorLink(key, (padded, h), (rows, 0), (padded - rows, h), ())

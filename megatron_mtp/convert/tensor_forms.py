@@ -38,7 +38,7 @@ def to_ours(link: TensorLink, tensors: list[Tensor], model: ModelConfig) -> Tens
     Example: by_group with two groups: q = [q0 q1 q2 q3], k = [k0 k1], v = [v0 v1] (heads of rows) ->
         [q0 q1 k0 v0 q2 q3 k1 v1].
     """
-    groups = model.num_query_groups or 1
+    groups = model.num_query_groups
     if link.arrangement == "by_group_gated":
         query, *rest = tensors
         tensors = [_heads(query, model, (-1, 2)).transpose(1, 2).flatten(0, 3), *rest]
@@ -57,7 +57,7 @@ def to_theirs(link: TensorLink, box: Tensor, model: ModelConfig) -> list[Tensor]
     """The inverse of `to_ours`, except for arrangement `part`, whose box is some rows of theirs."""
     full = box.reshape(link.size[len(link.size) - len(link.theirs[0].shape) :])
     if link.arrangement in ("by_group", "by_group_gated"):
-        groups = model.num_query_groups or 1
+        groups = model.num_query_groups
         rows = [hf.shape[0] // groups for hf in link.theirs]
         parts = [part.flatten(0, 1) for part in full.unflatten(0, (groups, -1)).split(rows, dim=1)]
         if link.arrangement == "by_group_gated":
@@ -82,4 +82,4 @@ def swap_halves(tensor: Tensor) -> Tensor:
 
 def _heads(query: Tensor, model: ModelConfig, inner: tuple[int, int]) -> Tensor:
     """Rows of queries and gates -> [groups, *inner, head, ...]."""
-    return query.unflatten(0, (model.num_query_groups or 1, *inner, model.kv_channels))
+    return query.unflatten(0, (model.num_query_groups, *inner, model.kv_channels))

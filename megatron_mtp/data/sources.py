@@ -77,7 +77,7 @@ class _Opener:
 
     def __init__(self, cfg: ConfigContainer, vocab_size: int):
         self.vocab_size, self.seed = vocab_size, cfg.rng.seed
-        self.seq_length = cfg.dataset.seq_length or cfg.model.seq_length
+        self.seq_length = cfg.model.seq_length
         tokenizer = configured_tokenizer(cfg)
         self.eod = end_of_document(tokenizer, vocab_size)
         self.fingerprint = None if tokenizer is None or tokenizer.kind == "null" else tokenizer.fingerprint()

@@ -9,6 +9,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.data.batch import MicroBatch
 from megatron_mtp.objective.cross_entropy import TokenLosses, VocabShard, chunked_cross_entropy
 from megatron_mtp.parallel.resolve import ResolvedRun
@@ -52,9 +53,8 @@ class DepthHeads:
     def of(cls, run: ResolvedRun, tp_group: ProcessGroup) -> DepthHeads:
         """The heads of a resolved run."""
         model = run.cfg.model
-        assert model.vocab_size is not None, "finalize refuses None"
         return cls(
-            vocab_size=model.vocab_size,
+            vocab_size=filled(model.vocab_size),
             tp_group=tp_group,
             sequence_parallel=model.sequence_parallel,
             detach_depths=model.mtp_detach_heads,

@@ -148,7 +148,10 @@ def chunk_parameters(model: ModelConfig, symbols: str, layers: range) -> RankPar
 
 
 def padded_vocab_size(model: ModelConfig) -> int:
-    """Rows of the embedding over all tensor parallel ranks: a multiple of make_vocab_size_divisible_by x TP."""
+    """Rows of the embedding over all tensor parallel ranks: a multiple of make_vocab_size_divisible_by x TP.
+
+    0 while the size of the vocabulary is not known.
+    """
     multiple = model.make_vocab_size_divisible_by * model.tensor_model_parallel_size
     return -(-(model.vocab_size or 0) // multiple) * multiple
 

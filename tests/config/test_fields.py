@@ -272,8 +272,8 @@ def test_files_that_name_a_removed_field_still_open():
 
 
 # ---- every field is read by the package ----
-IN_CHECKS = {"ddp.use_megatron_fsdp", "ddp.use_torch_fsdp2", "dist.watchdog_s"}
-"""Read by checks only: two exist to be refused by name, one is half of watchdog_timeout_s."""
+IN_CHECKS = {"ddp.use_megatron_fsdp", "ddp.use_torch_fsdp2", "dist.watchdog_s", "dataset.seq_length"}
+"""Read by checks only: two exist to be refused by name, one is half of watchdog_timeout_s, one repeats another."""
 ALIASES = {
     "checkpoint": {"ckpt"},
     "scheduler": {"sched"},

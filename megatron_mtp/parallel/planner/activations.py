@@ -160,7 +160,7 @@ class Activations:
     def _recomputed_layers(self, kinds: Sequence[str]) -> float:
         """uniform: the input of each group of layers. block: the input of each of the first layers; the others keep
         everything."""
-        model, count = self.model, self.model.recompute_num_layers or 1
+        model, count = self.model, filled(self.model.recompute_num_layers)
         if model.recompute_method == "block":
             return min(count, len(kinds)) * self.stream + sum(self.complete_layer(kind) for kind in kinds[count:])
         return -(-len(kinds) // count) * self.stream
@@ -172,7 +172,7 @@ class Activations:
         if "m" in symbols:
             widest = max(widest, self._gradients(self.shape.mtp_kind))
         if model.recompute_granularity == "full" and (kinds or "m" in symbols):
-            group = (model.recompute_num_layers or 1) if model.recompute_method == "uniform" else 1
+            group = filled(model.recompute_num_layers) if model.recompute_method == "uniform" else 1
             most = max(self.complete_layer(kind) for kind in kinds or [self.shape.mtp_kind])
             widest += most * min(group, max(1, len(kinds)))
         if "L" not in symbols:

@@ -105,7 +105,7 @@ class _Estimate:
         if model.recompute_method != "block":
             return 1.0
         chunks = model.pipeline_model_parallel_size * model.virtual_pipeline_model_parallel_size
-        return min(1.0, (model.recompute_num_layers or 0) * chunks / model.num_layers)
+        return min(1.0, filled(model.recompute_num_layers) * chunks / model.num_layers)
 
     def core_flops(self) -> float:
         """Scores and weighted values of full attention on one rank."""

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ProfilingConfig
 from megatron_mtp.training.callbacks.base import ConfiguredCallback
 from megatron_mtp.training.setup import Run
@@ -30,7 +31,6 @@ class Profiler(ConfiguredCallback):
         options, rank = self._options, dist.get_rank()
         if rank not in options.profile_ranks:
             return
-        assert options.profile_dir is not None, "finalize checks it"
         self._profile = torch.profiler.profile(
             schedule=torch.profiler.schedule(
                 wait=max(options.profile_step_start - 1, 0),
@@ -38,7 +38,9 @@ class Profiler(ConfiguredCallback):
                 active=options.profile_step_end - options.profile_step_start,
                 repeat=1,
             ),
-            on_trace_ready=torch.profiler.tensorboard_trace_handler(options.profile_dir, worker_name=f"rank{rank}"),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(
+                filled(options.profile_dir), worker_name=f"rank{rank}"
+            ),
         )
         self._profile.start()
 
