@@ -4,10 +4,10 @@
     python benchmarks/kill_test.py --ranks 2        # a random rank of two; the other one fails because of it
 
 Every process ends by SIGKILL: at a random moment after a random number of steps, or, every third time, while a
-checkpoint is being written. Each start resumes by itself. Saves are synchronous and asynchronous in turn.
-The model has dropout, experts and two depths, so weights, optimizer, routers' biases, random numbers, data position and
-counters must all be restored. Exit code 1 unless the final weights and optimizer are bit-equal, and every logged
-metric except the times is equal at every step.
+checkpoint is being written. Each start resumes by itself. Saves are synchronous and asynchronous in turn. The model has
+dropout, experts and two depths, so weights, optimizer, routers' biases, random numbers, data position and counters must
+all be restored. Exit code 1 unless the final weights and optimizer are bit-equal, and every logged metric except the
+times is equal at every step.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ class DistConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is present."""
     hardware: str | dict[str, Any] | None = None
-    """Device that the planner estimates times and memory for: its name in config/machines.py, or a mapping of
-    a `base` and the fields that differ. Used where model.pipeline_model_parallel_layout is "auto" and in `megatron-mtp
-    plan`. None: cpu with device=cpu, else h100."""
+    """Device that the planner estimates times and memory for: its name in config/machines.py, or a mapping of a `base`
+    and the fields that differ. Used where model.pipeline_model_parallel_layout is "auto" and in `megatron-mtp plan`.
+    None: cpu with device=cpu, else h100."""
     distributed_timeout_minutes: float = knob(10.0, gt=0, le=YEAR_MINUTES)
     """A collective that waits longer ends the job."""
     watchdog_s: float | None = knob(None, ge=0, le=60 * YEAR_MINUTES)
