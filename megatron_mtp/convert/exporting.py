@@ -83,6 +83,30 @@ class CheckpointModel:
         return stored if name.endswith(FP32_ENDINGS) else self.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class _ExportedTokenizer:
+    """The tokenizer of an export, and what its files follow from.
+
+    Attributes:
+        path: folder or tokenizer.json; None: none is written.
+        eod: id and text of the token that ends a document; None: it is not known.
+        imported: folder with the config.json that came with an imported model; None: there is none.
+    """
+
+    path: Path | None
+    eod: tuple[int, str] | None
+    imported: Path | None
+
+    @classmethod
+    def of(cls, model: CheckpointModel, named: Path | None, *, is_written: bool) -> _ExportedTokenizer:
+        """The named one, or the run's."""
+        folder = model.weights.folder
+        path = tokenizer_to_export(model.cfg, folder, named) if is_written else None
+        candidates = [place for place in (path, kept_folder(folder)) if place is not None]
+        imported = next((place for place in candidates if (place / HF_CONFIG_NAME).is_file()), None)
+        return cls(path, _end_of_document(model, named, path), imported)
+
+
 def export_hf(
     checkpoint: str | Path,
     hf_dir: str | Path,
@@ -117,12 +141,10 @@ def export_hf(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target}: exists and is not empty. Choose another folder.")
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, dtype, verify=verify)
-    named = Path(tokenizer) if tokenizer else None
-    chosen = tokenizer_to_export(model.cfg, model.weights.folder, named) if with_tokenizer else None
-    eod = _end_of_document(model, named, chosen)
-    config = _config(model, chosen, eod)
+    exported = _ExportedTokenizer.of(model, Path(tokenizer) if tokenizer else None, is_written=with_tokenizer)
+    config = _config(model, exported)
     report = Report(str(checkpoint), str(hf_dir), model.family)
-    if with_tokenizer and (reason := _why_no_tokenizer(model.cfg, chosen)) is not None:
+    if with_tokenizer and (reason := _why_no_tokenizer(model.cfg, exported.path)) is not None:
         report.notes.append(reason)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -131,7 +153,7 @@ def export_hf(
         copies = duplicates(model.family, model.cfg.model, model.num_depths) if mtp_duplicates else {}
         _write_weights(model, partial, copies, shard_bytes)
         write_json(partial / HF_CONFIG_NAME, config)
-        report.files = [HF_CONFIG_NAME, *_write_side_files(model, partial, chosen, config, eod)]
+        report.files = [HF_CONFIG_NAME, *_write_side_files(partial, exported, config)]
         if target.exists():
             target.rmdir()
         os.rename(partial, target)
@@ -228,16 +250,10 @@ def _write_weights(model: CheckpointModel, folder: Path, copies: dict[str, str],
         writer.close()
 
 
-def _config(model: CheckpointModel, tokenizer: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
-    config = model.config | token_ids(_kept(model, tokenizer), eod)
+def _config(model: CheckpointModel, exported: _ExportedTokenizer) -> dict[str, Any]:
+    config = model.config | token_ids(exported.imported, exported.eod)
     name = HF_DTYPES[model.dtype]
     return {**config, "dtype": name, "torch_dtype": name}  # transformers reads the second up to 4.55
-
-
-def _kept(model: CheckpointModel, tokenizer: Path | None) -> Path | None:
-    """The folder of the files that came with an imported model, if this run still has it."""
-    candidates = [tokenizer, kept_folder(model.weights.folder)]
-    return next((path for path in candidates if path is not None and (path / HF_CONFIG_NAME).is_file()), None)
 
 
 def _end_of_document(model: CheckpointModel, named: Path | None, tokenizer: Path | None) -> tuple[int, str] | None:
@@ -261,13 +277,10 @@ def _why_no_tokenizer(cfg: ConfigContainer, tokenizer: Path | None) -> str | Non
     return f"No tokenizer was written. {whose}; --tokenizer adds a Hugging Face tokenizer."
 
 
-def _write_side_files(
-    model: CheckpointModel, folder: Path, tokenizer: Path | None, config: dict[str, Any], eod: tuple[int, str] | None
-) -> list[str]:
-    names = [] if tokenizer is None else write_tokenizer(tokenizer, folder, eod)
-    kept = _kept(model, tokenizer)
-    if kept is not None and (kept / GENERATION_NAME).is_file():
-        shutil.copyfile(kept / GENERATION_NAME, folder / GENERATION_NAME)
+def _write_side_files(folder: Path, exported: _ExportedTokenizer, config: dict[str, Any]) -> list[str]:
+    names = [] if exported.path is None else write_tokenizer(exported.path, folder, exported.eod)
+    if exported.imported is not None and (exported.imported / GENERATION_NAME).is_file():
+        shutil.copyfile(exported.imported / GENERATION_NAME, folder / GENERATION_NAME)
     else:
         settings: dict[str, Any] = {key: config[key] for key in TOKEN_IDS if key in config}
         write_json(folder / GENERATION_NAME, {"_from_model_config": True, **settings})

@@ -92,16 +92,16 @@ def write_tokenizer(source: Path, target: Path, eod: tuple[int, str] | None) -> 
     return names
 
 
-def token_ids(kept: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
+def token_ids(imported: Path | None, eod: tuple[int, str] | None) -> dict[str, Any]:
     """Ids of special tokens for config.json: the imported model's, or the run's end of document.
 
     Args:
-        kept: folder of the files that came with an imported model.
+        imported: folder with the config.json that came with an imported model.
         eod: id and text of the token that ends a document.
     """
-    if kept is not None and (kept / HF_CONFIG_NAME).is_file():
-        imported = read_config(kept)
-        return {name: imported[name] for name in TOKEN_IDS if name in imported}
+    if imported is not None:
+        values = read_config(imported)
+        return {name: values[name] for name in TOKEN_IDS if name in values}
     return {} if eod is None else {"bos_token_id": None, "eos_token_id": eod[0]}
 
 
