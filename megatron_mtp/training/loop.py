@@ -77,14 +77,9 @@ class Trainer:
             NumericsError: on every rank: the numbers are bad and the policy is to stop.
             ReplicaError: on every rank: replicas of the weights differ.
         """
-        cfg, state = self.run.cfg, self.state
-        self._call("on_train_start")
-        if cfg.validation.eval_at_start and state.iteration == 0:
-            self._evaluate()
-        if "rollback" in (cfg.train.on_nan, cfg.train.on_spike) and state.iteration == 0:
-            self._save("a checkpoint to roll back to")
+        state, end = self.state, self.run.resolved.length_samples
+        self._start()
         batches = self.run.data.train(state.data_position)
-        end = self.run.resolved.length_samples
         decision = Decision()
         while decision.leave is None and (end is None or state.consumed_samples < end):
             self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
@@ -92,20 +87,39 @@ class Trainer:
             if self._step(batch) == "roll back":
                 batches.close()
                 batches = self._roll_back(batch)
-                continue
-            if self._every(cfg.validation.eval_interval):
-                self._evaluate()
-            self.watchdog.beat(f"iteration {state.iteration}: agreeing with all ranks whether to save or leave")
-            decision = self.boundary.decide(state.iteration, self.run.stop_reason)
-            self.watchdog.restore_timeout()
-            if decision.leave:
-                self.saver.announce_end()
-            if decision.save:
-                self._save(decision.save)
-            self.saver.finalize()
+            else:
+                decision = self._evaluate_and_save()
         batches.close()
         self.is_preempted, self.stop_reason = decision.is_preempted, decision.leave
-        if cfg.validation.eval_at_end and not self._every(cfg.validation.eval_interval) and not self.is_preempted:
+        self._end()
+
+    def _start(self) -> None:
+        """Evaluates and saves before the first step of a run, where the config asks for it."""
+        cfg = self.run.cfg
+        self._call("on_train_start")
+        if cfg.validation.eval_at_start and self.state.iteration == 0:
+            self._evaluate()
+        if "rollback" in (cfg.train.on_nan, cfg.train.on_spike) and self.state.iteration == 0:
+            self._save("a checkpoint to roll back to")
+
+    def _evaluate_and_save(self) -> Decision:
+        """What follows a step: evaluation and checkpoint where they are due, and whether all ranks leave."""
+        iteration = self.state.iteration
+        if self._every(self.run.cfg.validation.eval_interval):
+            self._evaluate()
+        self.watchdog.beat(f"iteration {iteration}: agreeing with all ranks whether to save or leave")
+        decision = self.boundary.decide(iteration, self.run.stop_reason)
+        self.watchdog.restore_timeout()
+        if decision.leave:
+            self.saver.announce_end()
+        if decision.save:
+            self._save(decision.save)
+        self.saver.finalize()
+        return decision
+
+    def _end(self) -> None:
+        validation = self.run.cfg.validation
+        if validation.eval_at_end and not self._every(validation.eval_interval) and not self.is_preempted:
             self._evaluate()
         self.saver.announce_end()
         self._save_the_end()
