@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.quantity import parse_quantity
 from megatron_mtp.config.sections import RunConfig, TrainConfig
-from megatron_mtp.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +170,7 @@ class WeightDecay:
 
 
 def learning_rate(cfg: RunConfig) -> LearningRate:
-    """The learning-rate schedule of a config.
-
-    Raises:
-        ConfigError: a decay has no length, because the run has none either, or WSD's last phase has none.
-    """
+    """The learning-rate schedule of a finalized config."""
     scheduler, optimizer = cfg.scheduler, cfg.optimizer
     decay = _samples(
         cfg,
@@ -183,12 +179,6 @@ def learning_rate(cfg: RunConfig) -> LearningRate:
         tokens=scheduler.lr_decay_tokens,
     )
     decay = decay or run_length_samples(cfg)
-    if decay is None and (scheduler.lr_decay_style != "constant" or scheduler.lr_warmup_fraction is not None):
-        raise ConfigError(
-            f"scheduler.lr_decay_style = {scheduler.lr_decay_style!r}: a decay, and lr_warmup_fraction, need a length, "
-            "but neither scheduler.lr_decay_iters (or _samples, _tokens) nor train.train_iters (or _samples, _tokens) "
-            "is set. Set one."
-        )
     warmup: float | None
     if decay is not None and scheduler.lr_warmup_fraction is not None:
         warmup = scheduler.lr_warmup_fraction * decay
@@ -221,32 +211,15 @@ def _wsd_decay(cfg: RunConfig, decay: int | None) -> int:
         schedule = BatchSchedule.of(cfg.train)
         start = max(0, schedule.step_at(decay) - scheduler.lr_wsd_decay_iters)
         return decay - schedule.consumed_after(start)
-    length = _samples(cfg, samples=scheduler.lr_wsd_decay_samples, tokens=scheduler.lr_wsd_decay_tokens)
-    if length is None:
-        raise ConfigError(
-            "scheduler.lr_decay_style = 'WSD': the length of the last phase is missing. "
-            "Set scheduler.lr_wsd_decay_iters, lr_wsd_decay_samples or lr_wsd_decay_tokens."
-        )
-    return length
+    return filled(_samples(cfg, samples=scheduler.lr_wsd_decay_samples, tokens=scheduler.lr_wsd_decay_tokens))
 
 
 def weight_decay(cfg: RunConfig) -> WeightDecay:
-    """The weight-decay schedule of a config; it moves over the complete run.
-
-    Raises:
-        ConfigError: weight decay is to move, but the run has no length.
-    """
+    """The weight-decay schedule of a finalized config; it moves over the complete run."""
     scheduler, default = cfg.scheduler, cfg.optimizer.weight_decay
-    length = run_length_samples(cfg)
-    if length is None and scheduler.weight_decay_incr_style != "constant":
-        raise ConfigError(
-            f"scheduler.weight_decay_incr_style = {scheduler.weight_decay_incr_style!r}: weight decay moves over the "
-            "complete run, but train.train_iters, train_samples and train_tokens are all unset. Set one, or use "
-            "'constant'."
-        )
     return WeightDecay(
         start=default if scheduler.start_weight_decay is None else scheduler.start_weight_decay,
         end=default if scheduler.end_weight_decay is None else scheduler.end_weight_decay,
-        length=length or 0,
+        length=run_length_samples(cfg) or 0,
         style=scheduler.weight_decay_incr_style,
     )

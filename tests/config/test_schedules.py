@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from megatron_mtp.config import ConfigContainer, schedules
 from megatron_mtp.config.schedules import BatchSchedule
-from megatron_mtp.errors import ConfigError
 from megatron_mtp.training.optimizer import apply_schedules
 
 pytestmark = pytest.mark.unit
@@ -169,28 +168,6 @@ def test_a_warmup_longer_than_the_run_warms_up_to_the_end():
     values = [step[0][0] for step in our_values(cfg, [{}], [4] * 40)]
     assert values == sorted(values)
     assert values[-1] == pytest.approx(1e-3 * 39 / 80)
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "message"),
-    [
-        ({"lr_decay_style": "cosine"}, "'cosine': a decay, and lr_warmup_fraction, need a length"),
-        ({"lr_decay_style": "constant", "lr_warmup_fraction": 0.1}, "need a length"),
-        ({"lr_decay_style": "WSD", "lr_decay_iters": 10}, "length of the last phase is missing"),
-    ],
-)
-def test_a_length_that_is_missing_is_named(scheduler, message):
-    cfg = make_config(**scheduler)
-    cfg.train.train_iters = None
-    with pytest.raises(ConfigError, match=message):
-        schedules.learning_rate(cfg)
-
-
-def test_weight_decay_without_a_run_length_is_named():
-    cfg = make_config(weight_decay_incr_style="linear")
-    cfg.train.train_iters = None
-    with pytest.raises(ConfigError, match="weight decay moves over the complete run"):
-        schedules.weight_decay(cfg)
 
 
 @settings(max_examples=200, deadline=None)

@@ -73,14 +73,25 @@ def _scheduler_problems(cfg: RunConfig) -> list[Problem]:
 
 
 def _length_of_decay_problems(cfg: RunConfig) -> list[Problem]:
-    sched = cfg.scheduler
-    names = [f"train.train_{unit}" for unit in UNITS] + [f"scheduler.lr_decay_{unit}" for unit in UNITS]
-    lengths = [getattr(cfg.train if name.startswith("train.") else sched, name.split(".")[1]) for name in names]
-    if any(lengths) or (sched.lr_decay_style == "constant" and sched.lr_warmup_fraction is None):
+    """A run that ends by wall-clock time only has no length for a decay to follow."""
+    sched, problems = cfg.scheduler, []
+    if any(getattr(cfg.train, f"train_{unit}") for unit in UNITS):
         return []
-    rule = "a decay needs a length, and a run that ends by wall-clock time ({train.exit_duration_in_mins=}) has none"
-    remedy = "Set scheduler.lr_decay_iters (or _samples, _tokens), or use 'constant'."
-    return [problem(cfg, "scheduler.lr_decay_style", rule, remedy)]
+    has_length = any(getattr(sched, f"lr_decay_{unit}") for unit in UNITS)
+    if not has_length and (sched.lr_decay_style != "constant" or sched.lr_warmup_fraction is not None):
+        rule = (
+            "a decay needs a length, and a run that ends by wall-clock time ({train.exit_duration_in_mins=}) has none"
+        )
+        remedy = "Set scheduler.lr_decay_iters (or _samples, _tokens), or use 'constant'."
+        problems.append(problem(cfg, "scheduler.lr_decay_style", rule, remedy))
+    if sched.weight_decay_incr_style != "constant":
+        rule = (
+            "weight decay moves over the complete run, and one that ends by wall-clock time "
+            "({train.exit_duration_in_mins=}) has no length"
+        )
+        remedy = "Set train.train_iters (or _samples, _tokens), or use 'constant'."
+        problems.append(problem(cfg, "scheduler.weight_decay_incr_style", rule, remedy))
+    return problems
 
 
 def _order_problems(cfg: RunConfig) -> list[Problem]:
