@@ -18,7 +18,7 @@ from torch import nn
 
 from megatron_mtp.checkpoint.agreement import describe_error, first_value_of_any_rank, run_on_rank_0
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
-from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
+from megatron_mtp.checkpoint.directory import LOCK_NAME, RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
 from megatron_mtp.checkpoint.manifest import Manifest
 from megatron_mtp.checkpoint.preflight import check_unused, tokenizer_fingerprint
@@ -42,8 +42,6 @@ from megatron_mtp.mcore.optimizer import gather_weights
 from megatron_mtp.observe.env import package_versions
 
 logger = logging.getLogger(__name__)
-
-LOCK_NAME = "run.lock"
 
 
 @dataclass(slots=True)
@@ -114,16 +112,11 @@ class Checkpointer:
             ) from error
         try:
             check_unused(self.cfg)  # another run may have saved there since the check before the start
-        except CheckpointError:
+            if not (path / KEPT_FOLDER).is_dir() or not self._run_directory.iterations():
+                self._keep_files(path)
+        except BaseException:
             self._lock.release()
             raise
-        if not (path / KEPT_FOLDER).is_dir() or not self._run_directory.iterations():
-            try:
-                keep_with_run(self.cfg, path)
-            except OSError as error:
-                raise CheckpointError(
-                    f"checkpoint.save = {path}: the tokenizer cannot be copied there ({describe_error(error)})."
-                ) from error
         for name in self._run_directory.clear_remains():
             logger.info("removed %s, the remains of a save that did not finish", path / name)
 
@@ -176,6 +169,14 @@ class Checkpointer:
         self.last_saved = self.last_complete = iteration
         self._run_directory.replaceable |= {n for n in run_on_rank_0(self._run_directory.iterations) if n > iteration}
 
+    def _keep_files(self, path: Path) -> None:
+        try:
+            keep_with_run(self.cfg, path)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint.save = {path}: the tokenizer cannot be copied there ({describe_error(error)})."
+            ) from error
+
     def start_from_pretrained(self, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
         """Loads the weights of checkpoint.pretrained_checkpoint, if it is set, whatever layout saved them.
 
@@ -185,7 +186,7 @@ class Checkpointer:
         pretrained = self.cfg.checkpoint.pretrained_checkpoint
         if pretrained is None:
             return
-        folder = run_on_rank_0(lambda: checkpoint_folder(Path(pretrained)))
+        folder = run_on_rank_0(lambda: checkpoint_folder(pretrained))
         load_model_weights(folder, chunks, self.groups.dp_cp)
         optimizer.reload_model_params()
         if self.rank == 0:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from megatron_mtp.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
+LOCK_NAME = "run.lock"
+"""Of the process that trains in the directory."""
 _COMPLETE = re.compile(r"iter_(\d{7,})")
 _REMAINS = re.compile(r"iter_\d{7,}\.(partial|replaced|retired)")
 
@@ -82,13 +85,16 @@ class RunDirectory:
             raise CheckpointError(f"{path}: belongs to iteration {manifest.iteration}.")
         return manifest
 
-    def newest_listed(self) -> tuple[Manifest | None, list[str]]:
+    def newest_listed(self, iterations: Sequence[int] | None = None) -> tuple[Manifest | None, list[str]]:
         """The newest checkpoint with all files at their sizes and intact small files, and the problems of newer ones.
 
         The checksums of large files are compared before they are read.
+
+        Args:
+            iterations: the ones to try, in this order; None: all, newest first.
         """
         problems: list[str] = []
-        for iteration in self.iterations():
+        for iteration in self.iterations() if iterations is None else iterations:
             try:
                 manifest = self.read(iteration)
                 damaged = self.damages(manifest, only=SMALL_NAMES)
@@ -99,6 +105,32 @@ class RunDirectory:
             except CheckpointError as error:
                 problems.append(str(error))
         return None, problems
+
+    def complete_ones(self) -> list[Manifest]:
+        """The manifests of all checkpoints with all files at their sizes, newest first."""
+        found = []
+        for iteration in self.iterations():
+            with suppress(CheckpointError):
+                found.append(self.read(iteration))
+        return found
+
+    def named(self, which: str) -> int:
+        """The iteration that `RUN@which` means: a number, "latest", or "best", the lowest validation loss.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        iterations = self.iterations()
+        if which == "best":
+            best = by_validation_loss(self.complete_ones())
+            if not best:
+                raise CheckpointError(f"{self.path}@best: no checkpoint there was saved with a validation loss.")
+            return best[0].iteration
+        wanted = iterations[:1] if which == "latest" else [int(which)]
+        if not wanted or wanted[0] not in iterations:
+            there = ", ".join(map(str, iterations[:20])) or "none"
+            raise CheckpointError(f"{self.path}@{which}: there is no such checkpoint. Iterations there: {there}.")
+        return wanted[0]
 
     def damages(
         self, manifest: Manifest, *, share: int = 0, num_shares: int = 1, only: Collection[str] | None = None
@@ -169,8 +201,8 @@ class RunDirectory:
     def retain(self, most_recent_k: int, keep_every: int | None = None, keep_best: int = 0) -> list[int]:
         """Removes complete checkpoints that no rule keeps, and returns their iterations.
 
-        They are renamed at once. A thread deletes their files, which may be thousands on a slow file system, while
-        training continues. Damaged folders do not count and stay: they are evidence, and they must not cause the newest
+        A thread deletes their files, which may be thousands on a slow file system, while training continues. Damaged
+        folders do not count and stay: they are evidence, and they must not cause the newest
         complete checkpoint to be removed.
 
         Args:
@@ -180,29 +212,25 @@ class RunDirectory:
         """
         if most_recent_k < 0:
             return []
-        found: list[Manifest] = []
-        for iteration in self.iterations():
-            try:
-                found.append(self.read(iteration))
-            except CheckpointError:
-                continue
+        found = self.complete_ones()
         kept = {manifest.iteration for manifest in found[: max(1, most_recent_k)]}
         if keep_every:
             kept |= {manifest.iteration for manifest in found if manifest.iteration % keep_every == 0}
-        evaluated = [manifest for manifest in found if manifest.validation_loss is not None]
-        evaluated.sort(key=lambda manifest: (manifest.validation_loss, manifest.iteration))
-        kept |= {manifest.iteration for manifest in evaluated[:keep_best]}
+        kept |= {manifest.iteration for manifest in by_validation_loss(found)[:keep_best]}
         surplus = [manifest.iteration for manifest in found if manifest.iteration not in kept]
+        self.retire(surplus)
+        return surplus
+
+    def retire(self, iterations: Iterable[int]) -> None:
+        """Removes checkpoints: they are renamed at once, so that one that is half removed is not taken for damaged."""
         retired = []
-        for iteration in surplus:
-            # Renamed first, so that one that is half removed is not taken for a damaged checkpoint.
+        for iteration in iterations:
             retired.append(self.path / f"iter_{iteration:07d}.retired")
             self.final_path(iteration).rename(retired[-1])
         if retired:
             self.finish_removal()
             self._removal = threading.Thread(target=_remove, args=(retired,), name="checkpoint-remover", daemon=True)
             self._removal.start()
-        return surplus
 
     def finish_removal(self) -> None:
         """Waits until the files of retired checkpoints are deleted. The next start clears what a dead process left."""
@@ -228,16 +256,47 @@ def _remove(folders: list[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def checkpoint_folder(path: Path) -> Path:
-    """The folder of one checkpoint: `path` itself, or the newest one in the run directory `path`.
+def by_validation_loss(manifests: Iterable[Manifest]) -> list[Manifest]:
+    """Those that were saved with a validation loss, the lowest first, of equal ones the older first."""
+    losses = {m.iteration: m.validation_loss for m in manifests if m.validation_loss is not None}
+    evaluated = [manifest for manifest in manifests if math.isfinite(losses.get(manifest.iteration, math.nan))]
+    return sorted(evaluated, key=lambda manifest: (losses[manifest.iteration], manifest.iteration))
+
+
+def split_name(name: str | Path) -> tuple[Path, str | None]:
+    """`RUN@200`, `RUN@best` and `RUN@latest` as run directory and choice; any other path, or one that exists, and None.
+
+    >>> split_name("runs/mine@best")
+    (PosixPath('runs/mine'), 'best')
+    """
+    run, _, which = str(name).rpartition("@")
+    if run and re.fullmatch(r"[0-9]{1,18}|best|latest", which) and not Path(name).exists():
+        return Path(run), which
+    return Path(name), None
+
+
+def resume_candidates(name: str | Path) -> tuple[RunDirectory, list[int]]:
+    """The run directory of `RUN` or `RUN@which`, and the iterations that a resume may take, in the order to try them.
+
+    Raises:
+        CheckpointError: the one that is named is not there.
+    """
+    run, which = split_name(name)
+    directory = RunDirectory(run)
+    return directory, directory.iterations() if which is None else [directory.named(which)]
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder of one checkpoint: `path` itself, `RUN@which`, or the newest one in the run directory `path`.
 
     Only a resume takes an older one by itself: it goes on from there to the same end. Whoever reads weights gets the
     newest, or says which.
 
     Raises:
-        CheckpointError: there is none, or the newest is damaged.
+        CheckpointError: there is none, or the one that is meant is damaged.
     """
-    if (path / MANIFEST_NAME).exists():
+    path, which = split_name(path)
+    if which is None and (path / MANIFEST_NAME).exists():
         return path
     directory = RunDirectory(path)
     iterations = directory.iterations()
@@ -245,11 +304,14 @@ def checkpoint_folder(path: Path) -> Path:
         inside = next((folder for folder in sorted(path.glob("*/")) if RunDirectory(folder).iterations()), None)
         hint = "" if inside is None else f" Did you mean {inside}?"
         raise CheckpointError(f"{path}: holds no checkpoint.{hint}")
-    newest = directory.final_path(iterations[0])
-    manifest, problems = directory.newest_listed()
+    chosen = iterations[0] if which is None else directory.named(which)
+    _, problems = directory.newest_listed([chosen])
     if problems:
-        raise damage_error(newest, problems, None if manifest is None else directory.final_path(manifest.iteration))
-    return newest
+        other, _ = directory.newest_listed()
+        raise damage_error(
+            directory.final_path(chosen), problems, None if other is None else directory.final_path(other.iteration)
+        )
+    return directory.final_path(chosen)
 
 
 def write_durably(path: Path, content: bytes) -> None:

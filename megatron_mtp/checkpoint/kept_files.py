@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron_mtp.checkpoint.directory import split_name
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, open_tokenizer
 from megatron_mtp.errors import CheckpointError
@@ -103,7 +104,8 @@ def _kept_beside(checkpoint: str | None) -> Path | None:
     """The kept folder of a run directory, or of the run of one checkpoint."""
     if checkpoint is None:
         return None
-    places = (Path(checkpoint) / KEPT_FOLDER, Path(checkpoint).parent / KEPT_FOLDER)
+    folder, _ = split_name(checkpoint)
+    places = (folder / KEPT_FOLDER, folder.parent / KEPT_FOLDER)
     return next((place for place in places if place.is_dir()), None)
 
 

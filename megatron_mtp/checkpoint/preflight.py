@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtp.checkpoint.compat import ConfigDifferences, compare, compare_weights
-from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
+from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, resume_candidates, split_name
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest, read_manifest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.derive import WHEN_NULL
@@ -52,8 +52,8 @@ def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
     if load is None:
         check_pretrained(cfg)
         return None
-    directory = RunDirectory(load)
-    manifest, damaged = directory.newest_listed()
+    directory, iterations = resume_candidates(load)
+    manifest, damaged = directory.newest_listed(iterations)
     if manifest is None:
         check_missing(cfg, damaged)
         check_pretrained(cfg)
@@ -158,7 +158,7 @@ def check_pretrained(cfg: ConfigContainer) -> None:
     if cfg.checkpoint.pretrained_checkpoint is None:
         return
     named = f"checkpoint.pretrained_checkpoint = {cfg.checkpoint.pretrained_checkpoint}"
-    folder = checkpoint_folder(Path(cfg.checkpoint.pretrained_checkpoint))
+    folder = checkpoint_folder(cfg.checkpoint.pretrained_checkpoint)
     path = folder / CONFIG_NAME
     saved = read_saved_config(path)
     refusals = compare_weights(saved, to_dict(cfg), to_dict(ConfigContainer()))
@@ -181,7 +181,7 @@ def check_unused(cfg: ConfigContainer) -> None:
     """Returns if this run may write to checkpoint.save: it continues the run in there, or there is none.
 
     Raises:
-        CheckpointError: it holds checkpoints, and `load` is another directory or none.
+        CheckpointError: it holds checkpoints, and `load` is another directory, an older checkpoint, or none.
     """
     save, load = cfg.checkpoint.save, cfg.checkpoint.load
     if save is None or is_same_directory(save, load):
@@ -189,6 +189,16 @@ def check_unused(cfg: ConfigContainer) -> None:
     iterations = RunDirectory(save).iterations()
     if not iterations:
         return
+    run, which = split_name(load) if load is not None else (None, None)
+    if which is not None and is_same_directory(save, str(run)):
+        start = RunDirectory(save).named(which)
+        if start == iterations[0]:
+            return
+        raise CheckpointError(
+            f"checkpoint.load = {load}: checkpoint.save holds newer checkpoints, up to iteration {iterations[0]}; they "
+            f"would mix with those of a run that goes on from {start}. Save to another directory, or remove the newer "
+            "ones with `megatron-mtp checkpoint rm`."
+        )
     what = (
         "checkpoint.load is not set, so this would be a fresh start in it"
         if load is None

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mtp.checkpoint.agreement import describe_error, gather_lists, raise_any, run_on_rank_0
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX, Content
-from megatron_mtp.checkpoint.directory import RunDirectory
+from megatron_mtp.checkpoint.directory import RunDirectory, resume_candidates, split_name
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
 from megatron_mtp.checkpoint.preflight import check_missing, compare_with_run, read_saved_config, refusal_text
 from megatron_mtp.checkpoint.random_state import RNG_KEY, restore_random_state
@@ -68,7 +68,7 @@ def load_newest(
     """Loads the newest complete checkpoint of a run directory; None where a fresh start is allowed.
 
     Args:
-        path: checkpoint.load or checkpoint.save.
+        path: checkpoint.load or checkpoint.save; `RUN@which` is that one checkpoint.
         load_optim: with optimizer state.
 
     Returns:
@@ -102,8 +102,8 @@ def complete_checkpoints(cfg: ConfigContainer, path: str | Path, damaged: list[s
         CheckpointError: on every rank: no checkpoint is left, or the newest one that is complete is of a run with
             another config.
     """
-    directory = RunDirectory(path)
-    for iteration in run_on_rank_0(directory.iterations):
+    directory = RunDirectory(split_name(path)[0])
+    for iteration in run_on_rank_0(lambda: resume_candidates(path)[1]):
         manifest, problems = _examine(directory, iteration)
         if manifest is not None and not problems:
             run_on_rank_0(partial(_check_config, cfg, directory, manifest))

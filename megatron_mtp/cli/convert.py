@@ -30,7 +30,8 @@ class Dtype(StrEnum):
 
 
 Checkpoint = Annotated[
-    Path, typer.Argument(help="Run directory (its newest checkpoint is used), or the folder of one checkpoint.")
+    Path,
+    typer.Argument(help="Run directory (its newest checkpoint is used), RUN@200, RUN@best, or a checkpoint's folder."),
 ]
 Family = Annotated[
     str | None,

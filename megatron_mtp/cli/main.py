@@ -26,6 +26,10 @@ COMMANDS = {
         "megatron_mtp.cli.verify:verify",
         "Compare parallel layouts with one rank, on a small model.",
     ),
+    "checkpoint": (
+        "megatron_mtp.cli.checkpoint:checkpoint",
+        "List, show, verify, average, strip and remove checkpoints.",
+    ),
     "convert": ("megatron_mtp.cli.convert:convert", "Convert weights from and to Hugging Face folders."),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
     "check-data": ("megatron_mtp.cli.check_data:check_data", "Look for damage in prepared data."),
