@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 from megatron_mtp.config import ConfigContainer
 
 if TYPE_CHECKING:
+    from megatron_mtp.launch.entry import main
     from megatron_mtp.training.pretrain import pretrain
 
 __version__ = "0.1.0"
-__all__ = ["ConfigContainer", "pretrain"]
+__all__ = ["ConfigContainer", "main", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:
-    """`pretrain` is found here but imported on first use: torch takes seconds to import, and notes what it lacks."""
+    """`pretrain` and `main` are found here but imported on first use: torch takes seconds to import."""
+    if name == "main":
+        from megatron_mtp.launch.entry import main
+
+        return main
     if name == "pretrain":
         from megatron_mtp.observe.logs import quiet
 

@@ -11,8 +11,8 @@ import typer
 
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError, NotSavedError
-from megatron_mtp.launch.agent import note_exit
+from megatron_mtp.errors import ConfigError
+from megatron_mtp.launch.entry import exit_code
 from megatron_mtp.launch.failure import message
 
 
@@ -63,13 +63,7 @@ def pretrain(
         raise typer.Exit(run_ranks(command, world_size, cfg.dist.preempted_exit_code))
     from megatron_mtp.training.pretrain import pretrain as train
 
-    try:
-        code = train(cfg, recipe=recipe).exit_code
-    except NotSavedError as error:
-        note_exit(error.exit_code)
-        raise
-    note_exit(code)
-    raise typer.Exit(code)
+    raise typer.Exit(exit_code(lambda: train(cfg, recipe=recipe)))
 
 
 def _dry_run(cfg: ConfigContainer, world_size: int, *, hardware: str | None, json: bool) -> None:
