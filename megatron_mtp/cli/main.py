@@ -26,6 +26,10 @@ COMMANDS = {
         "megatron_mtp.cli.verify:verify",
         "Compare parallel layouts with one rank, on a small model.",
     ),
+    "evaluate": (
+        "megatron_mtp.cli.evaluate:evaluate",
+        "Losses and acceptance of every depth of a checkpoint, on any data.",
+    ),
     "checkpoint": (
         "megatron_mtp.cli.checkpoint:checkpoint",
         "List, show, verify, average, strip and remove checkpoints.",

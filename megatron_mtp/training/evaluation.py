@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from functools import reduce
 from operator import add
@@ -14,17 +15,20 @@ EvaluationResult = BatchMetrics
 """Metrics of all batches of one validation set together."""
 
 
-def evaluate(engine: Engine, data: DataModule, loss_factor: float) -> dict[str, EvaluationResult]:
-    """Evaluates every validation set on its first batches, the same ones at each call.
+def evaluate(
+    engine: Engine, data: DataModule, loss_factor: float, names: Sequence[str] | None = None
+) -> dict[str, EvaluationResult]:
+    """Evaluates validation sets on their first batches, the same ones at each call.
 
     Args:
         loss_factor: lambda; it changes no metric, but the forward pass needs an objective.
+        names: of the sets; None: all.
 
     Returns:
         Validation set name -> result, the main set first.
     """
     results = {}
-    for name in data.valid_names:
+    for name in data.valid_names if names is None else names:
         with closing(data.valid(name)) as batches:
             results[name] = reduce(add, (engine.evaluate(batch, loss_factor) for batch in batches))
     return results

@@ -1,0 +1,102 @@
+"""`megatron-mtp evaluate`: held-out loss and acceptance of every depth, for a checkpoint that exists."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_mtp.cli.choose import Overrides
+from megatron_mtp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_mtp.training.evaluation import EvaluationResult
+
+
+def evaluate(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Run directory (its newest checkpoint), RUN@200, RUN@best, or a Hugging Face folder."),
+    ],
+    overrides: Overrides = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=PREFIX", help="Data set to evaluate in place of the run's; repeatable."),
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Start this many processes on this machine. Leave it out under torchrun.")
+    ] = None,
+    keep_layout: Annotated[
+        bool,
+        typer.Option("--keep-layout", help="Keep the run's parallel sizes. Default: 1 each, all ranks data-parallel."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Evaluate a checkpoint: losses and acceptance of every depth on the run's validation sets, or on others.
+
+    The batches are those of the run's own evaluations. Changes such as validation.eval_iters=100 or
+    model.tensor_model_parallel_size=2 are taken as by `pretrain`. It writes nothing.
+    """
+    given = _parse_sets(sets or [])
+    is_rank = "RANK" in os.environ
+    if nproc is not None and is_rank:
+        raise ConfigError(f"--nproc {nproc}: torchrun has started the processes already. Leave --nproc out.")
+    from megatron_mtp.config.overrides import apply_overrides
+    from megatron_mtp.training.checkpoint_evaluation import evaluate_checkpoint, evaluation_config
+
+    cfg = evaluation_config(checkpoint, given, keep_layout=keep_layout)
+    apply_overrides(cfg, overrides or [])
+    if not cfg.validation.eval_iters:
+        raise ConfigError("validation.eval_iters = 0: nothing would be evaluated. Give the number of batches.")
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank else nproc or 1
+    cfg.copy().finalize(world_size)
+    if world_size > 1 and not is_rank:
+        from megatron_mtp.launch.local import run_ranks
+
+        options = [argument for text in sets or [] for argument in ("--set", text)]
+        options += ["--keep-layout"] * keep_layout + ["--json"] * json
+        command = [sys.executable, "-m", "megatron_mtp", "evaluate", checkpoint, *options, "--", *(overrides or [])]
+        raise typer.Exit(run_ranks(command, world_size))
+    results = evaluate_checkpoint(cfg, checkpoint, list(given) or None)
+    if int(os.environ.get("RANK", "0")) == 0:
+        rows = {("validation" if name == "valid" else name): _as_row(result) for name, result in results.items()}
+        typer.echo(json_format.dumps({"checkpoint": checkpoint, "sets": rows}, indent=2) if json else _as_text(rows))
+
+
+def _parse_sets(texts: list[str]) -> dict[str, str]:
+    sets = dict(text.partition("=")[::2] for text in texts)
+    for text in texts:
+        name, _, prefix = text.partition("=")
+        if not name or not prefix:
+            raise ConfigError(f"--set {text}: must be NAME=PREFIX, such as code=data/code_text_document.")
+    if len(sets) < len(texts):
+        raise ConfigError("--set: a name is given twice.")
+    return sets
+
+
+def _as_row(result: EvaluationResult) -> dict[str, Any]:
+    counts = dict(zip(result.valid_losses(), (n for n in result.depth_counts.tolist() if n), strict=True))
+    return {"losses": result.valid_losses(), "targets": counts, "acceptance": result.acceptance_rates()}
+
+
+def _as_text(rows: dict[str, dict[str, Any]]) -> str:
+    """A table: one line for each set and depth."""
+    width = max(len("set"), *map(len, rows))
+    lines = [f"{'set':<{width}}  {'':<10}  {'loss':>9}  {'targets':>11}  {'top-1':>6}  {'accepted':>8}"]
+    for name, row in rows.items():
+        rates = row["acceptance"]
+        for key, loss in row["losses"].items():
+            depth = key.removesuffix(" loss")
+            cells = [_percent(rates.get(f"{depth}/{rate}")) for rate in ("top1_target", "accepted")]
+            targets = row["targets"][key]
+            lines.append(f"{name:<{width}}  {key:<10}  {loss:>9.6f}  {targets:>11,}  {cells[0]:>6}  {cells[1]:>8}")
+        if "mtp/accepted_length" in rates:
+            lines.append(f"{name:<{width}}  {rates['mtp/accepted_length']:.3f} drafted tokens accepted per step")
+    return "\n".join(lines)
+
+
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.1%}"

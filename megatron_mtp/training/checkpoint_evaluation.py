@@ -1,0 +1,86 @@
+"""Evaluates the weights of a checkpoint, at any layout and on any data, as a training run evaluates itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_mtp.checkpoint.directory import checkpoint_folder
+from megatron_mtp.checkpoint.manifest import read_manifest
+from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
+from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.convert.load import config_of, is_hf_folder, load_weights
+from megatron_mtp.data.sources import check_data
+from megatron_mtp.device.process_group import job_size
+from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.parallel.resolve import resolve
+from megatron_mtp.training.evaluation import EvaluationResult, evaluate
+from megatron_mtp.training.pretrain import prepare_config
+from megatron_mtp.training.setup import leave_groups, setup
+
+
+def evaluation_config(
+    source: str | Path, sets: Mapping[str, str] | None = None, *, keep_layout: bool = False
+) -> ConfigContainer:
+    """The config of the model in `source`, made one that evaluates; not finalized. It saves, logs and resumes nothing.
+
+    Args:
+        source: a checkpoint as `checkpoint_folder` takes it, or a Hugging Face folder.
+        sets: name -> prefix of data sets to evaluate in place of the run's own.
+        keep_layout: keep the run's parallel sizes; otherwise each of them is 1, and all ranks are data-parallel.
+
+    Raises:
+        CheckpointError, ConversionError, ConfigError: it holds no model, or its config cannot be read.
+    """
+    if keep_layout and not is_hf_folder(source):
+        cfg = StoredWeights(Path(source), verify=False).config()
+    else:
+        cfg = config_of(source)
+    for name in ("checkpoint", "logger", "profiling"):
+        setattr(cfg, name, type(getattr(cfg, name))())
+    cfg.train.update(on_nan="skip", on_spike="report")
+    cfg.validation.draft_prompts = 0
+    if sets:  # the data of the training may be elsewhere
+        cfg.dataset.update(blend=None, blend_per_split=None, mock=True)
+        cfg.dataset.valid_sets = {name: [prefix] for name, prefix in sets.items()}
+    elif is_hf_folder(source):
+        raise ConfigError("--set: a Hugging Face folder names no data. Give --set name=prefix.")
+    return cfg
+
+
+def evaluate_checkpoint(
+    cfg: ConfigContainer, source: str | Path, names: Sequence[str] | None = None
+) -> dict[str, EvaluationResult]:
+    """Losses and acceptance of every depth on each validation set. Joins the job that torchrun describes.
+
+    Args:
+        cfg: from `evaluation_config`, with changes.
+        source: as there.
+        names: sets to evaluate; None: all, the main one first.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: on every rank, before the first batch.
+    """
+    resolved = resolve(prepare_config(cfg, job_size()), job_size())
+    _check_tokenizer(resolved.cfg, source)
+    check_data(resolved.cfg)
+    try:
+        run = setup(resolved)
+        try:
+            load_weights(run.engine.chunks, source, resolved.cfg, run.groups)
+            return evaluate(run.engine, run.data, loss_factor=0.0, names=names)
+        finally:
+            run.data.close()
+    finally:
+        leave_groups()
+
+
+def _check_tokenizer(cfg: ConfigContainer, source: str | Path) -> None:
+    if is_hf_folder(source):
+        return
+    known, present = read_manifest(checkpoint_folder(source)).tokenizer, tokenizer_fingerprint(cfg)
+    if known is not None and present is not None and known != present:
+        rule = "is another tokenizer than that of the checkpoint"
+        fields = ("tokenizer.tokenizer_model",)
+        raise ConfigError(Problem(fields=fields, value=cfg.tokenizer.tokenizer_model, rule=rule))
