@@ -118,6 +118,10 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
     state = TrainState()
     if checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
         logger.info("so far: %s", state.totals())
+        end = run.resolved.length_samples
+        if end is not None and state.consumed_samples >= end:
+            text = "the run is complete: nothing is left to train. To go on raise train.%s; to evaluate it use `%s`"
+            logger.info(text, _length_field(cfg), "megatron-mtp evaluate")
     else:
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
     restore(callbacks, state)
@@ -152,6 +156,12 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
         logger.info("left after iteration %d: %s", state.iteration, trainer.stop_reason)
     exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
     return Summary(state, trainer.evaluations, dict(recorder.places), exit_code, trainer.stop_reason)
+
+
+def _length_field(cfg: ConfigContainer) -> str:
+    """The field of `train` that gives the length of the run."""
+    names = ("train_iters", "train_samples", "train_tokens")
+    return next(name for name in names if getattr(cfg.train, name) is not None)
 
 
 def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback]) -> Recorder:

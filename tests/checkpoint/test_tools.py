@@ -206,3 +206,9 @@ def test_verify_names_every_damaged_file(copy: Path, capsys: pytest.CaptureFixtu
     assert f"{shard}: its checksum does not match" in shown.err
     assert "iter_0000002/manifest.json: cannot be read" in shown.err
     assert "not complete" in command(capsys, "list", copy)
+
+
+def test_a_complete_run_that_is_started_again_says_so(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    train(tmp_path, copy, copy)
+    assert "nothing is left to train. To go on raise train.train_iters" in caplog.text
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
