@@ -20,8 +20,9 @@ def demo_pretrain_config() -> ConfigContainer:
     # Two MTP layers and three heads weigh about as much as four decoder layers.
     cfg.model.pipeline_model_parallel_layout = [7, 3]
     cfg.train.update(train_iters=500, global_batch_size=8, micro_batch_size=2)
-    cfg.optimizer.update(lr=4e-3, min_lr=4e-4)
-    cfg.scheduler.lr_warmup_iters = 30
+    # At 4e-3 after 30 steps a jump of the gradient turned rounding into 0.06 nats between two micro-batch sizes.
+    cfg.optimizer.update(lr=2e-3, min_lr=2e-4)
+    cfg.scheduler.lr_warmup_iters = 100
     cfg.validation.update(eval_interval=250, eval_iters=70)
     cfg.logger.log_interval = 10
     return cfg

@@ -131,5 +131,6 @@ def test_spec_eval(run_directory, tmp_path):
     text, mask = IndexedReader(str(tmp_path / "self/train")), IndexedReader(str(tmp_path / "self/train_loss_mask"))
     assert len(text) == len(mask) == 3
     assert np.array_equal(mask.read(0)[:6], np.zeros(6))
-    assert mask.read(0)[6:].all()
+    assert mask.read(0)[6:16].all()
+    assert not mask.read(0)[16:].any()  # the document's end, which the model did not write
     assert bytes(text.read(0)[:6].tolist()) == b"code 0"
