@@ -28,11 +28,11 @@ COMMANDS = {
     ),
     "evaluate": (
         "megatron_mtp.cli.evaluate:evaluate",
-        "Losses and acceptance of every depth of a checkpoint, on any data.",
+        "Evaluate a checkpoint: losses of every depth.",
     ),
     "checkpoint": (
         "megatron_mtp.cli.checkpoint:checkpoint",
-        "List, show, verify, average, strip and remove checkpoints.",
+        "List, verify, average and remove checkpoints.",
     ),
     "convert": ("megatron_mtp.cli.convert:convert", "Convert weights from and to Hugging Face folders."),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
