@@ -29,8 +29,8 @@ real-model: setup ## fetch SmolLM2-135M (98 MB), a real model that slow tests of
 test: setup ## the fast tests (ARGS="tests/data -k shift" narrows them)
 	@$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-layouts: setup ## the slow part of the fp32 matrices: models x layouts x masks, and pairs of features
-	@$(PYTEST) -m slow tests/layouts --ignore=tests/layouts/test_bf16.py tests/numerics/test_pairs.py $(ARGS)
+test-layouts: setup ## the slow part of the matrices: models x layouts x masks, and pairs of features
+	@$(PYTEST) -m slow tests/numerics/test_pairs.py tests/layouts $(addprefix --ignore=tests/layouts/,test_bf16.py test_curves.py) $(ARGS)
 
 test-all: setup ## every test that this machine can run
 	@$(PYTEST) $(PARALLEL) $(ARGS)
