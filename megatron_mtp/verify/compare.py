@@ -12,6 +12,8 @@ Tolerances, in fp32:
                following norm keeps little more than the sign of q k, and rounding grows where q k is near zero.
     copies     gradients of a replicated parameter on two ranks: as gradients. Initial weights: equal bit for bit.
     curve      |a - b| <= 1e-5 * |b| for each depth and optimizer step, up to the first step with another routing.
+               With linear attention 5e-5: rounding doubles at each step. One rank with micro-batches of one and of two
+               differs by 5e-8 at the first step and by 2e-5 at the tenth.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Difference:
         curve: worst relative difference of a loss over the steps compared; None: no curve was measured.
         curve_steps: steps compared; fewer than measured where routing changed.
         gradient_allowed: for `gradient` and `spread`.
+        curve_allowed: for `curve`.
     """
 
     losses: list[float]
@@ -63,6 +66,7 @@ class Difference:
     curve: float | None = None
     curve_steps: int = 0
     gradient_allowed: float = GRADIENT_TOLERANCE
+    curve_allowed: float = CURVE_TOLERANCE
 
     def faults(self) -> list[str]:
         """Every difference beyond its tolerance, in words; empty if the layout is right."""
@@ -90,8 +94,8 @@ class Difference:
             found.append(f"ranks hold different gradients of {self.spread_name}, by {self.spread:.1e}")
         if not self.weights_equal:
             found.append(f"initial weights of {self.weights_name} differ")
-        if self.curve is not None and not self.curve <= CURVE_TOLERANCE:
-            found.append(f"the curve differs by {self.curve:.1e} (allowed {CURVE_TOLERANCE:.0e})")
+        if self.curve is not None and not self.curve <= self.curve_allowed:
+            found.append(f"the curve differs by {self.curve:.1e} (allowed {self.curve_allowed:.0e})")
         return found
 
 
@@ -121,6 +125,7 @@ def compare(got: Measurement, reference: Measurement) -> Difference:
         curve=max((relative(a, b) for a, b in pairs), default=0.0) if reference.curve else None,
         curve_steps=steps,
         gradient_allowed=LINEAR_ATTENTION_TOLERANCE if has_linear_attention else GRADIENT_TOLERANCE,
+        curve_allowed=LINEAR_ATTENTION_TOLERANCE if has_linear_attention else CURVE_TOLERANCE,
     )
 
 
