@@ -114,7 +114,7 @@ class Checkpointer:
             check_unused(self.cfg)  # another run may have saved there since the check before the start
             if not (path / KEPT_FOLDER).is_dir() or not self._run_directory.iterations():
                 self._keep_files(path)
-        except BaseException:
+        except BaseException:  # whatever it was, this process does not train here
             self._lock.release()
             raise
         for name in self._run_directory.clear_remains():

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 LOCK_NAME = "run.lock"
-"""Of the process that trains in the directory."""
+"""Lock file of the process that trains in the directory."""
 _COMPLETE = re.compile(r"iter_(\d{7,})")
 _REMAINS = re.compile(r"iter_\d{7,}\.(partial|replaced|retired)")
 
@@ -202,8 +202,8 @@ class RunDirectory:
         """Removes complete checkpoints that no rule keeps, and returns their iterations.
 
         A thread deletes their files, which may be thousands on a slow file system, while training continues. Damaged
-        folders do not count and stay: they are evidence, and they must not cause the newest
-        complete checkpoint to be removed.
+        folders do not count and stay: they are evidence, and they must not cause the newest complete checkpoint to be
+        removed.
 
         Args:
             most_recent_k: the newest are kept, at least one; -1 keeps all.
@@ -258,9 +258,8 @@ def _remove(folders: list[Path]) -> None:
 
 def by_validation_loss(manifests: Iterable[Manifest]) -> list[Manifest]:
     """Those that were saved with a validation loss, the lowest first, of equal ones the older first."""
-    losses = {m.iteration: m.validation_loss for m in manifests if m.validation_loss is not None}
-    evaluated = [manifest for manifest in manifests if math.isfinite(losses.get(manifest.iteration, math.nan))]
-    return sorted(evaluated, key=lambda manifest: (losses[manifest.iteration], manifest.iteration))
+    found = [m for m in manifests if m.validation_loss is not None and math.isfinite(m.validation_loss)]
+    return sorted(found, key=lambda manifest: (manifest.validation_loss, manifest.iteration))
 
 
 def split_name(name: str | Path) -> tuple[Path, str | None]:

@@ -6,7 +6,6 @@ One box is in memory at a time. Needs no model and no process group.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_mtp.checkpoint.compat import compare_weights
-from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, copy_files, kept_folder, model_files
+from megatron_mtp.checkpoint.kept_files import kept_folder
 from megatron_mtp.checkpoint.manifest import TRAIN_STATE_NAME
 from megatron_mtp.checkpoint.streaming import StoredWeights, WeightsWriter
 from megatron_mtp.checkpoint.train_state import TrainState
@@ -115,12 +114,7 @@ def _write(
                 writer.add(key, source.shape(key), offset, read(key, offset, size))
             if progress is not None:
                 progress(number, len(source.tensors))
-        if kept is not None and not (out / KEPT_FOLDER).exists():
-            try:
-                copy_files(kept, out / KEPT_FOLDER, model_files(kept))
-            except BaseException:
-                shutil.rmtree(out / KEPT_FOLDER, ignore_errors=True)
-                raise
-        cfg = source.config()
-        folder = writer.complete(cfg, train_state, reason=reason, tokenizer=source.manifest.tokenizer)
+        if kept is not None:
+            writer.keep(kept)
+        folder = writer.complete(source.config(), train_state, reason=reason, tokenizer=source.manifest.tokenizer)
     return Merged(folder, len(source.tensors), source.left_out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_mtp.checkpoint.agreement import describe_error
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
+from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, copy_files, model_files
 from megatron_mtp.checkpoint.manifest import (
     CONFIG_NAME,
     FileEntry,
@@ -72,6 +74,7 @@ class WeightsWriter:
     file_bytes: int = FILE_BYTES
     iteration: int = 0
     _made: bool = False
+    _kept: Path | None = None
     _file: _File | None = None
     _entries: list[FileEntry] = field(default_factory=list)
     _results: list[WriteResult] = field(default_factory=list)
@@ -94,6 +97,8 @@ class WeightsWriter:
             self._file.raw.close()
         if kind is not None:
             RunDirectory(self.path).abandon(self.iteration)
+            if self._kept is not None:
+                shutil.rmtree(self._kept, ignore_errors=True)
             if self._made and not any(self.path.iterdir()):
                 self.path.rmdir()
         if isinstance(error, OSError):
@@ -115,6 +120,13 @@ class WeightsWriter:
         start = file.stream.position
         save_tensor(box, file.stream)
         self._record(MetadataIndex(key, torch.Size(offset)), file, start)
+
+    def keep(self, source: Path) -> Path:
+        """Copies tokenizer and model files of a folder to RUN/hf, which is returned."""
+        kept = self.path / KEPT_FOLDER
+        self._kept = None if kept.exists() else kept
+        copy_files(source, kept, model_files(source))
+        return kept
 
     def complete(
         self, cfg: ConfigContainer, train_state: dict[str, Any], *, reason: str, tokenizer: str | None = None

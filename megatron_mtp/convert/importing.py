@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,6 @@ import torch
 
 from megatron_mtp.checkpoint.kept_files import (
     KEPT_FOLDER,
-    copy_files,
     model_files,
     why_no_text,
 )
@@ -97,26 +95,17 @@ def import_hf(
     out = Path(out_dir)
     source = plan_hf(Path(hf_dir), cfg, mtp_depths=mtp_depths, mtp_init=mtp_init)
     report = Report(str(hf_dir), str(out_dir), source.family)
-    kept = out / KEPT_FOLDER
-    existed = kept.exists()
-    try:
-        with WeightsWriter(out) as writer:
-            for link in source.links:
-                writer.add(link.key, link.shape, link.offset, source.read(link))
-            for link, copies in source.new_links:
-                writer.add(link.key, link.shape, link.offset, source.initial(link, copies, mtp_init))
-            names = copy_files(source.folder, kept, model_files(source.folder))
-            report.files = [f"{KEPT_FOLDER}/{name}" for name in names]
-            if (reason := why_no_text(source.folder)) is not None:
-                report.notes.append(reason)
-            final = _with_tokenizer(source.cfg, kept)
-            writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))
-    except BaseException:
-        if not existed:
-            shutil.rmtree(kept, ignore_errors=True)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        raise
+    with WeightsWriter(out) as writer:
+        for link in source.links:
+            writer.add(link.key, link.shape, link.offset, source.read(link))
+        for link, copies in source.new_links:
+            writer.add(link.key, link.shape, link.offset, source.initial(link, copies, mtp_init))
+        kept = writer.keep(source.folder)
+        report.files = [f"{KEPT_FOLDER}/{name}" for name in model_files(source.folder)]
+        if (reason := why_no_text(source.folder)) is not None:
+            report.notes.append(reason)
+        final = _with_tokenizer(source.cfg, kept)
+        writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))
     _fill_report(source, report)
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -141,6 +142,20 @@ def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(run: Path, copy: 
     with pytest.raises(CheckpointError, match="checksum does not match"):
         average([f"{copy}@2", f"{copy}@4"], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
+
+
+def test_a_failure_at_the_end_leaves_nothing(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (copy / "hf").mkdir()
+    (copy / "hf/tokenizer.json").write_text("{}")
+
+    def full(self, manifest):
+        assert (tmp_path / "out/hf/tokenizer.json").exists()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RunDirectory, "complete", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        strip(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stripped_checkpoint_has_the_weights_and_counters_and_nothing_else(run: Path, tmp_path: Path):
