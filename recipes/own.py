@@ -100,7 +100,7 @@ def _run(name: str, code: Callable[[], Any]) -> Any:
         return code()
     except MegatronMTPError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         if isinstance(error, SyntaxError):
             where = f"{error.filename}:{error.lineno}"
         else:

@@ -67,13 +67,14 @@ def evaluate(
 
 
 def _parse_sets(texts: list[str]) -> dict[str, str]:
-    sets = dict(text.partition("=")[::2] for text in texts)
+    sets: dict[str, str] = {}
     for text in texts:
         name, _, prefix = text.partition("=")
         if not name or not prefix:
             raise ConfigError(f"--set {text}: must be NAME=PREFIX, such as code=data/code_text_document.")
-    if len(sets) < len(texts):
-        raise ConfigError("--set: a name is given twice.")
+        if name in sets:
+            raise ConfigError(f"--set {text}: the name is given twice.")
+        sets[name] = prefix
     return sets
 
 

@@ -89,19 +89,8 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print tokens, text and counts as JSON.")] = False,
 ) -> None:
     """Continue text with a trained model. MTP layers draft and the main model verifies: the same text, but faster."""
-    requests: list[Request] = [{"prompt": text} for text in prompt or []]
-    if prompt_file is not None:
-        is_many = prompt_file.suffix == ".jsonl"
-        requests += read_requests(prompt_file) if is_many else [{"prompt": _read(prompt_file)}]
-    requests += [{"ids": _parse_ids(text)} for text in prompt_ids or []]
-    if not requests:
-        raise ConfigError("There is no prompt. Give --prompt, --prompt-file or --prompt-ids.")
-    if stream and (len(requests) > 1 or json or out is not None):
-        raise ConfigError("--stream: prints the text of one prompt. Give one prompt, and omit --json and --out.")
-    if chat and plain:
-        raise ConfigError("--chat and --plain: a chat template writes special tokens. Omit one of them.")
-    if stop and not all(stop):
-        raise ConfigError("--stop: is empty, so it would end every answer at once. Give a text.")
+    requests = _requests(prompt or [], prompt_file, prompt_ids or [])
+    _check_together(requests, stream=stream, prints=not json and out is None, chat=chat, plain=plain, stop=stop or [])
     options = {
         "max_new_tokens": MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
         "shorten": max_new_tokens is None,
@@ -133,6 +122,33 @@ def generate(
         ignore_end=ignore_end,
         draft_vocab=draft_vocab,
     )
+
+
+def _requests(prompts: list[str], file: Path | None, ids: list[str]) -> list[Request]:
+    """What the three kinds of prompt options ask for.
+
+    Raises:
+        ConfigError, DataError: there is none, or one cannot be read.
+    """
+    requests: list[Request] = [{"prompt": text} for text in prompts]
+    if file is not None:
+        requests += read_requests(file) if file.suffix == ".jsonl" else [{"prompt": _read(file)}]
+    requests += [{"ids": _parse_ids(text)} for text in ids]
+    if not requests:
+        raise ConfigError("There is no prompt. Give --prompt, --prompt-file or --prompt-ids.")
+    return requests
+
+
+def _check_together(
+    requests: list[Request], *, stream: bool, prints: bool, chat: bool, plain: bool, stop: list[str]
+) -> None:
+    """Raises ConfigError for options that exclude each other."""
+    if stream and (len(requests) > 1 or not prints):
+        raise ConfigError("--stream: prints the text of one prompt. Give one prompt, and omit --json and --out.")
+    if chat and plain:
+        raise ConfigError("--chat and --plain: a chat template writes special tokens. Omit one of them.")
+    if not all(stop):
+        raise ConfigError("--stop: is empty, so it would end every answer at once. Give a text.")
 
 
 def parse_num_draft(text: str) -> int | str:

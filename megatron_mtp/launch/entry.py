@@ -44,6 +44,6 @@ def main(train: Callable[[], Any]) -> NoReturn:
     silence_noise()
     try:
         code = exit_code(train)
-    except Exception as error:
+    except Exception as error:  # `exit_code_of` raises again what is not addressed to the user
         code = exit_code_of(error)
     sys.exit(code)

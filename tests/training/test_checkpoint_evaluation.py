@@ -115,7 +115,7 @@ def test_the_table_fits_a_terminal(run: Path, capsys: pytest.CaptureFixture[str]
     ("arguments", "message"),
     [
         (["--set", "code"], "--set code: must be NAME=PREFIX"),
-        (["--set", "a=x", "--set", "a=y"], "a name is given twice"),
+        (["--set", "a=x", "--set", "a=y"], "--set a=y: the name is given twice"),
         (["validation.eval_iters=0"], "nothing would be evaluated"),
         (["--set", "code=nowhere/data"], "nowhere/data"),
         (["model.tensor_model_parallel_size=2"], "world_size = 1: must be a multiple of 2"),
