@@ -153,6 +153,12 @@ class DataError(MegatronMTPError):
     """Input text, a tokenizer or an indexed dataset is missing, damaged, or does not fit the model."""
 
 
+class LostDataError(DataError):
+    """Data that a run could open at its start can no longer be read, or is damaged; names the file."""
+
+    is_shared = True
+
+
 class ConversionError(MegatronMTPError):
     """A tensor or a config cannot be carried between formats."""
 

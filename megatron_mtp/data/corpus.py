@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mtp.config.blend import SPLITS, parse_split
+from megatron_mtp.data.data_file import StoredTable
 from megatron_mtp.data.files import cached_array
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.randomness import derive_key, permute
@@ -16,6 +17,7 @@ from megatron_mtp.errors import DataError
 
 logger = logging.getLogger(__name__)
 _BLOCK_DOCUMENTS = 1 << 22  # documents permuted at a time, to bound memory
+_STRIDE = 512  # documents between those whose first token is kept in memory
 
 
 def split_range(split: str, which: str, num_documents: int) -> tuple[int, int]:
@@ -64,7 +66,7 @@ class Corpus:
         targets: IndexedReader | None = None,
     ):
         self.reader, self.documents, self.which, self.targets = reader, documents, which, targets
-        if targets is not None and not np.array_equal(targets.lengths, reader.lengths):
+        if targets is not None and not _same_lengths(targets, reader):
             raise DataError(
                 f"{targets.prefix}: its {len(targets)} sequences have other lengths than the {len(reader)} of "
                 f"{reader.prefix}, whose loss mask it is (dataset.loss_mask_suffix). Write one number for each token."
@@ -80,7 +82,9 @@ class Corpus:
                 "reduce model.seq_length, add data"
                 + (", or set validation.eval_iters = 0." if which == "valid" else ".")
             )
-        self._index: np.ndarray | None = None
+        self._index: np.ndarray | StoredTable | None = None
+        self._begins = np.empty(0, np.int64)
+        """Row 1 of the index at every _STRIDE-th column."""
 
     def build_index(self, path_to_cache: str | None) -> None:
         """Builds the order of the documents and their first tokens, or loads them from the cache.
@@ -90,8 +94,10 @@ class Corpus:
         """
         folder = Path(path_to_cache or f"{self.reader.prefix}_cache")
         path = folder / f"{Path(self.reader.prefix).name}-{self.which}-{self._cache_key():016x}.npy"
+        remedy = "Delete it, and it is built again."
         try:
-            self._index = cached_array(path, self._make_index)
+            cached_array(path, self._make_index)
+            self._index = StoredTable(path, remedy)
         except OSError as error:
             if path_to_cache is not None:
                 raise DataError(
@@ -105,41 +111,57 @@ class Corpus:
             )
             self._index = self._make_index()
         if not self._is_own(self._index):
-            raise DataError(f"{path}: is damaged. Delete it, and it is built again.")
+            raise DataError(f"{path}: is damaged. {remedy}")
 
-    def _is_own(self, index: np.ndarray) -> bool:
-        """Whether an index from the cache fits the documents: a damaged one would give wrong samples."""
+    def _is_own(self, index: np.ndarray | StoredTable) -> bool:
+        """Whether an index from the cache fits the documents: a damaged one would give wrong samples.
+
+        Keeps the part of it that `_find` starts from.
+        """
         (first, last), count = self.documents, self.documents[1] - self.documents[0]
-        if index.shape != (2, count + 1) or index.dtype != np.int64 or index[1, 0] != 0:
+        if index.shape != (2, count + 1) or index[1, slice(0, 1)][0] != 0:
             return False
+        lengths, kept = self.reader.lengths(first, last), []
         for begin in range(0, count, _BLOCK_DOCUMENTS):
-            order, begins = (
-                index[0, begin : min(begin + _BLOCK_DOCUMENTS, count)],
-                index[1, begin : begin + _BLOCK_DOCUMENTS + 1],
-            )
+            end = min(begin + _BLOCK_DOCUMENTS, count)
+            order, begins = index[0, slice(begin, end)], index[1, slice(begin, end + 1)]
             if order.min() < first or order.max() >= last:
                 return False
-            if not np.array_equal(np.diff(begins), self.reader.lengths[order]):
+            if not np.array_equal(np.diff(begins), lengths[order - first]):
                 return False
+            kept.append(begins[:-1:_STRIDE].copy())
+        self._begins = np.concatenate(kept)
         return True
 
-    def read(self, sample: int) -> Sample:
-        """Tokens [sample * s, sample * s + s + 1) of the shuffled documents."""
+    def _find(self, token: int) -> int:
+        """The column of the index that holds the document of a token of the shuffled documents."""
         assert self._index is not None, "build_index was not called"
-        order, begins = self._index
-        wanted = self.seq_length + 1
-        place = int(np.searchsorted(begins, sample * self.seq_length, side="right")) - 1
-        offset = sample * self.seq_length - int(begins[place])
-        tokens, starts, filled = np.empty(wanted, np.int64), np.zeros(wanted, bool), 0
-        is_target = None if self.targets is None else np.empty(wanted, bool)
-        while filled < wanted:
-            part = self.reader.read(int(order[place]), offset)[: wanted - filled]
-            tokens[filled : filled + len(part)] = part
+        column = (int(np.searchsorted(self._begins, token, side="right")) - 1) * _STRIDE
+        begins = self._index[1, slice(column, column + _STRIDE)]
+        return column + int(np.searchsorted(begins, token, side="right")) - 1
+
+    def read(self, sample: int) -> Sample:
+        """Tokens [sample * s, sample * s + s + 1) of the shuffled documents.
+
+        Raises:
+            DataError: a file was truncated or deleted, or cannot be read.
+        """
+        assert self._index is not None, "build_index was not called"
+        begin, end = sample * self.seq_length, (sample + 1) * self.seq_length + 1
+        first, last = self._find(begin), self._find(end - 1) + 1
+        order, begins = self._index[0, slice(first, last)], self._index[1, slice(first, last + 1)]
+        tokens, starts = np.empty(end - begin, np.int64), np.zeros(end - begin, bool)
+        is_target = None if self.targets is None else np.empty(end - begin, bool)
+        parts = zip(order.tolist(), begins[:-1].tolist(), begins[1:].tolist(), strict=True)
+        for document, document_begin, document_end in parts:
+            low, high = max(begin, document_begin), min(end, document_end)
+            if low >= high:
+                continue  # an empty document
+            place, offset, length = slice(low - begin, high - begin), low - document_begin, high - low
+            tokens[place] = self.reader.read(document, offset, length)
             if self.targets is not None and is_target is not None:
-                is_target[filled : filled + len(part)] = self.targets.read(int(order[place]), offset, len(part))
-            if offset == 0 and len(part):
-                starts[filled] = True
-            filled, place, offset = filled + len(part), place + 1, 0
+                is_target[place] = self.targets.read(document, offset, length)
+            starts[place.start] |= offset == 0
         return Sample(tokens, starts | document_starts(tokens, self.eod), is_target)
 
     def _make_index(self) -> np.ndarray:
@@ -151,7 +173,7 @@ class Corpus:
         for begin in range(0, count, _BLOCK_DOCUMENTS):
             block = np.arange(begin, min(begin + _BLOCK_DOCUMENTS, count))
             index[0, block] = first + permute(block, count, key)
-        np.cumsum(self.reader.lengths[index[0, :-1]], out=index[1, 1:])
+        np.cumsum(self.reader.lengths(first, last)[index[0, :-1] - first], out=index[1, 1:])
         return index
 
     def _cache_key(self) -> int:
@@ -159,3 +181,7 @@ class Corpus:
         files = [Path(f"{self.reader.prefix}{ending}").resolve() for ending in (".bin", ".idx")]
         state = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         return derive_key("index 1", *state, *self.documents, self.seed, self.name)
+
+
+def _same_lengths(one: IndexedReader, other: IndexedReader) -> bool:
+    return len(one) == len(other) and np.array_equal(one.lengths(), other.lengths())

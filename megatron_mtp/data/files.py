@@ -16,8 +16,6 @@ from typing import IO
 
 import numpy as np
 
-from megatron_mtp.errors import DataError
-
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SAY_AFTER_S = 10.0
@@ -83,8 +81,8 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def cached_array(path: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in the `.npy` file `path`, memory-mapped. The first process builds it and the others wait for the file.
+def cached_array(path: Path, build: Callable[[], np.ndarray]) -> None:
+    """Makes the `.npy` file `path` if there is none. The first process builds it and the others wait for the file.
 
     No process waits in a collective. If the builder dies, its lock is released and another process takes over. On a
     file system without locks, several processes may build the same array; the file is always complete.
@@ -92,31 +90,14 @@ def cached_array(path: Path, build: Callable[[], np.ndarray]) -> np.ndarray:
     Raises:
         OSError: the folder cannot be written.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (path.parent / f".{path.name}.lock").open("a") as lock:
-            _wait_for_turn(lock, path)
-            if not path.exists():
-                with replacing(path) as temporary, temporary.open("wb") as file:
-                    np.save(file, build())
-    return load_array(path, "Delete it, and it is built again.")
-
-
-def load_array(path: Path, remedy: str) -> np.ndarray:
-    """The array in a `.npy` file, memory-mapped.
-
-    Raises:
-        DataError: the file is damaged; the text ends with `remedy`.
-        OSError: it cannot be read.
-    """
-    stat_file(path)
-    try:
-        loaded: np.ndarray = np.load(path, mmap_mode="r")
-        return loaded
-    except OSError:
-        raise
-    except Exception as error:  # numpy reads the header as Python source, which fails in many ways
-        raise DataError(f"{path}: is damaged ({error}). {remedy}") from error
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("a") as lock:
+        _wait_for_turn(lock, path)
+        if not path.exists():
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, build())
 
 
 def _wait_for_turn(lock: IO[str], path: Path) -> None:

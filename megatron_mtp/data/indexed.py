@@ -1,7 +1,7 @@
-"""Megatron's `.bin/.idx` files: a memory-mapped reader with clear errors, and a writer for batches of documents.
+"""Megatron's `.bin/.idx` files: a reader with clear errors, and a writer for batches of documents.
 
 Megatron-Core's IndexedDataset reads and writes the same bytes (a test compares them), but its import takes seconds and
-needs torch, and a damaged file ends in an assertion or a bus error.
+needs torch, and a file that is damaged, or truncated while it is read, ends in an assertion or a bus error.
 
 `.idx`: 9 bytes magic; version, uint64 = 1; dtype code, uint8; number of sequences n, uint64; length of the document
 index, uint64; then int32 lengths [n] in tokens, int64 offsets [n] in bytes, int64 document index. `.bin`: the tokens.
@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mtp.data.files import stat_file
+from megatron_mtp.data.data_file import DataFile
 from megatron_mtp.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 _BLOCK = 1 << 18  # entries checked at a time: a few MB of memory at any size of the index
 
 
@@ -34,96 +35,108 @@ class IndexedReader:
     """Read-only view of `<prefix>.bin` and `<prefix>.idx`. Each sequence is a document.
 
     Every entry of the index is checked when it is opened: a damaged one would give wrong samples without an error.
+    Neither file is kept in memory; see `data_file`.
 
     Attributes:
-        lengths: int32 [n], tokens in each sequence.
         dtype: of the stored tokens.
         bin_size: bytes of `<prefix>.bin`.
         idx_size: bytes of `<prefix>.idx`.
 
     Raises:
-        DataError: a file is missing, empty, truncated, of another format, damaged, or does not belong to the other.
+        DataError: a file is missing, empty, truncated, of another format, damaged, or does not belong to the other; by
+            each method, if it can no longer be read.
     """
 
     def __init__(self, prefix: str):
         self.prefix = prefix
-        idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        self.idx_size, self.bin_size = _size(idx_path), _size(bin_path)
-        self.dtype, count, documents = self._read_header(idx_path, self.idx_size)
-        end = _HEADER.size + count * 12 + documents * 8
-        if self.idx_size not in (end, end + count):  # multimodal files hold one more byte for each sequence
+        self._idx, self._bin = _open(Path(f"{prefix}.idx")), _open(Path(f"{prefix}.bin"))
+        self.idx_size, self.bin_size = self._idx.size, self._bin.size
+        self.dtype, self._count, documents = self._read_header(self._idx)
+        end = _HEADER.size + len(self) * 12 + documents * 8
+        if self.idx_size not in (end, end + len(self)):  # multimodal files hold one more byte for each sequence
             raise DataError(
-                f"{idx_path}: holds {self.idx_size} bytes, but {count} sequences and {documents} document marks take "
-                f"{end}. The file is truncated or damaged: copy or prepare it again."
+                f"{self._idx.path}: holds {self.idx_size} bytes, but {len(self)} sequences and {documents} document "
+                f"marks take {end}. The file is truncated or damaged: copy or prepare it again."
             )
-        table = np.memmap(idx_path, np.uint8, "r")
-        self.lengths = table[_HEADER.size :][: count * 4].view(np.int32)
-        self._offsets = table[_HEADER.size + count * 4 :][: count * 8].view(np.int64)
-        expected = self._check_entries(table[_HEADER.size + count * 12 :][: documents * 8].view(np.int64))
+        expected = self._check_sequences()
+        self._check_documents(documents)
         if self.bin_size != expected:
             raise DataError(
-                f"{bin_path}: holds {self.bin_size} bytes, but {idx_path.name} describes {expected}. The file is "
-                "truncated or belongs to another index: copy or prepare it again."
+                f"{self._bin.path}: holds {self.bin_size} bytes, but {self._idx.path.name} describes {expected}. The "
+                "file is truncated or belongs to another index: copy or prepare it again."
             )
-        self._tokens = np.memmap(bin_path, self.dtype, "r")
 
-    def _check_entries(self, marks: np.ndarray) -> int:
-        """Compares each length with each offset, and the document index with both; returns the bytes of all tokens."""
+    def _check_sequences(self) -> int:
+        """Compares each length with each offset; returns the bytes of all tokens."""
         end = 0
         for begin in range(0, len(self), _BLOCK):
-            sizes = self.lengths[begin : begin + _BLOCK].astype(np.int64) * self.dtype.itemsize
+            last = min(begin + _BLOCK, len(self))
+            lengths, offsets = self.lengths(begin, last), self._offsets(begin, last)
+            sizes = lengths.astype(np.int64) * self.dtype.itemsize
             ends = end + np.cumsum(sizes)
-            wrong = (sizes < 0) | (self._offsets[begin : begin + _BLOCK] != ends - sizes)
+            wrong = (sizes < 0) | (offsets != ends - sizes)
             if wrong.any():
-                at = begin + int(np.argmax(wrong))
+                at = int(np.argmax(wrong))
                 raise DataError(
-                    f"{self.prefix}.idx: is damaged at sequence {at} (length {self.lengths[at]}, offset "
-                    f"{self._offsets[at]}): each offset must be the sum of the lengths before it. Copy or prepare it "
-                    "again."
+                    f"{self._idx.path}: is damaged at sequence {begin + at} (length {lengths[at]}, offset "
+                    f"{offsets[at]}): each offset must be the sum of the lengths before it. Copy or prepare it again."
                 )
             end = int(ends[-1])
-        for begin in range(0, len(marks), _BLOCK):
-            block = marks[begin : begin + _BLOCK + 1]  # one more, to compare neighbours of two blocks
-            if block[0] < 0 or block[-1] > len(self) or (block[1:] < block[:-1]).any():
-                raise DataError(
-                    f"{self.prefix}.idx: its document index is damaged after entry {begin}: it must rise from 0 to "
-                    f"{len(self)}. Copy or prepare it again."
-                )
         return end
 
+    def _check_documents(self, count: int) -> None:
+        """Checks the document index, which Megatron-Core reads."""
+        for begin in range(0, count, _BLOCK):
+            place = _HEADER.size + len(self) * 12 + begin * 8
+            block = self._idx.array(place, min(_BLOCK + 1, count - begin), _INT64)  # one more: neighbours of two blocks
+            if block[0] < 0 or block[-1] > len(self) or (block[1:] < block[:-1]).any():
+                raise DataError(
+                    f"{self._idx.path}: its document index is damaged after entry {begin}: it must rise from 0 to "
+                    f"{len(self)}. Copy or prepare it again."
+                )
+
     @staticmethod
-    def _read_header(path: Path, size: int) -> tuple[np.dtype, int, int]:
-        with path.open("rb") as file:
-            header = file.read(_HEADER.size)
-        if size < _HEADER.size:
+    def _read_header(file: DataFile) -> tuple[np.dtype, int, int]:
+        if file.size < _HEADER.size:
             raise DataError(
-                f"{path}: holds {size} bytes, fewer than its {_HEADER.size} byte header. Copy or prepare it again."
+                f"{file.path}: holds {file.size} bytes, fewer than its {_HEADER.size} byte header. Copy or prepare it "
+                "again."
             )
-        magic, version, code, count, documents = _HEADER.unpack(header)
+        magic, version, code, count, documents = _HEADER.unpack(file.read(0, _HEADER.size))
         if magic != _MAGIC or version != 1 or code not in _DTYPES:
             raise DataError(
-                f"{path}: is not a Megatron index (magic {magic!r}, version {version}, dtype code {code}). "
+                f"{file.path}: is not a Megatron index (magic {magic!r}, version {version}, dtype code {code}). "
                 "dataset.blend names prefixes of .bin/.idx files that `megatron-mtp prepare` or Megatron-LM wrote."
             )
         if count == 0:
-            raise DataError(f"{path}: describes no documents. Prepare it again from text that has some.")
+            raise DataError(f"{file.path}: describes no documents. Prepare it again from text that has some.")
         return np.dtype(_DTYPES[code]), count, documents
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._count
+
+    def lengths(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Tokens in each of the sequences [first, last), int32; None: to the last one."""
+        count = (len(self) if last is None else last) - first
+        return self._idx.array(_HEADER.size + first * 4, count, _INT32)
+
+    def _offsets(self, first: int, last: int) -> np.ndarray:
+        """First byte of each of the sequences [first, last), int64."""
+        return self._idx.array(_HEADER.size + len(self) * 4 + first * 8, last - first, _INT64)
 
     def count_tokens(self, first: int, last: int) -> int:
         """Number of tokens in the sequences [first, last), which are stored contiguously."""
         if first >= last:
             return 0
-        begin, end = int(self._offsets[first]), int(self._offsets[last - 1])
-        return (end - begin) // self.dtype.itemsize + int(self.lengths[last - 1])
+        begin, end = int(self._offsets(first, first + 1)[0]), int(self._offsets(last - 1, last)[0])
+        return (end - begin) // self.dtype.itemsize + int(self.lengths(last - 1, last)[0])
 
     def read(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """`length` tokens of a sequence from `offset` on (None: to its end), as stored, without a copy."""
-        begin = int(self._offsets[sequence]) // self.dtype.itemsize
-        end = int(self.lengths[sequence]) if length is None else offset + length
-        return self._tokens[begin + offset : begin + end]
+        """`length` tokens of a sequence from `offset` on (None: to its end), as stored."""
+        if length is None:
+            length = int(self.lengths(sequence, sequence + 1)[0]) - offset
+        begin = int(self._offsets(sequence, sequence + 1)[0]) + offset * self.dtype.itemsize
+        return self._bin.array(begin, length, self.dtype)
 
 
 class IndexedWriter:
@@ -172,14 +185,14 @@ class IndexedWriter:
         return len(lengths), int(ends[-1]) if len(ends) else 0
 
 
-def _size(path: Path) -> int:
+def _open(path: Path) -> DataFile:
     try:
-        size = stat_file(path).st_size
+        file = DataFile(path, "Copy or prepare it again, and start the run again.")
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). dataset.blend names prefixes, without .bin or .idx; "
             "relative ones start from the working directory."
         ) from error
-    if size == 0:
+    if file.size == 0:
         raise DataError(f"{path}: is empty (0 bytes). Copy or prepare it again.")
-    return size
+    return file

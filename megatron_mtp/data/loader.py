@@ -53,7 +53,10 @@ class BatchBuilder:
         return GlobalBatch(step, sample_ids, places, micro_batches, count_targets(micro_batches))
 
     def _read(self, sample_id: int) -> Sample:
-        sample = self.source.read(sample_id)
+        try:
+            sample = self.source.read(sample_id)
+        except DataError as error:
+            raise DataError(f"{self.source.describe(sample_id)}: {error}") from error
         if self.vocab_size is not None:
             worst = int(sample.tokens.max()) if sample.tokens.min() >= 0 else int(sample.tokens.min())
             if not 0 <= worst < self.vocab_size:

@@ -76,12 +76,12 @@ def run(options: argparse.Namespace) -> list[FittedProjection]:
 
 def read_pieces(prefixes: Sequence[str], most: int, context: int) -> list[list[int]]:
     """Beginnings of documents, at most `context` tokens long, from all data sets in turn."""
-    readers = [IndexedReader(prefix) for prefix in prefixes]
+    readers = [(reader, reader.lengths()) for reader in map(IndexedReader, prefixes)]
     found = (
-        reader.read(number, 0, min(context, int(reader.lengths[number]))).tolist()
-        for number in range(max(map(len, readers)))
-        for reader in readers
-        if number < len(reader) and reader.lengths[number] > 1
+        reader.read(number, 0, min(context, int(lengths[number]))).tolist()
+        for number in range(max(len(reader) for reader, _ in readers))
+        for reader, lengths in readers
+        if number < len(lengths) and lengths[number] > 1
     )
     pieces = list(islice(found, most))
     if len(pieces) < HELD_OUT:

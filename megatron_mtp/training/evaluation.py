@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from functools import reduce
 from operator import add
 
 from megatron_mtp.data.loader import DataModule
 from megatron_mtp.objective.metrics import BatchMetrics
+from megatron_mtp.training.guards.data_errors import agreed
 from megatron_mtp.training.step import Engine
 
 EvaluationResult = BatchMetrics
@@ -26,9 +26,12 @@ def evaluate(
 
     Returns:
         Validation set name -> result, the main set first.
+
+    Raises:
+        LostDataError: on every rank: some rank can no longer read a set.
     """
     results = {}
     for name in data.valid_names if names is None else names:
-        with closing(data.valid(name)) as batches:
-            results[name] = reduce(add, (engine.evaluate(batch, loss_factor) for batch in batches))
+        batches = agreed(data.valid(name), engine.device)
+        results[name] = reduce(add, (engine.evaluate(batch, loss_factor) for batch in batches))
     return results

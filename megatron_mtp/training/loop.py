@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mtp.data.batch import GlobalBatch
-from megatron_mtp.data.prefetch import Prefetcher
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, LostDataError
 from megatron_mtp.objective.metrics import loss_names
 from megatron_mtp.observe.metrics import StepRecord, columns, scalars
 from megatron_mtp.observe.recorder import Recorder
@@ -17,6 +16,7 @@ from megatron_mtp.training.callbacks import Callback, Metrics
 from megatron_mtp.training.callbacks.base import restore
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
 from megatron_mtp.training.guards.attribution import locate
+from megatron_mtp.training.guards.data_errors import agreed
 from megatron_mtp.training.guards.faults import Action, FaultWatch, decide
 from megatron_mtp.training.guards.preemption import Decision, StepBoundary
 from megatron_mtp.training.guards.watchdog import Watchdog
@@ -74,24 +74,41 @@ class Trainer:
         """Trains to the end of the run, or to where this process is to leave.
 
         Raises:
+            LostDataError: on every rank, after a checkpoint: some rank can no longer read its data.
             NumericsError: on every rank: the numbers are bad and the policy is to stop.
             ReplicaError: on every rank: replicas of the weights differ.
         """
+        try:
+            self._start()
+            decision = self._train_steps()
+            self.is_preempted, self.stop_reason = decision.is_preempted, decision.leave
+            self._end()
+        except LostDataError:  # between two steps
+            if self.state.iteration:
+                self.saver.announce_end()
+                self._save_the_end("data cannot be read")
+            raise
+
+    def _train_steps(self) -> Decision:
+        """Trains until the run has its length or all ranks decide to leave."""
         state, end = self.state, self.run.resolved.length_samples
-        self._start()
-        batches = self.run.data.train(state.data_position)
+        batches = self._batches()
         decision = Decision()
         while decision.leave is None and (end is None or state.consumed_samples < end):
             self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
             batch = next(batches)
             if self._step(batch) == "roll back":
                 batches.close()
-                batches = self._roll_back(batch)
+                self._roll_back(batch)
+                batches = self._batches()
             else:
                 decision = self._evaluate_and_save()
         batches.close()
-        self.is_preempted, self.stop_reason = decision.is_preempted, decision.leave
-        self._end()
+        return decision
+
+    def _batches(self) -> Generator[GlobalBatch]:
+        """The batches of the steps to come."""
+        return agreed(self.run.data.train(self.state.data_position), self.run.device.torch_device)
 
     def _start(self) -> None:
         """Evaluates and saves before the first step of a run, where the config asks for it."""
@@ -125,7 +142,7 @@ class Trainer:
         self._save_the_end()
         self._call("on_train_end")
 
-    def _save_the_end(self) -> None:
+    def _save_the_end(self, reason: str = "end of training") -> None:
         """Saves where the run ends, and tries again if that fails: someone may make room, or a server come back."""
         self.saver.finalize(blocking=True)
         for pause_s in RETRY_S if self.saver.has_tried else (0.0, *RETRY_S):
@@ -133,7 +150,7 @@ class Trainer:
                 return
             self.watchdog.beat(f"iteration {self.state.iteration}: waiting before the last checkpoint is tried again")
             time.sleep(pause_s)
-            self._save("end of training")
+            self._save(reason)
             self.saver.finalize(blocking=True)
 
     def _step(self, batch: GlobalBatch) -> Action:
@@ -172,12 +189,11 @@ class Trainer:
         self.recorder.message(report, kind="fault", iteration=self.state.iteration + 1)
         return action
 
-    def _roll_back(self, batch: GlobalBatch) -> Prefetcher[GlobalBatch]:
+    def _roll_back(self, batch: GlobalBatch) -> None:
         """Goes back to the last checkpoint; the data continues after this batch."""
         self.saver.roll_back(len(batch.sample_ids))
         restore(self.callbacks, self.state)
         self.recorder.roll_back(self.state.iteration, self.state.health.get("signs"))
-        return self.run.data.train(self.state.data_position)
 
     def _record(
         self, result: StepResult, batch_size: int, rate: float, loss_factor: float, elapsed_s: float

@@ -27,7 +27,7 @@ def test_files_are_megatron_cores(tmp_path, dtype):
     theirs, ours = IndexedDataset(str(tmp_path / "ours")), IndexedReader(str(tmp_path / "theirs"))
     assert len(theirs) == len(ours) == 4
     assert ours.dtype == dtype
-    assert ours.lengths.tolist() == theirs.sequence_lengths.tolist()
+    assert ours.lengths().tolist() == theirs.sequence_lengths.tolist()
     for i, document in enumerate(documents):
         assert ours.read(i).tolist() == theirs[i].tolist() == document
     assert ours.read(3, 10, 5).tolist() == theirs.get(3, 10, 5).tolist() == documents[3][10:15]

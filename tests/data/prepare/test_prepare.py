@@ -59,7 +59,7 @@ def test_in_order_without_a_shuffle(inputs, tmp_path):
     assert documents(made.prefixes[0]) == all_texts(inputs)
     sidecar = Sidecar.load(made.prefixes[0])
     reader = IndexedReader(made.prefixes[0])
-    assert (sidecar.num_documents, sidecar.num_tokens) == (200, int(reader.lengths.sum()))
+    assert (sidecar.num_documents, sidecar.num_tokens) == (200, int(reader.lengths().sum()))
     assert (sidecar.largest_id, sidecar.vocab_size, sidecar.eod, sidecar.append_eod) == (256, 257, 256, True)
     assert sidecar.bin_bytes == reader.bin_size == made.counts.tokens * 2
     assert sidecar.idx_bytes == Path(f"{made.prefixes[0]}.idx").stat().st_size

@@ -1,0 +1,140 @@
+"""Files of a data set, read at any place, and never memory-mapped.
+
+A page of a mapped file that was truncated, or that its disk cannot deliver, kills the process with SIGBUS. A read
+returns fewer bytes or an error instead, which names the file and lets the run save before it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from megatron_mtp.data.files import stat_file
+from megatron_mtp.errors import DataError
+
+logger = logging.getLogger(__name__)
+PAUSES_S = (1.0, 5.0, 30.0)
+"""Pauses before a read that failed is tried again: the file system of another machine may come back."""
+
+
+class DataFile:
+    """A file that is open for reading. Threads may share it.
+
+    Args:
+        remedy: what to do if its content is not as it was at opening, such as "Copy it again."
+
+    Attributes:
+        path: of the file.
+        size: bytes at opening.
+
+    Raises:
+        DataError: by each read, if the file was truncated or deleted since it was opened, or cannot be read.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, remedy: str):
+        self.path, self._remedy = path, remedy
+        status = stat_file(path)
+        self.size, self._changed = status.st_size, status.st_mtime_ns
+        self._fd = _open(path)
+        self._has_links = os.fstat(self._fd).st_nlink > 0  # some file systems count none
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def read(self, begin: int, length: int) -> bytes:
+        """Exactly `length` bytes from byte `begin` on."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return self._read(begin, length)
+            except OSError as error:
+                if pause_s is None:
+                    raise DataError(
+                        f"{self.path}: cannot be read any more ({error.strerror}, {1 + len(PAUSES_S)} attempts in "
+                        f"{sum(PAUSES_S):.0f} s). Repair its disk or its network, and start the run again."
+                    ) from error
+                logger.warning("%s: %s; it is read again in %.0f s", self.path, error.strerror, pause_s)
+                time.sleep(pause_s)
+                self._reopen()
+        raise AssertionError("the last attempt returns or raises")
+
+    def array(self, begin: int, count: int, dtype: np.dtype) -> np.ndarray:
+        """`count` values from byte `begin` on, [count], read-only."""
+        return np.frombuffer(self.read(begin, count * dtype.itemsize), dtype)
+
+    def _read(self, begin: int, length: int) -> bytes:
+        if self._has_links and os.fstat(self._fd).st_nlink == 0:
+            raise DataError(f"{self.path}: was deleted while it was in use. {self._remedy}")
+        content = os.pread(self._fd, length, begin)
+        while len(content) < length:  # one read returns at most 2 GiB
+            more = os.pread(self._fd, length - len(content), begin + len(content))
+            if not more:
+                raise DataError(
+                    f"{self.path}: was truncated while it was in use, from {self.size} to {os.fstat(self._fd).st_size} "
+                    f"bytes. {self._remedy}"
+                )
+            content += more
+        return content
+
+    def _reopen(self) -> None:
+        """Opens the file again, if it is the same: a handle that a file server has forgotten never works again."""
+        with suppress(OSError):  # the next read says what is wrong
+            fresh = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(fresh)
+            if (status.st_size, status.st_mtime_ns) == (self.size, self._changed):
+                os.dup2(fresh, self._fd, inheritable=False)
+            os.close(fresh)
+
+
+class StoredTable:
+    """The int64 table in a `.npy` file, [rows, columns], read by parts: `table[row, first:last]`.
+
+    Raises:
+        DataError: the file is damaged; the text ends with `remedy`.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, remedy: str):
+        self._file = DataFile(path, remedy)
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                self.shape, is_fortran, dtype = read_header[version](file)
+                self._begin = file.tell()
+        except OSError:
+            raise
+        except Exception as error:  # numpy reads the header as Python source, which fails in many ways
+            raise DataError(f"{path}: is damaged ({error}). {remedy}") from error
+        if is_fortran or dtype != np.int64 or len(self.shape) != 2 or self._file.size != self._begin + self._bytes():
+            raise DataError(f"{path}: is damaged: it is not the whole of a table. {remedy}")
+
+    def _bytes(self) -> int:
+        rows, columns = self.shape
+        return int(rows) * int(columns) * 8
+
+    def __getitem__(self, place: tuple[int, slice]) -> np.ndarray:
+        row, columns = place
+        first, last, _ = columns.indices(self.shape[1])
+        begin = self._begin + (row * self.shape[1] + first) * 8
+        return self._file.array(begin, max(0, last - first), np.dtype(np.int64))
+
+
+def _open(path: Path) -> int:
+    """A file descriptor. Raises this process's limit on open files once it is reached: a blend may have many files."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

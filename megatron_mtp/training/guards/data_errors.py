@@ -1,0 +1,46 @@
+"""One rank that cannot read its data must not leave the others waiting in the collectives of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+
+import torch
+import torch.distributed as dist
+
+from megatron_mtp.data.batch import GlobalBatch
+from megatron_mtp.data.prefetch import Prefetcher
+from megatron_mtp.errors import DataError, LostDataError
+
+
+def agreed(batches: Prefetcher[GlobalBatch], device: torch.device) -> Generator[GlobalBatch]:
+    """The same batches; an error in the data of one rank is raised on every rank. Each batch is a collective.
+
+    Args:
+        batches: closed when the generator ends or is closed.
+        device: where collectives keep their tensors.
+
+    Raises:
+        LostDataError: on every rank, before the same batch: some rank cannot read it.
+    """
+    with closing(batches):
+        while True:
+            problem, batch = "", None
+            try:
+                batch = next(batches, None)
+            except DataError as error:
+                problem = str(error)
+            has_problem = torch.tensor(int(bool(problem)), dtype=torch.int, device=device)
+            dist.all_reduce(has_problem, op=dist.ReduceOp.MAX)
+            if has_problem:
+                raise LostDataError(_problems(problem))
+            if batch is None:
+                return
+            yield batch
+
+
+def _problems(own: str) -> str:
+    """The problems of all ranks, each once. A collective."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return "\n".join(dict.fromkeys(problem for problem in found if problem))
