@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
-        if name.startswith("megatron_mtp_recipe") or name in ("rec", "rec.week", "beside"):
+        if name.startswith("megatron_mtp_own") or name in ("rec", "rec.week", "beside"):
             del sys.modules[name]
 
 
