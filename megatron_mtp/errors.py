@@ -178,6 +178,10 @@ class OutOfMemoryError(MegatronMTPError):
     """A device ran out of memory; the text says what was planned and what would help."""
 
 
+class ForwardStepError(MegatronMTPError):
+    """A forward_step of one's own returns what cannot be used."""
+
+
 class ReplicaError(MegatronMTPError):
     """Data-parallel replicas hold different weights. Starting again from a checkpoint makes them equal."""
 

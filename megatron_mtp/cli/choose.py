@@ -24,10 +24,20 @@ Overrides = Annotated[
 Files = Annotated[
     list[Path] | None, typer.Option("--config", metavar="FILE", help="YAML file with config changes; repeatable.")
 ]
+Callbacks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--callback",
+        metavar="NAME",
+        help="Callback of your own, as file.py:Class or module:Class; repeatable. Added to train.callbacks.",
+    ),
+]
 
 
-def choose_config(recipe: str, files: list[Path] | None, overrides: list[str] | None) -> ConfigContainer:
-    """The unfinalized config; a later source wins.
+def choose_config(
+    recipe: str, files: list[Path] | None, overrides: list[str] | None, callbacks: list[str] | None = None
+) -> ConfigContainer:
+    """The unfinalized config; a later source wins. The names of `callbacks` are added to train.callbacks.
 
     Raises:
         ConfigError: what is wrong in any of the sources.
@@ -48,4 +58,18 @@ def choose_config(recipe: str, files: list[Path] | None, overrides: list[str] | 
                 problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if callbacks:
+        cfg.train.callbacks = [*cfg.train.callbacks, *callbacks]
     return cfg
+
+
+def check_named_callbacks(cfg: ConfigContainer) -> None:
+    """Imports the classes that train.callbacks names. Call it after `finalize`: this may import torch.
+
+    Raises:
+        ConfigError: one cannot be imported, or is no callback.
+    """
+    if cfg.train.callbacks:
+        from megatron_mtp.training.callbacks.named import check_named_callbacks as check
+
+        check(cfg.train.callbacks)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.cli.choose import Callbacks, Files, Overrides, Recipe, check_named_callbacks, choose_config
 from megatron_mtp.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ def launch(
     recipe: Recipe,
     overrides: Overrides = None,
     config: Files = None,
+    callback: Callbacks = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Processes per machine, one per GPU.")] = 8,
     max_restarts: Annotated[
@@ -53,11 +54,16 @@ def launch(
 
     The config is validated for the job's size before anything is submitted.
     """
+    from megatron_mtp.config.overrides import as_override
     from megatron_mtp.launch.job import Job, check_job
     from megatron_mtp.recipes.own import absolute
 
-    cfg = choose_config(recipe, config, overrides)
+    cfg = choose_config(recipe, config, overrides, callback)
     cfg.finalize(nodes * gpus_per_node)
+    check_named_callbacks(cfg)
+    if cfg.train.callbacks:
+        own = as_override("train.callbacks", [absolute(name) for name in cfg.train.callbacks])
+        overrides = [*(overrides or []), own]
     chosen = name or recipe.rpartition(":")[2].replace("_", "-")
     job = Job(cfg, absolute(recipe), config or [], overrides or [], chosen, nodes, gpus_per_node, max_restarts)
     options = {"--partition": partition, "--account": account, "--time": time, "--sbatch": sbatch}

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.cli.choose import Callbacks, Files, Overrides, Recipe, check_named_callbacks, choose_config
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.launch.entry import exit_code
@@ -20,6 +20,7 @@ def pretrain(
     recipe: Recipe,
     overrides: Overrides = None,
     config: Files = None,
+    callback: Callbacks = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Start this many processes on this machine. Leave it out under torchrun.")
     ] = None,
@@ -40,12 +41,13 @@ def pretrain(
     json: Annotated[bool, typer.Option("--json", help="With --dry-run: print everything as JSON.")] = False,
 ) -> None:
     """Train a model. Under torchrun it joins the job; otherwise it runs as one process, or as --nproc of them."""
-    cfg = choose_config(recipe, config, overrides)
+    cfg = choose_config(recipe, config, overrides, callback)
     if dry_run:
         from megatron_mtp.config.checks.parallel import minimum_world_size
 
         processes = world_size or nproc or minimum_world_size(cfg.model)
         cfg.copy().finalize(processes)  # before torch is imported
+        check_named_callbacks(cfg)
         return _dry_run(cfg, processes, hardware=hardware, json=json)
     for name, given in (("--json", json), ("--world-size", world_size), ("--hardware", hardware)):
         if given:
@@ -55,11 +57,14 @@ def pretrain(
         raise ConfigError(f"--nproc {nproc}: torchrun has started the processes already. Leave --nproc out.")
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank else nproc or 1
     cfg.copy().finalize(world_size)  # before torch is imported or a process is started
+    check_named_callbacks(cfg)
     if world_size > 1 and not is_rank:
+        from megatron_mtp.config.overrides import as_override
         from megatron_mtp.launch.local import run_ranks
 
         files = [argument for file in config or [] for argument in ("--config", str(file))]
-        command = [sys.executable, "-m", "megatron_mtp", "pretrain", recipe, *files, "--", *(overrides or [])]
+        changes = [*(overrides or []), *([as_override("train.callbacks", cfg.train.callbacks)] if callback else [])]
+        command = [sys.executable, "-m", "megatron_mtp", "pretrain", recipe, *files, "--", *changes]
         raise typer.Exit(run_ranks(command, world_size, cfg.dist.preempted_exit_code))
     from megatron_mtp.training.pretrain import pretrain as train
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.cli.choose import Callbacks, Files, Overrides, Recipe, check_named_callbacks, choose_config
 from megatron_mtp.config import ConfigContainer
 
 
@@ -16,6 +16,7 @@ def show(
     recipe: Recipe,
     overrides: Overrides = None,
     config: Files = None,
+    callback: Callbacks = None,
     diff: Annotated[bool, typer.Option("--diff", help="Only what differs from the recipe.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     world_size: Annotated[int | None, typer.Option(help="Also check the sizes for this many processes.")] = None,
@@ -29,7 +30,8 @@ def show(
     from megatron_mtp.plan.facts import facts
     from megatron_mtp.recipes import get_recipe
 
-    cfg = choose_config(recipe, config, overrides).finalize(world_size)
+    cfg = choose_config(recipe, config, overrides, callback).finalize(world_size)
+    check_named_callbacks(cfg)
     changes = differences(get_recipe(recipe).finalize().to_dict(), cfg.to_dict())
     found = {**facts(cfg), "layout": resolve(cfg, world_size).layout.string}
     advice = hints(cfg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def apply_overrides(cfg: RunConfig, arguments: list[str]) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+
+
+def as_override(field: str, value: Any) -> str:
+    """The argument of `apply_overrides` that sets "section.field" to plain data."""
+    return f"{field}={json.dumps(value)}"  # JSON is YAML
 
 
 def _parse(cfg: RunConfig, argument: str) -> tuple[Section, str, Any]:

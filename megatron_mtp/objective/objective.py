@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_mtp.data.batch import MicroBatch
+from megatron_mtp.errors import ForwardStepError
 from megatron_mtp.objective.acceptance import ROWS, acceptance_counts
 from megatron_mtp.objective.heads import DepthHeads, HeadOutput
 from megatron_mtp.objective.metrics import ROUTER_LOSSES, BatchMetrics, mean
 from megatron_mtp.parallel.resolve import ResolvedRun
+
+RESULTS = ("sums", "acceptance")
+"""What the loss function of a micro-batch reports: sums [1+D] and acceptance counts [rows, 1+D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class StepObjective:
         groups = self.objective.groups
         one = torch.ones((), dtype=torch.int, device=total.device)
         acceptance = acceptance_counts(output.top1, batch.labels, batch.loss_mask, groups.cp)
-        found = {"sums": output.sums, "acceptance": acceptance}
+        found = dict(zip(RESULTS, (output.sums, acceptance), strict=True))
         return total * (self.num_microbatches * groups.dp_cp.size()), one, found
 
     def metrics(self, outputs: Sequence[dict[str, Tensor]], router_losses: Mapping[str, Tensor] | None) -> BatchMetrics:
@@ -124,7 +129,11 @@ class StepObjective:
             outputs: of this rank's micro-batches, from `loss_function`; empty before the last stage.
             router_losses: what this rank's routers recorded, name -> [layers]; None in evaluation, where they record
                 nothing.
+
+        Raises:
+            ForwardStepError: an output holds something else than RESULTS.
         """
+        _check_results(outputs)
         groups, num_states = self.objective.groups, len(self.counts)
         sums = torch.zeros(num_states, dtype=torch.float64, device=self.device)
         acceptance = torch.zeros(len(ROWS), num_states, dtype=torch.int64, device=self.device)
@@ -163,6 +172,17 @@ class StepObjective:
         return torch.tensor(
             [losses * n if name in run.router_loss_names else 0 for name, n in zip(ROUTER_LOSSES, ranks, strict=True)]
         )
+
+
+def _check_results(outputs: Sequence[Any]) -> None:
+    for output in outputs:
+        if not isinstance(output, dict) or set(output) != set(RESULTS):
+            held = ", ".join(map(repr, output)) if isinstance(output, dict) else f"a {type(output).__name__}"
+            raise ForwardStepError(
+                f"forward_step: the third result of its loss function holds {held}; it must hold "
+                f"{' and '.join(map(repr, RESULTS))}, as context.loss_function returns them, and nothing else would be "
+                "logged. Log values of your own from a callback (docs/extending.md, 'A metric')."
+            )
 
 
 def total_coefficients(counts: Tensor, loss_factor: float, depth_weights: Sequence[float]) -> Tensor:

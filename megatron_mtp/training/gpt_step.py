@@ -12,7 +12,11 @@ from megatron_mtp.objective.heads import HeadOutput
 from megatron_mtp.objective.objective import StepObjective
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""The micro-batch's total -> (loss, number of tokens, results). The results are those that `objective.RESULTS` names.
+Others would be logged nowhere, so they end the run with a ForwardStepError: log them from a callback."""
 ForwardStep = Callable[[StepObjective, Iterator[MicroBatch], nn.Module], tuple[Tensor, LossFunction | None]]
+"""Runs one micro-batch through one model chunk; see `forward_step`. One of your own usually calls `forward_step` and
+changes its results, or calls the model and then `context.loss_function`."""
 
 
 def forward_step(

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mtp.data.batch import GlobalBatch
-from megatron_mtp.errors import ConfigError, LostDataError
+from megatron_mtp.errors import LostDataError
 from megatron_mtp.objective.metrics import loss_names
 from megatron_mtp.observe.metrics import StepRecord, columns, scalars
 from megatron_mtp.observe.recorder import Recorder
-from megatron_mtp.training.callbacks import Callback, Metrics
+from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore
+from megatron_mtp.training.callbacks.events import call_event
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
 from megatron_mtp.training.guards.attribution import locate
 from megatron_mtp.training.guards.data_errors import agreed
@@ -26,10 +27,6 @@ from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
 from megatron_mtp.training.throughput import Throughput
-
-RESERVED = ("kind", "iteration", "time", "name")
-"""Keys of every line of metrics.jsonl that no metric may have."""
-
 
 RETRY_S = (5.0, 30.0)
 """Pauses before the last checkpoint of a run is tried again; together short enough for the time after a SIGTERM."""
@@ -232,12 +229,15 @@ class Trainer:
         self.evaluations = evaluate(self.run.engine, self.run.data, loss_factor)
         first = next(iter(self.evaluations.values()))
         taken = {*first.named_losses(), "lm loss ppl", *first.acceptance_rates()}
-        of_callbacks = self._call("on_evaluation", self.evaluations, taken=taken)
-        for name, result in self.evaluations.items():
-            is_first = result is first
-            metrics = result.acceptance_rates() | (of_callbacks if is_first else {})
-            label = "validation" if is_first else name
-            self.recorder.evaluation(label, state.iteration, result.named_losses(), metrics)
+        of_callbacks: dict[str, float] = {}
+        try:
+            of_callbacks = self._call("on_evaluation", self.evaluations, taken=taken)
+        finally:  # the evaluation is recorded even if a callback fails
+            for name, result in self.evaluations.items():
+                is_first = result is first
+                metrics = result.acceptance_rates() | (of_callbacks if is_first else {})
+                label = "validation" if is_first else name
+                self.recorder.evaluation(label, state.iteration, result.named_losses(), metrics)
         if self.saver.evaluated(first.losses[0]) and cfg.checkpoint.keep_best:
             self._save("lowest validation loss")
 
@@ -255,19 +255,6 @@ class Trainer:
     def _every(self, interval: int | None) -> bool:
         return interval is not None and self.state.iteration % interval == 0
 
-    def _call(self, event: str, *arguments: Any, taken: Collection[str] = ()) -> Metrics:
-        """Calls an event of every callback and joins the metrics that they return.
-
-        Raises:
-            ConfigError: a metric has a name in `taken` or the name of an earlier callback's metric.
-        """
-        metrics: Metrics = {}
-        for callback in self.callbacks:
-            returned = getattr(callback, event)(self.run, self.state, *arguments) or {}
-            if twice := [name for name in returned if name in taken or name in metrics or name in RESERVED]:
-                raise ConfigError(
-                    f"callbacks: {callback.name}.{event} returns {', '.join(map(repr, twice))}: the record has a value "
-                    "of that name. Choose another, such as my_area/thing_unit."
-                )
-            metrics |= returned
-        return metrics
+    def _call(self, event: str, *arguments: Any, taken: Collection[str] = ()) -> dict[str, float]:
+        """Calls an event of every callback; see `call_event`."""
+        return call_event(self.callbacks, event, self.run, self.state, *arguments, taken=taken)

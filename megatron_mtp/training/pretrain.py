@@ -21,8 +21,9 @@ from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.callbacks import Callback
-from megatron_mtp.training.callbacks.base import check_unique_names, restore
+from megatron_mtp.training.callbacks.base import restore
 from megatron_mtp.training.callbacks.configured import configured_callbacks
+from megatron_mtp.training.callbacks.named import check_callbacks
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.gpt_step import ForwardStep
 from megatron_mtp.training.gpt_step import forward_step as default_forward_step
@@ -72,7 +73,7 @@ def pretrain(
         cfg: a recipe's config or your own; it is copied, not changed.
         forward_step: runs one micro-batch through one chunk; None: `gpt_step.forward_step`.
         recipe: name for the records.
-        callbacks: called after the built-in ones that `cfg` asks for; see `Callback`.
+        callbacks: called after those that `cfg` asks for; see `Callback`.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is written.
@@ -86,7 +87,7 @@ def pretrain(
     resolved = resolve(prepare_config(cfg, job_size()), job_size())
     check_data(resolved.cfg)
     check_run_directory(resolved.cfg)
-    callbacks = check_unique_names([*configured_callbacks(resolved.cfg), *callbacks])
+    callbacks = check_callbacks([*configured_callbacks(resolved.cfg), *callbacks])
     setup_logging(env_rank())
     watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
     try:

@@ -81,11 +81,11 @@ def test_a_value_outside_its_range_is_refused(section, name):
 NO_PATHS = {
     "dataset": ("split",),
     "dist": ("hardware",),
-    "logger": ("wandb_project", "wandb_exp_name", "wandb_entity"),
+    "logger": ("wandb_project", "wandb_exp_name", "wandb_entity", "wandb_group", "wandb_tags", "wandb_notes"),
     "model": ("mcore", "mtp_loss_scaling_factor", "mtp_variant", "pipeline_model_parallel_layout", "recompute_modules"),
     "optimizer": ("muon_scale_mode",),
     "scheduler": ("lr_decay_tokens", "lr_warmup_tokens", "lr_wsd_decay_tokens"),
-    "train": ("train_tokens",),
+    "train": ("train_tokens", "callbacks"),
 }
 """Fields whose text is no path: names, counts, schedules, layouts."""
 

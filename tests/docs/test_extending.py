@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +19,8 @@ from megatron_mtp.observe.jsonl import read_metrics
 from tests.training.test_pretrain import tiny
 
 pytestmark = pytest.mark.dist
-PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, flags=re.S))
 
 
@@ -44,6 +48,9 @@ def short(folder: Path, **train: int):
 def test_examples_are_short():
     assert set(EXAMPLES) == {
         "targets_seen.py",
+        "masked_share.py",
+        "early_stop.py",
+        "mtp_activations.py",
         "gradient_sign.py",
         "my_cluster.yaml",
         "mistral_family.py",
@@ -70,6 +77,59 @@ def test_a_metric(folder: Path, capfd: pytest.CaptureFixture[str]):
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
     assert [event.value for event in events.Scalars("data/targets_seen")] == expected
+
+
+NAMES = ["masked_share.py:MaskedShare", "mtp_activations:MTPActivations"]
+
+
+def one_rank(folder: Path):
+    cfg = short(folder, train_iters=2, global_batch_size=8)
+    cfg.dataset.eod_mask_loss, cfg.train.callbacks = True, NAMES
+    pretrain(cfg)
+    return read_metrics(folder / "log" / "metrics.jsonl")
+
+
+def test_metrics_over_micro_batches(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    for step in one_rank(folder):
+        assert 0 < step["data/masked_share"] == pytest.approx(1 - step["lm/num_targets"] / (8 * 64), abs=1e-12)
+        assert step["mtp/largest_activation"] > 0
+
+
+@pytest.mark.slow
+def test_metrics_over_micro_batches_and_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two pipeline stages started by the command, which names the callbacks by file and module, and one rank."""
+    monkeypatch.chdir(folder)
+    arguments = ["tiny_dense", "dist.device=cpu", "train.train_iters=2", "validation.eval_iters=1", "--nproc", "2"]
+    arguments += ["model.num_layers=2", "train.global_batch_size=8", "dataset.eod_mask_loss=true"]
+    arguments += ["model.pipeline_model_parallel_size=2", "logger.log_dir=two", "--callback", NAMES[0]]
+    command = [sys.executable, "-m", "megatron_mtp", "pretrain", *arguments, "--callback", NAMES[1]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, env=environment, timeout=200)
+    for step, other in zip(one_rank(folder), read_metrics("two/metrics.jsonl"), strict=True):
+        assert other["data/masked_share"] == step["data/masked_share"]
+        assert other["mtp/largest_activation"] == pytest.approx(step["mtp/largest_activation"], rel=1e-4)
+    (start,) = read_metrics("two/metrics.jsonl", "start")
+    assert start["config"]["train"]["callbacks"] == NAMES
+
+
+def test_stop_early(folder: Path, caplog: pytest.LogCaptureFixture):
+    kind = example(folder, "early_stop").EarlyStop
+    cfg = short(folder, train_iters=8)
+    cfg.optimizer.lr, cfg.optimizer.min_lr, cfg.scheduler.lr_warmup_iters = 1e-30, 0.0, 0  # the loss stays as it is
+    cfg.validation.eval_interval = 1
+    cfg.checkpoint.save = cfg.checkpoint.load = str(folder / "run")
+    cfg.train.exit_interval = 2
+    pretrain(cfg, callbacks=[kind(patience=3)])
+    cfg.train.exit_interval = None
+    with caplog.at_level("INFO", logger="megatron_mtp.training.pretrain"):
+        done = pretrain(cfg, callbacks=[kind(patience=3)])
+    assert (done.state.iteration, done.exit_code) == (4, 0), "what it saw before the resume counts"
+    assert f"left after iteration 4: {done.stop_reason}" in caplog.messages
+    assert "in 3 evaluations" in done.stop_reason
+    waited = [e["early_stop/waited"] for e in read_metrics(folder / "log" / "metrics.jsonl", "evaluation")]
+    assert waited == [0, 1, 2, 3]
+    assert (folder / "run" / "iter_0000004").is_dir()
 
 
 def test_a_health_sign(folder: Path, capfd: pytest.CaptureFixture[str]):

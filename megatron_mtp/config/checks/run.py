@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.errors import Problem
@@ -12,8 +15,9 @@ MAX_RAMP_SIZES = 10_000
 
 
 def run_problems(cfg: RunConfig) -> list[Problem]:
-    """Every rule of training, optimizer, schedule, precision, logs, checkpoints and profiling."""
-    return _length_problems(cfg) + _scheduler_problems(cfg) + _optimizer_problems(cfg) + _record_problems(cfg)
+    """Every rule of training, optimizer, schedule, precision, logs, checkpoints, profiling and names of callbacks."""
+    problems = _length_problems(cfg) + _scheduler_problems(cfg) + _optimizer_problems(cfg) + _record_problems(cfg)
+    return problems + _callback_problems(cfg)
 
 
 def _length_problems(cfg: RunConfig) -> list[Problem]:
@@ -171,6 +175,13 @@ def _record_problems(cfg: RunConfig) -> list[Problem]:
     if prof.use_pytorch_profiler and prof.profile_step_start >= prof.profile_step_end:
         problems.append(problem(cfg, "profiling.profile_step_start", "must be below {profiling.profile_step_end=}"))
     return problems
+
+
+def _callback_problems(cfg: RunConfig) -> list[Problem]:
+    """The form of the names; what they name is imported where callbacks are known."""
+    found = problem(cfg, "train.callbacks", "must be module:Class or path/file.py:Class")
+    form = r"([\w.]+|.+\.py):\w+"
+    return [replace(found, value=name) for name in cfg.train.callbacks if not re.fullmatch(form, name)]
 
 
 def run_refusals(cfg: RunConfig) -> list[Problem]:

@@ -52,3 +52,5 @@ class TrainConfig(Section):
     """Rollbacks after which the run stops at the next fault."""
     check_replicas_interval: int | None = knob(None, ge=1, le=MAX_STEPS, resume="free")
     """Steps between comparisons of the weights of data-parallel replicas, by hash; None: never."""
+    callbacks: list[str] = knob([], resume="free")
+    """Callbacks of your own: file.py:Class or module:Class, each made without arguments (docs/extending.md)."""

@@ -7,14 +7,14 @@ order, so a callback may use collectives.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.health import Sign
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.setup import Run
@@ -23,17 +23,18 @@ from megatron_mtp.training.step import StepResult
 
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float]
-"""Name -> value. Names with a slash, `area/thing_unit`, group in TensorBoard and W&B."""
+Metrics = Mapping[str, float | None]
+"""Name -> value; None: nothing is recorded. Names with a slash, `area/thing_unit`, group in TensorBoard and W&B."""
 
 
 class Callback:
     """Base class of callbacks; override the events you need.
 
-    An exception ends the run; `run.request_stop(reason)` ends it with a checkpoint.
+    `run.request_stop(reason)` ends the run after the present step, with a checkpoint and exit code 0. An exception ends
+    it at once, with a traceback, exit code 1 and no checkpoint.
 
     Metrics that an event returns are recorded on the console, in TensorBoard, W&B and JSONL. Rank 0 writes them, so a
-    value that other ranks know must be brought there first: see `mean_over_ranks`.
+    value that other ranks know must be brought there first: see `mean_over_ranks` and `max_over_ranks`.
     """
 
     @property
@@ -53,7 +54,11 @@ class Callback:
         """
 
     def on_evaluation(self, run: Run, state: TrainState, results: dict[str, EvaluationResult]) -> Metrics | None:
-        """Called when all validation sets were evaluated. Returned metrics are recorded with those of the first set."""
+        """Called when all validation sets were evaluated, before that is recorded, and recorded even if this fails.
+
+        Returns:
+            Metrics that are recorded with those of the first set.
+        """
 
     def on_save(self, run: Run, state: TrainState) -> None:
         """Called before a checkpoint is written; `state_dict` is asked for afterwards."""
@@ -92,21 +97,6 @@ class ConfiguredCallback(Callback):
         raise NotImplementedError
 
 
-def check_unique_names(callbacks: list[Callback]) -> list[Callback]:
-    """`callbacks`, if each that keeps state has a name of its own.
-
-    Raises:
-        ConfigError: two would share their state in the checkpoint.
-    """
-    names = Counter(c.name for c in callbacks if type(c).state_dict is not Callback.state_dict)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ConfigError(
-            f"callbacks: {', '.join(twice)} is given more than once, and its state in the checkpoint has that name. "
-            "Override `name` so that each has its own."
-        )
-    return callbacks
-
-
 def restore(callbacks: list[Callback], state: TrainState) -> None:
     """Hands each callback its state in the checkpoint. State of callbacks that this run lacks is kept."""
     for callback in callbacks:
@@ -118,11 +108,23 @@ def restore(callbacks: list[Callback], state: TrainState) -> None:
         )
 
 
-def mean_over_ranks(run: Run, value: float | None) -> float | None:
-    """A collective over all ranks: the mean in fp64 of the values of those that have one; None where nobody has.
+def mean_over_ranks(run: Run, value: float | None, weight: float = 1.0) -> float | None:
+    """A collective over all ranks: the weighted mean in fp64 of the values of those that have one; None: nobody has.
 
     Example: the MTP stage passes its value and the other stages pass None; every rank, rank 0 too, gets the value.
+
+    Args:
+        weight: of this rank's value, such as the number of tokens that it is a mean over.
     """
-    total = torch.tensor([value or 0.0, value is not None], dtype=torch.float64, device=run.device.torch_device)
+    weight = 0.0 if value is None else weight
+    total = torch.tensor([(value or 0.0) * weight, weight], dtype=torch.float64, device=run.device.torch_device)
     dist.all_reduce(total)
     return (total[0] / total[1]).item() if total[1] else None
+
+
+def max_over_ranks(run: Run, value: float | None) -> float | None:
+    """A collective over all ranks: the largest value in fp64 of those that have one; None: nobody has."""
+    given = -math.inf if value is None else value
+    largest = torch.tensor([given, value is not None], dtype=torch.float64, device=run.device.torch_device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest[0].item() if largest[1] else None

@@ -6,6 +6,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.training.callbacks.base import Callback, ConfiguredCallback
 from megatron_mtp.training.callbacks.draft_evaluation import DraftEvaluation
 from megatron_mtp.training.callbacks.garbage_collection import GarbageCollection
+from megatron_mtp.training.callbacks.named import named_callbacks
 from megatron_mtp.training.callbacks.profiler import Profiler
 from megatron_mtp.training.callbacks.replicas import ReplicaCheck
 from megatron_mtp.training.callbacks.stragglers import StragglerReport
@@ -20,9 +21,10 @@ BUILT_IN: tuple[type[ConfiguredCallback], ...] = (
 
 
 def configured_callbacks(cfg: ConfigContainer) -> list[Callback]:
-    """The built-in callbacks that `cfg` switches on, in the order in which they are called.
+    """The built-in callbacks that `cfg` switches on, then those that it names, in the order in which they are called.
 
     Raises:
-        ConfigError: a callback that is asked for cannot run with this config.
+        ConfigError: a callback that is asked for cannot be made, or cannot run with this config.
     """
-    return [callback for kind in BUILT_IN if (callback := kind.from_config(cfg)) is not None]
+    built_in = [callback for kind in BUILT_IN if (callback := kind.from_config(cfg)) is not None]
+    return [*built_in, *named_callbacks(cfg.train.callbacks)]

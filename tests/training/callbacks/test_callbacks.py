@@ -6,16 +6,23 @@ import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_mtp import pretrain
-from megatron_mtp.errors import ConfigError, UnsupportedError
+from megatron_mtp.errors import ConfigError, ForwardStepError, UnsupportedError
 from megatron_mtp.observe.health import Window
 from megatron_mtp.observe.jsonl import read_metrics
-from megatron_mtp.training.callbacks import Callback
+from megatron_mtp.training import gpt_step
+from megatron_mtp.training.callbacks import Callback, max_over_ranks, mean_over_ranks
+from megatron_mtp.training.callbacks.events import call_event
+from tests.harness.ranks import Ranks
 from tests.training.test_pretrain import tiny
 
 pytestmark = pytest.mark.dist
@@ -99,6 +106,25 @@ def test_two_callbacks_of_one_name_are_refused(tmp_path: Path):
         pretrain(short(tmp_path), callbacks=[TokensSeen(), TokensSeen()])
 
 
+def reduced() -> list[float | None]:
+    """Means and maxima over two ranks, of which the second one lacks some values."""
+    rank, run = dist.get_rank(), SimpleNamespace(device=SimpleNamespace(torch_device=torch.device("cpu")))
+    mine, only_first = (1.0, 4.0)[rank], 3.0 if rank == 0 else None
+    return [
+        mean_over_ranks(run, mine),
+        mean_over_ranks(run, mine, weight=(3, 1)[rank]),
+        mean_over_ranks(run, only_first),
+        mean_over_ranks(run, None),
+        max_over_ranks(run, -mine),
+        max_over_ranks(run, only_first),
+        max_over_ranks(run, None),
+    ]
+
+
+def test_reductions_over_ranks(ranks: Ranks):
+    assert ranks(2).run(reduced) == [[2.5, 1.75, 3.0, None, -1.0, 3.0, None]] * 2
+
+
 class Returns(Callback):
     """Returns one metric from one event."""
 
@@ -121,8 +147,66 @@ class Returns(Callback):
 def test_a_metric_with_a_name_that_is_taken_ends_the_first_step(tmp_path: Path, event: str, metric: str):
     with pytest.raises(ConfigError, match=f"callbacks: Returns.{event} returns '{metric}'"):
         pretrain(short(tmp_path), callbacks=[Returns(event, metric)])
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == (0 if event == "on_step_end" else 4)
-    assert read_metrics(tmp_path / "metrics.jsonl", "evaluation") == []
+    steps, evaluations = (read_metrics(tmp_path / "metrics.jsonl", kind) for kind in ("step", "evaluation"))
+    assert (len(steps), len(evaluations)) == ((0, 0) if event == "on_step_end" else (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "on_step_end returns a list: return a dict"),
+        ({"my/x": "high"}, "returns 'my/x' = a str: must be a number"),
+        ({"my/x": torch.ones(())}, r"returns 'my/x' = a Tensor: must be a number; of a tensor, tensor.item\(\)"),
+    ],
+)
+def test_what_is_no_number_is_refused(returned: Any, message: str):
+    class Returned(Callback):
+        def on_step_end(self, run: Any, state: Any, result: Any) -> Any:
+            return returned
+
+    with pytest.raises(ConfigError, match=message):
+        call_event([Returned()], "on_step_end", None, None, None)
+
+
+def test_numbers_of_every_kind_are_recorded_and_none_is_left_out():
+    class Returned(Callback):
+        def on_step_end(self, run: Any, state: Any, result: Any) -> Any:
+            return {"a": 1, "b": np.float32(0.5), "c": None, "d": np.int64(7)}
+
+    metrics = call_event([Returned()], "on_step_end", None, None, None)
+    assert json.dumps(metrics) == '{"a": 1, "b": 0.5, "d": 7.0}'
+
+
+@pytest.mark.parametrize("end", [RuntimeError("in the evaluation"), SystemExit(0)], ids=["error", "exit"])
+def test_an_evaluation_is_recorded_though_a_callback_fails(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], end: BaseException
+):
+    class Fails(Callback):
+        def on_evaluation(self, run: Any, state: Any, results: Any) -> None:
+            raise end
+
+    cfg = short(tmp_path)
+    cfg.validation.eval_interval = 2
+    with pytest.raises(type(end)):
+        pretrain(cfg, callbacks=[Fails()])
+    (evaluation,) = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
+    assert (evaluation["iteration"], evaluation["lm loss"] > 0) == (2, True)
+    assert "validation loss at iteration 2 | lm loss value: " in capfd.readouterr().out
+
+
+def test_results_that_nothing_would_log_are_refused_by_name(tmp_path: Path):
+    def forward_step(context: Any, iterator: Any, model: Any) -> Any:
+        total, loss = gpt_step.forward_step(context, iterator, model)
+
+        def with_entropy(total: Any) -> Any:
+            scaled, count, results = loss(total)
+            return scaled, count, results | {"entropy": total}
+
+        return total, with_entropy
+
+    with pytest.raises(ForwardStepError, match=r"holds 'sums', 'acceptance', 'entropy'; it must hold"):
+        pretrain(short(tmp_path), forward_step)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_two_callbacks_cannot_return_one_metric(tmp_path: Path):
