@@ -11,6 +11,7 @@ import typer
 
 from megatron_mtp.cli.choose import Overrides
 from megatron_mtp.errors import ConfigError
+from megatron_mtp.observe.health import empty_agreement
 
 if TYPE_CHECKING:
     from megatron_mtp.training.evaluation import EvaluationResult
@@ -96,6 +97,8 @@ def _as_text(rows: dict[str, dict[str, Any]]) -> str:
             lines.append(f"{name:<{width}}  {key:<10}  {loss:>9.6f}  {targets:>11,}  {cells[0]:>6}  {cells[1]:>8}")
         if "mtp/accepted_length" in rates:
             lines.append(f"{name:<{width}}  {rates['mtp/accepted_length']:.3f} drafted tokens accepted per step")
+        if note := empty_agreement(rates):
+            lines.append(f"{name:<{width}}  {note}")
     return "\n".join(lines)
 
 

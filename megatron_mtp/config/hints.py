@@ -9,6 +9,9 @@ from megatron_mtp.config.sections import ModelConfig, RunConfig
 USUAL_FACTOR = (0.05, 0.3)
 """DeepSeek-V3, GLM-4.5, MiMo and Nemotron-3 train with 0.1 to 0.3."""
 
+HIGH_ADAM_LR = 0.03
+"""Adam moves each weight by about the learning rate; published runs use 1e-5 to 6e-3, tiny models up to 1e-2."""
+
 
 def hints(cfg: RunConfig) -> list[str]:
     """Advice on a finalized config, one sentence or two each."""
@@ -74,6 +77,11 @@ def _schedule_hints(cfg: RunConfig) -> list[str]:
             )
     if train.rampup_batch_size is not None and train.rampup_batch_size[0] == train.global_batch_size:
         found.append("train.rampup_batch_size starts at train.global_batch_size: there is no ramp.")
+    if cfg.optimizer.optimizer == "adam" and cfg.optimizer.lr > HIGH_ADAM_LR:
+        found.append(
+            f"optimizer.lr = {cfg.optimizer.lr}: Adam moves each weight by about this much in a step, and published "
+            "runs use 1e-5 to 6e-3; the loss may rise above that of an untrained model and stay there."
+        )
     if cfg.optimizer.clip_grad == 0:
         found.append("optimizer.clip_grad = 0: gradients are not clipped; MTP runs are usually clipped to 1.0.")
     return found

@@ -1,7 +1,8 @@
-"""Warning signs of multi-token prediction, each reported once in a run together with a remedy.
+"""Warning signs of a run, each reported once together with a remedy.
 
-A sign is a function `(history, now) -> warning or None` over windows of steps. `SIGNS` holds the built-in ones: the
-"red flags" of Megatron-Bridge's guide to MTP with exact thresholds, and its advice. A sign of your own:
+A sign is a function `(history, now) -> warning or None` over windows of steps. `SIGNS` holds those of multi-token
+prediction: the "red flags" of Megatron-Bridge's guide to MTP with exact thresholds, and its advice.
+`signs_after_warmup` makes those of a model that has stopped learning. A sign of your own:
 
     def grad_norm_grows(history: Sequence[Window], now: Window) -> str | None:
         if history and now.metrics["grad-norm"].above(history[0].metrics["grad-norm"]) > 10:
@@ -14,6 +15,7 @@ A sign is a function `(history, now) -> warning or None` over windows of steps. 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +35,9 @@ HEALTHY_SHARE = 1 / 3
 loss falls by at least this share of the main loss's fall."""
 SIGMAS = 4.0
 """Standard errors that a difference of two means must exceed; a run makes thousands of comparisons."""
+AGREEING, WRONG = 0.98, 0.2
+"""Depths that agree with the main prediction at this share of the slots, while it is right at no more than that share,
+predict one token nearly everywhere."""
 REMEDIES = (
     "If it stays so, go back to the last good checkpoint with a lower optimizer.lr, optimizer.clip_grad = 1.0 or less, "
     "precision.dtype = bf16 instead of fp16, or model.mtp_loss_scaling_factor lowered to 0.05."
@@ -118,6 +123,59 @@ def gap_widens(history: Sequence[Window], now: Window) -> str | None:
 
 
 SIGNS: dict[str, Sign] = {"mtp rises": mtp_rises, "gap widens": gap_widens}
+
+
+def signs_after_warmup(vocab_size: int, warmup_samples: float) -> dict[str, Sign]:
+    """Signs that the model has stopped learning: both look at two windows in a row between which the main loss does not
+    fall.
+
+    Args:
+        vocab_size: ids that the model predicts.
+        warmup_samples: of the learning rate. Before its end they are silent.
+    """
+
+    def after_warmup(sign: Callable[[Window], str | None]) -> Sign:
+        def stays(history: Sequence[Window], now: Window) -> str | None:
+            seen = now.metrics.get("consumed-samples")
+            if not history or seen is None or seen.value <= warmup_samples or history[-1].main.above(now.main) > 0:
+                return None
+            return sign(now) if sign(history[-1]) else None
+
+        return stays
+
+    chance = math.log(vocab_size)
+
+    def worse_than_chance(window: Window) -> str | None:
+        loss = window.main
+        if loss.value - SIGMAS * loss.error <= chance:
+            return None
+        return (
+            f"lm loss stays at {loss.value:.2f}, above ln {vocab_size} = {chance:.2f}, the loss of predicting every "
+            "token alike: the model learns nothing. Start again with a lower optimizer.lr, a longer warmup or "
+            "optimizer.clip_grad = 1.0; weights that diverged so far rarely recover."
+        )
+
+    def one_token(window: Window) -> str | None:
+        return empty_agreement({name: mean.value for name, mean in window.metrics.items()})
+
+    return {"worse than chance": after_warmup(worse_than_chance), "one token": after_warmup(one_token)}
+
+
+def empty_agreement(rates: Mapping[str, float]) -> str | None:
+    """A remark where acceptance means nothing: all depths predict one token nearly everywhere.
+
+    Args:
+        rates: acceptance rates by name, among any other metrics.
+    """
+    right = rates.get("lm/top1_target", 1.0)
+    agreeing = [rate for name, rate in rates.items() if re.fullmatch(r"mtp_\d+/top1_main", name)]
+    if not agreeing or min(agreeing) < AGREEING or right > WRONG:
+        return None
+    return (
+        f"the MTP predictions agree with the main one at {min(agreeing):.1%} of the slots, and that one is right at "
+        f"{right:.1%}: the model predicts one token nearly everywhere. Acceptance (mtp_k/accepted, "
+        "mtp/accepted_length) means nothing here; look at top1_target."
+    )
 
 
 class HealthMonitor:

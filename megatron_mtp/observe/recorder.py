@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.yaml_text import dump_yaml
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.console import evaluation_line, perplexity, step_line
 from megatron_mtp.observe.env import effective_environment
-from megatron_mtp.observe.health import SIGNS, HealthMonitor, Sign
+from megatron_mtp.observe.health import SIGNS, HealthMonitor, Sign, empty_agreement
 from megatron_mtp.observe.jsonl import JsonlSink
 from megatron_mtp.observe.metrics import Interval, StepRecord, scalars
 from megatron_mtp.observe.progress import ProgressBar, wanted
@@ -141,19 +142,26 @@ class Recorder:
             return
         extra = extra or {}
         self._print(evaluation_line(name, iteration, losses, extra))
+        if note := empty_agreement(extra):
+            self._print(f" {name}: {note}")
         metrics = {**losses, **({"lm loss ppl": perplexity(losses["lm loss"])} if "lm loss" in losses else {}), **extra}
         self._each(lambda sink: sink.evaluation(name, iteration, metrics))
 
-    def message(self, text: str, kind: str = "message", iteration: int | None = None) -> None:
-        """Prints a line and writes it to metrics.jsonl under the given kind.
+    def message(
+        self, text: str, kind: str = "message", iteration: int | None = None, *, is_repeat: bool = False
+    ) -> None:
+        """Prints a line and sends it to all records under the given kind.
 
         Args:
             iteration: that the text is about; None: the one of the last step.
+            is_repeat: only metrics.jsonl gets it.
         """
         if not self._is_writer:
             return
-        self._print(text)
-        self._each(methodcaller("message", kind, self._iteration if iteration is None else iteration, text))
+        if not is_repeat:
+            self._print(text)
+        send = methodcaller("message", kind, self._iteration if iteration is None else iteration, text)
+        self._each(send, JsonlSink if is_repeat else object)
 
     def roll_back(self, iteration: int, signs: Mapping[str, Any] | None = None) -> None:
         """Marks later records as void: the run continues from an earlier iteration. They stay in metrics.jsonl.
@@ -187,7 +195,8 @@ class Recorder:
             self.places["metrics"] = str(metrics)
         if cfg.logger.tensorboard_dir:
             with _writable("logger.tensorboard_dir", cfg.logger.tensorboard_dir):
-                self._sinks.append(TensorBoardSink(Path(cfg.logger.tensorboard_dir), run_info.iteration))
+                place, text = Path(cfg.logger.tensorboard_dir), dump_yaml(run_info.config)
+                self._sinks.append(TensorBoardSink(place, run_info.iteration, text, _hparams(cfg)))
             self.places["tensorboard"] = cfg.logger.tensorboard_dir
         if cfg.logger.wandb_project:
             folder = Path(cfg.logger.wandb_save_dir or (metrics.parent if metrics else "."))
@@ -200,9 +209,10 @@ class Recorder:
             self._state["wandb_run_id"] = wandb.run_id
             self.places["wandb"] = wandb.place
 
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        """Calls every sink. One that fails (full disk, lost server) is dropped with an error; training continues."""
-        for sink in list(self._sinks):
+    def _each(self, act: Callable[[Sink], None], kind: type = object) -> None:
+        """Calls every sink of a kind. One that fails (full disk, lost server) is dropped with an error; training
+        continues."""
+        for sink in [sink for sink in self._sinks if isinstance(sink, kind)]:
             try:
                 act(sink)
             except Exception:
@@ -214,6 +224,17 @@ class Recorder:
             self._bar.print(line)
         else:
             print(line, flush=True)
+
+
+def _hparams(cfg: ConfigContainer) -> dict[str, float | str]:
+    """Numbers, flags and texts of the config that differ from their defaults, by "section.field"."""
+    defaults = ConfigContainer().to_dict()
+    return {
+        f"{section}.{name}": value
+        for section, values in cfg.to_dict().items()
+        for name, value in values.items()
+        if value != defaults[section][name] and isinstance(value, int | float | str)
+    }
 
 
 @contextmanager

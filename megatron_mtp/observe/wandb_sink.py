@@ -10,6 +10,9 @@ from typing import Any
 from megatron_mtp.config.sections import LoggerConfig
 from megatron_mtp.errors import ConfigError
 
+ALERTS = {"fault": "ERROR", "warning": "WARN"}
+"""Kinds of text that are also sent as alerts -> W&B's level."""
+
 
 class WandbSink:
     """Logs to one W&B run. A resumed training continues under the same run id.
@@ -18,7 +21,7 @@ class WandbSink:
     iterations that a resumed run repeats.
 
     Args:
-        logger: project, name, entity and mode. The variable WANDB_MODE overrides `wandb_mode = "online"`.
+        logger: project, name, group, tags and so on. The variable WANDB_MODE overrides `wandb_mode = "online"`.
         folder: where W&B keeps its local files.
         config: the resolved config of the run.
         run_id: id of the run to continue; None: a new run.
@@ -40,6 +43,9 @@ class WandbSink:
                 project=logger.wandb_project,
                 name=logger.wandb_exp_name,
                 entity=logger.wandb_entity,
+                group=logger.wandb_group,
+                tags=tuple(logger.wandb_tags),
+                notes=logger.wandb_notes,
                 dir=str(folder),
                 mode=mode,
                 config=config,
@@ -75,7 +81,10 @@ class WandbSink:
         self.step(iteration, {f"{key} {name}": value for key, value in metrics.items()})
 
     def message(self, kind: str, iteration: int, text: str) -> None:
-        """W&B gets no text."""
+        """Logs the text as `text/KIND`. Faults and signs of bad health are alerts too, one of a kind in a minute."""
+        self._run.log({f"text/{kind}": text, "iteration": iteration})
+        if kind in ALERTS:
+            self._run.alert(title=f"megatron-mtp: {kind}", text=text, level=ALERTS[kind])
 
     def close(self) -> None:
         """Waits until W&B has received everything."""

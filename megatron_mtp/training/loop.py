@@ -18,8 +18,9 @@ from megatron_mtp.training.callbacks.events import call_event
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
 from megatron_mtp.training.guards.attribution import locate
 from megatron_mtp.training.guards.data_errors import agreed
-from megatron_mtp.training.guards.faults import Action, FaultWatch, decide
+from megatron_mtp.training.guards.faults import Action, FaultWatch, decide, policy_of
 from megatron_mtp.training.guards.preemption import Decision, StepBoundary
+from megatron_mtp.training.guards.repeats import Repeats
 from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.optimizer import apply_schedules
 from megatron_mtp.training.saving import Saver
@@ -61,6 +62,7 @@ class Trainer:
     watchdog: Watchdog
     callbacks: list[Callback]
     throughput: Throughput
+    spikes: Repeats = field(default_factory=Repeats)
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
     is_preempted: bool = False
     """The process left because of a signal and is to be started again."""
@@ -135,6 +137,7 @@ class Trainer:
         validation = self.run.cfg.validation
         if validation.eval_at_end and not self._every(validation.eval_interval) and not self.is_preempted:
             self._evaluate()
+        self._tell(self.spikes.end())
         self.saver.announce_end()
         self._save_the_end()
         self._call("on_train_end")
@@ -176,15 +179,24 @@ class Trainer:
 
     def _judge(self, batch: GlobalBatch, result: StepResult) -> Action:
         """Reports a fault and says what follows from it."""
+        iteration = self.state.iteration + 1
         if result.fault is None:
             self.state.skips_in_row = 0
+            self._tell(self.spikes.quiet(iteration))
             return "continue"
         place = f"step of {len(batch.sample_ids)} samples"
         if result.fault.kind == "nan":
             place = locate(self.run.groups, self.run.engine.gradients, batch, result)
         action, report = decide(result.fault, self.run.cfg.train, self.state, place)
-        self.recorder.message(report, kind="fault", iteration=self.state.iteration + 1)
+        # Other policies end by themselves, after skip_limit or rollback_limit steps.
+        is_reported = policy_of(result.fault, self.run.cfg.train) == "report"
+        shown = self.spikes.add(iteration, report) if is_reported else report
+        self.recorder.message(shown or report, kind="fault", iteration=iteration, is_repeat=shown is None)
         return action
+
+    def _tell(self, text: str | None) -> None:
+        if text is not None:
+            self.recorder.message(text)
 
     def _roll_back(self, batch: GlobalBatch) -> None:
         """Goes back to the last checkpoint; the data continues after this batch."""

@@ -12,11 +12,12 @@ from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.faults import watchdog_timeout_s
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.device.process_group import env_rank, job_size
-from megatron_mtp.observe.health import SIGNS
+from megatron_mtp.observe.health import SIGNS, signs_after_warmup
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.parallel.resolve import resolve
@@ -175,7 +176,7 @@ def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback
         device=run.device.name,
         config=to_dict(run.cfg),
     )
-    signs = dict(SIGNS)
+    signs = SIGNS | signs_after_warmup(filled(run.cfg.model.vocab_size), run.resolved.learning_rate.warmup)
     for callback in callbacks:
         signs |= callback.health_signs()
     kept = {"wandb_run_id": state.wandb_run_id, "signs": state.health.get("signs", {})}

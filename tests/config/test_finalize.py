@@ -330,6 +330,7 @@ HINTED = [
     (["model.mtp_loss_scaling_factor=0.3@0,0.01@1B"], "outside the usual"),
     (["model.hidden_dropout=0.1"], "the curve depends on the layout"),
     (["optimizer.clip_grad=0"], "not clipped"),
+    (["optimizer.lr=1"], "published runs use 1e-5 to 6e-3"),
     (["model.mtp_depth_weights=[0, 0]"], "not trained"),
 ]
 

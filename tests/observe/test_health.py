@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from megatron_mtp.observe.health import HealthMonitor
+from megatron_mtp.observe.health import HealthMonitor, empty_agreement, signs_after_warmup
 
 pytestmark = pytest.mark.unit
 
@@ -132,3 +132,56 @@ def test_a_gap_that_widens_over_many_restarts_is_reported_as_without_them():
             monitor = HealthMonitor()
             monitor.load_state_dict(json.loads(kept))
     assert found == expected
+
+
+def stepwise(losses: Callable[[int], float], steps: int, warmup: float = 0.0, **metrics: float) -> list[str]:
+    """What the signs after the warmup say of a main loss over steps of 8 samples, with constant other metrics."""
+    monitor, source, found = HealthMonitor(signs_after_warmup(512, warmup)), random.Random(1), []
+    for step in range(1, steps + 1):
+        record = {"lm loss": losses(step) + source.gauss(0, 0.05), "consumed-samples": 8 * step, **metrics}
+        found += monitor.check(step, record)
+    return found
+
+
+def test_a_loss_that_stays_above_chance_is_reported_once():
+    (text,) = stepwise(lambda t: 6.3 + min(t, 30) / 30, 200)
+    assert text.startswith("iteration 40: lm loss stays at 7.")
+    assert "above ln 512 = 6.24" in text
+    assert "lower optimizer.lr" in text
+    (text,) = stepwise(lambda t: 7.0, 200, warmup=8 * 95)
+    assert text.startswith("iteration 120: "), "windows within the warmup say nothing"
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        pytest.param(lambda t: 6.0, id="below"),
+        pytest.param(lambda t: 9.0 - 0.02 * t, id="falls"),
+        pytest.param(lambda t: falling(t) + 0.1, id="usual"),
+    ],
+)
+def test_a_loss_below_chance_or_falling_is_silent(losses: Callable[[int], float]):
+    assert stepwise(losses, 400) == []
+
+
+DEAD = {"lm/top1_target": 0.04, "mtp_1/top1_main": 0.9995, "mtp_2/top1_main": 0.99}
+
+
+def test_a_model_that_predicts_one_token_is_reported():
+    (text,) = stepwise(lambda t: 6.0, 200, **DEAD)
+    assert text.startswith("iteration 40: the MTP predictions agree with the main one at 99.0% of the slots")
+    assert "right at 4.0%" in text
+    assert "means nothing" in text
+    assert "top1_target" in text
+
+
+@pytest.mark.parametrize(
+    "changed", [{"lm/top1_target": 0.6}, {"mtp_2/top1_main": 0.7}], ids=["it is right", "a depth differs"]
+)
+def test_agreement_that_means_something_is_silent(changed: dict[str, float]):
+    assert stepwise(lambda t: 6.0, 200, **(DEAD | changed)) == []
+    assert empty_agreement(DEAD | changed) is None
+
+
+def test_an_early_model_that_still_learns_is_silent():
+    assert stepwise(lambda t: 6.2 - 0.01 * t, 200, **DEAD) == []

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.health import SIGNS, WINDOW_STEPS, Window
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.observe.metrics import columns, scalars
 from megatron_mtp.observe.recorder import Recorder, RunInfo, metrics_path
 from tests.observe.records import make_record
-from tests.observe.wandb_file import read_history
+from tests.observe.wandb_file import read_history, read_records
 
 pytestmark = pytest.mark.unit
 
@@ -75,7 +76,8 @@ def test_tensorboard_and_wandb_hold_every_scalar_of_the_console_line(
     recorder.close()
     line = capsys.readouterr().out
     tensorboard = read_tensorboard(cfg.logger.tensorboard_dir)
-    (wandb,) = read_history(tmp_path, recorder.state()["wandb_run_id"])
+    wandb, warning = read_history(tmp_path, recorder.state()["wandb_run_id"])
+    assert "mtp_2 loss is nan" in warning["text/warning"]
     (jsonl,) = read_metrics(metrics_path(cfg))
     assert wandb["iteration"] == jsonl["iteration"] == 7
     for column in columns(record):
@@ -205,6 +207,72 @@ def test_warnings_are_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCapt
     ]
 
 
+def read_texts(folder: str) -> dict[str, list[tuple[int, str]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(folder).Reload()
+    texts = events.PluginTagToContent("text")
+    return {tag: [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(tag)] for tag in texts}
+
+
+def test_messages_reach_tensorboard_and_wandb_which_alerts_of_some(tmp_path: Path):
+    cfg = make_config(tmp_path, wandb=True)
+    cfg.logger.wandb_group, cfg.logger.wandb_tags, cfg.logger.wandb_notes = "sweep", ["a", "b"], "why"
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    recorder.message("loss is nan", kind="fault", iteration=3)
+    recorder.message("loss is nan again", kind="fault", iteration=4, is_repeat=True)
+    recorder.message("it heals", iteration=5)
+    recorder.close()
+    texts = read_texts(cfg.logger.tensorboard_dir)
+    assert (texts["fault"], texts["message"]) == ([(3, "loss is nan")], [(5, "it heals")])
+    run_id = recorder.state()["wandb_run_id"]
+    rows = read_history(tmp_path, run_id)
+    assert [(row["iteration"], row.get("text/fault"), row.get("text/message")) for row in rows] == [
+        (3, "loss is nan", None),
+        (5, None, "it heals"),
+    ]
+    (alert,) = read_records(tmp_path, run_id, "alert")
+    assert (alert.title, alert.text, alert.level) == ("megatron-mtp: fault", "loss is nan", "ERROR")
+    run = read_records(tmp_path, run_id, "run")[0]
+    assert (run.run_group, sorted(run.tags), run.notes) == ("sweep", ["a", "b"], "why")
+    assert [line["text"] for line in read_metrics(metrics_path(cfg), "fault")] == ["loss is nan", "loss is nan again"]
+
+
+def test_a_warning_sign_is_an_alert(tmp_path: Path):
+    cfg = make_config(tmp_path, wandb=True)
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    recorder.step(make_record(1, losses={"lm loss": math.nan}))
+    recorder.close()
+    (alert,) = read_records(tmp_path, recorder.state()["wandb_run_id"], "alert")
+    assert (alert.title, alert.level) == ("megatron-mtp: warning", "WARN")
+    ((step, text),) = read_texts(cfg.logger.tensorboard_dir)["warning"]
+    assert (step, text) == (1, alert.text)
+
+
+def test_the_config_is_in_tensorboard(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
+
+    cfg = make_config(tmp_path, interval=7)
+    cfg.optimizer.lr, cfg.model.mtp_freeze_trunk = 0.25, True
+    Recorder(cfg, RunInfo(iteration=4, config=cfg.to_dict()), is_writer=True).close()
+    ((step, text),) = read_texts(cfg.logger.tensorboard_dir)["config"]
+    assert step == 4
+    assert load_yaml(text.removeprefix("```yaml").removesuffix("```"), "text") == cfg.to_dict()
+    content = EventAccumulator(cfg.logger.tensorboard_dir).Reload().PluginTagToContent("hparams")
+    hparams = parse_session_start_info_plugin_data(content[SESSION_START_INFO_TAG]).hparams
+    assert hparams["optimizer.lr"].number_value == 0.25
+    assert hparams["model.mtp_freeze_trunk"].bool_value is True
+    assert hparams["logger.log_dir"].string_value == cfg.logger.log_dir
+    assert set(hparams) == {
+        "optimizer.lr",
+        "model.mtp_freeze_trunk",
+        "logger.log_interval",
+        "logger.log_dir",
+        "logger.tensorboard_dir",
+    }
+
+
 def test_metrics_of_callbacks_are_in_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Means over the log interval: on the console and in every sink."""
     cfg = make_config(tmp_path, interval=2, wandb=True)
@@ -288,6 +356,7 @@ def test_neither_torch_nor_tensorflow_is_imported(tmp_path: Path):
     code = f"""
 import sys
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from tests.observe.records import make_record
 cfg = ConfigContainer()

@@ -28,6 +28,13 @@ def read_history(folder: Path, run_id: str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_records(folder: Path, run_id: str, kind: str) -> list[Any]:
+    """The records of one kind, such as `run` or `alert`, over all offline files of a run."""
+    paths = folder.glob(f"wandb/offline-run-*-{run_id}*/run-{run_id}.wandb")
+    records = [record for path in sorted(paths) for record in _finished(path)]
+    return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
+
+
 def _finished(path: Path, wait_s: float = 30.0) -> list[Any]:
     """All records of a run. W&B's own process may still be writing them when `finish` returns."""
     deadline = time.monotonic() + wait_s

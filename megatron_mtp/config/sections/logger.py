@@ -30,6 +30,12 @@ class LoggerConfig(Section):
     """Name of the run in W&B; required with wandb_project."""
     wandb_entity: str | None = None
     """W&B team or user."""
+    wandb_group: str | None = None
+    """Group of the run in W&B, for runs that belong together."""
+    wandb_tags: list[str] = knob([])
+    """Tags of the run in W&B."""
+    wandb_notes: str | None = None
+    """Notes on the run in W&B: what it is for."""
     wandb_save_dir: str | None = knob(None, is_path=True)
     """Folder of the local W&B files; None: W&B's default."""
     wandb_mode: Literal["online", "offline"] = "online"

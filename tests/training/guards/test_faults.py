@@ -176,6 +176,16 @@ def test_a_spike_is_judged_by_its_policy(tmp_path: Path, policy: str, skipped: i
     assert f"train.on_spike = {policy}" in text
 
 
+@pytest.mark.dist
+def test_spikes_in_a_row_are_few_lines_and_all_in_the_metrics(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run(tmp_path, Injection(1, value=1e5, steps=tuple(range(7, 19))), steps=18, on_spike="report", spike_window=8)
+    lines = [line for line in capfd.readouterr().out.splitlines() if "train.on_spike" in line or "reported" in line]
+    assert [line.split(":")[0] for line in lines] == ["iteration 7", "iteration 16", "iterations 7 to 18"]
+    assert "The 10th such step" in lines[1]
+    assert "12 steps" in lines[2]
+    assert [int(text.split(":")[0].split()[1]) for text in faults(tmp_path)] == list(range(7, 19))
+
+
 @pytest.mark.unit
 def test_what_is_a_spike():
     state = TrainState()
