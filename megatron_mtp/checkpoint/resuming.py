@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mtp.checkpoint.agreement import describe_error, gather_lists, raise_any, run_on_rank_0
+from megatron_mtp.checkpoint.changes import free_changes, rate_change
 from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX, Content
 from megatron_mtp.checkpoint.directory import RunDirectory, resume_candidates, split_name
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
@@ -147,6 +148,11 @@ def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manif
         raise CheckpointError(refusal_text(str(directory.path), manifest.iteration, comparison))
     for change in comparison.changes:
         logger.warning("the curve changes from iteration %d on: %s", manifest.iteration, change)
+    saved = read_saved_config(directory.final_path(manifest.iteration) / CONFIG_NAME)
+    if jump := rate_change(saved, cfg, manifest.consumed_samples):
+        logger.warning("%s", jump)
+    if free := free_changes(saved, to_dict(cfg)):
+        logger.info("changed since the checkpoint, without effect on the curve: %s", ", ".join(free))
 
 
 def load_checkpoint(
