@@ -13,6 +13,7 @@ import torch
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.units import GIB
+from megatron_mtp.device.memory_limits import memory_limits
 from megatron_mtp.device.memory_meter import peak_resident_bytes
 from megatron_mtp.errors import ConfigError, OutOfMemoryError, PlanError
 from megatron_mtp.parallel.planner.stage_memory import MemoryModel, RankMemory, predict_memory
@@ -142,10 +143,14 @@ def _used_on_gpu() -> str:
 
 
 def _used_on_cpu() -> str:
-    memory = psutil.virtual_memory()
+    memory, limits = psutil.virtual_memory(), memory_limits()
+    used = f"Used: {_gib(peak_resident_bytes())} by this process at most, libraries included; "
+    if not limits:
+        return f"{used}{_gib(memory.total)} on this machine, {_gib(memory.available)} free for all its processes."
+    set_here = ", ".join(f"{_gib(one.limit_bytes)} for the {one.name}, {_gib(one.used_bytes)} in use" for one in limits)
     return (
-        f"Used: {_gib(peak_resident_bytes())} by this process at most, libraries included; {_gib(memory.total)} on "
-        f"this machine, {_gib(memory.available)} free for all its processes."
+        f"{used}limited to {set_here}, which may be less than the machine has free ({_gib(memory.available)} of "
+        f"{_gib(memory.total)})."
     )
 
 

@@ -202,6 +202,13 @@ run.prepare([{str(inputs)!r}], {str(tmp_path / "out")!r}, run.PrepareOptions(tok
     assert documents(prefix) == all_texts(inputs)
 
 
+def test_a_trained_tokenizer_may_lie_in_a_folder_that_is_not_there_yet(inputs, tmp_path):
+    target = tmp_path / "tok" / "shared" / "tokenizer.json"
+    made = prepare([inputs], tmp_path / "out", PrepareOptions(tokenizer=str(target), train_vocab_size=270), workers=1)
+    assert made.tokenizer == str(target)
+    assert documents(made.prefixes[0], str(target)) == all_texts(inputs)
+
+
 def test_workers_end_with_a_killed_parent(tmp_path):
     pipes = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for pipe in pipes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -118,4 +119,6 @@ def test_a_run_that_does_not_fit_ends_with_the_message(overrides):
     assert done.returncode == 2, done.stderr[-3000:]
     assert "rank 0 of 1, pipeline stage 0 of 1 (EttttmmL), ran out of memory" in done.stderr
     assert "model.mtp_num_layers=0:" in done.stderr
+    assert re.search(r"limited to \d+\.\d+ GiB for the address space of this process \(ulimit -v\), ", done.stderr)
+    assert "which may be less than the machine has free" in done.stderr
     assert "Traceback" not in done.stderr
