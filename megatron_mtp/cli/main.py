@@ -17,6 +17,7 @@ from megatron_mtp.observe.logs import silence_noise
 # name -> (module:function, line in the overview)
 COMMANDS = {
     "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
+    "new": ("megatron_mtp.cli.new:new", "Write a small project: a recipe of your own."),
     "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints; reads no data."),
     "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline split and parallel sizes of a run."),
     "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model on this device, for `plan --profile`."),

@@ -23,6 +23,7 @@ import megatron_mtp.verify.run
 from megatron_mtp.cli.choose import choose_config
 from megatron_mtp.cli.main import COMMANDS, build_app, main
 from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.examples.new_project import new_project
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,8 @@ def check(words: list[str]) -> None:
             check_module(path.removesuffix(".py").replace("/", "."), rest)
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"the Makefile has no {target}"
+        case ["cd", folder]:
+            assert (Path(folder) / "recipe.py").exists()
         case [".", script]:
             assert script == ".venv/bin/activate"
         case [program, *_] if program.startswith(".venv/bin/"):
@@ -156,7 +159,7 @@ def into(folder: Path, line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "line", "output"), CASES)
-def test_command(page, line, output, quick, tmp_path, capsys):
+def test_command(page, line, output, quick, tmp_path, capsys, monkeypatch):
     text = page.read_text(encoding="utf-8")
     for name, content in re.findall(r"```yaml\n# ([\w.]+)\n(.*?)```", text, re.S):
         (tmp_path / name).write_text(content)
@@ -164,6 +167,9 @@ def test_command(page, line, output, quick, tmp_path, capsys):
         written = re.search(r"--write (\S+)", earlier)
         if written and f"--config {written[1]}" in line:
             check(into(tmp_path, earlier))
+    if project := re.search(r"megatron-mtp new (\w+)", text):
+        new_project(project[1], tmp_path)
+        monkeypatch.chdir(tmp_path if line.startswith("cd ") else tmp_path / project[1])
     words = into(tmp_path, line)
     if output is None:
         check(words)

@@ -22,7 +22,12 @@ PAGES = [
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in OTHERS),
 ]
 FILE = re.compile(r"([\w./-]+\.(?:py|md|toml|yaml|txt|sh))(?:::?([\w.]+))?|([a-z][\w-]*(?:/[\w-]+)*)/")
-PLACES = (ROOT, ROOT / "megatron_mtp", ROOT / "tests" / "numerics")
+PLACES = (
+    ROOT,
+    ROOT / "megatron_mtp",
+    ROOT / "megatron_mtp" / "examples" / "project",
+    ROOT / "tests" / "numerics",
+)
 
 
 def mentions(page: Path) -> list[str]:
