@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
-from megatron_mtp.mcore import recompute
+from megatron_mtp.mcore import collectives, recompute
 from megatron_mtp.mcore.patches import replaced
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
@@ -46,6 +46,7 @@ def init_model_parallel(
         return [pp_ranks[stage] for stage in embedding_stages]
 
     recompute.install()
+    collectives.install()
     with _gloo_groups_made_once():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
@@ -69,6 +70,7 @@ def destroy_model_parallel() -> None:
     Groups of gloo stay for the next layout of this process and end with the default group.
     """
     recompute.uninstall()
+    collectives.uninstall()
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()
