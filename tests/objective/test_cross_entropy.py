@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_mtp.objective import cross_entropy
 from megatron_mtp.objective.cross_entropy import VocabShard, chunked_cross_entropy
 from megatron_mtp.parallel.shape import RunShape
 from megatron_mtp.recipes import get_recipe
@@ -197,3 +200,21 @@ def test_logits_take_a_quarter_of_one_depths_at_the_default(dtype, seq_length, v
     for depths in (1, 4):
         most = _step((1 + depths) * seq_length, 2048, chunk, DTYPES[dtype]).most
         assert 0 < most <= 0.25 * seq_length * 2048 * 4
+
+
+@given(
+    rows=st.integers(1, 4),
+    width=st.integers(1, 300),
+    levels=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    nan=st.booleans(),
+)
+def test_the_largest_logit_is_the_one_that_torch_finds(rows, width, levels, seed, nan):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, levels, (rows, width), generator=generator).float()  # ties are frequent
+    if nan:
+        logits[0, seed % width] = torch.nan
+    high, first = cross_entropy._max_and_first(logits)
+    expected = logits.max(dim=1)
+    assert torch.equal(first, expected.indices)
+    assert torch.equal(high.nan_to_num(-1), expected.values.nan_to_num(-1))
