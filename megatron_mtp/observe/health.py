@@ -35,8 +35,6 @@ HEALTHY_SHARE = 1 / 3
 loss falls by at least this share of the main loss's fall."""
 SIGMAS = 4.0
 """Standard errors that a difference of two means must exceed; a run makes thousands of comparisons."""
-UNTRAINED_NATS = 1.0
-"""The loss of a model with random weights is less than this far above ln(vocabulary size)."""
 AGREEING, WRONG = 0.98, 0.2
 """Depths that agree with the main prediction at this share of the slots, while it is right at no more than that share,
 predict one token nearly everywhere."""
@@ -128,43 +126,39 @@ SIGNS: dict[str, Sign] = {"mtp rises": mtp_rises, "gap widens": gap_widens}
 
 
 def signs_after_warmup(vocab_size: int, warmup_samples: float) -> dict[str, Sign]:
-    """Signs that the model has stopped learning. Each must show in two windows in a row.
+    """Signs that the model has stopped learning: both look at two windows in a row between which the main loss does not
+    fall.
 
     Args:
         vocab_size: ids that the model predicts.
         warmup_samples: of the learning rate. Before its end they are silent.
     """
+
+    def after_warmup(sign: Callable[[Window], str | None]) -> Sign:
+        def stays(history: Sequence[Window], now: Window) -> str | None:
+            seen = now.metrics.get("consumed-samples")
+            if not history or seen is None or seen.value <= warmup_samples or history[-1].main.above(now.main) > 0:
+                return None
+            return sign(now) if sign(history[-1]) else None
+
+        return stays
+
     chance = math.log(vocab_size)
 
-    def is_early(history: Sequence[Window], now: Window) -> bool:
-        seen = now.metrics.get("consumed-samples")
-        return not history or seen is None or seen.value <= warmup_samples
-
-    def worse_than_chance(history: Sequence[Window], now: Window) -> str | None:
-        if is_early(history, now) or min(w.main.value - SIGMAS * w.main.error for w in (history[-1], now)) <= chance:
-            return None
-        if _falls(history[-1], now) and now.main.value < chance + UNTRAINED_NATS:
+    def worse_than_chance(window: Window) -> str | None:
+        loss = window.main
+        if loss.value - SIGMAS * loss.error <= chance:
             return None
         return (
-            f"lm loss stays at {now.main.value:.2f}, above ln {vocab_size} = {chance:.2f}, the loss of predicting "
-            "every token alike: the model learns nothing. Start again with a lower optimizer.lr, a longer warmup or "
+            f"lm loss stays at {loss.value:.2f}, above ln {vocab_size} = {chance:.2f}, the loss of predicting every "
+            "token alike: the model learns nothing. Start again with a lower optimizer.lr, a longer warmup or "
             "optimizer.clip_grad = 1.0; weights that diverged so far rarely recover."
         )
 
-    def one_token(history: Sequence[Window], now: Window) -> str | None:
-        if is_early(history, now) or _falls(history[-1], now) or not empty_agreement(_values(history[-1])):
-            return None
-        return empty_agreement(_values(now))
+    def one_token(window: Window) -> str | None:
+        return empty_agreement({name: mean.value for name, mean in window.metrics.items()})
 
-    return {"worse than chance": worse_than_chance, "one token": one_token}
-
-
-def _falls(before: Window, now: Window) -> bool:
-    return before.main.above(now.main) > 0
-
-
-def _values(window: Window) -> dict[str, float]:
-    return {name: mean.value for name, mean in window.metrics.items()}
+    return {"worse than chance": after_warmup(worse_than_chance), "one token": after_warmup(one_token)}
 
 
 def empty_agreement(rates: Mapping[str, float]) -> str | None:

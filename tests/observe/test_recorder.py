@@ -249,17 +249,6 @@ def test_a_warning_sign_is_an_alert(tmp_path: Path):
     assert (step, text) == (1, alert.text)
 
 
-def test_an_evaluation_whose_acceptance_means_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    recorder = Recorder(make_config(tmp_path), RunInfo(), is_writer=True)
-    for right in (0.04, 0.6):
-        recorder.evaluation("docs", 5, {"lm loss": 6.0}, {"lm/top1_target": right, "mtp_1/top1_main": 0.9995})
-    recorder.close()
-    first, note, second = capsys.readouterr().out.splitlines()
-    assert "lm/top1_target: 0.04" in first
-    assert note.startswith(" docs: the MTP predictions agree with the main one at 100.0%")
-    assert "lm/top1_target: 0.6" in second
-
-
 def test_the_config_is_in_tensorboard(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from megatron_mtp import pretrain
-from megatron_mtp.cli.evaluate import _as_text
 from megatron_mtp.cli.main import main
 from megatron_mtp.convert.exporting import export_hf
 from megatron_mtp.observe.jsonl import read_metrics
@@ -129,14 +128,3 @@ def test_mistakes(run: Path, arguments: list[str], message: str, capsys: pytest.
     assert end.value.code == 2
     assert message in shown.err
     assert shown.out == ""
-
-
-def test_the_table_says_where_acceptance_means_nothing():
-    rates = {"lm/top1_target": 0.04, "mtp_1/top1_target": 0.04, "mtp_1/top1_main": 1.0, "mtp_1/accepted": 1.0}
-    losses = {"lm loss": 6.0, "mtp_1 loss": 6.0}
-    rows = {
-        name: {"losses": losses, "targets": dict.fromkeys(losses, 9), "acceptance": rates | {"lm/top1_target": right}}
-        for name, right in (("dead", 0.04), ("sound", 0.9))
-    }
-    noted = [line.split()[0] for line in _as_text(rows).splitlines() if "means nothing" in line]
-    assert noted == ["dead"]

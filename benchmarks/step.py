@@ -1,0 +1,262 @@
+"""One optimizer step against Megatron-Core's own path on the same machine, and the price of MTP.
+
+    python -m benchmarks.step                         # dense, s = 1024, D = 0, 1, 2; about 8 minutes on two cores
+    python -m benchmarks.step --kind moe --seq 1024 --depths 1 --json step.json
+
+Three sides take turns in one process, on the same tokens: this package; Megatron-Core's local modules with its
+schedule, its MTP layers, its MTP loss and its optimizer; and the same with the core attention alone replaced by torch's
+`scaled_dot_product_attention`. Printed are medians with their intervals, the share of the measured speed of a matrix
+product (by operations of forward and backward pass without recomputation), and the peak of memory, each side's in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import resource
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import in_turn, machine, product_gflops
+from megatron_mtp.config import ConfigContainer
+
+SIDES = ("ours", "engine", "engine, sdpa")
+KINDS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "moe": ("model.num_moe_experts=8", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=1536"),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def config(kind: str, seq: int, depths: int, dtype: str, layers: int) -> ConfigContainer:
+    """h 512, 8 layers, v 32768, SwiGLU 1536, 8 heads in 4 groups, micro-batch 1, mock data."""
+    from megatron_mtp.config.overrides import apply_overrides
+    from megatron_mtp.recipes import get_recipe
+
+    cfg = get_recipe("tiny_dense" if kind == "dense" else "tiny_moe")
+    fields = {
+        "model.num_layers": layers,
+        "model.hidden_size": 512,
+        "model.ffn_hidden_size": 1536,
+        "model.num_attention_heads": 8,
+        "model.num_query_groups": 4,
+        "model.vocab_size": 32768,
+        "model.seq_length": seq,
+        "model.mtp_num_layers": depths,
+        "train.micro_batch_size": 1,
+        "train.global_batch_size": 1,
+        "precision.dtype": dtype,
+        "dist.device": "cpu",
+        "validation.eval_iters": 0,
+        "dataset.prefetch_steps": 0,
+    }
+    apply_overrides(cfg, [f"{name}={value}" for name, value in fields.items()] + list(KINDS[kind]))
+    return cfg.finalize(1)
+
+
+class Sides:
+    """The sides of one config, in this process."""
+
+    def __init__(self, cfg: ConfigContainer, threads: int):
+        from megatron_mtp.parallel.resolve import resolve
+        from megatron_mtp.training.setup import setup
+
+        self.cfg = cfg
+        self.run = setup(resolve(cfg, 1))
+        torch.set_num_threads(threads)  # after the job was joined, which sets it by the config
+        self.batch = next(self.run.data.train(0))
+        self.factor = self.run.resolved.loss_factor.at(0)
+
+    def make(self, name: str) -> Callable[[], float]:
+        """A function that does one step of a side and returns its main loss."""
+        if name == "ours":
+            return lambda: self.run.engine.train(self.batch, self.factor).losses[0]
+        return engine_step(self, with_sdpa=name == "engine, sdpa")
+
+
+class PlainSDPA(torch.nn.Module):
+    """Causal attention by one call of torch, in the place of Megatron-Core's core attention."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[s, b, heads, width] each -> [s, b, heads * width]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3).flatten(2)
+
+
+def engine_step(sides: Sides, *, with_sdpa: bool) -> Callable[[], float]:
+    """One step by Megatron-Core alone: its layers, MTP block, loss, schedule and gradient reduction."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_mtp.model.transformer_config import transformer_config
+
+    model, groups, batch = sides.cfg.model, sides.run.groups, sides.batch
+    fields = transformer_config(sides.run.resolved, use_te=False, device_type="cpu")
+    fields.mtp_loss_scaling_factor = sides.factor
+    layer = get_gpt_layer_local_spec(num_experts=fields.num_moe_experts, normalization=fields.normalization)
+    if with_sdpa:
+        layer.submodules.self_attention.submodules.core_attention = PlainSDPA
+    chunk = GPTModel(
+        fields,
+        layer,
+        model.vocab_size,
+        model.seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        mtp_block_spec=get_gpt_mtp_block_spec(fields, layer, False) if model.mtp_num_layers else None,
+        pg_collection=groups,
+    )
+    is_bf16 = fields.params_dtype == torch.bfloat16
+    wrapped = Float16Module(fields, chunk) if is_bf16 else chunk
+    reduced = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallel(fields, reduced, wrapped, pg_collection=groups)
+    options = OptimizerConfig(
+        lr=sides.cfg.optimizer.lr,
+        clip_grad=sides.cfg.optimizer.clip_grad,
+        bf16=is_bf16,
+        params_dtype=fields.params_dtype,
+    )
+    optimizer = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False, pg_collection=groups)
+    fields.grad_scale_func, fields.finalize_model_grads_func = optimizer.scale_loss, finalize_model_grads
+    micro = batch.micro_batches[0]
+    labels, mask = micro.labels[0], micro.loss_mask[0]
+
+    def forward_step(_: Any, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        losses = model(micro.tokens, micro.position_ids, None, labels=labels, loss_mask=mask)
+
+        def loss(per_token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            mean = (per_token.float() * mask).sum() / mask.sum()
+            return mean, {"loss": mean.detach()}
+
+        return losses, loss
+
+    def step() -> float:
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        found = get_forward_backward_func(1, None)(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=ddp,
+            num_microbatches=1,
+            seq_length=model.seq_length,
+            micro_batch_size=1,
+            forward_only=False,
+            pg_collection=groups,
+        )
+        optimizer.step()
+        return float(found[0]["loss"])
+
+    return step
+
+
+def peak_gib(side: str, arguments: tuple[Any, ...], threads: int) -> float:
+    """Peak resident memory of a process that does three steps of one side."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (side, arguments, threads))
+
+
+def _peak(side: str, arguments: tuple[Any, ...], threads: int) -> float:
+    sides = Sides(config(*arguments), threads)
+    step = sides.make(side)
+    if side != "ours":
+        sides.run.engine.chunks.clear()
+        sides.run.engine = None  # type: ignore[assignment] # its memory is not this side's
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(options: argparse.Namespace, depths: int) -> dict[str, Any]:
+    """Timings, losses and memory of all sides at one number of depths."""
+    from megatron_mtp.training.throughput import Throughput
+
+    arguments = (options.kind, options.seq, depths, options.dtype, options.layers)
+    sides = Sides(config(*arguments), options.threads)
+    steps = {name: sides.make(name) for name in options.sides}
+    timings = in_turn(steps, options.rounds)
+    flops = Throughput.of(sides.cfg, 1, "cpu").flops(1)
+    sides.run.close()
+    memory = {} if options.no_memory else {name: peak_gib(name, arguments, options.threads) for name in options.sides}
+    return {"depths": depths, "gflop": flops / 1e9, "peak_gib": memory, "timings": timings}
+
+
+def main() -> None:
+    """Prints a table and, with --json, writes all results."""
+    options = _parse()
+    warnings.filterwarnings("ignore")  # Megatron-Core's, about packages that none of the sides needs
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    torch.set_num_threads(options.threads)
+    described = machine(options.threads)
+    speed = product_gflops(DTYPES[options.dtype], options.seq, 512, 32768)
+    print(
+        f"{described['processor']}, {options.threads} threads, {options.dtype}: a product runs at {speed:.0f} GFLOP/s"
+    )
+    print(f"{options.kind}, s {options.seq}; s per step: median [interval]; share of the product's speed; peak GiB")
+    results = []
+    for depths in options.depths:
+        found = measure(options, depths)
+        results.append(found)
+        for name, timing in found["timings"].items():
+            share = found["gflop"] / timing.median / speed
+            peak = f"{found['peak_gib'][name]:5.2f}" if found["peak_gib"] else "    -"
+            interval = f"[{timing.low:.3f}, {timing.high:.3f}]"
+            print(f"D={depths}  {name:<13} {timing.median:7.3f} {interval:<16} {share:6.1%} {peak}", flush=True)
+    _print_cost(results)
+    if options.json:
+        plain = [
+            found | {"timings": {name: timing.as_dict() for name, timing in found["timings"].items()}}
+            for found in results
+        ]
+        content = {"machine": described, "product_gflops": speed, "options": vars(options), "results": plain}
+        Path(options.json).write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _print_cost(results: list[dict[str, Any]]) -> None:
+    """Time at D over time at D = 0, beside the ratio of operations."""
+    by_depths = {found["depths"]: found for found in results if "ours" in found["timings"]}
+    if 0 not in by_depths:
+        return
+    base = by_depths.pop(0)
+    for depths, found in by_depths.items():
+        ratio = found["timings"]["ours"].median / base["timings"]["ours"].median
+        work = found["gflop"] / base["gflop"]
+        print(f"MTP cost, D={depths}: {ratio:.3f} of the time at D=0, {work:.3f} of its operations")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, default="dense")
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
+    parser.add_argument("--json", help="file for all results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What every timing here has in common: sides in turn on a pinned number of threads, medians, and the machine."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times of one side, in seconds.
+
+    Attributes:
+        low, high: the sign test's interval of the median, which holds it in 95 of 100 repetitions or more.
+    """
+
+    median: float
+    low: float
+    high: float
+    times: list[float]
+
+    @classmethod
+    def of(cls, times: list[float]) -> Timing:
+        """The median of at least six times and its interval."""
+        ordered, count = sorted(times), len(times)
+        outside, below = 0.0, 0
+        while below < count // 2:
+            outside += math.comb(count, below) / 2**count
+            if outside > 0.025:
+                break
+            below += 1
+        first = max(0, below - 1)
+        return cls(statistics.median(ordered), ordered[first], ordered[count - 1 - first], times)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Runs every side once in each round, in an order that alternates, so that all meet the same machine."""
+    for _ in range(WARM_UPS):
+        for run in sides.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
+            began = time.perf_counter()
+            sides[name]()
+            times[name].append(time.perf_counter() - began)
+    return {name: Timing.of(found) for name, found in times.items()}
+
+
+def machine(threads: int) -> dict[str, object]:
+    """What a reader of a timing needs to know of the machine."""
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "threads": threads,
+        "load_before": psutil.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def product_gflops(dtype: torch.dtype, tokens: int, inner: int, outer: int, rounds: int = 9) -> float:
+    """Measured speed of [tokens, inner] x [inner, outer] in GFLOP/s, the best of `rounds`."""
+    left, right = torch.randn(tokens, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
+    best = math.inf
+    for _ in range(rounds):
+        began = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        best = min(best, time.perf_counter() - began)
+    return 2e-9 * tokens * inner * outer / best
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()
