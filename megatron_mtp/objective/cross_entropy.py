@@ -240,14 +240,14 @@ class _Chunks:
         hidden, selected = self.hidden[part], _tokens_with_gradient(token_weights)
         if selected is not None:
             gradient, hidden = gradient[selected], hidden[selected]
+        if self.grad_weight is not None:
+            _add_outer(self.grad_weight[: self.shard.rows], gradient, hidden)
         gradient = gradient.to(self.rows.dtype)
         if self.grad_hidden is not None:
             if selected is None:
                 torch.mm(gradient, self.rows, out=self.grad_hidden[part])
             else:
                 self.grad_hidden[part].index_copy_(0, selected, torch.mm(gradient, self.rows))
-        if self.grad_weight is not None:
-            _add_outer(self.grad_weight[: self.shard.rows], gradient, hidden)
 
     def _local_targets(self, part: slice) -> tuple[Tensor, Tensor]:
         """Row of each target in this shard, clamped into it, and whether it is there."""
@@ -287,8 +287,13 @@ def _tokens_with_gradient(token_weights: Tensor) -> Tensor | None:
     return has_gradient.nonzero().squeeze(1) if has_gradient.sum() < MAX_SELECTED * len(token_weights) else None
 
 
-def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), hidden)
+def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """Adds gradient^T hidden, [v/tp, h]; `total` and `gradient` are fp32.
+
+    On a CPU a product in bf16 would be written, read and converted for each chunk, which takes three times as long as
+    the whole product in fp32.
+    """
+    if hidden.dtype == torch.float32 or total.device.type == "cpu":
+        total.addmm_(gradient.t(), hidden.float())
     else:
-        total.add_(torch.mm(grad.t(), hidden))
+        total.add_(torch.mm(gradient.to(hidden.dtype).t(), hidden))
