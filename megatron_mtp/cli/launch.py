@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from megatron_mtp.cli.choose import Callbacks, Files, Overrides, Recipe, check_named_callbacks, choose_config
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.errors import ConfigError, Problem
 
 
 def launch(
@@ -62,6 +62,10 @@ def launch(
     cfg.finalize(nodes * gpus_per_node)
     check_named_callbacks(cfg)
     if cfg.train.callbacks:
+        if where == "k8s" and (files := [name for name in cfg.train.callbacks if absolute(name) != name]):
+            rule = "is a file of this machine, which pods do not have"
+            remedy = "Put it into the image and name it as module:Class, or by its absolute path there."
+            raise ConfigError(Problem(fields=("train.callbacks",), value=files[0], rule=rule, remedy=remedy))
         own = as_override("train.callbacks", [absolute(name) for name in cfg.train.callbacks])
         overrides = [*(overrides or []), own]
     chosen = name or recipe.rpartition(":")[2].replace("_", "-")

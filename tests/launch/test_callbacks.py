@@ -1,0 +1,58 @@
+"""Callbacks of one's own travel with a job: by their absolute paths."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mtp.cli.main import main
+
+pytestmark = pytest.mark.unit
+MINE = """\
+from megatron_mtp.training.callbacks import Callback
+
+class Mine(Callback):
+    pass
+"""
+SHARED = ["dataset.mock=true", "checkpoint.save=/shared/run", "checkpoint.load=/shared/run"]
+OPTIONS = ["--gpus-per-node", "1", "--dry-run", *SHARED, "--callback"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("megatron_mtp_own")]:
+        del sys.modules[name]
+
+
+def launched(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["launch", *arguments])
+    shown = capsys.readouterr()
+    assert not end.value.code, shown.err
+    return shown.out
+
+
+@pytest.mark.parametrize("where", ["local", "slurm"])
+def test_a_job_names_their_files_absolutely(folder: Path, capsys: pytest.CaptureFixture[str], where: str):
+    text = launched(capsys, where, "tiny_dense", *OPTIONS, "mine.py:Mine")
+    assert f'train.callbacks=["{folder}/mine.py:Mine"]' in text
+
+
+def test_a_pod_cannot_have_their_files(folder: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "k8s", "tiny_dense", "--image", "image", "--claim", "disk", *OPTIONS, "mine.py:Mine"])
+    assert end.value.code == 2
+    assert "train.callbacks = 'mine.py:Mine': is a file of this machine" in capsys.readouterr().err
+
+
+def test_a_callback_that_is_none_is_refused_before_the_job_is_made(folder: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "slurm", "tiny_dense", *OPTIONS, "mine.py:Other"])
+    assert end.value.code == 2
+    assert "train.callbacks = 'mine.py:Other': mine.py has no class 'Other'" in capsys.readouterr().err
