@@ -124,6 +124,7 @@ def knob(
     lt: float | None = None,
     le: float | None = None,
     is_path: bool = False,
+    is_written: bool = False,
     mcore: Transfer | None = None,
     resume: Resume | None = None,
 ) -> Any:
@@ -133,11 +134,12 @@ def knob(
         default: a list or dict is copied for every new section.
         gt, ge, lt, le: its range, see `Range`.
         is_path: its texts, also in a list or mapping, name files or folders.
+        is_written: the run writes to these paths; otherwise it only reads them.
         mcore: how Megatron-Core's config gets it; None: it does not.
         resume: None: as the section says.
     """
     limits = None if gt is ge is lt is le is None else Range(gt, ge, lt, le)
-    metadata = {"range": limits, "is_path": is_path, "mcore": mcore, "resume": resume}
+    metadata = {"range": limits, "is_path": is_path, "is_written": is_written, "mcore": mcore, "resume": resume}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -152,6 +154,11 @@ def range_of(section: type, name: str) -> Range | None:
 def is_path(section: type, name: str) -> bool:
     """Whether the texts of a field name files or folders."""
     return bool(_facts(section)[name].get("is_path"))
+
+
+def is_written(section: type, name: str) -> bool:
+    """Whether the run writes to the paths of a field."""
+    return bool(_facts(section)[name].get("is_written"))
 
 
 def broken_rule(section: type, name: str, value: Any) -> str | None:

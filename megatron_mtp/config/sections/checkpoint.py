@@ -16,9 +16,9 @@ class CheckpointConfig(Section):
     SECTION: ClassVar[str] = "checkpoint"
     RESUME: ClassVar[Resume] = "free"
 
-    save: str | None = knob(None, is_path=True)
+    save: str | None = knob(None, is_path=True, is_written=True)
     """Folder of this run's checkpoints; None: nothing is saved."""
-    load: str | None = knob(None, is_path=True)
+    load: str | None = knob(None, is_path=True, is_written=True)
     """Folder to resume from: its newest complete checkpoint. If it equals `save`, an empty or absent folder starts
     a new run."""
     pretrained_checkpoint: str | None = knob(None, is_path=True)

@@ -24,7 +24,7 @@ class DatasetConfig(Section):
     """Shares of train, validation and test within each prefix of `blend`."""
     seq_length: Derived[int] = knob(None, ge=1, le=2**31)
     """Tokens in one sample; None: model.seq_length."""
-    path_to_cache: str | None = knob(None, is_path=True, resume="free")
+    path_to_cache: str | None = knob(None, is_path=True, is_written=True, resume="free")
     """Folder for the index files; None: next to each prefix."""
     valid_sets: dict[str, list[Any]] | None = knob(None, is_path=True, resume="free")
     """Further validation sets: name -> blend. Each is reported under its name."""

@@ -18,9 +18,9 @@ class LoggerConfig(Section):
 
     log_interval: int = knob(10, ge=1, le=MAX_STEPS)
     """Steps between console lines."""
-    log_dir: str | None = knob(None, is_path=True)
+    log_dir: str | None = knob(None, is_path=True, is_written=True)
     """Folder of metrics.jsonl; None: CHECKPOINT_SAVE.metrics.jsonl, next to checkpoint.save, if that is set."""
-    tensorboard_dir: str | None = knob(None, is_path=True)
+    tensorboard_dir: str | None = knob(None, is_path=True, is_written=True)
     """Folder of TensorBoard events; None: off."""
     tensorboard_log_interval: int = knob(1, ge=1, le=MAX_STEPS)
     """Steps between TensorBoard, W&B and JSONL records."""
@@ -36,7 +36,7 @@ class LoggerConfig(Section):
     """Tags of the run in W&B."""
     wandb_notes: str | None = None
     """Notes on the run in W&B: what it is for."""
-    wandb_save_dir: str | None = knob(None, is_path=True)
+    wandb_save_dir: str | None = knob(None, is_path=True, is_written=True)
     """Folder of the local W&B files; None: W&B's default."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline writes to wandb_save_dir only."""

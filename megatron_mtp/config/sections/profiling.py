@@ -24,5 +24,5 @@ class ProfilingConfig(Section):
     """First step after the trace."""
     profile_ranks: list[int] = knob([0], ge=0, le=10_000_000)
     """Ranks that write a trace."""
-    profile_dir: str | None = knob(None, is_path=True)
+    profile_dir: str | None = knob(None, is_path=True, is_written=True)
     """Folder of the traces; required with use_pytorch_profiler."""
