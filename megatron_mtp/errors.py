@@ -174,6 +174,12 @@ class NumericsError(MegatronMTPError):
     is_shared = True
 
 
+class NodeError(ProblemsError):
+    """A machine of the job is not fit for it: GPUs are missing or in use, or a disk is full. Another one may be."""
+
+    exit_code = 7
+
+
 class OutOfMemoryError(MegatronMTPError):
     """A device ran out of memory; the text says what was planned and what would help."""
 

@@ -28,7 +28,8 @@ class DistConfig(Section):
     """A rank without progress for this long ends the job, and the stack of every rank is logged. None: nine tenths
     of distributed_timeout_minutes; 0: off."""
     node_check: bool = True
-    """Before the first step: versions equal, checkpoint folder shared, bandwidth between ranks."""
+    """Before ranks start in a job of `megatron-mtp launch`: GPUs, disk and files of each node. Before the first step:
+    versions equal, checkpoint folder shared; links and clocks are measured."""
     straggler_factor: float = knob(1.5, ge=0, le=1e6)
     """Ranks whose own work takes more than this multiple of the median are named in the log; 0: off."""
     preempted_exit_code: int = knob(3, ge=1, le=125)

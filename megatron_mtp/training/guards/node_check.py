@@ -1,7 +1,8 @@
 """Checks the machines of a job before the first step, for mistakes that would otherwise show hours later or as a hang.
 
-Versions must be equal on all ranks, and all ranks must share the checkpoint folder. Bandwidth is measured and logged: a
-slow link is no mistake of the user, but often the reason for a slow run.
+Versions must be equal on all ranks, and all ranks must share the checkpoint folder. Bandwidth and clocks are measured
+and logged: a slow link is no mistake of the user, but often the reason for a slow run, and logs of machines with
+different clocks cannot be read side by side. What a machine can check alone, `doctor/node.py` does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 PROBE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 SLOW_SHARE = 0.5
 """A link below this share of the median of its kind is named."""
+CLOCK_S = 1.0
+"""A clock that differs by more from the median is named; synchronized ones differ by milliseconds."""
 VISIBLE_S = 10.0
 """A file written on one machine must be seen on the others within this time; NFS caches folders for seconds."""
 
@@ -56,7 +59,10 @@ def check_nodes(cfg: ConfigContainer, device: torch.device) -> None:
         problems += _sharing_problems(Path(cfg.checkpoint.save), nodes)
     if problems:
         raise ConfigError(problems)
-    for line in bandwidth_report(_gathered(_bandwidth_to_next(device)), [node.host for node in nodes]):
+    hosts = [node.host for node in nodes]
+    dist.barrier()
+    times = _gathered(time.time())
+    for line in [*clock_report(times, hosts), *bandwidth_report(_gathered(_bandwidth_to_next(device)), hosts)]:
         logger.info("%s", line)
 
 
@@ -156,6 +162,22 @@ def bandwidth_report(bandwidths: list[float], hosts: list[str]) -> list[str]:
             if bandwidths[rank] < SLOW_SHARE * median
         ]
     return lines
+
+
+def clock_report(times: list[float], hosts: list[str]) -> list[str]:
+    """The machines whose clocks differ from the others'.
+
+    Args:
+        times: seconds since the epoch that the ranks read at one moment.
+        hosts: of each rank.
+    """
+    median = statistics.median_low(times)
+    by_host = {host: moment - median for host, moment in reversed(list(zip(hosts, times, strict=True)))}
+    return [
+        f"clock of {host}: {abs(delta):.1f} s {'ahead of' if delta > 0 else 'behind'} the median. Synchronize it (NTP)."
+        for host, delta in sorted(by_host.items())
+        if abs(delta) > CLOCK_S
+    ]
 
 
 def _ranks(ranks: list[int], nodes: list[Node]) -> str:

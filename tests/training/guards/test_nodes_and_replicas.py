@@ -12,7 +12,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mtp.errors import ConfigError, ReplicaError
 from megatron_mtp.training.callbacks.replicas import check_replicas, fingerprint
 from megatron_mtp.training.guards import node_check
-from megatron_mtp.training.guards.node_check import Node, bandwidth_report, check_nodes, version_problems
+from megatron_mtp.training.guards.node_check import (
+    Node,
+    bandwidth_report,
+    check_nodes,
+    clock_report,
+    version_problems,
+)
 from tests.checkpoint.rig import DENSE, EP2, MOE, make_config, rig
 
 
@@ -35,6 +41,16 @@ def test_slow_links_are_named_among_their_kind():
     assert lines[1] == "slow link within a machine: rank 4 on c to rank 5 on c, 4.00 GB/s"
     assert lines[2].startswith("bandwidth between machines: 1.00 GB/s")
     assert lines[3:] == ["slow link between machines: rank 3 on b to rank 4 on c, 0.20 GB/s"]
+
+
+@pytest.mark.unit
+def test_a_clock_that_differs_is_named():
+    hosts = ["a", "a", "b", "b", "c"]
+    assert clock_report([100.0, 100.2, 99.9, 100.0, 100.5], hosts) == []
+    assert clock_report([100.0, 100.0, 98.5, 98.5, 137.0], hosts) == [
+        "clock of b: 1.5 s behind the median. Synchronize it (NTP).",
+        "clock of c: 37.0 s ahead of the median. Synchronize it (NTP).",
+    ]
 
 
 def checked(folder: str, is_shared: bool, torch_versions: list[str]) -> str:
