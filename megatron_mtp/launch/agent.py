@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_mtp.launch.local import tail
+
 EXIT_DIR = "MEGATRON_MTP_EXIT_DIR"
 """Set for the ranks: the folder in which a rank that leaves in order writes its exit code, under its process id."""
 REJOIN_S = 900.0
@@ -57,16 +59,28 @@ def _run(arguments: list[str] | None, folder: Path) -> int:
     from torch.distributed.run import parse_args, run
 
     signal.signal(signal.SIGTERM, _leave)  # until torchrun's own handler takes over with the first ranks
+    options = parse_args(arguments)
     try:
-        run(parse_args(arguments))
+        run(options)
     except SignalException as error:
         codes = {int(path.read_text()) for path in folder.iterdir()}
         return codes.pop() if len(codes) == 1 else 128 + error.sigval
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
-        code = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        if options.log_dir and failure.local_rank > 0:  # the first rank of a node also wrote here
+            _show_log(rank, failure.local_rank, Path(options.log_dir))
+        code = failure.exitcode
         return 128 - code if code < 0 else code
     return 0
+
+
+def _show_log(rank: int, local_rank: int, folder: Path) -> None:
+    """Prints the last lines of a rank that wrote only into files."""
+    logs = sorted(folder.glob(f"*/attempt_*/{local_rank}/stderr.log"), key=os.path.getmtime)
+    if logs:
+        print(f"megatron-mtp agent: rank {rank} failed first. {logs[-1]} ends with:", file=sys.stderr)
+        print(tail(logs[-1]), file=sys.stderr, flush=True)
 
 
 def _leave(number: int, _: object) -> None:

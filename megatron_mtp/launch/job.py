@@ -1,16 +1,19 @@
-"""A job of many processes as data, and what must hold before it is submitted."""
+"""A job of many processes as data: what each node runs, and what must hold before it is submitted."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_mtp.checkpoint.preflight import is_same_directory
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.config.blend import is_mock
+from megatron_mtp.errors import Problem
+from megatron_mtp.launch.environment import default_environment
+from megatron_mtp.recipes.own import recipe_file
 
 PORT = 29400
 """Port of the rendezvous on the first node."""
@@ -20,57 +23,43 @@ MIN_GRACE_S = 30
 ENDED_BY_SIGTERM = 143
 """128 + 15, as shells report it."""
 
-CONFIG_PATH = "/etc/megatron-mtp"
-"""Where a pod finds the `--config` files."""
-MOUNTED = ("/dev/shm", CONFIG_PATH)
-"""Paths of a pod that hold something else than the shared file system."""
-LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-# Option -> (form of its value, the form in words). None of them may hold a line break or another control character.
-FORMS: dict[str, dict[str, tuple[str, str]]] = {
-    "slurm": {
-        "--partition": (r"\S+", "must be a name without spaces"),
-        "--account": (r"\S+", "must be a name without spaces"),
-        "--time": (r"\S+", "must be a time limit in Slurm's format, such as 24:00:00"),
-        "--sbatch": (r"-{0,2}[A-Za-z]\S*.*", "must be one option of sbatch, such as qos=high or exclusive"),
-    },
-    "k8s": {
-        "--image": (r"[A-Za-z0-9][\w.:/@+-]*", "must be the name of a container image, such as registry/image:tag"),
-        "--namespace": (
-            LABEL,
-            "must be lower-case letters, digits and '-', at most 63, with no '-' at the beginning or end",
-        ),
-        "--claim": (
-            rf"(?=.{{1,253}}$){LABEL}(\.{LABEL})*",
-            "must be lower-case letters, digits, '-' and '.', at most 253, with a letter or digit at both ends",
-        ),
-        "--mount": (r"/[^:]*[^:/]", "must be an absolute path below /, without ':'"),
-    },
-}
+type Place = Callable[[Path], str]
+"""The path under which the nodes find a file that was named here."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One training job.
 
     Args:
-        cfg: finalized for its world size.
-        recipe: name of the recipe.
+        cfg: finalized for its world size; of a script, the defaults.
+        recipe: name of the recipe; None: `script` is run.
+        script: training script that calls `megatron_mtp.main`.
+        arguments: section.field=value, or the arguments of the script.
         files: `--config` files, in order.
-        overrides: section.field=value.
         name: name of the job.
         nodes: number of machines.
         gpus_per_node: processes on each node, each with a GPU unless dist.device is cpu.
         max_restarts: how often the ranks are restarted in place before the job fails.
+        variables: environment variables that the user sets.
+        setup: shell file that each node reads first.
+        logs: folder of the output of every rank; None: next to the run's metrics, if they have a place.
+        python: interpreter on the nodes.
     """
 
     cfg: ConfigContainer
-    recipe: str
-    files: list[Path]
-    overrides: list[str]
+    recipe: str | None = None
+    script: Path | None = None
+    arguments: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
     name: str
     nodes: int
     gpus_per_node: int
-    max_restarts: int
+    max_restarts: int = 3
+    variables: dict[str, str] = field(default_factory=dict)
+    setup: Path | None = None
+    logs: str | None = None
+    python: str = "python"
 
     @property
     def grace_s(self) -> int:
@@ -82,7 +71,7 @@ class Job:
         """Exit codes after which a job is requeued: left with a checkpoint, or SIGTERM before the first step.
 
         Not NotSavedError's: while the disk is full, the job would repeat the lost steps only to lose them again. A
-        person must make room first.
+        person must make room first. Not NodeError's: it would be given the same node again.
         """
         return [self.cfg.dist.preempted_exit_code, ENDED_BY_SIGTERM]
 
@@ -93,25 +82,57 @@ class Job:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables of the agents."""
-        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.grace_s - REAP_S)}
+        """Environment variables of the agents; the user's win."""
+        timeout = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.grace_s - REAP_S)}
+        return timeout | default_environment(self.cfg) | self.variables
 
-    def training(self, files: list[str] | None = None) -> list[str]:
-        """The arguments that follow torchrun's own.
+    @property
+    def own_files(self) -> list[Path]:
+        """Files of the user that the nodes read."""
+        recipe = recipe_file(self.recipe) if self.recipe else None
+        return [file for file in (self.setup, self.script, recipe, *self.files) if file is not None]
+
+    @property
+    def log_folder(self) -> str | None:
+        """Where the output of every rank goes; None: into the output of the job."""
+        if self.logs or self.cfg.logger.log_dir:
+            return self.logs or f"{self.cfg.logger.log_dir}/ranks"
+        save = self.cfg.checkpoint.save
+        return None if save is None else f"{save.rstrip('/')}.logs"
+
+    def training(self, place: Place) -> list[str]:
+        """The arguments that follow torchrun's own."""
+        if self.script is not None:
+            return [place(self.script), *self.arguments]
+        return ["-m", "megatron_mtp", "pretrain", *self._config(place)]
+
+    def _config(self, place: Place) -> list[str]:
+        recipe = self.recipe or ""
+        if file := recipe_file(recipe):
+            recipe = f"{place(file)}:{recipe.rpartition(':')[2]}"
+        configs = [argument for file in self.files for argument in ("--config", place(file))]
+        return [recipe, *configs, "--", *self.arguments]
+
+    def agent(self, rendezvous: list[str], place: Place, logs: str | None = None) -> str:
+        """The shell command that starts the ranks of a node.
 
         Args:
-            files: paths of the `--config` files on the node; None: the same as here.
+            rendezvous: torchrun's arguments, as shell text: they may hold shell variables.
+            logs: folder of this node's output, as shell text; None: no files.
         """
-        places = files if files is not None else [str(file.absolute()) for file in self.files]
-        configs = [argument for place in places for argument in ("--config", place)]
-        return ["-m", "megatron_mtp", "pretrain", self.recipe, *configs, "--", *self.overrides]
-
-    def agent(self, rendezvous: list[str], files: list[str] | None = None) -> str:
-        """The shell command of one node. `rendezvous` is inserted unquoted: it may hold shell variables."""
         sizes = ["--nproc-per-node", str(self.gpus_per_node), "--max-restarts", str(self.max_restarts)]
-        return " ".join(
-            ["python", "-m", "megatron_mtp.launch.agent", *sizes, *rendezvous, shlex.join(self.training(files))]
-        )
+        # Every rank writes files; the first one of each node also speaks in the output of the job.
+        files = f"--log-dir {logs} --redirects 3 --tee 0:3 --log-line-prefix-template '[rank ${{rank}}] '"
+        begin = [shlex.quote(self.python), "-m", "megatron_mtp.launch.agent", *sizes, *rendezvous]
+        return " ".join([*begin, *([files] if logs else []), shlex.join(self.training(place))])
+
+    def preflight(self, place: Place) -> str | None:
+        """The shell command that checks a node before ranks start on it; None: dist.node_check is off."""
+        if not self.cfg.dist.node_check:
+            return None
+        words = [self.python, "-m", "megatron_mtp", "doctor", "--node"]
+        words += ["--gpus", str(self.gpus_per_node)] if self.has_gpus else []
+        return shlex.join(words if self.script else [*words, *self._config(place)])
 
     def rendezvous(self, job_id: str, first_node: str, is_first: str, port: str = str(PORT)) -> list[str]:
         """torchrun's arguments for several nodes, as shell text."""
@@ -121,22 +142,30 @@ class Job:
         ]
 
 
-def job_problems(job: Job, kind: str) -> list[str]:
+def same_path(file: Path) -> str:
+    """The place of a file on nodes that share their file system with this machine."""
+    return str(file.absolute())
+
+
+def job_problems(job: Job, kind: str) -> list[str | Problem]:
     """What would make the job fail or lose work, in addition to mistakes in the config."""
-    ckpt, problems = job.cfg.checkpoint, []
-    if ckpt.save is None or not is_same_directory(ckpt.save, ckpt.load):
+    ckpt, problems = job.cfg.checkpoint, list[str | Problem]()
+    if job.script is None and (ckpt.save is None or not is_same_directory(ckpt.save, ckpt.load)):
         problems.append(
             f"checkpoint.save = {ckpt.save}, checkpoint.load = {ckpt.load}: a job that restarts automatically must "
             "resume from what it saved. Set both to the same directory on a file system that all nodes share."
         )
-    elif not Path(ckpt.save).is_absolute() and kind != "local":
-        problems.append(f"checkpoint.save = {ckpt.save}: must be absolute; nodes do not share a working directory.")
+    if job.script is None and kind != "local" and is_mock(job.cfg.dataset) and not job.cfg.dataset.mock:
+        rule = "is not set, so the job would train on random tokens"
+        remedy = "Name the data, or ask for random tokens with dataset.mock=true."
+        problems.append(Problem(fields=("dataset.blend",), rule=rule, remedy=remedy))
     if job.grace_s < MIN_GRACE_S:
         problems.append(
             f"dist.preemption_grace_s = {job.grace_s}: must be at least {MIN_GRACE_S}; {REAP_S} are for the launcher."
         )
-    if kind == "local" and job.nodes != 1:
-        problems.append(f"--nodes {job.nodes}: `launch local` starts processes on this machine only. Use --nodes 1.")
+    for file in job.own_files:
+        if not file.is_file():
+            problems.append(f"{file}: there is no such file.")
     if kind == "k8s" and not re.fullmatch(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?", job.name):
         problems.append(
             f"--name {job.name}: Kubernetes requires a lower-case letter, then lower-case letters, digits and '-', "
@@ -145,37 +174,3 @@ def job_problems(job: Job, kind: str) -> list[str]:
     elif not re.fullmatch(r"[A-Za-z0-9._-]+", job.name):
         problems.append(f"--name {job.name}: use letters, digits, '.', '_' and '-' only.")
     return problems
-
-
-def option_problems(kind: str, options: Mapping[str, str | Sequence[str] | None]) -> list[Problem]:
-    """Options whose text the scheduler would refuse, or that would add lines to a script.
-
-    Args:
-        options: "--name" -> its value or values; None is not given.
-    """
-    problems = []
-    for option, (form, rule) in FORMS.get(kind, {}).items():
-        given = options.get(option)
-        for text in [given] if isinstance(given, str) else given or ():
-            if not text.isprintable():
-                problems.append(Problem(fields=(option,), value=text, rule="must be one line of printable characters"))
-            elif not re.fullmatch(form, text, re.ASCII):
-                problems.append(Problem(fields=(option,), value=text, rule=rule))
-            elif option == "--mount" and (rule := _mount_rule(PurePosixPath(text))):
-                problems.append(Problem(fields=(option,), value=text, rule=rule, remedy="Use a path such as /shared."))
-    return problems
-
-
-def _mount_rule(path: PurePosixPath) -> str:
-    """The rule that a mount path breaks, or nothing."""
-    if ".." in path.parts:
-        return "must not hold '..'"
-    taken = [other for other in map(PurePosixPath, MOUNTED) if path.is_relative_to(other) or other.is_relative_to(path)]
-    return f"would hide {taken[0]}, which the pod needs" if taken else ""
-
-
-def check_job(job: Job, kind: str, options: Mapping[str, str | Sequence[str] | None]) -> None:
-    """Raises ConfigError with every problem of a job and of the scheduler's options."""
-    problems: Iterable[str | Problem] = [*job_problems(job, kind), *option_problems(kind, options)]
-    if problems:
-        raise ConfigError(problems)

@@ -1,49 +1,131 @@
-"""A job for Kubernetes: an indexed Job with one pod per node, a headless Service for their names, and the config files
-with the file of a recipe of one's own.
+"""A job for Kubernetes: an indexed Job with one pod per node, a headless Service for their names, and the user's files
+in a ConfigMap.
 
 A pod that was preempted or evicted, or whose node was lost, is replaced and does not count as a failure. A mistake, bad
 numbers and a last checkpoint that could not be saved end the Job at once, since a new pod would meet them again. Any
-other failure counts towards BACKOFF_LIMIT.
+other failure counts towards BACKOFF_LIMIT, a node that failed its check too: the new pod may get another node.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_mtp.errors import ConfigError, NotSavedError, NumericsError
-from megatron_mtp.launch.job import CONFIG_PATH, PORT, Job
-from megatron_mtp.recipes.own import recipe_file
+from megatron_mtp.launch.environment import is_amd
+from megatron_mtp.launch.job import PORT, Job
+from megatron_mtp.launch.k8s_patch import merged
+from megatron_mtp.launch.options import CONFIG_PATH
+from megatron_mtp.launch.view import Mount, View
 
 CONTAINER = "train"
-RECIPE_NAME = "recipe.py"
-"""Name in the pod of the file of a recipe of one's own; its neighbours are not there."""
 BACKOFF_LIMIT = 20
 """Failed pods, over all nodes, after which the Job fails."""
+CONFIG_MAP_BYTES = 1 << 20
+PLAIN_RESOURCES = ("cpu", "memory", "ephemeral-storage", "hugepages-")
+"""What every node has; any other resource is a device."""
+OF_THE_POD = ("emptyDir", "configMap", "secret", "projected", "downwardAPI")
+"""Volumes that end with the pod, or cannot be written."""
 
 
-def render(job: Job, *, image: str, namespace: str | None, claim: str | None, mount: str) -> str:
-    """The manifests as one YAML text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a job asks of Kubernetes, in addition to its pods and GPUs.
 
     Args:
         image: container image with megatron-mtp.
         namespace: None: kubectl's default.
-        claim: PersistentVolumeClaim of the shared file system; None: the image or the cluster mounts it.
+        claim: PersistentVolumeClaim of the shared file system; None: a patch mounts one.
         mount: where the claim is mounted.
+        secrets: variable -> SECRET/KEY.
+        resources: NAME=AMOUNT of each pod besides its GPUs, requested and at most.
+        node_selector: KEY=VALUE labels that a node must have.
+        pull_secrets: names of the Secrets that the image needs.
+        patches: merged into the Job, in order.
     """
-    meta = {"name": job.name, "labels": {"app": job.name}} | ({"namespace": namespace} if namespace else {})
-    parts = [_service(job, meta)]
-    data = {f"{index}.yaml": file.read_text(encoding="utf-8") for index, file in enumerate(job.files)}
-    if recipe := recipe_file(job.recipe):
-        data[RECIPE_NAME] = recipe.read_text(encoding="utf-8")
-        function = job.recipe.rpartition(":")[2]
-        job = replace(job, recipe=f"{CONFIG_PATH}/{RECIPE_NAME}:{function}")
-    if data:
-        parts.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
-    parts.append(_job(job, meta, _pod(job, image, claim, mount, has_files=bool(data))))
+
+    image: str
+    namespace: str | None = None
+    claim: str | None = None
+    mount: str = "/shared"
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    resources: Sequence[str] = ()
+    node_selector: Sequence[str] = ()
+    pull_secrets: Sequence[str] = ()
+    patches: Sequence[dict[str, Any]] = ()
+
+    @property
+    def options(self) -> dict[str, str | Sequence[str] | None]:
+        """The texts as the user gave them, by option."""
+        found: dict[str, str | Sequence[str] | None] = {"--image": self.image, "--namespace": self.namespace}
+        found |= {"--claim": self.claim, "--mount": self.mount, "--resource": self.resources}
+        return found | {"--node-selector": self.node_selector, "--pull-secret": self.pull_secrets}
+
+
+def manifests(job: Job, request: Request) -> list[dict[str, Any]]:
+    """The manifests of a job, the Job last.
+
+    Raises:
+        ConfigError: the user's files do not fit into a ConfigMap.
+    """
+    namespace = {"namespace": request.namespace} if request.namespace else {}
+    meta = {"name": job.name, "labels": {"app": job.name}} | namespace
+    container = _container(job, request)
+    whole = _job(job, meta, _pod(job, request, container))
+    for patch in request.patches:
+        whole = merged(whole, patch)
+    return [_service(job, meta), *([_config_map(job, meta)] if job.own_files else []), whole]
+
+
+def _pod(job: Job, request: Request, container: dict[str, Any]) -> dict[str, Any]:
+    # NCCL shares memory between the ranks of a node; by default a pod has only 64 MiB of it.
+    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+    if request.claim:
+        volumes.append({"name": "shared", "persistentVolumeClaim": {"claimName": request.claim}})
+        mounts.append({"name": "shared", "mountPath": request.mount})
+    if job.own_files:
+        volumes.append({"name": "config", "configMap": {"name": job.name}})
+        mounts.append({"name": "config", "mountPath": CONFIG_PATH})
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",  # a podFailurePolicy requires it; the Job creates a new pod
+        "subdomain": job.name,
+        "terminationGracePeriodSeconds": job.grace_s,
+        "containers": [container | {"volumeMounts": mounts}],
+        "volumes": volumes,
+    }
+    if job.has_gpus:  # nodes with GPUs usually repel pods that need none
+        pod["tolerations"] = [{"key": _gpu(job), "operator": "Exists", "effect": "NoSchedule"}]
+    if request.node_selector:
+        pod["nodeSelector"] = _pairs(request.node_selector)
+    if request.pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in request.pull_secrets]
+    return pod
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping."""
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
+def as_text(parts: Sequence[dict[str, Any]]) -> str:
+    """The manifests as one YAML text."""
     return yaml.safe_dump_all(parts, sort_keys=False, width=1000)
+
+
+def view(parts: Sequence[dict[str, Any]]) -> View:
+    """What the pods of a job see beside the image: the claim, and a patch's volumes if they outlive the pod."""
+    pod = parts[-1]["spec"]["template"]["spec"]
+    lost = {volume["name"] for volume in pod.get("volumes", []) if any(kind in volume for kind in OF_THE_POD)}
+    mounts = next((one.get("volumeMounts") or [] for one in pod["containers"] if one.get("name") == CONTAINER), [])
+    kept = tuple(Mount(mount["mountPath"]) for mount in mounts if mount["name"] not in lost)
+    return View(kept, option="--claim and --mount, or a --patch")
 
 
 def _service(job: Job, meta: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +136,21 @@ def _service(job: Job, meta: dict[str, Any]) -> dict[str, Any]:
         "ports": [{"name": "rendezvous", "port": PORT}],
     }
     return {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec}
+
+
+def _config_map(job: Job, meta: dict[str, Any]) -> dict[str, Any]:
+    data = {_key(job, file): file.read_text(encoding="utf-8") for file in job.own_files}
+    if (size := sum(len(text.encode()) for text in data.values())) > CONFIG_MAP_BYTES:
+        raise ConfigError(
+            f"{', '.join(map(str, job.own_files))}: {size} bytes; the files that travel with a Kubernetes job may have "
+            f"{CONFIG_MAP_BYTES} in total. Put them into the image."
+        )
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
+
+
+def _key(job: Job, file: Path) -> str:
+    """The name of a file in the ConfigMap; the number keeps files of one name apart."""
+    return f"{job.own_files.index(file)}-{re.sub('[^-._a-zA-Z0-9]', '_', file.name)}"
 
 
 def _job(job: Job, meta: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
@@ -77,39 +174,43 @@ def _job(job: Job, meta: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec}
 
 
-def _pod(job: Job, image: str, claim: str | None, mount: str, *, has_files: bool) -> dict[str, Any]:
-    # NCCL shares memory between the ranks of a node; by default a pod has only 64 MiB of it.
-    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
-    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
-    if claim:
-        volumes.append({"name": "shared", "persistentVolumeClaim": {"claimName": claim}})
-        mounts.append({"name": "shared", "mountPath": mount})
-    if has_files:
-        volumes.append({"name": "config", "configMap": {"name": job.name}})
-        mounts.append({"name": "config", "mountPath": CONFIG_PATH})
+def _container(job: Job, request: Request) -> dict[str, Any]:
+    variables: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in job.environment.items()]
+    for name, place in request.secrets.items():
+        secret, _, key = place.partition("/")
+        variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
     container: dict[str, Any] = {
         "name": CONTAINER,
-        "image": image,
-        "command": ["bash", "-c", f"exec {job.agent(_rendezvous(job), _places(job))}"],
-        "env": [{"name": name, "value": value} for name, value in job.environment.items()],
-        "volumeMounts": mounts,
+        "image": request.image,
+        "command": ["bash", "-c", _command(job)],
+        "env": variables,
     }
-    if job.has_gpus:
-        container["resources"] = {"limits": {"nvidia.com/gpu": job.gpus_per_node}}
-    return {
-        "restartPolicy": "Never",  # a podFailurePolicy requires it; the Job creates a new pod
-        "subdomain": job.name,
-        "terminationGracePeriodSeconds": job.grace_s,
-        "containers": [container],
-        "volumes": volumes,
-    }
+    resources = _pairs(request.resources)
+    amounts: dict[str, Any] = {**({_gpu(job): job.gpus_per_node} if job.has_gpus else {}), **resources}
+    if amounts:
+        container["resources"] = {"requests": amounts, "limits": dict(amounts)}
+    if any(not name.startswith(PLAIN_RESOURCES) for name in resources):
+        # A network device reads and writes memory that the kernel must not move.
+        container["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
+    return container
 
 
-def _rendezvous(job: Job) -> list[str]:
-    return job.rendezvous(
+def _gpu(job: Job) -> str:
+    return "amd.com/gpu" if is_amd(job.cfg) else "nvidia.com/gpu"
+
+
+def _command(job: Job) -> str:
+    """What the pod of one node runs: setup, check of the node, ranks."""
+
+    def place(file: Path) -> str:
+        return f"{CONFIG_PATH}/{_key(job, file)}"
+
+    rendezvous = job.rendezvous(
         job_id=job.name, first_node=f"{job.name}-0.{job.name}", is_first="$((JOB_COMPLETION_INDEX == 0))"
     )
-
-
-def _places(job: Job) -> list[str]:
-    return [f"{CONFIG_PATH}/{index}.yaml" for index in range(len(job.files))]
+    folder = job.log_folder
+    logs = f'{shlex.quote(folder)}/{job.name}/"$HOSTNAME"' if folder else None
+    lines = [f". {shlex.quote(place(job.setup))} || exit {ConfigError.exit_code}"] if job.setup else []
+    if preflight := job.preflight(place):
+        lines.append(f"{preflight} || exit")
+    return "\n".join([*lines, f"exec {job.agent(rendezvous, place, logs)}"])

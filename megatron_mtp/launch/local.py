@@ -141,7 +141,7 @@ def _report(ranks: list[Rank], folder: Path, preempted_code: int) -> int:
     if first.failure and first.failure.kind == "mistake":
         print(first.failure.text, file=sys.stderr, flush=True)
         return code
-    text = first.failure.text if first.failure else _tail(first.log)
+    text = first.failure.text if first.failure else tail(first.log)
     print(f"megatron-mtp: rank {first.rank} failed first: {_end_in_words(code)}", file=sys.stderr)
     print(text or "It left no message.", file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code
@@ -162,7 +162,8 @@ def _end_in_words(code: int) -> str:
     return f"ended by signal {-code}"
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last lines of a file; empty if it cannot be read."""
     with suppress(OSError):
         return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
     return ""

@@ -33,6 +33,8 @@ PAGES.remove(ROOT / "docs" / "lab_log.md")
 PROGRAMS = ("megatron-mtp ", "python ", "torchrun ", "make ", ".venv/bin/")
 MENTION = re.compile(r"megatron-mtp [\w-]+|python -m megatron_mtp\.[\w.]+")
 """In a sentence these name a program; they are not meant to be typed."""
+FILES = ("--write", "--picture", "--config", "--patch", "--script")
+"""Options before a file that a command writes, or that its page shows."""
 WHOLE = ("show", "recipes", "plan", "launch", "verify")
 
 
@@ -110,7 +112,7 @@ def check_ours(words: list[str], processes: int | None = None) -> None:
     assert name in COMMANDS, "no such command"
     if name in WHOLE:
         with pytest.raises(SystemExit) as left:
-            main([*words, *(["--dry-run"] if name == "launch" else [])])
+            main([*words[:2], "--dry-run", *words[2:]] if name == "launch" else words)
         assert not left.value.code
         return
     command, rest = typer.main.get_command(build_app(name)), words
@@ -154,14 +156,14 @@ def quick(monkeypatch):
 def into(folder: Path, line: str) -> list[str]:
     """Words of a command; files that it writes or reads and that the project lacks are in `folder`."""
     words = shlex.split(line)
-    files = {after for word, after in itertools.pairwise(words) if word in ("--write", "--picture", "--config")}
+    files = {after for word, after in itertools.pairwise(words) if word in FILES}
     return [str(folder / word) if word in files and not Path(word).exists() else word for word in words]
 
 
 @pytest.mark.parametrize(("page", "line", "output"), CASES)
 def test_command(page, line, output, quick, tmp_path, capsys, monkeypatch):
     text = page.read_text(encoding="utf-8")
-    for name, content in re.findall(r"```yaml\n# ([\w.]+)\n(.*?)```", text, re.S):
+    for name, content in re.findall(r"```(?:yaml|python)\n# ([\w.]+)\n(.*?)```", text, re.S):
         (tmp_path / name).write_text(content)
     for earlier, _ in commands(text):
         written = re.search(r"--write (\S+)", earlier)
@@ -185,7 +187,8 @@ def test_command(page, line, output, quick, tmp_path, capsys, monkeypatch):
     "line",
     [
         "megatron-mtp verify deepseek_v3 --layouts 'pp=4,layout=Et|tt|mm|L'",
-        "megatron-mtp launch slurm deepseek_v3 --nodes 32 checkpoint.save=/a checkpoint.load=/a",
+        "megatron-mtp launch slurm deepseek_v3 --nodes 32 checkpoint.save=/a checkpoint.load=/a dataset.mock=true",
+        "megatron-mtp launch slurm deepseek_v3 --nodes 128 checkpoint.save=/a checkpoint.load=/a",
         "megatron-mtp generate",
         "megatron-mtp pretrain tiny_dense --nprocs 2",
         "megatron-mtp pretrain deepseek_v3 --nproc 8",

@@ -1,170 +1,158 @@
-"""Rendered jobs are valid and complete, and the Slurm script reacts correctly to every exit code."""
+"""What is refused before a job is submitted, and what is said about it."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from megatron_mtp.cli.launch import _submit
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.launch import k8s, slurm
-from megatron_mtp.launch.job import Job, check_job, job_problems, option_problems
+from megatron_mtp.launch.container import Container
+from megatron_mtp.launch.environment import SECRET_FORMS, read_secrets, read_variables
+from megatron_mtp.launch.hints import job_hints
+from megatron_mtp.launch.job import Job, job_problems
+from megatron_mtp.launch.options import option_problems
+from megatron_mtp.launch.view import View, path_hints, path_problems
 from megatron_mtp.recipes import get_recipe
+from tests.launch.jobs import make_job, make_script
 
 pytestmark = pytest.mark.unit
-OVERRIDES = [
-    "train.train_iters=50",
-    'model.mtp_loss_scaling_factor="0.3@0,0.1@10T"',
-    "logger.wandb_exp_name=it's $HOME",
-]
-
-
-def make_job(files: list[Path] | None = None, nodes: int = 2, name: str = "tiny-dense", **dist: object) -> Job:
-    cfg = get_recipe("tiny_dense")
-    cfg.checkpoint.save = cfg.checkpoint.load = "/shared/run"
-    cfg.dist.device = "cuda"
-    cfg.train.global_batch_size = 32
-    for field, value in dist.items():
-        setattr(cfg.dist, field, value)
-    cfg.finalize(nodes * 8)
-    return Job(cfg, "tiny_dense", files or [], OVERRIDES, name, nodes, 8, 3)
-
-
-def script_of(job: Job) -> str:
-    return slurm.render(job, partition="batch", account=None, time="04:00:00")
-
-
-def test_the_slurm_script_is_bash_and_asks_for_what_the_config_says(tmp_path: Path):
-    text = script_of(make_job(preemption_grace_s=120))
-    script = tmp_path / "job.sbatch"
-    script.write_text(text)
-    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=True).stderr == ""
-    for line in (
-        "#SBATCH --nodes=2",
-        "#SBATCH --gpus-per-node=8",
-        "#SBATCH --signal=TERM@120",
-        "#SBATCH --requeue",
-        "#SBATCH --partition=batch",
-        "#SBATCH --time=04:00:00",
-        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=105",
-    ):
-        assert line in text.splitlines()
-    assert "account" not in text
-    assert "gpus-per-node" not in script_of(make_job(device="cpu"))
-    assert "cpus-per" not in text.lower()
-
-
-def test_the_slurm_script_takes_cores_and_what_a_cluster_asks_for():
-    options = {"partition": None, "account": None, "time": None}
-    text = slurm.render(make_job(), **options, cpus_per_node=96, more=["qos=high", "--exclusive"])
-    assert "export SRUN_CPUS_PER_TASK=96" in text.splitlines()
-    for line in ("#SBATCH --cpus-per-task=96", "#SBATCH --qos=high", "#SBATCH --exclusive"):
-        assert line in text.splitlines()[: text.splitlines().index("set -u")], "Slurm reads no option after a command"
-
-
-@pytest.mark.parametrize(
-    ("code", "is_requeued"), [(0, False), (1, False), (2, False), (3, True), (4, False), (6, False), (143, True)]
-)
-def test_only_a_preemption_is_requeued(tmp_path: Path, code: int, is_requeued: bool):
-    """The script runs with stand-ins for Slurm's commands: srun runs its argument, python records its arguments."""
-    programs = {
-        "srun": 'shift; SLURM_NODEID=0 exec "$@"',
-        "scontrol": f'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> {tmp_path}/requeued; fi',
-        "python": f'for word in "$@"; do echo "$word" >> {tmp_path}/arguments; done; '
-        f"kill -TERM $TEST_SHELL; exit {code}",
-    }
-    for name, body in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    script = f"export TEST_SHELL=$$\n{script_of(make_job())}"
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NODELIST": "node[7-8]",
-    }
-    assert subprocess.run(["bash", "-c", script], env=environment, check=False, timeout=60).returncode == code
-    requeued = tmp_path / "requeued"
-    assert (requeued.read_text() if requeued.exists() else "") == ("requeue 77\n" if is_requeued else "")
-    arguments = (tmp_path / "arguments").read_text().splitlines()
-    assert arguments[arguments.index("--rdzv-endpoint") + 1] == "node7:29477", "a port of the job's own"
-    assert arguments[arguments.index("--rdzv-id") + 1] == "77.0"
-    assert arguments[arguments.index("--rdzv-conf") + 1].startswith("is_host=1,")
-    assert arguments[-len(OVERRIDES) :] == OVERRIDES, "quoting survives two shells"
-
-
-def test_the_kubernetes_job(tmp_path: Path):
-    overlay = tmp_path / "cluster.yaml"
-    overlay.write_text("train:\n  manual_gc: true\n")
-    text = k8s.render(make_job([overlay]), image="registry/mtp:1", namespace="ml", claim="disk", mount="/shared")
-    service, config, job = yaml.safe_load_all(text)
-    assert (service["kind"], config["kind"], job["kind"]) == ("Service", "ConfigMap", "Job")
-    assert config["data"] == {"0.yaml": overlay.read_text()}
-    spec = job["spec"]
-    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
-    rules = {
-        rule["action"]: rule["onExitCodes"]["values"]
-        for rule in spec["podFailurePolicy"]["rules"]
-        if "onExitCodes" in rule
-    }
-    assert rules == {"FailJob": [2, 4, 6], "Ignore": [3, 143]}
-    pod = spec["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"
-    assert pod["terminationGracePeriodSeconds"] == 300
-    container = pod["containers"][0]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    words = shlex.split(container["command"][2])
-    assert "tiny-dense-0.tiny-dense:29400" in words
-    assert words[words.index("--config") + 1] == "/etc/megatron-mtp/0.yaml"
-    assert words[-len(OVERRIDES) :] == OVERRIDES
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert spec["template"]["metadata"]["labels"] == service["spec"]["selector"]
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
         ("slurm", {"load": None}, "must resume from what it saved"),
-        ("slurm", {"save": "run", "load": "run"}, "must be absolute"),
         ("k8s", {"name": "Tiny_dense"}, "lower-case"),
         ("slurm", {"name": "a b"}, "use letters"),
-        ("local", {}, "this machine only"),
         ("slurm", {"grace": 20}, "must be at least 30"),
+        ("slurm", {"mock": False}, "dataset.blend: is not set, so the job would train on random tokens"),
+        ("k8s", {"mock": False}, "dataset.mock=true"),
+        ("slurm", {"files": [Path("/none.yaml")]}, "/none.yaml: there is no such file"),
     ],
 )
 def test_what_would_lose_work_is_refused(kind: str, change: dict, said: str):
     cfg = get_recipe("tiny_dense")
-    cfg.checkpoint.save, cfg.checkpoint.load = change.get("save", "/shared/run"), change.get("load", "/shared/run")
+    cfg.checkpoint.save, cfg.checkpoint.load = "/shared/run", change.get("load", "/shared/run")
     cfg.dist.preemption_grace_s = change.get("grace", 300)
-    job = Job(cfg, "tiny_dense", [], [], change.get("name", "tiny"), 2, 8, 3)
-    assert [problem for problem in job_problems(job, kind) if said in problem]
-    with pytest.raises(ConfigError):
-        check_job(job, kind, {})
+    cfg.dataset.mock = change.get("mock", True)
+    name, files = change.get("name", "tiny"), change.get("files", [])
+    job = Job(cfg=cfg, recipe="tiny_dense", files=files, name=name, nodes=2, gpus_per_node=8)
+    (problem,) = job_problems(job, kind)
+    assert said in str(problem)
 
 
-def test_a_sound_job_is_accepted():
-    assert job_problems(make_job(), "slurm") == job_problems(make_job(), "k8s") == []
-    assert job_problems(make_job(nodes=1), "local") == []
+def test_a_sound_job_is_accepted(tmp_path: Path):
+    for kind in ("slurm", "k8s"):
+        assert job_problems(make_job(), kind) == []
+    assert job_problems(make_job(nodes=1, dataset__mock=False), "local") == []
+    assert job_problems(make_script(tmp_path), "slurm") == []
 
 
-SLURM = ("--partition", "--account", "--time", "--sbatch")
-KUBERNETES = ("--image", "--namespace", "--claim", "--mount")
+CONTAINER = Container("i", "/shared,/scratch/data:/data:ro").view
+
+
+@pytest.mark.parametrize(
+    ("fields", "view", "said"),
+    [
+        ({"checkpoint__save": "run", "checkpoint__load": "run"}, View(), "checkpoint.save = 'run': must be absolute"),
+        ({"logger__tensorboard_dir": "tb"}, View(), "logger.tensorboard_dir = 'tb': must be absolute"),
+        ({"dataset__valid_sets": {"a": ["data/a"]}}, View(), "dataset.valid_sets = 'data/a': must be absolute"),
+        ({"tokenizer__tokenizer_model": "t.json"}, View(), "tokenizer.tokenizer_model = 't.json': must be absolute"),
+        ({"logger__tensorboard_dir": "/scratch/tb"}, CONTAINER, "on the container's own disk"),
+        ({"logs": "/sharedlogs"}, CONTAINER, "--logs = '/sharedlogs': is on the container's own disk"),
+        ({"profiling__profile_dir": "/shared/../p"}, CONTAINER, "with --container-mounts"),
+    ],
+)
+def test_paths_that_the_job_would_miss_are_refused(fields: dict, view: View, said: str):
+    problems = path_problems(make_job(**fields), view)
+    assert said in str(problems[0])
+    assert len({problem.fields for problem in problems}) <= 3
+
+
+def test_paths_that_the_job_finds_are_accepted():
+    fields = {"dataset__blend": ["/data/web"], "dataset__mock": False, "logger__tensorboard_dir": "/data/tb"}
+    assert path_problems(make_job(**fields), View()) == []
+    assert path_problems(make_job(**fields), CONTAINER) == []
+
+
+def test_data_is_looked_for_where_the_container_has_it(tmp_path: Path):
+    for end in ("bin", "idx"):
+        (tmp_path / f"web.{end}").touch()
+    job = make_job(dataset__blend=["/data/web"], dataset__mock=False, dataset__valid_sets={"a": ["/data/books"]})
+    view = Container("i", f"/shared,{tmp_path}:/data").view
+    assert list(path_hints(job, view)) == [
+        f"dataset.valid_sets = /data/books: this machine sees no {tmp_path}/books.bin. The nodes must."
+    ]
+    job = make_job(dataset__blend=[f"{tmp_path}/web"], dataset__mock=False)
+    assert list(path_hints(job, View())) == []
+    assert "the image must hold it" in next(path_hints(job, view))
+    masked = make_job(dataset__blend=[f"{tmp_path}/web"], dataset__mock=False, dataset__loss_mask_suffix="_mask")
+    assert "web_mask.bin" in next(path_hints(masked, View()))
+
+
+def test_a_checkpoint_by_name_is_looked_for_in_its_run(tmp_path: Path):
+    for name in (f"{tmp_path}@best", f"{tmp_path}@200", str(tmp_path)):
+        assert list(path_hints(make_job(checkpoint__pretrained_checkpoint=name), View())) == []
+    (said,) = path_hints(make_job(checkpoint__pretrained_checkpoint=f"{tmp_path}/none@best"), View())
+    assert said.startswith(f"checkpoint.pretrained_checkpoint = {tmp_path}/none@best: this machine sees no")
+
+
+def test_hints(tmp_path: Path):
+    found = job_hints(make_job(model__mtp_num_layers=3), "slurm", View())
+    assert any("published pretraining runs use 1 or 2 depths" in hint for hint in found), "what `show` says"
+    assert any(hint.startswith("dist.hardware is not set") for hint in found)
+    found = job_hints(make_script(tmp_path), "slurm", View())
+    assert any("its config is checked when it runs" in hint for hint in found)
+
+
+def test_variables():
+    environ = {"HERE": "it's here", "HF_TOKEN": "hf_abc"}
+    assert read_variables(["A=1=2", "HERE", "B="], environ, "x") == {"A": "1=2", "HERE": "it's here", "B": ""}
+    assert read_variables(["HF_TOKEN"], environ) == {"HF_TOKEN": "hf_abc"}, "written nowhere"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1A=2", "must be NAME=VALUE"),
+        ("A B=2", "must be NAME=VALUE"),
+        ("=2", "must be NAME=VALUE"),
+        ("NONE", "is not set here"),
+        ("A=x\ny", "one line"),
+        ("HF_TOKEN", "Use --secret HF_TOKEN="),
+        ("WANDB_API_KEY=12", "looks like a secret"),
+        ("PROXY=http://me:pw@host/", "looks like a secret"),
+    ],
+)
+def test_variables_that_are_refused(text: str, said: str):
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_variables([text], {"HF_TOKEN": "hf_abc"}, SECRET_FORMS["slurm"][1])
+    assert "hf_abc" not in str(caught.value)
+
+
+def test_secrets():
+    assert read_secrets(["A=/home/me/a b"], "slurm") == {"A": "/home/me/a b"}
+    assert read_secrets(["A=hub/token.1"], "k8s") == {"A": "hub/token.1"}
+    for kind, text in [("slurm", "A"), ("slurm", "A=a"), ("slurm", "A=/a\nb"), ("k8s", "A=hub"), ("k8s", "a b=hub/x")]:
+        with pytest.raises(ConfigError, match=r"^--secret = "):
+            read_secrets([text], kind)
+
+
+SLURM = ("--partition", "--account", "--time", "--sbatch", "--srun", "--after", "--container-image")
+SLURM += ("--container-mounts", "--logs")
+KUBERNETES = ("--image", "--namespace", "--claim", "--mount", "--resource", "--node-selector", "--pull-secret")
+SEVERAL = ("--sbatch", "--srun", "--resource", "--node-selector", "--pull-secret")
 
 
 @pytest.mark.parametrize("option", SLURM + KUBERNETES)
 @pytest.mark.parametrize("text", ["x\ntouch F", "x\rtouch F", "\n", "x\0", "x\u2028y", "", " ", "\t"])
 def test_no_option_adds_a_line_or_is_empty(option: str, text: str):
     kind = "slurm" if option in SLURM else "k8s"
-    given = [text] if option == "--sbatch" else text
+    given = [text] if option in SEVERAL else text
     (found,) = option_problems(kind, {option: given})
     assert found.fields == (option,)
     assert found.value == text
-    assert option_problems("local", {option: given}) == []
 
 
 @pytest.mark.parametrize(
@@ -177,6 +165,10 @@ def test_no_option_adds_a_line_or_is_empty(option: str, text: str):
         ("--claim", "../x", "lower-case"),
         ("--claim", "a..b", "lower-case"),
         ("--claim", ("a" * 60 + ".") * 4 + "a" * 60, "at most 253"),
+        ("--pull-secret", "A", "lower-case"),
+        ("--resource", "cpu", "such as cpu=96"),
+        ("--resource", "memory=900gb", "such as cpu=96"),
+        ("--node-selector", "gpu", "KEY=VALUE"),
         ("--mount", "relative", "absolute path"),
         ("--mount", "/", "absolute path"),
         ("--mount", "/a:b", "without ':'"),
@@ -188,72 +180,27 @@ def test_no_option_adds_a_line_or_is_empty(option: str, text: str):
     ],
 )
 def test_what_kubernetes_would_refuse_is_refused(option: str, text: str, said: str):
-    with pytest.raises(ConfigError, match=f"^{option} = ") as caught:
-        check_job(make_job(), "k8s", {option: text})
-    assert said in str(caught.value)
+    (found,) = option_problems("k8s", {option: [text] if option in SEVERAL else text})
+    assert str(found).startswith(f"{option} = ")
+    assert said in str(found)
 
 
 def test_sound_options_are_accepted():
-    slurm_options = {"--partition": "gpu,big", "--account": "proj-1", "--time": "1-00:00:00"}
+    slurm_options = {"--partition": "gpu,big", "--account": "proj-1", "--time": "1-00:00:00", "--after": "12_3"}
+    slurm_options |= {"--container-image": "nvcr.io#nvidia/pytorch:26.01-py3", "--logs": "/shared/logs of a"}
     more = ["qos=high", "--exclusive", "-C a100", "--comment='two words'", "mem=0"]
-    assert option_problems("slurm", slurm_options | {"--sbatch": more}) == []
+    assert option_problems("slurm", slurm_options | {"--sbatch": more, "--srun": more}) == []
+    for mounts in ("/a", "/a:/b", "/a:/b:ro", "/a b,/c:/d:ro+rprivate,/e"):
+        assert option_problems("slurm", {"--container-mounts": mounts}) == []
+    for mounts in ("a:/b", "/a:b", "/a,", "/a::ro"):
+        assert option_problems("slurm", {"--container-mounts": mounts})
     for image in ("i", "registry/mtp:1", "ghcr.io:5000/a/b_c@sha256:0f", "nvcr.io/nvidia/pytorch:25.01-py3"):
         options = {"--image": image, "--namespace": "ml-1", "--claim": "disk.a", "--mount": "/shared/x y"}
         assert option_problems("k8s", options) == []
+    several = {
+        "--resource": ["cpu=96", "memory=1.5Ti", "rdma/hca_a=1", "vpc.amazonaws.com/efa=32", "hugepages-2Mi=5Gi"],
+        "--node-selector": ["a=b", "topology.kubernetes.io/zone=eu-1", "pool="],
+        "--pull-secret": ["registry"],
+    }
+    assert option_problems("k8s", several) == []
     assert option_problems("k8s", dict.fromkeys(KUBERNETES)) == []
-
-
-def test_without_the_scheduler_it_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(ConfigError, match="sbatch: there is no such command on this machine"):
-        _submit("", ["sbatch"], dry_run=False)
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "megatron_mtp", "launch", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
-
-
-RUN = ("checkpoint.save=/shared/run", "checkpoint.load=/shared/run")
-
-
-def test_the_command_prints_and_validates():
-    done = command("slurm", "tiny_dense", "--nodes", "2", "--gpus-per-node", "2", "--dry-run", *RUN)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("#!/bin/bash\n")
-    done = command("k8s", "tiny_dense", "--nodes", "2", "--gpus-per-node", "2", "--image", "i", "--dry-run", *RUN)
-    assert len(list(yaml.safe_load_all(done.stdout))) == 2
-    done = command(
-        "slurm", "tiny_dense", "--nodes", "2", "--gpus-per-node", "2", "--dry-run", *RUN, "model.num_layers=x"
-    )
-    assert done.returncode == 2
-    assert "model.num_layers = 'x'" in done.stderr
-    lines = ["--partition", "x\ntouch F", "--sbatch", "qos=\ntouch G"]
-    done = command("slurm", "tiny_dense", "--nodes", "2", "--gpus-per-node", "2", "--dry-run", *RUN, *lines)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--partition = 'x\\ntouch F'" in done.stderr
-    assert "--sbatch = 'qos=\\ntouch G'" in done.stderr
-    done = command("slurm", "tiny_dense", "--nodes", "3", "--gpus-per-node", "1", "--dry-run", *RUN)
-    assert done.returncode == 2
-    assert "train.global_batch_size" in done.stderr
-
-
-def local(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    run = [f"checkpoint.save={folder}/run", f"checkpoint.load={folder}/run", "dist.device=cpu", "dist.num_threads=1"]
-    run += ["train.train_iters=2", "validation.eval_iters=0"]
-    return command("local", "tiny_dense", "--gpus-per-node", "2", *options, *run)
-
-
-def test_local_prints_its_command(tmp_path: Path):
-    done = local(tmp_path, "--dry-run")
-    agent = "python -m megatron_mtp.launch.agent --nproc-per-node 2 --max-restarts 3 --standalone "
-    begin = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=285 {agent}-m megatron_mtp pretrain tiny_dense -- checkpoint.save="
-    assert done.stdout.startswith(begin)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_local_trains(tmp_path: Path):
-    done = local(tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "run" / "iter_0000002").is_dir()
