@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_mtp.cli.choose import Files
+from megatron_mtp.cli.choose import Callbacks, Files
 from megatron_mtp.cli.launch_job import check, hint, make_job, start_here, submit, submit_chain
 from megatron_mtp.cli.launch_options import (
     DryRun,
@@ -39,6 +39,7 @@ def local(
     recipe: Recipe = None,
     words: Words = None,
     config: Files = None,
+    callback: Callbacks = None,
     script: Script = None,
     gpus_per_node: GpusPerNode = 8,
     max_restarts: MaxRestarts = 3,
@@ -52,6 +53,7 @@ def local(
 
     job = make_job(
         (recipe, words, config, script),
+        callbacks=callback,
         gpus_per_node=gpus_per_node,
         max_restarts=max_restarts,
         variables=read_variables(env or [], os.environ),
@@ -68,6 +70,7 @@ def slurm(
     recipe: Recipe = None,
     words: Words = None,
     config: Files = None,
+    callback: Callbacks = None,
     script: Script = None,
     cpu: NoGpus = False,
     nodes: Nodes = 1,
@@ -123,6 +126,7 @@ def slurm(
     )
     job = make_job(
         (recipe, words, config, script),
+        callbacks=callback,
         is_cpu=cpu,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -145,6 +149,7 @@ def k8s(
     recipe: Recipe = None,
     words: Words = None,
     config: Files = None,
+    callback: Callbacks = None,
     script: Script = None,
     cpu: NoGpus = False,
     nodes: Nodes = 1,
@@ -196,6 +201,7 @@ def k8s(
     )
     job = make_job(
         (recipe, words, config, script),
+        callbacks=callback,
         is_cpu=cpu,
         nodes=nodes,
         gpus_per_node=gpus_per_node,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from megatron_mtp.cli.choose import choose_config
+from megatron_mtp.cli.choose import check_named_callbacks, choose_config
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 
@@ -31,6 +31,7 @@ def make_job(
     nodes: int = 1,
     gpus_per_node: int,
     name: str | None = None,
+    callbacks: list[str] | None = None,
     **fields: Any,
 ) -> Job:
     """The job that runs a recipe or a script.
@@ -38,6 +39,7 @@ def make_job(
     Args:
         program: recipe, words after it, config files, script.
         is_cpu: a script's ranks need no GPUs.
+        callbacks: names to add to train.callbacks.
     """
     from megatron_mtp.launch.job import Job
     from megatron_mtp.recipes.own import absolute
@@ -45,8 +47,9 @@ def make_job(
     recipe, words, config, script = program
     fields |= {"nodes": nodes, "gpus_per_node": gpus_per_node}
     if script is not None:
-        if config:
-            raise ConfigError("--config: a script reads its own config. Leave it out, or pass it after '--'.")
+        for option, value in (("--config", config), ("--callback", callbacks)):
+            if value:
+                raise ConfigError(f"{option}: a script reads its own config. Leave it out, or pass it after '--'.")
         cfg = ConfigContainer()
         cfg.dist.device = "cpu" if is_cpu else "auto"
         given = [*([] if recipe is None else [recipe]), *(words or [])]
@@ -56,8 +59,9 @@ def make_job(
         raise ConfigError("Name a recipe (`megatron-mtp recipes` lists them), or a script: --script FILE.")
     if is_cpu:
         raise ConfigError("--cpu: works only with --script. Set dist.device=cpu.")
-    cfg = choose_config(recipe, config, words)
+    cfg = choose_config(recipe, config, words, callbacks)
     cfg.finalize(nodes * gpus_per_node)
+    check_named_callbacks(cfg)
     chosen = name or recipe.rpartition(":")[2].replace("_", "-")
     return Job(cfg=cfg, recipe=absolute(recipe), files=config or [], arguments=words or [], name=chosen, **fields)
 

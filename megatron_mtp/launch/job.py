@@ -11,9 +11,10 @@ from pathlib import Path
 from megatron_mtp.checkpoint.preflight import is_same_directory
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.blend import is_mock
+from megatron_mtp.config.overrides import as_override
 from megatron_mtp.errors import Problem
 from megatron_mtp.launch.environment import default_environment
-from megatron_mtp.recipes.own import recipe_file
+from megatron_mtp.recipes.own import absolute, recipe_file
 
 PORT = 29400
 """Port of the rendezvous on the first node."""
@@ -89,8 +90,14 @@ class Job:
     @property
     def own_files(self) -> list[Path]:
         """Files of the user that the nodes read."""
-        recipe = recipe_file(self.recipe) if self.recipe else None
-        return [file for file in (self.setup, self.script, recipe, *self.files) if file is not None]
+        names = [self.recipe or "", *self.callbacks]
+        found = (self.setup, self.script, *map(recipe_file, names), *self.files)
+        return list(dict.fromkeys(file for file in found if file is not None))
+
+    @property
+    def callbacks(self) -> list[str]:
+        """The names in train.callbacks, files by their absolute paths."""
+        return [absolute(name) for name in self.cfg.train.callbacks]
 
     @property
     def log_folder(self) -> str | None:
@@ -107,11 +114,14 @@ class Job:
         return ["-m", "megatron_mtp", "pretrain", *self._config(place)]
 
     def _config(self, place: Place) -> list[str]:
-        recipe = self.recipe or ""
-        if file := recipe_file(recipe):
-            recipe = f"{place(file)}:{recipe.rpartition(':')[2]}"
+        def placed(name: str) -> str:
+            file = recipe_file(name)
+            return name if file is None else f"{place(file)}:{name.rpartition(':')[2]}"
+
         configs = [argument for file in self.files for argument in ("--config", place(file))]
-        return [recipe, *configs, "--", *self.arguments]
+        callbacks = [placed(name) for name in self.callbacks]
+        own = [as_override("train.callbacks", callbacks)] if callbacks else []
+        return [placed(self.recipe or ""), *configs, "--", *self.arguments, *own]
 
     def agent(self, rendezvous: list[str], place: Place, logs: str | None = None) -> str:
         """The shell command that starts the ranks of a node.

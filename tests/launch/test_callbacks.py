@@ -1,4 +1,4 @@
-"""Callbacks of one's own travel with a job: by their absolute paths."""
+"""Callbacks of one's own travel with a job: by their absolute paths, and as files of a pod."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_mtp.cli.main import main
 
@@ -44,11 +45,14 @@ def test_a_job_names_their_files_absolutely(folder: Path, capsys: pytest.Capture
     assert f'train.callbacks=["{folder}/mine.py:Mine"]' in text
 
 
-def test_a_pod_cannot_have_their_files(folder: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as end:
-        main(["launch", "k8s", "tiny_dense", "--image", "image", "--claim", "disk", *OPTIONS, "mine.py:Mine"])
-    assert end.value.code == 2
-    assert "train.callbacks = 'mine.py:Mine': is a file of this machine" in capsys.readouterr().err
+def test_a_pod_gets_their_files(folder: Path, capsys: pytest.CaptureFixture[str]):
+    text = launched(capsys, "k8s", "tiny_dense", "--image", "image", "--claim", "disk", *OPTIONS, "mine.py:Mine")
+    parts = {part["kind"]: part for part in yaml.safe_load_all(text)}
+    (name,) = parts["ConfigMap"]["data"]
+    assert parts["ConfigMap"]["data"][name] == MINE
+    pod = parts["Job"]["spec"]["template"]["spec"]
+    (place,) = (mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "config")
+    assert f'train.callbacks=["{place}/{name}:Mine"]' in pod["containers"][0]["command"][-1]
 
 
 def test_a_callback_that_is_none_is_refused_before_the_job_is_made(folder: Path, capsys: pytest.CaptureFixture[str]):
