@@ -98,15 +98,15 @@ def test_every_command_takes_one(folder: Path, capsys: pytest.CaptureFixture[str
     assert "# rec/week.py:week_config" in run(capsys, "show", name)
     assert "model.num_layers: 6 -> 7" in run(capsys, "show", name, "model.num_layers=7", "--diff")
     assert name in run(capsys, "plan", name, "--devices", "2")
-    checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run"]
+    checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run", "dataset.mock=true"]
     script = run(capsys, "launch", "slurm", name, "--gpus-per-node", "1", "--dry-run", *checkpoint)
     assert f"pretrain {folder}/rec/week.py:week_config" in script
     assert "#SBATCH --job-name=week-config" in script
 
 
 def test_a_pod_gets_the_file(folder: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["--image", "image", "--gpus-per-node", "1", "--dry-run"]
-    checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run"]
+    arguments = ["--image", "image", "--claim", "data", "--gpus-per-node", "1", "--dry-run"]
+    checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run", "dataset.mock=true"]
     text = run(capsys, "launch", "k8s", "rec/week.py:week_config", *arguments, *checkpoint)
     parts = {part["kind"]: part for part in yaml.safe_load_all(text)}
     (name,) = parts["ConfigMap"]["data"]
