@@ -20,7 +20,7 @@ from megatron_mtp.checkpoint.agreement import describe_error, first_value_of_any
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
 from megatron_mtp.checkpoint.directory import LOCK_NAME, RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
-from megatron_mtp.checkpoint.manifest import Manifest
+from megatron_mtp.checkpoint.manifest import Evaluation, Manifest
 from megatron_mtp.checkpoint.preflight import check_unused, tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import load_newest
@@ -200,13 +200,13 @@ class Checkpointer:
         optimizer: MegatronOptimizer,
         train_state: TrainState,
         reason: str = "interval",
-        validation_loss: float | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         """Saves everything. With checkpoint.async_save it returns when the state is copied; `maybe_finalize` finishes.
 
         Args:
             reason: why, for the manifest.
-            validation_loss: of the evaluation at this iteration, for the rule that keeps the best.
+            evaluation: at this iteration, for the rule that keeps the best; None: there was none.
 
         Raises:
             CheckpointError: on every rank, with the first cause. Earlier checkpoints stay, no partial one is left, and
@@ -225,7 +225,7 @@ class Checkpointer:
         # `for_saving` initialized the optimizer state; before that there is no step count.
         scalars = first_value_of_any_rank(optimizer_scalars(content))
         pending = _Pending(
-            self._manifest(train_state, reason, validation_loss),
+            self._manifest(train_state, reason, evaluation or Evaluation()),
             {"train": train_state.to_dict(), "optimizer": scalars},
             file,
             started_s,
@@ -298,7 +298,7 @@ class Checkpointer:
         except OSError as error:
             raise self._failure(iteration, f"{self._run_directory.path}: {describe_error(error)}") from error
 
-    def _manifest(self, train_state: TrainState, reason: str, validation_loss: float | None) -> Manifest:
+    def _manifest(self, train_state: TrainState, reason: str, evaluation: Evaluation) -> Manifest:
         return Manifest(
             iteration=train_state.iteration,
             files=[],
@@ -306,7 +306,9 @@ class Checkpointer:
             world_size=self.world_size,
             reason=reason,
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            validation_loss=validation_loss,
+            validation_loss=evaluation.main_loss,
+            validation_losses=evaluation.losses,
+            best_metric=self.cfg.checkpoint.best_metric,
             tokenizer=self._tokenizer,
             data=self._data,
             versions=package_versions(),

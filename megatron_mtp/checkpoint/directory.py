@@ -115,16 +115,19 @@ class RunDirectory:
         return found
 
     def named(self, which: str) -> int:
-        """The iteration that `RUN@which` means: a number, "latest", or "best", the lowest validation loss.
+        """The iteration that `RUN@which` means: a number, "latest", or "best" (`by_validation_loss`).
 
         Raises:
             CheckpointError: there is none.
         """
         iterations = self.iterations()
         if which == "best":
-            best = by_validation_loss(self.complete_ones())
+            complete = self.complete_ones()
+            best = by_validation_loss(complete)
             if not best:
-                raise CheckpointError(f"{self.path}@best: no checkpoint there was saved with a validation loss.")
+                metric = deciding_metric(complete)
+                loss = "a validation loss" if metric is None else f"{metric!r} (checkpoint.best_metric)"
+                raise CheckpointError(f"{self.path}@best: no checkpoint there was saved with {loss}.")
             return best[0].iteration
         wanted = iterations[:1] if which == "latest" else [int(which)]
         if not wanted or wanted[0] not in iterations:
@@ -257,9 +260,18 @@ def _remove(folders: list[Path]) -> None:
 
 
 def by_validation_loss(manifests: Iterable[Manifest]) -> list[Manifest]:
-    """Those that were saved with a validation loss, the lowest first, of equal ones the older first."""
-    found = [m for m in manifests if m.validation_loss is not None and math.isfinite(m.validation_loss)]
-    return sorted(found, key=lambda manifest: (manifest.validation_loss, manifest.iteration))
+    """Those that were saved with the loss that decides, the lowest first, of equal ones the older first."""
+    found = list(manifests)
+    metric = deciding_metric(found)
+    losses = {manifest.iteration: manifest.evaluation.loss_by(metric) for manifest in found}
+    known = {iteration: loss for iteration, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return sorted((m for m in found if m.iteration in known), key=lambda m: (known[m.iteration], m.iteration))
+
+
+def deciding_metric(manifests: Iterable[Manifest]) -> str | None:
+    """checkpoint.best_metric of the newest of these; a resume may have changed it. None: the first set's main loss."""
+    newest = max(manifests, key=lambda manifest: manifest.iteration, default=None)
+    return None if newest is None else newest.best_metric
 
 
 def split_name(name: str | Path) -> tuple[Path, str | None]:

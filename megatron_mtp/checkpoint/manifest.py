@@ -45,6 +45,23 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Losses of one evaluation, nats per token.
+
+    Args:
+        main_loss: of the first validation set; None: there was no evaluation.
+        losses: of every set and depth with valid targets, by "SET/LOSS", such as "docs/mtp_1 loss".
+    """
+
+    main_loss: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def loss_by(self, metric: str | None) -> float | None:
+        """The loss that checkpoint.best_metric = `metric` names; None: it was not evaluated."""
+        return self.main_loss if metric is None else self.losses.get(metric)
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a checkpoint holds and what wrote it."""
 
@@ -58,13 +75,22 @@ class Manifest:
     saved_at: str = ""
     """ISO 8601, UTC."""
     validation_loss: float | None = None
-    """Main loss of the evaluation at this iteration, nats per token; None: there was none."""
+    """Main loss of the first validation set at this iteration, nats per token; None: there was no evaluation."""
+    validation_losses: dict[str, float] = field(default_factory=dict)
+    """All losses of that evaluation, by "SET/LOSS"; empty in checkpoints of earlier releases."""
+    best_metric: str | None = None
+    """checkpoint.best_metric of the run."""
     tokenizer: str | None = None
     """Fingerprint of the tokenizer; None where the run has none."""
     data: list[str] = field(default_factory=list)
     """Fingerprint of the files of each prefix of the training data, in the order of the blend; empty: not known."""
     versions: dict[str, str] = field(default_factory=dict)
     """Python and packages that wrote it."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation at this iteration."""
+        return Evaluation(self.validation_loss, self.validation_losses)
 
     def to_bytes(self) -> bytes:
         """The file: canonical JSON with its own checksum, so that no byte of it can change unnoticed."""
@@ -106,10 +132,14 @@ class Manifest:
         for name in ("iteration", "consumed_samples", "world_size"):
             if not is_count(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not a count")
-        if not isinstance(self.validation_loss, int | float | None) or isinstance(self.validation_loss, bool):
+        if not (self.validation_loss is None or _is_number(self.validation_loss)):
             raise ValueError(f"validation_loss = {self.validation_loss!r} is not a number")
-        if not isinstance(self.tokenizer, str | None):
-            raise ValueError(f"tokenizer = {self.tokenizer!r} is not a string")
+        losses = self.validation_losses
+        if not isinstance(losses, dict) or not all(map(_is_number, losses.values())):
+            raise ValueError(f"validation_losses = {losses!r} are not numbers by name")
+        for name in ("tokenizer", "best_metric"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} = {getattr(self, name)!r} is not a string")
         if not isinstance(self.data, list) or not all(isinstance(one, str) for one in self.data):
             raise ValueError("data is not a list of strings")
         for entry in self.files:
@@ -124,6 +154,10 @@ class Manifest:
 def is_count(value: Any) -> bool:
     """Whether a value from a JSON file is an integer of at least 0; true and false are integers to Python."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _canonical(value: dict[str, Any]) -> bytes:

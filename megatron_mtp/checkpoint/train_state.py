@@ -67,7 +67,9 @@ class TrainState:
     floating_point_operations: float = 0.0
     """Model FLOPs of all steps."""
     best_validation_loss: float | None = None
-    """Lowest main loss on the validation set, nats per token; None: not evaluated yet."""
+    """Lowest validation loss that checkpoint.best_metric names, nats per token; None: not evaluated yet."""
+    best_metric: str | None = None
+    """checkpoint.best_metric when that was found."""
     acceptance: dict[str, list[int]] = field(default_factory=dict)
     """Acceptance counters: name -> one count for each MTP depth 1..D."""
     wandb_run_id: str | None = None

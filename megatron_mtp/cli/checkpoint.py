@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 checkpoint = typer.Typer(
     no_args_is_help=True,
-    help="Look at checkpoints, check them, remove them, average them. RUN@200, RUN@best (lowest validation loss) and "
+    help="Look at checkpoints, check them, remove them, average them. RUN@200, RUN@best (lowest loss, by "
+    "checkpoint.best_metric) and "
     "RUN@latest name one of a run directory; RUN alone is the newest.",
 )
 
@@ -28,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 @checkpoint.command("list")
 def list_(run: Run, json: Json = False) -> None:
     """List the checkpoints of a run, oldest first, incomplete ones with the reason."""
-    from megatron_mtp.checkpoint.directory import RunDirectory, by_validation_loss
+    from megatron_mtp.checkpoint.directory import RunDirectory, by_validation_loss, deciding_metric
     from megatron_mtp.errors import CheckpointError
 
     directory = RunDirectory(run)
@@ -42,23 +43,27 @@ def list_(run: Run, json: Json = False) -> None:
             rows.append({"iteration": iteration, "problem": str(error)})
     if not rows:
         raise CheckpointError(f"{run}: holds no checkpoint.")
-    best = by_validation_loss(found)[:1]
+    best, metric = by_validation_loss(found)[:1], deciding_metric(found)
     for row in rows:
         row["is_best"] = bool(best) and row["iteration"] == best[0].iteration
     if json:
         typer.echo(json_format.dumps(rows, indent=2))
         return
-    typer.echo(f"{'iteration':>9}  {'size':>10}  {'lm loss':>8}   saved (UTC)       why")
+    typer.echo(f"{'iteration':>9}  {'size':>10}  {'loss':>8}   saved (UTC)       why")
     for row in rows:
         if "problem" in row:
             typer.echo(f"{row['iteration']:>9}  not complete: {row['problem']}")
             continue
-        loss = "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
+        decides = row["validation_loss"] if metric is None else row["validation_losses"].get(metric)
+        loss = "" if decides is None else f"{decides:.4f}"
         mark, saved = "*" if row["is_best"] else " ", row["saved_at"][:16].replace("T", " ")
         text = f"{row['iteration']:>9}  {_size(row['bytes']):>10}  {loss:>8}{mark}  {saved:<16}  {row['reason']}"
         typer.echo(text.rstrip())
     total = _size(sum(row.get("bytes", 0) for row in rows))
-    typer.echo(f"\n{total} in all. lm loss: of the evaluation at that iteration{'; * RUN@best' if best else ''}.")
+    meaning = f"{metric or 'lm loss of the first set'}, evaluated at that iteration"
+    typer.echo(f"\n{total} in all. loss: {meaning}{'; * RUN@best' if best else ''}.")
+    if any(len(manifest.validation_losses) > 1 for manifest in found):
+        typer.echo("\n" + "\n".join(_loss_lines({str(m.iteration): m.validation_losses for m in found})))
 
 
 @checkpoint.command()
@@ -79,11 +84,11 @@ def show(checkpoint: One, json: Json = False) -> None:
         typer.echo(json_format.dumps(data, indent=2))
         return
     typer.echo(stored.folder)
-    loss = stored.manifest.validation_loss
+    loss, losses = stored.manifest.validation_loss, stored.manifest.validation_losses
     lines = {
         "iteration": f"{data['iteration']}, {data['consumed_samples']:,} samples",
         "saved": f"{data['saved_at'] or 'time unknown'}: {data['reason']}",
-        "validation": "no evaluation at this iteration" if loss is None else f"lm loss {loss:.4f}",
+        "validation": "no evaluation at this iteration" if loss is None else "" if losses else f"lm loss {loss:.4f}",
         "weights": f"{counts['main']['values']:,} values in {counts['main']['tensors']} tensors, {', '.join(dtypes)}",
         "MTP layers": f"{counts['mtp']['values']:,} values in {counts['mtp']['tensors']} tensors",
         "also": ", ".join(f"{kind} ({count})" for kind, count in stored.left_out.items()) or "nothing",
@@ -91,7 +96,9 @@ def show(checkpoint: One, json: Json = False) -> None:
         "versions": ", ".join(f"{name} {version}" for name, version in stored.manifest.versions.items()) or "unknown",
     }
     for name, text in lines.items():
-        typer.echo(f"  {name:<11} {text}")
+        typer.echo(f"  {name:<11} {text}".rstrip())
+        for line in _loss_lines({"": losses}) if name == "validation" and losses else ():
+            typer.echo(f"    {line}")
 
 
 @checkpoint.command()
@@ -158,8 +165,37 @@ def rm(
         typer.echo(f"removed {folder}")
 
 
+def _loss_lines(losses: dict[str, dict[str, float]]) -> list[str]:
+    """A table of all losses: one line for each iteration and validation set, one column for each depth.
+
+    Args:
+        losses: iteration (or "") -> "SET/LOSS" -> loss.
+    """
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for iteration, found in losses.items():
+        for key, loss in found.items():
+            name, _, depth = key.partition("/")
+            rows.setdefault((iteration, name), {})[depth] = f"{loss:.4f}"
+    depths = list(dict.fromkeys(depth for row in rows.values() for depth in row))
+    first = "iteration" if any(losses) else ""
+    width = max(len("set"), *(len(name) for _, name in rows))
+    lines = [f"{first}  {'set':<{width}}" + "".join(f"  {depth:>10}" for depth in depths)]
+    for (iteration, name), row in rows.items():
+        cells = "".join(f"  {row.get(depth, ''):>10}" for depth in depths)
+        lines.append(f"{iteration:>{len(first)}}  {name:<{width}}{cells}")
+    return [line.rstrip() if first else line.strip() for line in lines]
+
+
 def _as_row(manifest: Manifest) -> dict[str, Any]:
-    names = ("iteration", "consumed_samples", "validation_loss", "reason", "saved_at")
+    names = (
+        "iteration",
+        "consumed_samples",
+        "validation_loss",
+        "validation_losses",
+        "best_metric",
+        "reason",
+        "saved_at",
+    )
     return {name: getattr(manifest, name) for name in names} | {"bytes": sum(entry.size for entry in manifest.files)}
 
 

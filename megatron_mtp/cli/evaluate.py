@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_mtp.cli.choose import Overrides
+from megatron_mtp.config.blend import set_label
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.health import empty_agreement
 
@@ -38,8 +39,8 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: losses and acceptance of every depth on the run's validation sets, or on others.
 
-    The batches are those of the run's own evaluations. Changes such as validation.eval_iters=100 or
-    model.tensor_model_parallel_size=2 are taken as by `pretrain`. It writes nothing.
+    The batches are those of the run's own evaluations. Changes such as validation.eval_iters=100 (-1: each sample of
+    each set once) or model.tensor_model_parallel_size=2 are taken as by `pretrain`. It writes nothing.
     """
     given = _parse_sets(sets or [])
     is_rank = "RANK" in os.environ
@@ -63,7 +64,7 @@ def evaluate(
         raise typer.Exit(run_ranks(command, world_size))
     results = evaluate_checkpoint(cfg, checkpoint, list(given) or None)
     if int(os.environ.get("RANK", "0")) == 0:
-        rows = {("validation" if name == "valid" else name): _as_row(result) for name, result in results.items()}
+        rows = {set_label(name): _as_row(result) for name, result in results.items()}
         typer.echo(json_format.dumps({"checkpoint": checkpoint, "sets": rows}, indent=2) if json else _as_text(rows))
 
 

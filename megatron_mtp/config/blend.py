@@ -10,6 +10,8 @@ from megatron_mtp.config.quantity import read_number
 from megatron_mtp.config.sections import DatasetConfig
 
 SPLITS = ("train", "valid", "test")
+MAIN_LABEL = "validation"
+"""What records and `checkpoint.best_metric` call the main validation set, "valid"."""
 BLEND_FORM = "must be [[prefix, ...], [weight, ...] or null], or a flat list: prefix, ... or weight, prefix, ..."
 
 
@@ -29,6 +31,20 @@ class Blend:
 def is_mock(dataset: DatasetConfig) -> bool:
     """Whether the run uses synthetic data."""
     return dataset.mock or (dataset.blend is None and dataset.blend_per_split is None)
+
+
+def valid_names(dataset: DatasetConfig) -> tuple[str, ...]:
+    """Names of a run's validation sets: the main one, "valid", unless its share is 0, then those of valid_sets."""
+    if dataset.blend_per_split is not None:
+        has_main = dataset.blend_per_split[1] is not None
+    else:
+        has_main = dataset.split is None or parse_split(dataset.split)[1] > 0  # None: mock data
+    return (*SPLITS[1 : 1 + has_main], *(dataset.valid_sets or {}))
+
+
+def set_label(name: str) -> str:
+    """What records call the validation set `name`."""
+    return MAIN_LABEL if name == SPLITS[1] else name
 
 
 def parse_blend(value: Any) -> Blend:

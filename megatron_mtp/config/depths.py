@@ -12,6 +12,11 @@ def distinct_layers(num_depths: int, is_repeated: bool) -> int:
     return min(num_depths, 1) if is_repeated else num_depths
 
 
+def loss_names(num_depths: int) -> list[str]:
+    """Names of the losses of depths 0..D as the ecosystem writes them."""
+    return ["lm loss", *(f"mtp_{depth} loss" for depth in range(1, num_depths + 1))]
+
+
 @dataclass(frozen=True, slots=True)
 class Depths:
     """The MTP depths of a model; depth 0, the main prediction, is not counted.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.blend import SPLITS, Blend, is_mock, parse_blend
+from megatron_mtp.config.blend import SPLITS, Blend, is_mock, parse_blend, valid_names
 from megatron_mtp.config.sections import DatasetConfig
 from megatron_mtp.data.blend import BlendedSource
 from megatron_mtp.data.corpus import Corpus, split_range
@@ -19,7 +19,7 @@ from megatron_mtp.errors import DataError
 
 
 def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, dict[str, SampleSource]]:
-    """The training source, and the validation sources by name ("valid" first); none if validation.eval_iters is 0.
+    """The training source, and the validation sources by name (`valid_names`); none if validation.eval_iters is 0.
 
     Blends are opened and checked; their indices are not built yet (`BlendedSource.build_indices`).
 
@@ -27,16 +27,18 @@ def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, d
         DataError: lists every problem with the files, one on a line.
     """
     opener = _Opener(cfg, vocab_size)
-    wanted = SPLITS[: 2 if cfg.validation.eval_iters else 1]  # the test split is reserved, not read
-    sources: dict[str, SampleSource] = {which: opener.mock(which) for which in wanted} if is_mock(cfg.dataset) else {}
-    for which, (blend, split) in ({} if is_mock(cfg.dataset) else _main_blends(cfg.dataset, wanted)).items():
-        sources[which] = opener.blend(blend, which, split)
-    if cfg.validation.eval_iters:
-        for name, value in (cfg.dataset.valid_sets or {}).items():
-            sources[name] = opener.blend(parse_blend(value), name, split=None)
+    named = cfg.dataset.valid_sets or {}
+    sources: dict[str, SampleSource] = {}
+    for name in (SPLITS[0], *(valid_names(cfg.dataset) if cfg.validation.eval_iters else ())):
+        if name in named:
+            sources[name] = opener.blend(parse_blend(named[name]), name, split=None)
+        elif is_mock(cfg.dataset):
+            sources[name] = opener.mock(name)
+        else:
+            sources[name] = opener.blend(*_main_blend(cfg.dataset, name))
     if opener.problems:
         raise DataError("\n".join(dict.fromkeys(opener.problems)))
-    return sources.pop("train"), sources
+    return sources.pop(SPLITS[0]), sources
 
 
 def check_data(cfg: ConfigContainer) -> None:
@@ -55,7 +57,7 @@ def data_fingerprints(cfg: ConfigContainer) -> dict[str, str]:
     """
     if is_mock(cfg.dataset):
         return {}
-    blend, _ = _main_blends(cfg.dataset, SPLITS[:1])["train"]
+    blend, _, _ = _main_blend(cfg.dataset, SPLITS[0])
     suffixes = [""] if cfg.dataset.loss_mask_suffix is None else ["", cfg.dataset.loss_mask_suffix]
     endings = [f"{suffix}{ending}" for suffix in suffixes for ending in (".bin", ".idx")]
     try:
@@ -64,12 +66,11 @@ def data_fingerprints(cfg: ConfigContainer) -> dict[str, str]:
         return {}
 
 
-def _main_blends(dataset: DatasetConfig, wanted: tuple[str, ...]) -> dict[str, tuple[Blend, str | None]]:
-    """Blend and split string (None: all of each prefix) of the training and the main validation set."""
+def _main_blend(dataset: DatasetConfig, which: str) -> tuple[Blend, str, str | None]:
+    """Blend, name and split string (None: all of each prefix) of the training or the main validation set."""
     if dataset.blend_per_split is None:
-        return dict.fromkeys(wanted, (parse_blend(dataset.blend), dataset.split))
-    given = zip(wanted, dataset.blend_per_split, strict=False)
-    return {which: (parse_blend(value), None) for which, value in given if value is not None}
+        return parse_blend(dataset.blend), which, dataset.split
+    return parse_blend(dataset.blend_per_split[SPLITS.index(which)]), which, None
 
 
 class _Opener:

@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_mtp.config.depths import loss_names
 from megatron_mtp.objective.acceptance import ROWS
 
 ROUTER_LOSSES = ("seq_load_balancing_loss", "load_balancing_loss", "z_loss")
@@ -21,11 +22,6 @@ ROUTER_LOSSES = ("seq_load_balancing_loss", "load_balancing_loss", "z_loss")
 def mean(sums: Tensor, counts: Tensor) -> Tensor:
     """Sums over counts in fp64, elementwise; NaN where the count is 0."""
     return torch.where(counts > 0, sums.double() / counts, torch.nan)
-
-
-def loss_names(num_depths: int) -> list[str]:
-    """Names of the losses of depths 0..D as the ecosystem writes them."""
-    return ["lm loss", *(f"mtp_{depth} loss" for depth in range(1, num_depths + 1))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,14 @@ def scalars(record: StepRecord) -> dict[str, float]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+def evaluation_tag(name: str, metric: str) -> str:
+    """The name of a metric of a validation set in TensorBoard and W&B, which group by what stands before a slash.
+
+    Example: "valid/docs/lm loss".
+    """
+    return f"valid/{name}/{metric}"
+
+
 def token_losses[T](metrics: Mapping[str, T]) -> dict[str, T]:
     """Of all metrics, the losses in nats per predicted token: `lm loss` and `mtp_k loss`."""
     return {name: value for name, value in metrics.items() if re.fullmatch(r"(lm|mtp_\d+) loss", name)}

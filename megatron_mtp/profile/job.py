@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.config.sections import CheckpointConfig
 from megatron_mtp.device.process_group import cores_per_rank
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
@@ -57,7 +58,7 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
     # Every rank owns all its optimizer state, so that the time for each parameter is measured without messages.
     trial.ddp.update(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
     trial.dataset.update(mock=True, blend=None, blend_per_split=None, valid_sets=None)
-    trial.checkpoint.update(save=None, load=None)
+    trial.checkpoint = CheckpointConfig()
     trial.profiling.use_pytorch_profiler = False
     return trial.finalize(block)
 

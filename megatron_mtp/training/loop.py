@@ -7,9 +7,10 @@ from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_mtp.config.blend import set_label
+from megatron_mtp.config.depths import loss_names
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.errors import LostDataError
-from megatron_mtp.objective.metrics import loss_names
 from megatron_mtp.observe.metrics import StepRecord, columns, scalars
 from megatron_mtp.observe.recorder import Recorder
 from megatron_mtp.training.callbacks import Callback
@@ -242,15 +243,16 @@ class Trainer:
         first = next(iter(self.evaluations.values()))
         taken = {*first.named_losses(), "lm loss ppl", *first.acceptance_rates()}
         of_callbacks: dict[str, float] = {}
+        losses: dict[str, float] = {}
         try:
             of_callbacks = self._call("on_evaluation", self.evaluations, taken=taken)
         finally:  # the evaluation is recorded even if a callback fails
             for name, result in self.evaluations.items():
-                is_first = result is first
-                metrics = result.acceptance_rates() | (of_callbacks if is_first else {})
-                label = "validation" if is_first else name
+                metrics = result.acceptance_rates() | (of_callbacks if result is first else {})
+                label = set_label(name)
                 self.recorder.evaluation(label, state.iteration, result.named_losses(), metrics)
-        if self.saver.evaluated(first.losses[0]) and cfg.checkpoint.keep_best:
+                losses |= {f"{label}/{loss}": value for loss, value in result.valid_losses().items()}
+        if self.saver.evaluated(first.losses[0], losses) and cfg.checkpoint.keep_best:
             self._save("lowest validation loss")
 
     def _save(self, reason: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 
 from megatron_mtp.checkpoint import Checkpointer
+from megatron_mtp.checkpoint.manifest import Evaluation
 from megatron_mtp.errors import CheckpointError, NotSavedError
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
@@ -26,19 +27,26 @@ class Saver:
 
     def __init__(self, run: Run, state: TrainState, checkpointer: Checkpointer):
         self._run, self._state, self._checkpointer = run, state, checkpointer
-        self._validation: tuple[int, float | None] = (-1, None)
+        self._evaluated_at, self._evaluation = -1, Evaluation()
         self._metrics: dict[str, float] = {}
         self._tried: int | None = None
 
-    def evaluated(self, main_loss: float) -> bool:
-        """Records the main loss of the first validation set. Returns whether it is the lowest so far."""
-        state = self._state
-        self._validation = (state.iteration, main_loss)
-        best = math.inf if state.best_validation_loss is None else state.best_validation_loss
-        is_best = math.isfinite(main_loss) and main_loss < best
-        if is_best:
-            state.best_validation_loss = main_loss
-        return is_best
+    def evaluated(self, main_loss: float, losses: dict[str, float]) -> bool:
+        """Records an evaluation. Returns whether the loss that checkpoint.best_metric names is the lowest so far.
+
+        Args:
+            main_loss: of the first validation set.
+            losses: all of them, by "SET/LOSS".
+        """
+        state, metric = self._state, self._run.cfg.checkpoint.best_metric
+        self._evaluated_at, self._evaluation = state.iteration, Evaluation(main_loss, losses)
+        loss, best = self._evaluation.loss_by(metric), state.best_validation_loss
+        if best is None or state.best_metric != metric:  # the lowest of another metric says nothing
+            best = math.inf
+        if loss is None or not math.isfinite(loss) or loss >= best:
+            return False
+        state.best_validation_loss, state.best_metric = loss, metric
+        return True
 
     @property
     def is_due(self) -> bool:
@@ -54,11 +62,10 @@ class Saver:
     def save(self, reason: str) -> bool:
         """Saves, and returns whether it worked or is under way. A failure is logged: a later save may succeed."""
         state, engine = self._state, self._run.engine
-        evaluated_at, loss = self._validation
         self._tried = state.iteration
+        evaluation = self._evaluation if self._evaluated_at == state.iteration else Evaluation()
         try:
-            loss = loss if evaluated_at == state.iteration else None
-            self._checkpointer.save(engine.chunks, engine.optimizer, state, reason, loss)
+            self._checkpointer.save(engine.chunks, engine.optimizer, state, reason, evaluation)
         except CheckpointError as error:
             logger.error("%s", error)
             return False

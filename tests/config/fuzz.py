@@ -29,8 +29,8 @@ from megatron_mtp.config.mcore_table import MCORE_FIELDS
 from megatron_mtp.config.overrides import apply_overrides, apply_yaml
 from megatron_mtp.config.yaml_text import dump_inline
 from megatron_mtp.errors import MegatronMTPError
+from megatron_mtp.parallel.facts import facts
 from megatron_mtp.parallel.resolve import resolve
-from megatron_mtp.plan.facts import facts
 from megatron_mtp.recipes import RECIPES, get_recipe
 
 SECONDS, GIB = 5.0, 2

@@ -32,6 +32,9 @@ def finalized(*overrides: str):
         (["train.skip_limit=0"], "train.skip_limit"),
         (["train.rollback_limit=-1"], "train.rollback_limit"),
         (["checkpoint.keep_best=1", "checkpoint.save=x", "validation.eval_iters=0"], "needs evaluations"),
+        (["checkpoint.keep_best=1", "checkpoint.save=x", "dataset.split=1,0,0"], "needs a validation set"),
+        (["checkpoint.best_metric=docs/lm loss"], "those are validation/lm loss, validation/mtp_1 loss"),
+        (["checkpoint.best_metric=validation/mtp_9 loss"], "Did you mean validation/mtp_"),
         (["checkpoint.keep_every=5"], "no effect without checkpoint.save"),
         (["dist.watchdog_s=600"], "must be below dist.distributed_timeout_minutes = 10.0 (600 s)"),
         (["dist.straggler_factor=0.5"], "must be above 1"),
@@ -54,3 +57,10 @@ def test_the_watchdog_gives_up_before_the_collective_does():
 def test_what_works_is_accepted():
     cfg = finalized("train.on_nan=rollback", "checkpoint.save=x", "checkpoint.save_interval_mins=30")
     assert cfg.train.on_nan == "rollback"
+
+
+def test_a_best_metric_of_a_set_and_a_depth_that_exist_is_accepted():
+    sets = ("dataset.valid_sets.docs=[a]", "dataset.split=1,0,0")
+    assert finalized(*sets, "checkpoint.best_metric=docs/mtp_2 loss").checkpoint.best_metric == "docs/mtp_2 loss"
+    with pytest.raises(ConfigError, match="those are docs/lm loss, docs/mtp_1 loss, docs/mtp_2 loss"):
+        finalized(*sets, "checkpoint.best_metric=validation/lm loss")

@@ -79,6 +79,7 @@ def test_a_value_outside_its_range_is_refused(section, name):
 
 
 NO_PATHS = {
+    "checkpoint": ("best_metric",),
     "dataset": ("split",),
     "dist": ("hardware",),
     "logger": ("wandb_project", "wandb_exp_name", "wandb_entity", "wandb_group", "wandb_tags", "wandb_notes"),

@@ -110,7 +110,15 @@ def test_small_validation_split_is_named_unless_it_is_not_wanted(cfg):
     check_data(cfg)
 
 
-@pytest.mark.parametrize("name", ["train", "a/b"])
+def test_named_sets_stand_alone_where_validation_has_no_share(cfg):
+    cfg.dataset.update(split="1,0,0", valid_sets={"other": [cfg.dataset.blend[0][2]]})
+    data = build_data(cfg, DataPlacement(), 1)
+    assert data.valid_names == ("other",)
+    assert len(digests(data.valid("other"), 2)) == 8
+    data.close()
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "a/b"])
 def test_bad_names_of_validation_sets(cfg, name):
     cfg.dataset.valid_sets = {name: ["p"]}
     with pytest.raises(ConfigError, match=f"valid_sets.{name} = .* a name consists of letters"):

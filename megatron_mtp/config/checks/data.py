@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_mtp.config.blend import SPLITS, parse_blend, parse_split
+from megatron_mtp.config.blend import MAIN_LABEL, SPLITS, is_mock, parse_blend, parse_split, valid_names
 from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
 from megatron_mtp.config.filled import filled
-from megatron_mtp.config.problem import problem
+from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.errors import Problem
 
@@ -29,11 +29,31 @@ def data_problems(cfg: RunConfig) -> list[Problem]:
     if data.loss_mask_suffix and data.mock:
         rule = "mock data has no files, {dataset.mock=}"
         problems.append(problem(cfg, "dataset.loss_mask_suffix", rule, "Set one of them to null or False."))
-    return problems + _blend_problems(cfg) + _split_problems(cfg) + _tokenizer_problems(cfg)
+    blends, splits = _blend_problems(cfg), _split_problems(cfg)
+    once = [] if blends or splits else _once_problems(cfg)
+    return problems + blends + splits + once + _tokenizer_problems(cfg)
+
+
+def _once_problems(cfg: RunConfig) -> list[Problem]:
+    """Whether an evaluation can take each sample once; needs a blend and a split that can be read."""
+    if not cfg.validation.reads_once:
+        return []
+    name, problems = "validation.eval_iters", []
+    if is_mock(cfg.dataset) and SPLITS[1] in valid_names(cfg.dataset):
+        rule = "takes each sample of each validation set once, and mock data has no end"
+        remedy = "Give a number of batches, or dataset.split = '1,0,0' to evaluate dataset.valid_sets only."
+        problems.append(problem(cfg, name, rule, remedy))
+    if cfg.model.moe_expert_capacity_factor is not None:
+        rule = (
+            "fills the last batch of a set, and with {model.moe_expert_capacity_factor=} what fills it would push "
+            "tokens of the set out of experts"
+        )
+        problems.append(refusal(cfg, name, rule, "Give a number of batches."))
+    return problems
 
 
 def _blend_problems(cfg: RunConfig) -> list[Problem]:
-    data, problems = cfg.dataset, []
+    data, problems, taken = cfg.dataset, [], (*SPLITS, MAIN_LABEL)
     blends: list[tuple[str, str, Any]] = [("dataset.blend", "", data.blend)]
     if data.blend_per_split is not None:
         if len(data.blend_per_split) != len(SPLITS) or data.blend_per_split[0] is None:
@@ -42,8 +62,8 @@ def _blend_problems(cfg: RunConfig) -> list[Problem]:
         entries = zip(("train", "validation", "test"), data.blend_per_split, strict=False)
         blends += [("dataset.blend_per_split", f"the entry for {split} ", blend) for split, blend in entries]
     for name, blend in (data.valid_sets or {}).items():
-        if name in SPLITS or not re.fullmatch(r"[\w.-]+", name):
-            rule = f"a name consists of letters, digits, '_', '-' and '.', and is none of {', '.join(SPLITS)}"
+        if name in taken or not re.fullmatch(r"[\w.-]+", name):
+            rule = f"a name consists of letters, digits, '_', '-' and '.', and is none of {', '.join(taken)}"
             problems.append(problem(cfg, f"dataset.valid_sets.{name}", rule, "Choose another name."))
         blends.append((f"dataset.valid_sets.{name}", "", blend))
     for field, subject, blend in blends:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from megatron_mtp.config.blend import set_label, valid_names
+from megatron_mtp.config.depths import loss_names
 from megatron_mtp.config.problem import problem
 from megatron_mtp.config.sections import RunConfig
-from megatron_mtp.errors import Problem
+from megatron_mtp.errors import Problem, nearest
 
 TAKEN_EXIT_CODES = {
     0: "the end of the run",
@@ -47,10 +49,28 @@ def _retention_problems(cfg: RunConfig) -> list[Problem]:
     if ckpt.keep_best and not (val.eval_iters and (val.eval_interval or val.eval_at_end)):
         rule = "needs evaluations: {validation.eval_interval} and {validation.eval_iters}"
         problems.append(problem(cfg, "checkpoint.keep_best", rule))
+    problems += _best_metric_problems(cfg)
     for name in ("save_interval_mins", "keep_every", "keep_best"):
         if getattr(ckpt, name) and ckpt.save is None:
             problems.append(problem(cfg, f"checkpoint.{name}", "has no effect without {checkpoint.save}"))
     return problems
+
+
+def _best_metric_problems(cfg: RunConfig) -> list[Problem]:
+    """Whether the run evaluates what its best checkpoint is chosen by."""
+    try:
+        sets = valid_names(cfg.dataset)
+    except (ValueError, IndexError):  # the checks of the data say what is wrong with the split
+        return []
+    if cfg.checkpoint.keep_best and not sets:
+        rule = "needs a validation set, and the run has none: {dataset.split=}, {dataset.valid_sets=}"
+        return [problem(cfg, "checkpoint.keep_best", rule)]
+    chosen, name = cfg.checkpoint.best_metric, "checkpoint.best_metric"
+    known = [f"{set_label(one)}/{loss}" for one in sets for loss in loss_names(cfg.model.mtp_num_layers)]
+    if chosen is None or chosen in known:
+        return []
+    rule = "is no loss that this run evaluates; those are {known}"
+    return [problem(cfg, name, rule, nearest(chosen, known).strip(), known=", ".join(known) or "none")]
 
 
 def _dist_problems(cfg: RunConfig) -> list[Problem]:

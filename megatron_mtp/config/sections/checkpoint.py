@@ -37,8 +37,11 @@ class CheckpointConfig(Section):
     keep_every: int | None = knob(None, ge=1, le=MAX_STEPS)
     """Checkpoints of iterations divisible by this are never deleted, in addition to the most recent ones."""
     keep_best: int = knob(0, ge=0, le=1_000_000)
-    """Save after each evaluation with the lowest loss so far, and keep this many with the lowest losses, in
-    addition to the most recent ones."""
+    """Save after each evaluation with the lowest loss so far (`best_metric`), and keep this many with the lowest
+    losses, in addition to the most recent ones."""
+    best_metric: str | None = None
+    """The loss that `keep_best` and RUN@best follow, SET/LOSS: "docs/lm loss", "validation/mtp_1 loss"; None: the main
+    loss of the first validation set."""
     async_save: bool = False
     """Write in the background while training continues."""
     lock_wait_s: float = knob(60.0, ge=0, le=86_400)

@@ -21,13 +21,14 @@ class DatasetConfig(Section):
     blend_per_split: list[Any] | None = knob(None, is_path=True)
     """One blend for each of train, validation, test (None where validation or test is absent)."""
     split: str | None = "9999,8,2"
-    """Shares of train, validation and test within each prefix of `blend`."""
+    """Shares of train, validation and test within each prefix of `blend`; 0 for validation: only `valid_sets` are
+    evaluated."""
     seq_length: Derived[int] = knob(None, ge=1, le=2**31)
     """Tokens in one sample; None: model.seq_length."""
     path_to_cache: str | None = knob(None, is_path=True, is_written=True, resume="free")
     """Folder for the index files; None: next to each prefix."""
     valid_sets: dict[str, list[Any]] | None = knob(None, is_path=True, resume="free")
-    """Further validation sets: name -> blend. Each is reported under its name."""
+    """Validation sets in addition to the main one, or without it: name -> blend. Each is reported under its name."""
     eod_mask_loss: bool = False
     """Targets after an end-of-document token carry no loss."""
     loss_mask_suffix: str | None = knob(None, is_path=True)

@@ -18,8 +18,8 @@ class ValidationConfig(Section):
 
     eval_interval: int | None = knob(None, ge=1, le=MAX_STEPS)
     """Steps between evaluations; None: none during training."""
-    eval_iters: int = knob(32, ge=0, le=MAX_STEPS)
-    """Global batches of one evaluation; 0: no evaluation."""
+    eval_iters: int = knob(32, ge=-1, le=MAX_STEPS)
+    """Global batches of one evaluation; -1: each sample of each set once; 0: no evaluation."""
     eval_at_start: bool = False
     """Evaluate before the first step."""
     eval_at_end: bool = True
@@ -31,3 +31,8 @@ class ValidationConfig(Section):
     draft_prompts: int = knob(0, ge=0, le=100_000)
     """At each evaluation, this many held-out samples are decoded from their first tokens on, with the MTP layers as
     drafters (metrics drafting/...); 0: none."""
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether an evaluation takes each sample of each set once, in place of a number of batches."""
+        return self.eval_iters == -1

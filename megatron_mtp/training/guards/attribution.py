@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from megatron_mtp.config.depths import loss_names
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.model.sharded import unwrap
-from megatron_mtp.objective.metrics import BatchMetrics, loss_names
+from megatron_mtp.objective.metrics import BatchMetrics
 
 SHOWN = 3
 
