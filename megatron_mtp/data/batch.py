@@ -46,13 +46,18 @@ class MicroBatch:
         return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
+NO_SAMPLE = -1
+"""Stands for the id of a sample in places of a batch that only fill it."""
+
+
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
     """One rank's part of one optimizer step.
 
     Attributes:
         step: number of steps before this one; in evaluation, the index of the batch.
-        sample_ids: int64 [global batch], ids of ALL samples of the step, in order.
+        sample_ids: int64 [global batch], ids of ALL samples of the step, in order; NO_SAMPLE in places that only fill
+            the batch, where no target counts.
         places: int64 [micro-batches, b], the indices in `sample_ids` of the samples that this rank holds.
         micro_batches: this rank's micro-batches.
         num_targets: int64 [1+D], valid targets of each depth in this rank's micro-batches and sequence slice. Summed

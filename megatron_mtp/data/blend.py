@@ -58,11 +58,21 @@ class BlendedSource:
         self.corpora, self.seed = list(corpora), seed
         self.weights = list(weights) if weights is not None else [corpus.num_samples for corpus in corpora]
         self._first_id = np.cumsum([0] + [corpus.num_samples for corpus in corpora])
+        self.num_samples = int(self._first_id[-1])
 
     def build_indices(self, path_to_cache: str | None) -> None:
         """Builds the index of each corpus or loads it from the cache. Call it before `read`."""
         for corpus in self.corpora:
             corpus.build_index(path_to_cache)
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the draws that each corpus gets."""
+        return [weight / sum(self.weights) for weight in self.weights]
+
+    def once(self) -> BlendedSource:
+        """The same corpora by their sizes: its first `num_samples` positions hold each sample once."""
+        return BlendedSource(self.corpora, None, self.seed)
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         sets, draws = draw(positions, self.weights)

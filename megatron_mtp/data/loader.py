@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.schedules import BatchSchedule
-from megatron_mtp.data.batch import BatchRules, GlobalBatch, count_targets, make_micro_batch
+from megatron_mtp.data.batch import NO_SAMPLE, BatchRules, GlobalBatch, MicroBatch, count_targets, make_micro_batch
 from megatron_mtp.data.blend import BlendedSource
 from megatron_mtp.data.order import batch_positions, local_positions
 from megatron_mtp.data.prefetch import Prefetcher
 from megatron_mtp.data.source import Sample, SampleSource
 from megatron_mtp.data.sources import open_sources
 from megatron_mtp.data.tokenizer import resolve_vocab_size
+from megatron_mtp.data.uses import CorpusUse, corpus_uses
 from megatron_mtp.errors import DataError
 
 
@@ -43,16 +44,41 @@ class BatchBuilder:
     micro_batch_size: int
     vocab_size: int | None
 
-    def build(self, step: int, positions: np.ndarray) -> GlobalBatch:
-        """This rank's micro-batches of the global batch at these positions, int64 [global batch]."""
-        sample_ids = self.source.sample_ids(positions)
-        places = local_positions(len(positions), self.micro_batch_size, self.placement.dp_rank, self.placement.dp_size)
+    @property
+    def unit(self) -> int:
+        """Samples of one micro-batch on every data-parallel rank."""
+        return self.micro_batch_size * self.placement.dp_size
+
+    def build(self, step: int, positions: np.ndarray, num_places: int | None = None) -> GlobalBatch:
+        """This rank's micro-batches of the global batch at these positions, int64 [samples].
+
+        Args:
+            num_places: samples that the batch is filled up to, a multiple of `unit`; None: it is full.
+        """
+        size = len(positions) if num_places is None else num_places
+        sample_ids = np.full(size, NO_SAMPLE, np.int64)
+        sample_ids[: len(positions)] = self.source.sample_ids(positions)
+        places = local_positions(size, self.micro_batch_size, self.placement.dp_rank, self.placement.dp_size)
+        filler = int(sample_ids[0])
         micro_batches = [
-            make_micro_batch([self._read(int(sample_ids[place])) for place in row], self.rules) for row in places
+            make_micro_batch([self._sample(int(sample_ids[place]), filler) for place in row], self.rules)
+            for row in places
         ]
         return GlobalBatch(step, sample_ids, places, micro_batches, count_targets(micro_batches))
 
-    def _read(self, sample_id: int) -> Sample:
+    def _sample(self, sample_id: int, filler: int) -> Sample:
+        """The sample of this id; for NO_SAMPLE the tokens of `filler`, none of which is a target."""
+        if sample_id != NO_SAMPLE:
+            return self.read(sample_id)
+        sample = self.read(filler)
+        return replace(sample, is_target=np.zeros(len(sample.tokens), bool))
+
+    def read(self, sample_id: int) -> Sample:
+        """A sample, whose ids are checked.
+
+        Raises:
+            DataError: it cannot be read, or an id lies outside the vocabulary.
+        """
         try:
             sample = self.source.read(sample_id)
         except DataError as error:
@@ -73,7 +99,7 @@ class DataModule:
 
     Attributes:
         schedule: global batch size as a function of consumed samples.
-        valid_names: names of the validation sets, the main one ("valid") first; empty if the run does not evaluate.
+        valid_names: names of the validation sets, as `config.blend.valid_names`; empty if the run does not evaluate.
     """
 
     def __init__(
@@ -103,6 +129,19 @@ class DataModule:
     def valid_names(self) -> tuple[str, ...]:
         return tuple(self._valid)
 
+    def uses(self, length_samples: int | None) -> dict[str, list[CorpusUse]]:
+        """What a run of that many samples draws from each corpus of "train", and one evaluation of each of its sets.
+
+        Empty lists for mock data.
+        """
+        found = {"train": corpus_uses(self._train, length_samples)}
+        for name, source in self._valid.items():
+            if self._cfg.validation.reads_once:
+                found[name] = corpus_uses(_once(source), source.num_samples)
+            else:
+                found[name] = corpus_uses(source, self._cfg.validation.eval_iters * self._eval_global)
+        return found
+
     def train(self, consumed_samples: int = 0) -> Prefetcher[GlobalBatch]:
         """An endless stream of global batches that starts after `consumed_samples`."""
         build = self.builder(self._train, self._cfg.train.micro_batch_size).build
@@ -111,12 +150,29 @@ class DataModule:
         )
 
     def valid(self, name: str = "valid") -> Prefetcher[GlobalBatch]:
-        """The validation.eval_iters global batches of one evaluation, the same at each call."""
-        build = self.builder(self._valid[name], self._eval_micro).build
-        size = self._eval_global
+        """The global batches of one evaluation, the same at each call: validation.eval_iters, or each sample once."""
+        source, size = self._valid[name], self._eval_global
+        if self._cfg.validation.reads_once:
+            return self._stream(self._all_of(_once(source)))
+        build = self.builder(source, self._eval_micro).build
         return self._stream(
             build(i, np.arange(i * size, (i + 1) * size)) for i in range(self._cfg.validation.eval_iters)
         )
+
+    def _all_of(self, source: BlendedSource) -> Iterator[GlobalBatch]:
+        """The first `num_samples` positions. The last batch has no more micro-batches than it needs."""
+        builder, model = self.builder(source, self._eval_micro), self._cfg.model
+        stages = model.pipeline_model_parallel_size if model.virtual_pipeline_model_parallel_size > 1 else 1
+        unit = builder.unit * stages  # the interleaved schedule needs a multiple of the stages
+        for step, first in enumerate(range(0, source.num_samples, self._eval_global)):
+            positions = np.arange(first, min(first + self._eval_global, source.num_samples))
+            yield builder.build(step, positions, -(-len(positions) // unit) * unit)
+
+    def look(self, position: int) -> tuple[Sample, MicroBatch, str]:
+        """The training sample at a position of the data order, alone as a micro-batch, and where it comes from."""
+        sample_id = int(self._train.sample_ids(np.array([position]))[0])
+        sample = self.builder(self._train, 1).read(sample_id)
+        return sample, make_micro_batch([sample], self._rules), self._train.describe(sample_id)
 
     def close(self) -> None:
         """Ends all background threads."""
@@ -134,6 +190,11 @@ class DataModule:
         self._open = [stream for stream in self._open if not stream.closed]
         self._open.append(Prefetcher(batches, self._cfg.dataset.prefetch_steps))
         return self._open[-1]
+
+
+def _once(source: SampleSource) -> BlendedSource:
+    assert isinstance(source, BlendedSource), "finalize refuses to read mock data once"
+    return source.once()
 
 
 def _pin(batch: GlobalBatch) -> GlobalBatch:

@@ -25,6 +25,8 @@ class MockSource:
         name: of the split; splits share the cycle but not the samples.
     """
 
+    num_samples = None
+
     def __init__(self, vocab_size: int, seq_length: int, eod: int, seed: int, name: str):
         self.seq_length, self.eod, self.seed, self.name = seq_length, eod, seed, name
         ids = np.delete(np.arange(min(vocab_size, MAX_ACTIVE_IDS + 1)), np.s_[eod : eod + 1])[:MAX_ACTIVE_IDS]

@@ -26,6 +26,11 @@ class Sample:
 class SampleSource(Protocol):
     """An endless sequence of samples, addressed by position. A position always holds the same sample."""
 
+    @property
+    def num_samples(self) -> int | None:
+        """Different samples; None: it makes new ones without end."""
+        ...
+
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """Ids, int64 [n], of the samples at these positions. A sample that is drawn twice keeps its id."""
         ...

@@ -60,6 +60,11 @@ class ArraySource:
         is_target = np.concatenate([[True], self.base_mask[sample_id] != 0])
         return Sample(self.tokens[sample_id], self.starts[sample_id], is_target)
 
+    @property
+    def num_samples(self) -> int:
+        """Rows."""
+        return len(self.tokens)
+
     def describe(self, sample_id: int) -> str:
         return f"generated sample {sample_id}"
 

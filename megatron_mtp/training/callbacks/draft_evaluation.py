@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.data.batch import NO_SAMPLE
 from megatron_mtp.decode.model import Decoder
-from megatron_mtp.decode.speculate import Options, generate
+from megatron_mtp.decode.speculate import Counts, Options, generate
 from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.device.select import pick_device
@@ -80,7 +81,10 @@ class DraftEvaluation(ConfiguredCallback):
             device=run.engine.device,
         )
         options = Options(max_new_tokens=self.new_tokens or quarter, num_draft=model.mtp_num_layers)
-        counts = generate(decoder, prompts, options).counts
+        depths = model.mtp_num_layers
+        counts = Counts(reached=[0] * depths, agreed=[0] * depths)  # of a rank whose part of the set is empty
+        if prompts:
+            counts = generate(decoder, prompts, options).counts
         sums = torch.tensor(
             [counts.rounds, counts.new_tokens, *counts.reached, *counts.agreed], device=run.engine.device
         )
@@ -96,7 +100,9 @@ class DraftEvaluation(ConfiguredCallback):
         prompts: list[list[int]] = []
         try:
             for batch in stream:
-                prompts += [row[:length].tolist() for micro in batch.micro_batches for row in micro.tokens]
+                for places, micro in zip(batch.places, batch.micro_batches, strict=True):
+                    is_sample = batch.sample_ids[places] != NO_SAMPLE
+                    prompts += [row[:length].tolist() for row in micro.tokens[torch.from_numpy(is_sample)]]
                 if len(prompts) >= self.num_prompts:
                     break
         finally:
