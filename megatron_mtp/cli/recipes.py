@@ -28,7 +28,7 @@ def names() -> list[str]:
 
 def describe(name: str) -> dict[str, Any]:
     """One recipe as plain data."""
-    from megatron_mtp.plan.facts import facts
+    from megatron_mtp.parallel.facts import facts
     from megatron_mtp.recipes import get_recipe, recipe_function
     from megatron_mtp.recipes.published import PUBLISHED
 
@@ -39,7 +39,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     """Prints plain text: importing a table library would add half to the time that this command takes."""
-    from megatron_mtp.plan.facts import short_count, short_parallel
+    from megatron_mtp.parallel.facts import short_count, short_parallel
 
     cells = [("recipe", "parameters", "active", "MTP depths", "devices", "parallel")]
     for row in rows:

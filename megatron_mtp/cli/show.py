@@ -26,20 +26,23 @@ def show(
     Opens no data and no checkpoint, so a laptop can show the config of a cluster. The output is YAML for --config.
     """
     from megatron_mtp.config.hints import hints
+    from megatron_mtp.parallel.card import WIDTH, render, run_rows
+    from megatron_mtp.parallel.facts import facts
     from megatron_mtp.parallel.resolve import resolve
-    from megatron_mtp.plan.facts import facts
     from megatron_mtp.recipes import get_recipe
 
     cfg = choose_config(recipe, config, overrides, callback).finalize(world_size)
     check_named_callbacks(cfg)
     changes = differences(get_recipe(recipe).finalize().to_dict(), cfg.to_dict())
-    found = {**facts(cfg), "layout": resolve(cfg, world_size).layout.string}
+    run = resolve(cfg, world_size)
     advice = hints(cfg)
     if json:
+        found = {**facts(cfg), "layout": run.layout.string}
         data = {"recipe": recipe, **found, "changes": changes, "hints": advice, "config": cfg.to_dict()}
         typer.echo(json_format.dumps(data, indent=2))
         return
-    _comment(_summary(recipe, cfg, found))
+    rows = [("recipe", recipe), *run_rows(run, is_size_open=world_size is None)]
+    _comment(render(rows, WIDTH - len("# ")).splitlines())
     typer.echo(_diff_text(changes) if diff else _config_text(cfg, changes))
     _comment([f"hint: {hint}" for hint in advice])
 
@@ -52,26 +55,6 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict
         for name, value in values.items()
         if before[section][name] != value
     }
-
-
-def _summary(recipe: str, cfg: ConfigContainer, found: dict[str, Any]) -> list[str]:
-    from megatron_mtp.plan.facts import short_count, short_layout, short_parallel
-
-    count = found["parameters"]
-    lines = [recipe]
-    if count is None:
-        lines.append("parameters: not known before the tokenizer is opened; set model.vocab_size to see them")
-    else:
-        lines.append(
-            f"parameters: {short_count(count['main'])} ({short_count(count['main_active'])} active), and MTP layers "
-            f"{short_count(count['mtp'])} ({short_count(count['mtp_active'])} active)"
-        )
-    depths = found["mtp_num_layers"]
-    factor = f", loss factor {found['mtp_loss_scaling_factor']}, {cfg.model.mtp_variant}" if depths else ""
-    lines.append(f"MTP depths: {depths}{factor}")
-    lines.append(f"parallel: {short_parallel(found['parallel'])}; a multiple of {found['processes']} processes")
-    lines.append(f"pipeline stages: {short_layout(found['layout'])}")
-    return lines
 
 
 def _comment(lines: list[str]) -> None:

@@ -61,7 +61,7 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
 
     Args:
         path: metrics.jsonl.
-        kind: `step`, `evaluation`, `warning`, `fault`, `message` or `start`.
+        kind: `step`, `evaluation`, `warning`, `fault`, `message`, `start` or `start card`.
         name: with `evaluation`, only this validation set.
 
     Returns:

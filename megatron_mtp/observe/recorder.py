@@ -150,7 +150,7 @@ class Recorder:
     def message(
         self, text: str, kind: str = "message", iteration: int | None = None, *, is_repeat: bool = False
     ) -> None:
-        """Prints a line and sends it to all records under the given kind.
+        """Prints a line or a table and writes it to every record under the given kind.
 
         Args:
             iteration: that the text is about; None: the one of the last step.

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_mtp.observe.metrics import evaluation_tag
+
 _file_numbers = itertools.count()
 
 
@@ -54,12 +56,15 @@ class TensorBoardSink:
         self._write(step=iteration, summary=self._summary(value=values))
 
     def evaluation(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
-        """Writes one evaluation as `lm loss validation`, as Megatron names it."""
-        self.step(iteration, {f"{key} {name}": value for key, value in metrics.items()})
+        """Writes one evaluation, each metric under its `evaluation_tag`."""
+        self.step(iteration, {evaluation_tag(name, metric): value for metric, value in metrics.items()})
 
     def message(self, kind: str, iteration: int, text: str) -> None:
-        """Writes the text under its kind, such as `fault`."""
-        self._write_text(kind, iteration, text)
+        """Writes a line under its kind, such as `fault`, or a table, in fixed width."""
+        self._write_text(kind, iteration, f"```
+{text}
+```" if "
+" in text else text)
 
     def close(self) -> None:
         """Flushes and closes the file."""

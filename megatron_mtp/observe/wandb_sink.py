@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from megatron_mtp.config.sections import LoggerConfig
 from megatron_mtp.errors import ConfigError
+from megatron_mtp.observe.metrics import evaluation_tag
 
 ALERTS = {"fault": "ERROR", "warning": "WARN"}
 """Kinds of text that are also sent as alerts -> W&B's level."""
@@ -35,6 +37,7 @@ class WandbSink:
         if mode == "online" and (wanted := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
             mode = wanted
         wandb = _import_wandb(mode)
+        self._html = wandb.Html
         folder.mkdir(parents=True, exist_ok=True)
         try:
             if mode == "online":
@@ -77,12 +80,16 @@ class WandbSink:
         self._run.log({**metrics, "iteration": iteration})
 
     def evaluation(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
-        """Logs one evaluation as `lm loss validation`, as Megatron names it."""
-        self.step(iteration, {f"{key} {name}": value for key, value in metrics.items()})
+        """Logs one evaluation, each metric under its `evaluation_tag`."""
+        self.step(iteration, {evaluation_tag(name, metric): value for metric, value in metrics.items()})
 
     def message(self, kind: str, iteration: int, text: str) -> None:
-        """Logs the text as `text/KIND`. Faults and signs of bad health are alerts too, one of a kind in a minute."""
-        self._run.log({f"text/{kind}": text, "iteration": iteration})
+        """Logs a line as `text/KIND`, or a table, in fixed width.
+
+        Faults and signs of bad health are alerts too, one of a kind in a minute.
+        """
+        shown = self._html(f"<pre>{escape(text)}</pre>") if "\n" in text else text
+        self._run.log({f"text/{kind}": shown, "iteration": iteration})
         if kind in ALERTS:
             self._run.alert(title=f"megatron-mtp: {kind}", text=text, level=ALERTS[kind])
 

@@ -8,9 +8,9 @@ from typing import Any
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.config.yaml_text import dump_yaml
+from megatron_mtp.parallel.facts import short_count, short_layout
 from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.plan.compare import Plans
-from megatron_mtp.plan.facts import short_count, short_layout
 
 OVERLAY_FIELDS = (
     "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size "

@@ -12,12 +12,14 @@ from megatron_mtp.checkpoint.streaming import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.load import config_of, is_hf_folder, load_weights
 from megatron_mtp.data.sources import check_data
-from megatron_mtp.device.process_group import job_size
+from megatron_mtp.device.process_group import env_rank, job_size
 from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.evaluation import EvaluationResult, evaluate
 from megatron_mtp.training.pretrain import prepare_config
 from megatron_mtp.training.setup import leave_groups, setup
+from megatron_mtp.training.start_card import log_repeats
 
 
 def evaluation_config(
@@ -42,7 +44,7 @@ def evaluation_config(
     cfg.train.update(on_nan="skip", on_spike="report")
     cfg.validation.draft_prompts = 0
     if sets:  # the data of the training may be elsewhere
-        cfg.dataset.update(blend=None, blend_per_split=None, mock=True)
+        cfg.dataset.update(blend=None, blend_per_split=None, mock=True, split="1,0,0")
         cfg.dataset.valid_sets = {name: [prefix] for name, prefix in sets.items()}
     elif is_hf_folder(source):
         raise ConfigError("--set: a Hugging Face folder names no data. Give --set name=prefix.")
@@ -63,11 +65,13 @@ def evaluate_checkpoint(
         ConfigError, DataError, CheckpointError: on every rank, before the first batch.
     """
     resolved = resolve(prepare_config(cfg, job_size()), job_size())
+    setup_logging(env_rank())
     _check_tokenizer(resolved.cfg, source)
     check_data(resolved.cfg)
     try:
         run = setup(resolved)
         try:
+            log_repeats(run.data)
             load_weights(run.engine.chunks, source, resolved.cfg, run.groups)
             return evaluate(run.engine, run.data, loss_factor=0.0, names=names)
         finally:

@@ -36,6 +36,7 @@ from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.loop import Trainer
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run, build, join_groups, leave_groups
+from megatron_mtp.training.start_card import log_repeats, start_card
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.throughput import Throughput
 
@@ -115,7 +116,7 @@ def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContai
 
 def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Callback], watchdog: Watchdog) -> Summary:
     cfg, device = run.cfg, run.device.torch_device
-    _log_plan(run)
+    _warn_of_memory(run)
     check_nodes(cfg, device)
     state = TrainState()
     if checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
@@ -128,6 +129,8 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
         checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
     restore(callbacks, state)
     recorder = _recorder(run, state, recipe, callbacks)
+    recorder.message(start_card(run, recipe, state.iteration), kind="start card")
+    log_repeats(run.data)
     signals = SignalWatch(watchdog.shorten_timeout, state.iteration)
     saver = Saver(run, state, checkpointer)
     trainer = Trainer(
@@ -185,19 +188,9 @@ def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback
     return recorder
 
 
-def _log_plan(run: Run) -> None:
-    """Logs the planner's choice and what it did not know."""
+def _warn_of_memory(run: Run) -> None:
+    """Says so where by estimate the planner's choice does not fit its device."""
     found = run.resolved.planned
-    if found is None:
-        return
-    name, device = found.machine.name, run.device.name
-    logger.info("pipeline layout %s, planned for %s (dist.hardware)", found.layout.string, name)
-    if not found.fits:
+    if found is not None and not found.fits:
         text = "by estimate no split fits the memory of %s; this is the fastest. `megatron-mtp plan` shows each stage."
-        logger.warning(text, name)
-    if name not in device.lower():
-        text = (
-            "this device is %s: set dist.hardware to the device to plan for, or measure it with "
-            "`megatron-mtp profile` for `plan --profile`"
-        )
-        logger.info(text, device)
+        logger.warning(text, found.machine.name)

@@ -15,7 +15,7 @@ from megatron_mtp.config.overrides import apply_yaml
 from megatron_mtp.errors import DataError
 from megatron_mtp.launch import failure
 from megatron_mtp.observe.failure_file import FAILURE_DIR
-from megatron_mtp.plan.facts import short_count, short_layout
+from megatron_mtp.parallel.facts import short_count, short_layout
 from megatron_mtp.recipes import RECIPES, get_recipe
 from tests.harness.cpu_time import is_quick
 

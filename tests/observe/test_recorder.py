@@ -166,9 +166,9 @@ def test_evaluations_are_kept_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
     assert validation[0]["mtp_1 acceptance"] == 0.5
     assert len(read_metrics(metrics_path(cfg), "evaluation")) == 3
     tensorboard = read_tensorboard(cfg.logger.tensorboard_dir)
-    assert tensorboard["mtp_1 loss validation"] == {0: 3.0, 10: 2.0}
-    assert tensorboard["lm loss wiki"] == {0: 4.0}
-    assert tensorboard["lm loss ppl validation"][10] == pytest.approx(math.e)
+    assert tensorboard["valid/validation/mtp_1 loss"] == {0: 3.0, 10: 2.0}
+    assert tensorboard["valid/wiki/lm loss"] == {0: 4.0}
+    assert tensorboard["valid/validation/lm loss ppl"][10] == pytest.approx(math.e)
 
 
 def test_console_comes_at_its_interval_first_and_last_step_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -93,6 +93,17 @@ def test_other_data_by_name_without_that_of_the_run(run: Path, tmp_path: Path, c
     assert_equal(found["code"], logged(run, "code", 4), rel=0)
 
 
+def test_once_through_each_set_at_two_batch_sizes(run: Path, capsys: pytest.CaptureFixture[str]):
+    sizes = [f"validation.eval_{kind}_batch_size" for kind in ("micro", "global")]
+    first, second = (
+        evaluated(capsys, run, "validation.eval_iters=-1", f"{sizes[0]}={micro}", f"{sizes[1]}={size}")
+        for micro, size in ((1, 1), (4, 8))
+    )
+    for name in ("validation", "code"):
+        assert first[name]["targets"] == second[name]["targets"]
+        assert first[name]["losses"] == pytest.approx(second[name]["losses"], rel=1e-6)
+
+
 def test_a_hugging_face_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     export_hf(run, tmp_path / "hf")
     options = ["validation.eval_iters=2", "train.global_batch_size=8", "train.micro_batch_size=2"]
