@@ -41,6 +41,7 @@ class IndexedReader:
         dtype: of the stored tokens.
         bin_size: bytes of `<prefix>.bin`.
         idx_size: bytes of `<prefix>.idx`.
+        is_plain: it holds nothing but sequences, each of which is one document.
 
     Raises:
         DataError: a file is missing, empty, truncated, of another format, damaged, or does not belong to the other; by
@@ -58,6 +59,7 @@ class IndexedReader:
                 f"{self._idx.path}: holds {self.idx_size} bytes, but {len(self)} sequences and {documents} document "
                 f"marks take {end}. The file is truncated or damaged: copy or prepare it again."
             )
+        self.is_plain = self.idx_size == end and documents == len(self) + 1
         expected = self._check_sequences()
         self._check_documents(documents)
         if self.bin_size != expected:

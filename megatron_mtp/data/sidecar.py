@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from megatron_mtp.data.files import stat_file, write_atomically
-from megatron_mtp.data.indexed import IndexedReader, token_dtype
+from megatron_mtp.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from megatron_mtp.errors import DataError
 
 _TYPES = {"str": str, "int": int, "bool": bool, "list[str]": list}
@@ -63,6 +63,24 @@ class Sidecar:
             raise DataError(
                 f"{path}: is not a sidecar of `megatron-mtp prepare` ({error!r}). Prepare the data again."
             ) from error
+
+    def of_files(self, writer: IndexedWriter, counts: tuple[int, int], largest_id: int) -> Sidecar:
+        """The sidecar of what `writer` has written; what else it says is as here.
+
+        Args:
+            writer: closed.
+            counts: documents and tokens.
+        """
+        return replace(
+            self,
+            num_documents=counts[0],
+            num_tokens=counts[1],
+            largest_id=largest_id,
+            bin_bytes=Path(f"{writer.prefix}.bin").stat().st_size,
+            idx_bytes=Path(f"{writer.prefix}.idx").stat().st_size,
+            bin_sha256=writer.bin_sha256,
+            idx_sha256=writer.idx_sha256,
+        )
 
     def problems(self, reader: IndexedReader, vocab_size: int, fingerprint: str | None) -> list[str]:
         """The reasons why this data does not fit a run.

@@ -61,10 +61,7 @@ class TensorBoardSink:
 
     def message(self, kind: str, iteration: int, text: str) -> None:
         """Writes a line under its kind, such as `fault`, or a table, in fixed width."""
-        self._write_text(kind, iteration, f"```
-{text}
-```" if "
-" in text else text)
+        self._write_text(kind, iteration, f"```\n{text}\n```" if "\n" in text else text)
 
     def close(self) -> None:
         """Flushes and closes the file."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +34,7 @@ def assemble_shard(
             writer.write(tokens, lengths)
             largest = max(largest, int(tokens.max()))
             on_progress(len(tokens))
-    num_documents, num_tokens = writer.close()
-    sidecar = replace(
-        template,
-        num_documents=num_documents,
-        num_tokens=num_tokens,
-        largest_id=largest,
-        bin_bytes=Path(f"{prefix}.bin").stat().st_size,
-        idx_bytes=Path(f"{prefix}.idx").stat().st_size,
-        bin_sha256=writer.bin_sha256,
-        idx_sha256=writer.idx_sha256,
-    )
+    sidecar = template.of_files(writer, writer.close(), largest)
     sidecar.save(str(prefix))
     return sidecar
 
