@@ -60,7 +60,7 @@ def list_(run: Run, json: Json = False) -> None:
         text = f"{row['iteration']:>9}  {_size(row['bytes']):>10}  {loss:>8}{mark}  {saved:<16}  {row['reason']}"
         typer.echo(text.rstrip())
     total = _size(sum(row.get("bytes", 0) for row in rows))
-    meaning = f"{metric or 'lm loss of the first set'}, evaluated at that iteration"
+    meaning = f"{metric or 'lm loss of the first set'} at that iteration"
     typer.echo(f"\n{total} in all. loss: {meaning}{'; * RUN@best' if best else ''}.")
     if any(len(manifest.validation_losses) > 1 for manifest in found):
         typer.echo("\n" + "\n".join(_loss_lines({str(m.iteration): m.validation_losses for m in found})))

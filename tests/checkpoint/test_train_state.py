@@ -34,6 +34,7 @@ def test_every_field_survives_json():
         elapsed_s=1.5,
         floating_point_operations=1e24,
         best_validation_loss=0.1,
+        best_metric="docs/lm loss",
         acceptance={"matches_target": [2**63, 1]},
         wandb_run_id="abc",
         health={"gap": {"mtp_1": 0.5}},

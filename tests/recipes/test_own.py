@@ -95,7 +95,7 @@ def test_what_is_wrong_with_it_is_said_in_one_line(folder: Path, name: str, mess
 
 def test_every_command_takes_one(folder: Path, capsys: pytest.CaptureFixture[str]):
     name = "rec/week.py:week_config"
-    assert "# rec/week.py:week_config" in run(capsys, "show", name)
+    assert "# recipe      rec/week.py:week_config" in run(capsys, "show", name)
     assert "model.num_layers: 6 -> 7" in run(capsys, "show", name, "model.num_layers=7", "--diff")
     assert name in run(capsys, "plan", name, "--devices", "2")
     checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run", "dataset.mock=true"]

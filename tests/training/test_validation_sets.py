@@ -67,7 +67,7 @@ def test_the_manifest_holds_all_losses_and_the_best_follows_the_chosen_one(run: 
         main(["checkpoint", "list", str(run)])
     out = capsys.readouterr().out
     assert f"{manifest.validation_losses['code/mtp_1 loss']:.4f}*" in out
-    assert "code/mtp_1 loss, evaluated at that iteration" in out
+    assert "code/mtp_1 loss at that iteration" in out
     assert f"{manifest.validation_losses['docs/mtp_2 loss']:.4f}" in out
     assert max(map(len, out.splitlines())) <= 80
 
