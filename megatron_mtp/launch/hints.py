@@ -27,6 +27,11 @@ def job_hints(job: Job, kind: str, view: View) -> list[str]:
         found.append("All ranks write into the output of the job; --logs DIR gives each rank files of its own.")
     if job.has_gpus and job.cfg.dist.hardware is None and job.script is None:
         found.append("dist.hardware is not set: the planner assumes h100, and no variable of a device is set.")
+    if job.cfg.train.exit_duration_in_mins is not None or job.cfg.train.exit_interval is not None:
+        end = "a job that ends with 0 is not requeued; submit several with --chain"
+        if kind == "k8s":
+            end = "Kubernetes counts a run that stops early as complete"
+        found.append(f"train.exit_duration_in_mins or exit_interval ends the run early with exit code 0: {end}.")
     if kind == "k8s" and ":" in (job.recipe or "") and not job.own_files:
         found.append(f"{job.recipe}: the image must hold the module.")
     return found

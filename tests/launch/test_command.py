@@ -44,6 +44,15 @@ def test_it_prints_the_job_and_hints_beside_it(command):
     assert [part["kind"] for part in yaml.safe_load_all(out)] == ["Service", "Job"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [("slurm", (), "submit several with --chain"), ("k8s", ("--image", "i", "--claim", "disk"), "as complete")],
+)
+def test_a_run_that_ends_early_by_itself_is_hinted_at(command, kind: str, more: tuple[str, ...], message: str):
+    assert message not in command(kind, "tiny_dense", *SIZES, *more, *RUN)[2]
+    assert message in command(kind, "tiny_dense", *SIZES, *more, *RUN, "train.exit_duration_in_mins=225")[2]
+
+
 def test_every_option_arrives(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FABRIC", "ib0")
     setup, patch = tmp_path / "setup.sh", tmp_path / "patch.yaml"
