@@ -82,13 +82,14 @@ class Sidecar:
             idx_sha256=writer.idx_sha256,
         )
 
-    def problems(self, reader: IndexedReader, vocab_size: int, fingerprint: str | None) -> list[str]:
+    def problems(self, reader: IndexedReader, vocab_size: int, fingerprint: str | None, eod: int) -> list[str]:
         """The reasons why this data does not fit a run.
 
         Args:
             reader: the open files.
             vocab_size: of the model.
             fingerprint: of the run's tokenizer; None: the run has none.
+            eod: the run's end-of-document id.
         """
         prefix, found = reader.prefix, self.mismatches(reader)
         if self.largest_id >= vocab_size:
@@ -101,6 +102,12 @@ class Sidecar:
             found.append(
                 f"{prefix}: was made by the tokenizer {self.tokenizer_fingerprint}, but the run's is {fingerprint}. "
                 "Set tokenizer.tokenizer_model to the one that made the data, or prepare the data again."
+            )
+        elif self.append_eod and self.eod != eod:
+            found.append(
+                f"{prefix}: its documents end with id {self.eod}, but the run's end-of-document id is {eod}. Set "
+                f"tokenizer.tokenizer_type and tokenizer_model to the tokenizer that made the data "
+                f"({self.tokenizer_fingerprint})."
             )
         return found
 

@@ -112,5 +112,5 @@ class _Opener:
             self.readers[prefix] = None
             reader = self.readers[prefix] = IndexedReader(prefix)
             if sidecar := Sidecar.load(prefix):
-                self.problems += sidecar.problems(reader, self.vocab_size, self.fingerprint)
+                self.problems += sidecar.problems(reader, self.vocab_size, self.fingerprint, self.eod)
         return self.readers[prefix]
