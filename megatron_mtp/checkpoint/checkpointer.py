@@ -325,6 +325,8 @@ class Checkpointer:
             raise
         self.last_complete = pending.manifest.iteration
         self.last_save_s = time.monotonic() - pending.started_s
+        place = self._run_directory.final_path(pending.manifest.iteration)
+        logger.info("saved %s (%s) in %.1f s", place, pending.manifest.reason, self.last_save_s)
 
     def _finish(self, pending: _Pending, reports: list[Written]) -> None:
         iteration = pending.manifest.iteration

@@ -36,13 +36,21 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("is_async", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_last_checkpoint_is_tried_three_times(tmp_path: Path, full_disk: dict[int, int], is_async: bool):
+def test_the_last_checkpoint_is_tried_three_times(
+    tmp_path: Path, full_disk: dict[int, int], is_async: bool, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
     cfg = saving(tmp_path, train_iters=4)
     cfg.checkpoint.save_interval, cfg.checkpoint.async_save = 2, is_async
     full_disk |= {4: 2}
     assert pretrain(cfg).exit_code == 0
     assert set(saved(tmp_path)) == {2, 4}
     assert full_disk == {4: 0}
+    lines = [record.message for record in caplog.records if record.message.startswith("saved ")]
+    assert [line.partition(" in ")[0] for line in lines] == [
+        f"saved {tmp_path}/checkpoints/iter_0000002 (interval)",
+        f"saved {tmp_path}/checkpoints/iter_0000004 (end of training)",
+    ]
 
 
 @pytest.mark.parametrize("is_async", [False, pytest.param(True, marks=pytest.mark.slow)])
