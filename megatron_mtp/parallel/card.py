@@ -64,7 +64,7 @@ def _model_rows(run: ResolvedRun) -> list[Row]:
     active = f", {short_count(count.active)} active for a token" if is_sparse else ""
     rows = [("model", f"{short_count(count.total)} parameters{active}; vocabulary {model.vocab_size:,}")]
     if run.depths.count:
-        share = f"{short_count(count.mtp)} of them ({count.mtp / count.total:.1%})"
+        share = f"{short_count(count.mtp)} parameters, {count.mtp / count.total:.1%} of all"
         active = f", {short_count(count.mtp_active)} active" if is_sparse else ""
         factor = f"loss factor {model.mtp_loss_scaling_factor}, {model.mtp_variant}"
         rows.append(("MTP", f"{run.depths.count} depth{'s' * (run.depths.count > 1)}: {share}{active}; {factor}"))
