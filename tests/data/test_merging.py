@@ -55,6 +55,16 @@ def test_a_merge_holds_all_documents_in_order(prepared: list[str], tmp_path: Pat
     assert sorted(path.name for path in Path(out).parent.iterdir()) == ["all.bin", "all.idx", "all.json"]
 
 
+def test_blocks_of_any_size_give_the_same_files(prepared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    for block in ((1 << 16, 1 << 24), (7, 50), (1, 1)):
+        monkeypatch.setattr("megatron_mtp.data.merging._BLOCK_DOCUMENTS", block[0])
+        monkeypatch.setattr("megatron_mtp.data.merging._BLOCK_TOKENS", block[1])
+        merge(f"{tmp_path}/out", prepared, overwrite=True)
+        made.append([(tmp_path / f"out{ending}").read_bytes() for ending in (".bin", ".idx")])
+    assert made[0] == made[1] == made[2]
+
+
 def test_shares_are_those_of_a_run(prepared: list[str], tmp_path: Path):
     whole = documents(prepared[0])
     made = split(prepared[0], "70,20,10", str(tmp_path / "part"))
