@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mtp.data.files import stat_file
+from megatron_mtp.data.files import load_array, stat_file
 from megatron_mtp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -103,23 +103,11 @@ class StoredTable:
     """
 
     def __init__(self, path: Path, remedy: str):
+        table = load_array(path, remedy)  # for its header; no page of the map is read
+        if table.dtype != np.int64 or table.ndim != 2 or not table.flags.c_contiguous:
+            raise DataError(f"{path}: is damaged: it is no table of int64. {remedy}")
+        self.shape, self._begin = table.shape, table.offset
         self._file = DataFile(path, remedy)
-        try:
-            with path.open("rb") as file:
-                version = np.lib.format.read_magic(file)
-                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                self.shape, is_fortran, dtype = read_header[version](file)
-                self._begin = file.tell()
-        except OSError:
-            raise
-        except Exception as error:  # numpy reads the header as Python source, which fails in many ways
-            raise DataError(f"{path}: is damaged ({error}). {remedy}") from error
-        if is_fortran or dtype != np.int64 or len(self.shape) != 2 or self._file.size != self._begin + self._bytes():
-            raise DataError(f"{path}: is damaged: it is not the whole of a table. {remedy}")
-
-    def _bytes(self) -> int:
-        rows, columns = self.shape
-        return int(rows) * int(columns) * 8
 
     def __getitem__(self, place: tuple[int, slice]) -> np.ndarray:
         row, columns = place

@@ -16,6 +16,8 @@ from typing import IO
 
 import numpy as np
 
+from megatron_mtp.errors import DataError
+
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SAY_AFTER_S = 10.0
@@ -98,6 +100,25 @@ def cached_array(path: Path, build: Callable[[], np.ndarray]) -> None:
         if not path.exists():
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, build())
+
+
+def load_array(path: Path, remedy: str) -> np.memmap:
+    """The array in a `.npy` file, memory-mapped.
+
+    Raises:
+        DataError: the file is damaged; the text ends with `remedy`.
+        OSError: it cannot be read.
+    """
+    stat_file(path)
+    try:
+        loaded = np.load(path, mmap_mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python source, which fails in many ways
+        raise DataError(f"{path}: is damaged ({error}). {remedy}") from error
+    if not isinstance(loaded, np.memmap):
+        raise DataError(f"{path}: is damaged (it is an archive). {remedy}")
+    return loaded
 
 
 def _wait_for_turn(lock: IO[str], path: Path) -> None:

@@ -28,8 +28,8 @@ FULL = Request(
     secrets={"HF_TOKEN": "/home/me/hf token"},
     after="4711",
 )
-PYXIS = Container("registry#mtp:1", "/shared,/home/me:/work:ro", "pyxis")
-APPTAINER = Container("/images/mtp.sif", "/shared,/home/me:/work:ro", "apptainer")
+PYXIS = Container("registry#mtp:1", "/shared,/home/me:/job:ro", "pyxis")
+APPTAINER = Container("/images/mtp.sif", "/shared,/home/me:/job:ro", "apptainer")
 
 
 def lines_of(job: Job, request: Request = FULL) -> list[str]:
@@ -53,7 +53,7 @@ def jobs(tmp_path: Path) -> list[tuple[Job, Request]]:
     setup = tmp_path / "set up.sh"
     setup.write_text("module load cuda\n")
     script = make_script(tmp_path)
-    mounted = Container("i", f"/shared,{tmp_path}:/work", "pyxis")
+    mounted = Container("i", f"/shared,{tmp_path}:/job", "pyxis")
     return [
         (make_job(), Request()),
         (make_job(setup=setup, variables={"NAME": "it's $HOME"}), FULL),
@@ -150,21 +150,21 @@ def test_pyxis(tmp_path: Path):
     config = tmp_path / "cluster.yaml"
     config.touch()
     job = make_job([config], variables={"NAME": "value"})
-    container = Container("registry#mtp:1", f"/shared,{tmp_path}:/work:ro", "pyxis")
+    container = Container("registry#mtp:1", f"/shared,{tmp_path}:/job:ro", "pyxis")
     text = render(job, Request(container=container, secrets={"HF_TOKEN": "/home/me/hf"}))
     words = srun_of(text)
     assert "--container-image=registry#mtp:1" in words
-    assert f"--container-mounts=/shared,{tmp_path}:/work:ro" in words
+    assert f"--container-mounts=/shared,{tmp_path}:/job:ro" in words
     (kept,) = [word for word in words if word.startswith("--container-env=")]
     assert {"NAME", "HF_TOKEN", "NCCL_DEBUG"} <= set(kept.partition("=")[2].split(","))
-    assert all("--config /work/cluster.yaml" in command for command in on_nodes(text)), "its path in the container"
+    assert all("--config /job/cluster.yaml" in command for command in on_nodes(text)), "its path in the container"
     with pytest.raises(ConfigError, match=r"cluster\.yaml: the container does not see it.*--container-mounts"):
         render(job, Request(container=PYXIS))
 
 
 def test_apptainer():
     text = render(make_job(), Request(container=APPTAINER, secrets={"HF_TOKEN": "/home/me/hf"}))
-    bind = ["--bind", "/shared,/home/me:/work:ro", "/images/mtp.sif", "bash", "-c", "$1"]
+    bind = ["--bind", "/shared,/home/me:/job:ro", "/images/mtp.sif", "bash", "-c", "$1"]
     assert srun_of(text)[2:] == ["apptainer", "exec", "--nv", *bind]
     assert 'export APPTAINERENV_HF_TOKEN="$HF_TOKEN"' in text.splitlines()
     amd = srun_of(render(make_job(dist__hardware="mi300x"), Request(container=APPTAINER)))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mtp.data.files import stat_file, write_atomically
+from megatron_mtp.data.files import load_array, write_atomically
 from megatron_mtp.data.randomness import derive_key, hash_u64, permute
 from megatron_mtp.errors import DataError
 
@@ -204,17 +204,7 @@ class Spool:
                     yield tokens, lengths
 
     def _load(self, name: str) -> np.memmap:
-        path = self._path.with_suffix(f".{name}.npy")
-        stat_file(path)
-        try:
-            array = np.load(path, mmap_mode="r")
-        except OSError:
-            raise
-        except Exception as error:  # numpy reads the header as Python source, which fails in many ways
-            raise self._damaged() from error
-        if not isinstance(array, np.memmap):  # such as an archive
-            raise self._damaged()
-        return array
+        return load_array(self._path.with_suffix(f".{name}.npy"), f"Delete {self._path.parent} and run again.")
 
     def _damaged(self) -> DataError:
         return DataError(f"{self._path}: is damaged. Delete {self._path.parent} and run again.")
