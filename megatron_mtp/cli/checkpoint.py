@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 checkpoint = typer.Typer(
     no_args_is_help=True,
     help="Look at checkpoints, check them, remove them, average them. RUN@200, RUN@best (lowest loss, by "
-    "checkpoint.best_metric) and "
-    "RUN@latest name one of a run directory; RUN alone is the newest.",
+    "checkpoint.best_metric) and RUN@latest name one of a run directory; RUN alone is the newest.",
 )
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]

@@ -155,7 +155,11 @@ def _config_of(prefix: str) -> ConfigContainer:
     cfg.dataset.update(mock=False, blend=[prefix], blend_per_split=None, split="1,0,0")
     reader, sidecar = IndexedReader(prefix), Sidecar.load(prefix)
     cfg.model.vocab_size = 1 + int(np.iinfo(reader.dtype).max) if sidecar is None else sidecar.vocab_size
-    cfg.tokenizer.tokenizer_type = "bytes" if sidecar is not None and sidecar.tokenizer_type == "bytes" else "null"
+    if sidecar is not None and sidecar.tokenizer_type == "bytes":
+        cfg.tokenizer.tokenizer_type = "bytes"
+    else:
+        cfg.tokenizer.tokenizer_type = "null"
+        cfg.model.vocab_size += 1  # its last id ends a document: one that does not occur, so that only stored ends do
     return cfg
 
 

@@ -82,14 +82,14 @@ class Sidecar:
             idx_sha256=writer.idx_sha256,
         )
 
-    def problems(self, reader: IndexedReader, vocab_size: int, fingerprint: str | None, eod: int) -> list[str]:
+    def problems(self, reader: IndexedReader, vocab_size: int, fingerprint: str | None, eod: int | None) -> list[str]:
         """The reasons why this data does not fit a run.
 
         Args:
             reader: the open files.
             vocab_size: of the model.
             fingerprint: of the run's tokenizer; None: the run has none.
-            eod: the run's end-of-document id.
+            eod: the run's end-of-document id; None: its masks do not depend on where documents end.
         """
         prefix, found = reader.prefix, self.mismatches(reader)
         if self.largest_id >= vocab_size:
@@ -103,10 +103,11 @@ class Sidecar:
                 f"{prefix}: was made by the tokenizer {self.tokenizer_fingerprint}, but the run's is {fingerprint}. "
                 "Set tokenizer.tokenizer_model to the one that made the data, or prepare the data again."
             )
-        elif self.append_eod and self.eod != eod:
+        elif eod is not None and self.append_eod and self.eod != eod:
             found.append(
-                f"{prefix}: its documents end with id {self.eod}, but the run's end-of-document id is {eod}. Set "
-                f"tokenizer.tokenizer_type and tokenizer_model to the tokenizer that made the data "
+                f"{prefix}: its documents end with id {self.eod}, but the run's end-of-document id is {eod}, by which "
+                "it masks (dataset.eod_mask_loss, reset_attention_mask, reset_position_ids). Set "
+                "tokenizer.tokenizer_type and tokenizer_model to the tokenizer that made the data "
                 f"({self.tokenizer_fingerprint})."
             )
         return found

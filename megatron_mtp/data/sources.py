@@ -82,7 +82,8 @@ class _Opener:
         tokenizer = configured_tokenizer(cfg)
         self.eod = end_of_document(tokenizer, vocab_size)
         self.fingerprint = None if tokenizer is None or tokenizer.kind == "null" else tokenizer.fingerprint()
-        self.mask_suffix = cfg.dataset.loss_mask_suffix
+        self.mask_suffix, data = cfg.dataset.loss_mask_suffix, cfg.dataset
+        self.masks_by_eod = data.eod_mask_loss or data.reset_attention_mask or data.reset_position_ids
         self.problems: list[str] = []
         self.readers: dict[str, IndexedReader | None] = {}
 
@@ -112,5 +113,6 @@ class _Opener:
             self.readers[prefix] = None
             reader = self.readers[prefix] = IndexedReader(prefix)
             if sidecar := Sidecar.load(prefix):
-                self.problems += sidecar.problems(reader, self.vocab_size, self.fingerprint, self.eod)
+                eod = self.eod if self.masks_by_eod else None
+                self.problems += sidecar.problems(reader, self.vocab_size, self.fingerprint, eod)
         return self.readers[prefix]

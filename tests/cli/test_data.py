@@ -133,3 +133,14 @@ def test_merge_split_and_check(prefix: str, call, tmp_path: Path):
     assert "--shares = '9,1': must be three shares" in call("split", out, "--shares", "9,1", code=2)
     assert "exists. Choose another name" in call("merge", out, prefix, code=2)
     assert "12 documents" in call("merge", out, prefix, "--overwrite")
+
+
+def test_ids_are_shown_of_data_whose_tokenizer_is_not_at_hand(tmp_path: Path, call):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "one two three " * 30}) + "\n")
+    [prefix] = prepare(
+        [tmp_path / "in.jsonl"], tmp_path / "out", PrepareOptions(train_vocab_size=260), workers=1
+    ).prefixes
+    out = call("show", prefix, "model.seq_length=16")
+    assert " ".join(map(str, IndexedReader(prefix).read(0, 1, 16))) in out, "and no id but the stored end ends it"
+    refused = call("show", prefix, "model.seq_length=16", "dataset.eod_mask_loss=true", code=2)
+    assert "Set tokenizer.tokenizer_type and tokenizer_model to the tokenizer that made the data" in refused
