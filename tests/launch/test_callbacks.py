@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,9 @@ OPTIONS = ["--gpus-per-node", "1", "--dry-run", *SHARED, "--callback"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("megatron_mtp_own")]:
-        del sys.modules[name]
+def folder(own_folder: Path) -> Path:
+    (own_folder / "mine.py").write_text(MINE)
+    return own_folder
 
 
 def launched(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

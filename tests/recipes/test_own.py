@@ -39,19 +39,13 @@ def failing():
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a recipe, and what importing it changes put back afterwards."""
-    (tmp_path / "rec").mkdir()
-    (tmp_path / "rec/week.py").write_text(WEEK)
-    (tmp_path / "rec/beside.py").write_text("LAYERS = 6\n")
-    (tmp_path / "rec/broken.py").write_text("def f(:\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.startswith("megatron_mtp_own") or name in ("rec", "rec.week", "beside"):
-            del sys.modules[name]
+def folder(own_folder: Path) -> Path:
+    """A working directory with a recipe."""
+    (own_folder / "rec").mkdir()
+    (own_folder / "rec/week.py").write_text(WEEK)
+    (own_folder / "rec/beside.py").write_text("LAYERS = 6\n")
+    (own_folder / "rec/broken.py").write_text("def f(:\n")
+    return own_folder
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,14 +67,10 @@ WRONG = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(own_folder: Path) -> Path:
     """A working directory with a file of callbacks."""
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("megatron_mtp_own") or name == "mine"]:
-        del sys.modules[name]
+    (own_folder / "mine.py").write_text(MINE)
+    return own_folder
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
