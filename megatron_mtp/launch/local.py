@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,7 @@ def run_ranks(command: list[str], num_ranks: int, preempted_code: int = 3) -> in
     Returns:
         0, 2 for a mistake of the user, `preempted_code`, or the exit code of the rank that failed first.
     """
-    with tempfile.TemporaryDirectory(prefix="megatron-mtp-") as folder:
-        port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="megatron-mtp-") as folder, reserved_port() as port:
         ranks = [_start(command, rank, num_ranks, Path(folder), port) for rank in range(num_ranks)]
         interrupts: list[int] = []
         handlers = {number: signal.signal(number, _forwarder(ranks, interrupts)) for number in FORWARDED}
@@ -169,7 +168,14 @@ def tail(log: Path) -> str:
     return ""
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that only a socket with SO_REUSEADDR, such as a store's of torch, can listen on while the block runs.
+
+    Ranks import for seconds before rank 0 listens. A port that was merely free before may by then be the own end of
+    some connection on a busy machine.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))  # bound and not listening: the kernel gives it to nobody
+        yield holder.getsockname()[1]
