@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest
 # Two processes, each with its own files of tests: half of the time of one is waiting.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 DOCS := $(wildcard *.md docs/*.md docs/api/*.md)
 
