@@ -6,6 +6,8 @@ between layouts are built on it.
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,6 +105,90 @@ def _gather_sharded_gradients(chunk: DistributedDataParallel) -> None:
         for bucket in group.buckets:
             shard = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRange:
+    """Elements of a parameter's gradient that this rank holds in reduced form and that no other rank counts.
+
+    Args:
+        name: of the parameter in the whole model, such as `decoder.layers.3.mlp.experts.7.linear_fc1.weight`.
+        parameter: has Megatron-Core's `main_grad`.
+        start, stop: elements of the flattened gradient.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+    @property
+    def gradient(self) -> Tensor:
+        """[stop - start], a view."""
+        gradient: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]  # set by Megatron-Core
+        return gradient.view(-1)[self.start : self.stop]
+
+
+def gradient_ranges(chunks: list[DistributedDataParallel]) -> list[GradientRange]:
+    """This rank's share of the gradient of the whole model: over all ranks, each element of it is in one range.
+
+    Copies on other tensor-, data- and context-parallel ranks, and those of a tied or shared embedding, are left out.
+    With the distributed optimizer a rank has the elements of its own shard.
+    """
+    found = []
+    for chunk in chunks:
+        owned = _owned_elements(chunk)
+        places = {parameter.data_ptr(): parameter for parameter in owned}
+        starts = sorted(places)
+        for shard in sharded_tensors(unwrap(chunk)):
+            index = bisect_right(starts, shard.data.data_ptr()) - 1
+            parameter = places[starts[index]] if index >= 0 else None
+            if parameter is None or (first := _first_element(shard.data, parameter)) is None:
+                continue  # a buffer, or a frozen parameter
+            assert shard.data.is_contiguous(), f"{shard.key}: its elements are not next to each other"
+            *copy, data_rank = shard.replica_id
+            low, high, is_sharded = owned[parameter]
+            if any(copy) or (data_rank and not is_sharded):
+                continue
+            start, stop = max(first, low), min(first + shard.data.numel(), high)
+            if start < stop:
+                found.append(GradientRange(_whole_name(shard), parameter, start, stop))
+    return found
+
+
+def _owned_elements(chunk: DistributedDataParallel) -> dict[nn.Parameter, tuple[int, int, bool]]:
+    """Trainable parameter -> first and last + 1 element of its gradient that is reduced here, and whether others hold
+    the rest."""
+    owned = {}
+    is_sharded = chunk.ddp_config.use_distributed_optimizer
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        for bucket in group.buckets:
+            length, rank = bucket.grad_data.numel(), 0
+            if is_sharded:
+                ranks = group.intra_distributed_optimizer_instance_group
+                length, rank = length // ranks.size(), ranks.rank()
+            for parameter, (begin, end) in bucket.param_to_index.items():
+                low, high = max(begin, rank * length), min(end, (rank + 1) * length)
+                owned[parameter] = (low - begin, max(low, high) - begin, is_sharded)
+    return owned
+
+
+def _first_element(view: Tensor, parameter: nn.Parameter) -> int | None:
+    """Place of a view's first element in a parameter; None: it is not a view of it."""
+    first, rest = divmod(view.data_ptr() - parameter.data_ptr(), parameter.element_size())
+    return first if rest == 0 and first + view.numel() <= parameter.numel() else None
+
+
+def _whole_name(shard: ShardedTensor) -> str:
+    """The key of a shard, with the indices of layer and expert, which it may hold as offsets, in their places.
+
+    Examples: `decoder.layers.mlp.linear_fc1.weight` of layer 3 is `decoder.layers.3.mlp.linear_fc1.weight`, and
+    `mtp.layers.0.mlp.experts.experts.linear_fc1.weight` of expert 7 is `mtp.layers.0.mlp.experts.7.linear_fc1.weight`.
+    """
+    name, indices = shard.key, [str(offset) for offset in shard.global_offset[: shard.prepend_axis_num]]
+    if indices and not re.search(r"\blayers\.\d", name):
+        name = name.replace("layers.", f"layers.{indices.pop(0)}.", 1)
+    return name.replace(".experts.experts.", f".experts.{indices[0]}.") if indices else name
 
 
 def whole_tensors(parts: list[Part]) -> tuple[dict[str, Tensor], dict[str, float]]:

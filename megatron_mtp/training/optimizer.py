@@ -100,11 +100,11 @@ def set_hooks(
     """Sets the functions by which Megatron-Core's pipeline schedules scale the loss and reduce gradients.
 
     Args:
-        gradients: looks at this rank's own gradients before they are reduced.
+        gradients: looks at this rank's own gradients before they are reduced, and afterwards.
     """
     config = chunks[0].config
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = gradients.before(finalize_model_grads)
+    config.finalize_model_grads_func = gradients.around(finalize_model_grads)
     is_interleaved = len(chunks) > 1
     if cfg.ddp.overlap_grad_reduce:
         no_syncs: list[Callable[..., Any]] = [chunk.no_sync for chunk in chunks]

@@ -51,6 +51,7 @@ def test_examples_are_short():
         "masked_share.py",
         "early_stop.py",
         "mtp_activations.py",
+        "mtp_gradient.py",
         "gradient_sign.py",
         "my_cluster.yaml",
         "mistral_family.py",
@@ -111,6 +112,17 @@ def test_metrics_over_micro_batches_and_ranks(folder: Path, monkeypatch: pytest.
         assert other["mtp/largest_activation"] == pytest.approx(step["mtp/largest_activation"], rel=1e-4)
     (start,) = read_metrics("two/metrics.jsonl", "start")
     assert start["config"]["train"]["callbacks"] == NAMES
+
+
+def test_the_gradient_of_chosen_parameters(folder: Path):
+    """Parts of the model have parts of the norm that is recorded, before it is clipped to 0.1."""
+    cfg = short(folder, train_iters=2)
+    cfg.optimizer.clip_grad = 0.1
+    pretrain(cfg, callbacks=[example(folder, "mtp_gradient").MTPGradient()])
+    for step in read_metrics(folder / "log" / "metrics.jsonl"):
+        parts = [step[f"grad-norm/{name}"] for name in ("mtp", "embedding", "layer_0")]
+        assert all(part > 0 for part in parts)
+        assert 0.1 < sum(part**2 for part in parts) ** 0.5 < step["grad-norm"]
 
 
 def test_stop_early(folder: Path, caplog: pytest.LogCaptureFixture):

@@ -42,6 +42,8 @@ class GradientWatch:
             if parameter.requires_grad
         ]
         self.is_overlapped = is_overlapped
+        self.readers: list[Callable[[], None]] = []
+        """Called in each step when the gradients are reduced, before they are scaled, clipped or applied."""
         self._norms: Tensor | None = None
         self._started = self._done = 0.0
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -65,7 +67,7 @@ class GradientWatch:
         if self._events is not None:
             self._events[0].record()
 
-    def before(self, finalize: Callable[..., None]) -> Callable[..., None]:
+    def around(self, finalize: Callable[..., None]) -> Callable[..., None]:
         """Wraps Megatron-Core's hook that reduces gradients."""
 
         def noted(*arguments: Any, **options: Any) -> None:
@@ -75,6 +77,8 @@ class GradientWatch:
             if not self.is_overlapped:
                 self._note()
             finalize(*arguments, **options)
+            for read in self.readers:
+                read()
 
         return noted
 
