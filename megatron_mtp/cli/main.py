@@ -18,9 +18,9 @@ from megatron_mtp.observe.logs import silence_noise
 COMMANDS = {
     "recipes": ("megatron_mtp.cli.recipes:recipes", "List the recipes with their sizes."),
     "new": ("megatron_mtp.cli.new:new", "Write a small project: a recipe of your own."),
-    "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints; reads no data."),
+    "show": ("megatron_mtp.cli.show:show", "Print the resolved config of a run, with hints."),
     "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline split and parallel sizes of a run."),
-    "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model on this device, for `plan --profile`."),
+    "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model, for `plan --profile`."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
     "launch": ("megatron_mtp.cli.launch:launch", "Start a job on this machine, Slurm or Kubernetes."),
     "verify": (
@@ -37,6 +37,7 @@ COMMANDS = {
     ),
     "convert": ("megatron_mtp.cli.convert:convert", "Convert weights from and to Hugging Face folders."),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
+    "train-tokenizer": ("megatron_mtp.cli.train_tokenizer:train_tokenizer", "Train a tokenizer on JSONL text."),
     "data": ("megatron_mtp.cli.data:data", "Show, measure, check, merge and split prepared data."),
     "check-data": ("megatron_mtp.cli.data:check", "The same as `data check`."),
     "generate": ("megatron_mtp.cli.generate:generate", "Continue text, with the MTP layers as drafters."),

@@ -8,6 +8,8 @@ from pathlib import Path
 from megatron_mtp.data.files import write_atomically
 
 EOD_TOKEN = "<|endoftext|>"
+VOCAB_SIZES = (257, 2**20)
+"""Least and most ids: the bytes and the end of a document, and what the library may reserve memory for."""
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:

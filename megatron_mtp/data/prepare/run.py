@@ -8,15 +8,13 @@ continues if the inputs and options are the same; otherwise it starts over.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -25,12 +23,12 @@ from megatron_mtp.config.filled import filled
 from megatron_mtp.data.files import write_atomically
 from megatron_mtp.data.indexed import token_dtype
 from megatron_mtp.data.prepare.assemble import assemble_shard
-from megatron_mtp.data.prepare.bpe import train_bpe
-from megatron_mtp.data.prepare.jsonl import list_inputs, read_documents, text_bytes
+from megatron_mtp.data.prepare.bpe import VOCAB_SIZES
+from megatron_mtp.data.prepare.jsonl import list_inputs, text_bytes
 from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolCounts
 from megatron_mtp.data.prepare.tokenize_files import TokenizeJob, spool_path, tokenize_files
+from megatron_mtp.data.prepare.train_tokenizer import TRAIN_BYTES, check_target, train_on
 from megatron_mtp.data.prepare.work_folder import remove_finished_work, work_folder, work_path, writing
-from megatron_mtp.data.randomness import derive_key, uniform
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.tokenizer import Tokenizer, tokenizer_from_spec
 from megatron_mtp.errors import ConfigError, DataError, Problem
@@ -40,7 +38,7 @@ _RANGES = {
     "--shards": (1, 10_000),
     "--shuffle": (0, 2**63 - 1),
     "--memory-mib": (64, 2**24),
-    "--vocab-size": (257, 2**20),  # the bytes and the end of a document; the library reserves memory for all ids
+    "--vocab-size": VOCAB_SIZES,
 }
 _SHUFFLE_BYTES_PER_TOKEN = 32  # two copies of the tokens and two int64 indices while a bucket is shuffled
 
@@ -69,7 +67,7 @@ class PrepareOptions:
     append_eod: bool = True
     skip_bad_lines: bool = False
     train_vocab_size: int | None = None
-    train_bytes: int = 200_000_000
+    train_bytes: int = TRAIN_BYTES
     memory_mib: int = 1024
 
     def __post_init__(self) -> None:
@@ -249,27 +247,10 @@ def _trained_tokenizer(
     """Path of the tokenizer in the work folder, which is trained unless an interrupted run has trained it."""
     path = work / "tokenizer.json"
     if not path.exists():
-        if target.exists() and not overwrite:
-            raise DataError(f"{target}: exists. Use it with --tokenizer, choose another --output, or pass --overwrite.")
-        with writing("--tokenizer", target):  # known now, not after hours of work
-            if target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=target.parent):
-                pass
-        share = min(1.0, options.train_bytes / max(1, sum(map(text_bytes, files))))
-        train_bpe(_some_texts(files, options, share), filled(options.train_vocab_size), path)
+        check_target("--tokenizer", target, overwrite=overwrite)
+        vocab_size = filled(options.train_vocab_size)
+        train_on(files, path, vocab_size, options.json_key, options.skip_bad_lines, options.train_bytes)
     return str(path)
-
-
-def _some_texts(files: Sequence[Path], options: PrepareOptions, share: float) -> Iterator[str]:
-    """A random `share` of the texts of all files, chosen by file and line number."""
-    on_bad_line = (lambda _: None) if options.skip_bad_lines else None
-    for number, file in enumerate(files):
-        key = derive_key("train tokenizer", number)
-        for document in read_documents(file, options.json_key, on_bad_line):
-            if share == 1.0 or uniform(np.array([document.line]), key)[0] < share:
-                yield document.text
 
 
 def _bucket_count(files: Sequence[Path], options: PrepareOptions, tokenizer: Tokenizer) -> int:

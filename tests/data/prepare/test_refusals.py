@@ -105,7 +105,7 @@ def test_a_folder_without_permission_to_write(inputs, tmp_path, command):
 def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_work(inputs, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
-    monkeypatch.setattr(prepare_run, "train_bpe", lambda *_: pytest.fail("it began to train"))
+    monkeypatch.setattr(prepare_run, "train_on", lambda *_: pytest.fail("it began to train"))
     for target in ("file/tokenizer.json", "folder.json"):
         options = PrepareOptions(tokenizer=str(tmp_path / target), train_vocab_size=300)
         with pytest.raises(DataError, match=rf"--tokenizer .*{target}: cannot be written"):
@@ -232,7 +232,7 @@ def test_an_output_inside_the_folder_of_inputs_is_no_input(inputs, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prepare([inputs], inputs / "out", options, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_run, "train_bpe", lambda *_: pytest.fail("it started over"))
+        patch.setattr(prepare_run, "train_on", lambda *_: pytest.fail("it started over"))
         made = prepare([inputs], inputs / "out", options, workers=1)
     assert made.counts.documents == 240
     assert prepare([inputs], inputs / "out", options, workers=1).was_done
