@@ -52,7 +52,8 @@ def show(
     if cfg.model.vocab_size is None:
         cfg.model.vocab_size = resolve_vocab_size(cfg)
     cfg.finalize()
-    decode = _decoder(configured_tokenizer(cfg))
+    tokenizer = configured_tokenizer(cfg)
+    decode = _decoder(tokenizer)
     module = build_data(cfg, DataPlacement(), cfg.model.mtp_num_layers)
     try:
         found, batch, origin = module.look(sample)
@@ -60,7 +61,10 @@ def show(
         module.close()
     marks = Marks.of(sys.stdout)
     typer.echo("\n".join(header(found, batch, f"sample {sample} of the training order: {origin}")), color=True)
-    typer.echo(f"targets without a loss: {marks.around('like this')}\n", color=True)
+    typer.echo(f"targets without a loss: {marks.around('like this')}", color=True)
+    if _shows_ids(tokenizer):
+        typer.echo(_how_to_text(prefix))
+    typer.echo()
     lines = as_table(found, batch, decode, marks) if depths else [as_text(found, batch, decode, marks)]
     for line in lines:
         typer.echo(line, color=True)
@@ -178,9 +182,24 @@ def _only_training(cfg: ConfigContainer) -> None:
 
 
 def _decoder(tokenizer: Tokenizer | None) -> Any:
-    if tokenizer is not None and tokenizer.kind != "null":
+    if tokenizer is not None and not _shows_ids(tokenizer):
         return tokenizer.decode
     return lambda ids: " ".join(map(str, ids)) + " "
+
+
+def _shows_ids(tokenizer: Tokenizer | None) -> bool:
+    return tokenizer is None or tokenizer.kind == "null"
+
+
+def _how_to_text(prefix: str) -> str:
+    """What to add to the command to see text in place of ids."""
+    from megatron_mtp.data.sidecar import Sidecar
+
+    sidecar = Sidecar.load(prefix) if Path(f"{prefix}.idx").exists() else None
+    if sidecar is not None and sidecar.tokenizer_type == "null":
+        return "token ids: the data was made from ids, without a tokenizer"
+    kind = "huggingface" if sidecar is None else sidecar.tokenizer_type
+    return f"token ids; for text add tokenizer.tokenizer_type={kind} tokenizer.tokenizer_model=FILE"
 
 
 def _info_lines(row: dict[str, Any]) -> list[str]:

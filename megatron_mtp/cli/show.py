@@ -23,7 +23,8 @@ def show(
 ) -> None:
     """Print the resolved config of a run, with sizes and hints.
 
-    Opens no data and no checkpoint, so a laptop can show the config of a cluster. The output is YAML for --config.
+    Opens no data and no checkpoint, so a laptop can show the config of a cluster; a tokenizer that cannot be opened is
+    a hint. The output is YAML for --config.
     """
     from megatron_mtp.config.hints import hints
     from megatron_mtp.parallel.card import WIDTH, render, run_rows
@@ -35,7 +36,7 @@ def show(
     check_named_callbacks(cfg)
     changes = differences(get_recipe(recipe).finalize().to_dict(), cfg.to_dict())
     run = resolve(cfg, world_size)
-    advice = hints(cfg)
+    advice = hints(cfg) + _tokenizer_hints(cfg)
     if json:
         found = {**facts(cfg), "layout": run.layout.string}
         data = {"recipe": recipe, **found, "changes": changes, "hints": advice, "config": cfg.to_dict()}
@@ -55,6 +56,20 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict
         for name, value in values.items()
         if before[section][name] != value
     }
+
+
+def _tokenizer_hints(cfg: ConfigContainer) -> list[str]:
+    """Why the tokenizer cannot be opened on this machine, which refuses a run."""
+    if cfg.tokenizer.tokenizer_model is None:
+        return []
+    from megatron_mtp.data.tokenizer import configured_tokenizer
+    from megatron_mtp.errors import DataError
+
+    try:
+        configured_tokenizer(cfg)
+    except DataError as error:
+        return [f"tokenizer.tokenizer_model: {error} A run on this machine would be refused."]
+    return []
 
 
 def _comment(lines: list[str]) -> None:

@@ -108,6 +108,17 @@ def test_show_opens_no_data(run):
     assert code == 0
 
 
+def test_show_says_if_the_tokenizer_cannot_be_opened_here(run, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    settings = ["tokenizer.tokenizer_type=huggingface", f"tokenizer.tokenizer_model={file}"]
+    _, out, _ = run("show", "demo", *settings)
+    said = f"# hint: tokenizer.tokenizer_model: tokenizer {file}: cannot be read (No such file or directory). "
+    assert said + "A run on this machine would be refused." in out
+    file.write_text("{}")
+    _, out, _ = run("show", "demo", *settings, "--json")
+    assert any(f"{file}: is not a Hugging Face tokenizer.json" in hint for hint in json.loads(out)["hints"])
+
+
 BAD = [
     (["tiny_denes"], "Did you mean tiny_dense"),
     (["tiny_dense", "model.nun_layers=3"], "Did you mean model.num_layers?"),

@@ -103,10 +103,13 @@ def test_colours_are_for_terminals_that_have_them(prefix: str, monkeypatch: pyte
 
 def test_a_recipe_and_ids_without_a_tokenizer(prefix: str, call):
     assert "mock data 'train', sample 7" in call("show", "tiny_dense", "--sample", "7")
+    assert "for text add" not in call("show", prefix), "the sidecar names the tokenizer, which needs no file"
     Path(f"{prefix}.json").unlink()
     first = IndexedReader(prefix).read(0)[:3].tolist()
     out = call("show", prefix, "model.seq_length=100")
-    ids = [word.strip("[-]") for word in out.split("like this-]")[1].split()]
+    told, hint = out.split("like this-]")[1].split("\n\n", 1)[::-1]
+    assert hint == "\ntoken ids; for text add tokenizer.tokenizer_type=huggingface tokenizer.tokenizer_model=FILE"
+    ids = [word.strip("[-]") for word in told.split()]
     assert str(first[0]) in ids
     assert all(word.isdigit() for word in ids if word not in END.split() and word)
 
@@ -142,5 +145,10 @@ def test_ids_are_shown_of_data_whose_tokenizer_is_not_at_hand(tmp_path: Path, ca
     ).prefixes
     out = call("show", prefix, "model.seq_length=16")
     assert " ".join(map(str, IndexedReader(prefix).read(0, 1, 16))) in out, "and no id but the stored end ends it"
+    settings = "tokenizer.tokenizer_type=huggingface tokenizer.tokenizer_model="
+    assert f"token ids; for text add {settings}FILE" in out
+    shown = call("show", prefix, "model.seq_length=16", *f"{settings}{tmp_path}/tokenizer.json".split())
+    assert "two three one two" in shown
+    assert "for text add" not in shown
     refused = call("show", prefix, "model.seq_length=16", "dataset.eod_mask_loss=true", code=2)
     assert "Set tokenizer.tokenizer_type and tokenizer_model to the tokenizer that made the data" in refused
