@@ -297,6 +297,19 @@ def resume_candidates(name: str | Path) -> tuple[RunDirectory, list[int]]:
     return directory, directory.iterations() if which is None else [directory.named(which)]
 
 
+def newest_names(run: str | Path, count: int) -> list[str]:
+    """The newest checkpoints of a run directory as `RUN@ITERATION`, the oldest of them first.
+
+    Raises:
+        CheckpointError: it holds fewer.
+    """
+    iterations = RunDirectory(run).iterations()[:count]
+    if len(iterations) < count:
+        there = ", ".join(map(str, reversed(iterations))) or "none"
+        raise CheckpointError(f"{run}: holds fewer than {count} checkpoints. Iterations there: {there}.")
+    return [f"{run}@{iteration}" for iteration in reversed(iterations)]
+
+
 def checkpoint_folder(path: str | Path) -> Path:
     """The folder of one checkpoint: `path` itself, `RUN@which`, or the newest one in the run directory `path`.
 

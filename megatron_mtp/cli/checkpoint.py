@@ -133,15 +133,29 @@ def verify(
 
 
 @checkpoint.command()
-def average(checkpoints: Many, output: Out, json: Json = False) -> None:
+def average(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="As RUN@200; with --last, one run directory.")
+    ],
+    output: Out,
+    last: Annotated[
+        int | None, typer.Option("--last", metavar="N", min=2, help="Average the newest N checkpoints of the run.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Write the mean of the weights of several checkpoints, which a new run can start from.
 
     Sums are in fp64 and rounded once. The result has no optimizer state: use it as checkpoint.pretrained_checkpoint,
     with `generate`, `evaluate` or `convert export`.
     """
+    from megatron_mtp.checkpoint.directory import newest_names
     from megatron_mtp.checkpoint.merging import average
+    from megatron_mtp.errors import ConfigError
 
-    _print_merged(_with_progress(lambda progress: average(checkpoints, output, progress)), json)
+    if last is not None and len(checkpoints) > 1:
+        raise ConfigError(f"--last {last}: needs one run directory, and {len(checkpoints)} checkpoints are named.")
+    names = checkpoints if last is None else newest_names(checkpoints[0], last)
+    _print_merged(_with_progress(lambda progress: average(names, output, progress)), json)
 
 
 @checkpoint.command()

@@ -118,6 +118,22 @@ def test_an_average_is_the_mean_to_the_last_bit(run: Path, tmp_path: Path):
         assert torch.equal(StoredWeights(two.folder).whole(key), (parts[0].whole(key) + parts[1].whole(key)) / 2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--last", "4"], "holds fewer than 4 checkpoints. Iterations there: 2, 4, 6."),
+        (["{run}@2", "--last", "2"], "--last 2: needs one run directory, and 2 checkpoints are named."),
+        (["--last", "1"], "greater than or equal to 2"),
+    ],
+)
+def test_a_last_that_cannot_be(run: Path, tmp_path: Path, arguments: list[str], said: str, capsys):
+    given = [argument.format(run=run) for argument in arguments]
+    with pytest.raises(SystemExit) as end:
+        main(["checkpoint", "average", str(run), *given, "-o", str(tmp_path / "mean")])
+    assert end.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_a_run_starts_from_an_average(run: Path, tmp_path: Path):
     average([f"{run}@4", f"{run}@6"], tmp_path / "mean")
     cfg = tiny(tmp_path, train_iters=1)
@@ -205,6 +221,11 @@ def test_the_commands(copy: Path, capsys: pytest.CaptureFixture[str]):
     assert command(capsys, "verify", copy).count("intact") == 3
     made = json.loads(command(capsys, "average", f"{copy}@2", f"{copy}@4", "-o", copy.parent / "mean", "--json"))
     assert made["folder"] == str(copy.parent / "mean/iter_0000000")
+    command(capsys, "average", copy, "--last", "2", "-o", copy.parent / "last")
+    last, both = StoredWeights(copy.parent / "last"), [StoredWeights(copy / f"iter_000000{n}") for n in (4, 6)]
+    assert last.manifest.reason == "average of run@4, run@6"
+    for key in last.tensors:
+        assert torch.equal(last.whole(key), (both[0].whole(key) + both[1].whole(key)) / 2)
     assert "left out: optimizer state" in command(capsys, "strip", copy, "-o", copy.parent / "small")
     assert command(capsys, "rm", f"{copy}@4") == f"removed {copy}/iter_0000004\n"
 
