@@ -106,7 +106,7 @@ class TrainState:
         texts = [
             f"{self.iteration} iterations",
             f"{self.consumed_tokens} tokens",
-            f"{self.elapsed_s / 3600:.3g} h in steps",
+            f"{_duration(self.elapsed_s)} in steps",
             f"{self.floating_point_operations:.3g} FLOPs of the model",
         ]
         counts = zip(self.acceptance.get("chain_hits", []), self.acceptance.get("chain_valid", []), strict=False)
@@ -140,6 +140,14 @@ class TrainState:
                 raise CheckpointError(f"train state: {problem}. Use another checkpoint.")
         for name, value in values.items():
             setattr(self, name, value)
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that a person would choose: seconds up to two minutes, minutes up to two hours, then hours."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 120 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 3600:.1f} h"
 
 
 _TYPES = {f.name: str(f.type) for f in fields(TrainState)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import PurePath
 
 from megatron_mtp.config.problem import problem
 from megatron_mtp.config.quantity import parse_quantity
@@ -31,6 +32,8 @@ def derive(cfg: RunConfig) -> list[Problem]:
         cfg.validation.eval_micro_batch_size = cfg.train.micro_batch_size
     if cfg.validation.eval_global_batch_size is None:
         cfg.validation.eval_global_batch_size = cfg.train.global_batch_size
+    if cfg.logger.wandb_project is not None and not cfg.logger.wandb_exp_name and cfg.checkpoint.save is not None:
+        cfg.logger.wandb_exp_name = PurePath(cfg.checkpoint.save).name
     return problems
 
 

@@ -164,7 +164,7 @@ def _record_problems(cfg: RunConfig) -> list[Problem]:
     """Logs, checkpoints, profiling."""
     prof, problems = cfg.profiling, []
     if cfg.logger.wandb_project is not None and not cfg.logger.wandb_exp_name:
-        rule = "needs {logger.wandb_exp_name}, the name of the run"
+        rule = "needs {logger.wandb_exp_name}, the name of the run, or a {checkpoint.save} that is its name"
         problems.append(problem(cfg, "logger.wandb_project", rule))
     if cfg.checkpoint.most_recent_k == 0:
         problems.append(problem(cfg, "checkpoint.most_recent_k", "must be -1 (all) or at least 1"))

@@ -31,7 +31,7 @@ class CheckpointConfig(Section):
     load_optim: bool = True
     """Load optimizer state."""
     save_interval_mins: float | None = knob(None, gt=0, le=YEAR_MINUTES)
-    """Minutes between checkpoints, in addition to save_interval; None: only by steps."""
+    """Minutes between checkpoints, 120 for 2 hours, in addition to save_interval; None: only by steps."""
     most_recent_k: int = knob(-1, ge=-1, le=1_000_000)
     """Number of checkpoints to keep; -1: all."""
     keep_every: int | None = knob(None, ge=1, le=MAX_STEPS)
@@ -45,8 +45,8 @@ class CheckpointConfig(Section):
     async_save: bool = False
     """Write in the background while training continues."""
     lock_wait_s: float = knob(60.0, ge=0, le=86_400)
-    """How long a start waits while another run trains in `save`, before it is refused. The other run may be about to be
-    told to end; once it was, the start waits for up to dist.preemption_grace_s."""
+    """Seconds that a start waits while another run trains in `save`, before it is refused. The other run may be about
+    to be told to end; once it was, the start waits for up to dist.preemption_grace_s."""
     exit_on_missing_checkpoint: bool = False
     """Stop with an error if `load` holds no checkpoint."""
     exit_on_changed_data: bool = True

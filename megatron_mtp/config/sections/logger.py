@@ -27,7 +27,7 @@ class LoggerConfig(Section):
     wandb_project: str | None = None
     """Weights & Biases project; None: off."""
     wandb_exp_name: str | None = None
-    """Name of the run in W&B; required with wandb_project."""
+    """Name of the run in W&B; None: the last part of `checkpoint.save`, and required where that is not set."""
     wandb_entity: str | None = None
     """W&B team or user."""
     wandb_group: str | None = None

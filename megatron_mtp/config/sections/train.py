@@ -30,7 +30,7 @@ class TrainConfig(Section):
     exit_interval: int | None = knob(None, ge=1, le=MAX_STEPS, resume="free")
     """Saves a checkpoint and exits after a step divisible by this."""
     exit_duration_in_mins: float | None = knob(None, gt=0, le=YEAR_MINUTES, resume="free")
-    """Saves a checkpoint and exits after this much wall-clock time."""
+    """Saves a checkpoint and exits after this many minutes of wall-clock time: 1410 for 23.5 hours."""
     manual_gc: bool = knob(True, resume="free")
     """Python's garbage collector runs at the same steps on every rank."""
     manual_gc_interval: int = knob(100, ge=1, le=MAX_STEPS, resume="free")
