@@ -174,6 +174,13 @@ class NumericsError(MegatronMTPError):
     is_shared = True
 
 
+class StoppedEvaluationError(MegatronMTPError):
+    """SIGTERM came during an evaluation, which has no result then. Nothing was to be saved: start it again."""
+
+    exit_code = 143
+    is_shared = True
+
+
 class NodeError(ProblemsError):
     """A machine of the job is not fit for it: GPUs are missing or in use, or a disk is full. Another one may be."""
 

@@ -263,6 +263,17 @@ class Checkpointer:
         self._complete(pending, pending.writing.result())
         return pending.manifest.iteration
 
+    def note_evaluation(self, evaluation: Evaluation) -> None:
+        """Adds the losses to the last checkpoint, which was saved before the evaluation at its iteration was over.
+
+        Raises:
+            CheckpointError: on every rank: the manifest cannot be written. The checkpoint stays as it is.
+        """
+        if (pending := self._pending) is not None:
+            pending.manifest = pending.manifest.with_evaluation(evaluation)
+        elif self.directory is not None and (iteration := self.last_saved) is not None:
+            run_on_rank_0(lambda: self._run_directory.note_evaluation(iteration, evaluation))
+
     def close(self) -> None:
         """Waits for a save that is under way. Its failure is logged, since no caller can handle it.
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from megatron_mtp.checkpoint.manifest import (
     MANIFEST_NAME,
     SMALL_NAMES,
+    Evaluation,
     Manifest,
     damage,
     damage_error,
@@ -186,6 +187,25 @@ class RunDirectory:
         shutil.rmtree(replaced, ignore_errors=True)
         self._write_latest(manifest.iteration)
         return final
+
+    def note_evaluation(self, iteration: int, evaluation: Evaluation) -> None:
+        """Writes the losses of an evaluation into the manifest of a complete checkpoint, at once or not at all.
+
+        Raises:
+            CheckpointError: the checkpoint is not complete, or the disk refuses.
+        """
+        manifest = self.read(iteration).with_evaluation(evaluation)
+        folder = self.final_path(iteration)
+        new = folder / f".{MANIFEST_NAME}.new"
+        try:
+            new.unlink(missing_ok=True)
+            write_durably(new, manifest.to_bytes())
+            new.rename(folder / MANIFEST_NAME)
+            _sync_directory(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: the losses of the evaluation cannot be written into its manifest ({error.strerror})."
+            ) from error
 
     def abandon(self, iteration: int) -> None:
         """Removes a partial folder. Errors are ignored."""

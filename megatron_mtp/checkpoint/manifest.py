@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import stat
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,10 @@ class Manifest:
     def evaluation(self) -> Evaluation:
         """The evaluation at this iteration."""
         return Evaluation(self.validation_loss, self.validation_losses)
+
+    def with_evaluation(self, evaluation: Evaluation) -> Manifest:
+        """The same, with these losses."""
+        return replace(self, validation_loss=evaluation.main_loss, validation_losses=evaluation.losses)
 
     def to_bytes(self) -> bytes:
         """The file: canonical JSON with its own checksum, so that no byte of it can change unnoticed."""

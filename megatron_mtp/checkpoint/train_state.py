@@ -31,6 +31,7 @@ def _are_counts(value: Any) -> bool:
 # What each value must be when it comes out of a file.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "int": is_count,
+    "bool": lambda value: isinstance(value, bool),
     "float": lambda value: _is_number(value) and value >= 0,
     "float | None": lambda value: value is None or _is_number(value),
     "str | None": lambda value: isinstance(value, str | None),
@@ -70,6 +71,8 @@ class TrainState:
     """Lowest validation loss that checkpoint.best_metric names, nats per token; None: not evaluated yet."""
     best_metric: str | None = None
     """checkpoint.best_metric when that was found."""
+    has_open_evaluation: bool = False
+    """The evaluation after this iteration was not over when this was saved: a signal came. A resume repeats it."""
     acceptance: dict[str, list[int]] = field(default_factory=dict)
     """Acceptance counters: name -> one count for each MTP depth 1..D."""
     wandb_run_id: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import os
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,7 +41,8 @@ def evaluate(
     """Evaluate a checkpoint: losses and acceptance of every depth on the run's validation sets, or on others.
 
     The batches are those of the run's own evaluations. Changes such as validation.eval_iters=100 (-1: each sample of
-    each set once) or model.tensor_model_parallel_size=2 are taken as by `pretrain`. It writes nothing.
+    each set once) or model.tensor_model_parallel_size=2 are taken as by `pretrain`. It writes nothing, and calls no
+    callbacks. SIGTERM ends it within a batch, with exit code 143 and without losses.
     """
     given = _parse_sets(sets or [])
     is_rank = "RANK" in os.environ
@@ -62,8 +64,13 @@ def evaluate(
         options += ["--keep-layout"] * keep_layout + ["--json"] * json
         command = [sys.executable, "-m", "megatron_mtp", "evaluate", checkpoint, *options, "--", *(overrides or [])]
         raise typer.Exit(run_ranks(command, world_size))
-    results = evaluate_checkpoint(cfg, checkpoint, list(given) or None)
-    if int(os.environ.get("RANK", "0")) == 0:
+    from rich.console import Console
+
+    is_first, console = int(os.environ.get("RANK", "0")) == 0, Console(stderr=True)
+    with console.status("reading") if is_first else nullcontext() as status:
+        show = status.update if status is not None and console.is_terminal else None
+        results = evaluate_checkpoint(cfg, checkpoint, list(given) or None, show=show)
+    if is_first:
         rows = {set_label(name): _as_row(result) for name, result in results.items()}
         typer.echo(json_format.dumps({"checkpoint": checkpoint, "sets": rows}, indent=2) if json else _as_text(rows))
 

@@ -159,6 +159,12 @@ class DataModule:
             build(i, np.arange(i * size, (i + 1) * size)) for i in range(self._cfg.validation.eval_iters)
         )
 
+    def num_valid_batches(self, name: str) -> int:
+        """Global batches of one evaluation of this set."""
+        if self._cfg.validation.reads_once:
+            return -(-_once(self._valid[name]).num_samples // self._eval_global)
+        return self._cfg.validation.eval_iters
+
     def _all_of(self, source: BlendedSource) -> Iterator[GlobalBatch]:
         """The first `num_samples` positions. The last batch has no more micro-batches than it needs."""
         builder, model = self.builder(source, self._eval_micro), self._cfg.model

@@ -1,9 +1,12 @@
-"""The progress bar of a training run, with the remaining time."""
+"""Progress of long work: the bar of a training run, and lines about work in parts, both with the remaining time."""
 
 from __future__ import annotations
 
 import atexit
 import sys
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 from megatron_mtp.observe.metrics import StepRecord, token_losses
 
@@ -66,3 +69,36 @@ class ProgressBar:
 def wanted(setting: bool | None) -> bool:
     """Whether to show a bar: as set; None: only in a terminal."""
     return sys.stdout.isatty() if setting is None else setting
+
+
+@dataclass(slots=True)
+class Pace:
+    """Lines about work in parts that takes longer than some seconds.
+
+    Args:
+        name: of the work.
+        unit: plural of the parts.
+        total: number of parts.
+        first_s, every_s: seconds until the first line, and between lines.
+    """
+
+    name: str
+    unit: str
+    total: int
+    first_s: float = 10.0
+    every_s: float = 60.0
+    _started: float = field(default_factory=lambda: time.monotonic())
+    _last: float | None = None
+
+    def line(self, done: int) -> str | None:
+        """The line that is due when `done` parts are done; None: there is none.
+
+        Example: `evaluation of docs: 120 of 1,000 batches, about 0:07:20 left`
+        """
+        now = time.monotonic()
+        elapsed_s = now - self._started
+        if done == 0 or (elapsed_s < self.first_s if self._last is None else now - self._last < self.every_s):
+            return None
+        self._last = now
+        left = timedelta(seconds=round(elapsed_s / done * (self.total - done)))
+        return f"{self.name}: {done:,} of {self.total:,} {self.unit}, about {left} left"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_mtp.checkpoint.directory import checkpoint_folder
@@ -16,10 +17,13 @@ from megatron_mtp.device.process_group import env_rank, job_size
 from megatron_mtp.errors import ConfigError, Problem
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.parallel.resolve import resolve
-from megatron_mtp.training.evaluation import EvaluationResult, evaluate
+from megatron_mtp.training.evaluation import BetweenBatches, EvaluationResult, evaluate
+from megatron_mtp.training.guards.preemption import SignalWatch
 from megatron_mtp.training.pretrain import prepare_config
 from megatron_mtp.training.setup import leave_groups, setup
 from megatron_mtp.training.start_card import log_repeats
+
+logger = logging.getLogger(__name__)
 
 
 def evaluation_config(
@@ -52,17 +56,26 @@ def evaluation_config(
 
 
 def evaluate_checkpoint(
-    cfg: ConfigContainer, source: str | Path, names: Sequence[str] | None = None
+    cfg: ConfigContainer,
+    source: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    show: Callable[[str], None] | None = None,
 ) -> dict[str, EvaluationResult]:
     """Losses and acceptance of every depth on each validation set. Joins the job that torchrun describes.
+
+    While it evaluates in the main thread, it catches SIGTERM, and SIGUSR1, for which there is nothing to save. No
+    callback is called.
 
     Args:
         cfg: from `evaluation_config`, with changes.
         source: as there.
         names: sets to evaluate; None: all, the main one first.
+        show: takes a line about the progress twice a second; None: one is logged every minute.
 
     Raises:
         ConfigError, DataError, CheckpointError: on every rank, before the first batch.
+        StoppedEvaluationError: on every rank: some rank has received SIGTERM.
     """
     resolved = resolve(prepare_config(cfg, job_size()), job_size())
     setup_logging(env_rank())
@@ -73,11 +86,19 @@ def evaluate_checkpoint(
         try:
             log_repeats(run.data)
             load_weights(run.engine.chunks, source, resolved.cfg, run.groups)
-            return evaluate(run.engine, run.data, loss_factor=0.0, names=names)
+            with SignalWatch() as signals:
+                between = BetweenBatches(signals, _nothing_to_save, logger.info)
+                if show is not None:
+                    between = BetweenBatches(signals, _nothing_to_save, show, first_s=0.0, every_s=0.5)
+                return evaluate(run.engine, run.data, loss_factor=0.0, names=names, between=between)
         finally:
             run.data.close()
     finally:
         leave_groups()
+
+
+def _nothing_to_save() -> None:
+    logger.info("SIGUSR1: an evaluation has nothing to save.")
 
 
 def _check_tokenizer(cfg: ConfigContainer, source: str | Path) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mtp.config.blend import set_label
-from megatron_mtp.config.depths import loss_names
 from megatron_mtp.data.batch import GlobalBatch
-from megatron_mtp.errors import LostDataError
-from megatron_mtp.observe.metrics import StepRecord, columns, scalars
+from megatron_mtp.errors import LostDataError, StoppedEvaluationError
 from megatron_mtp.observe.recorder import Recorder
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore
 from megatron_mtp.training.callbacks.events import call_event
-from megatron_mtp.training.evaluation import EvaluationResult, evaluate
+from megatron_mtp.training.evaluation import BetweenBatches, EvaluationResult, evaluate
 from megatron_mtp.training.guards.attribution import locate
 from megatron_mtp.training.guards.data_errors import agreed
 from megatron_mtp.training.guards.faults import Action, FaultWatch, decide, policy_of
@@ -28,15 +27,13 @@ from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
+from megatron_mtp.training.step_record import built_in_names, step_record
 from megatron_mtp.training.throughput import Throughput
+
+logger = logging.getLogger(__name__)
 
 RETRY_S = (5.0, 30.0)
 """Pauses before the last checkpoint of a run is tried again; together short enough for the time after a SIGTERM."""
-
-
-def built_in_names(record: StepRecord) -> set[str]:
-    """Names of all built-in metrics of a step, with those that this step does not have."""
-    return {column.name for column in columns(record)} | scalars(record).keys()
 
 
 @dataclass(slots=True)
@@ -79,21 +76,18 @@ class Trainer:
             ReplicaError: on every rank: replicas of the weights differ.
         """
         try:
-            self._start()
-            decision = self._train_steps()
+            decision = self._end(self._train_steps(self._start()))
             self.is_preempted, self.stop_reason = decision.is_preempted, decision.leave
-            self._end()
         except LostDataError:  # between two steps
             if self.state.iteration:
                 self.saver.announce_end()
                 self._save_the_end("data cannot be read")
             raise
 
-    def _train_steps(self) -> Decision:
-        """Trains until the run has its length or all ranks decide to leave."""
+    def _train_steps(self, decision: Decision) -> Decision:
+        """Trains until the run has its length or all ranks decide to leave, which they may have done before."""
         state, end = self.state, self.run.resolved.length_samples
         batches = self._batches()
-        decision = Decision()
         while decision.leave is None and (end is None or state.consumed_samples < end):
             self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
             batch = next(batches)
@@ -110,20 +104,32 @@ class Trainer:
         """The batches of the steps to come."""
         return agreed(self.run.data.train(self.state.data_position), self.run.device.torch_device)
 
-    def _start(self) -> None:
-        """Evaluates and saves before the first step of a run, where the config asks for it."""
-        cfg = self.run.cfg
+    def _start(self) -> Decision:
+        """Evaluates and saves before the first step of a run, where the config asks for it.
+
+        A resumed run first repeats what follows a step, if a signal came in the evaluation of the last one.
+        """
+        cfg, state, decision = self.run.cfg, self.state, Decision()
         self._call("on_train_start")
-        if cfg.validation.eval_at_start and self.state.iteration == 0:
-            self._evaluate()
-        if "rollback" in (cfg.train.on_nan, cfg.train.on_spike) and self.state.iteration == 0:
+        if state.iteration > 0:
+            return self._evaluate_and_save() if state.has_open_evaluation else decision
+        state.has_open_evaluation = False
+        if cfg.validation.eval_at_start and not self._evaluate():
+            decision = self._decide()
+        if "rollback" in (cfg.train.on_nan, cfg.train.on_spike):
             self._save("a checkpoint to roll back to")
+        return decision
 
     def _evaluate_and_save(self) -> Decision:
         """What follows a step: evaluation and checkpoint where they are due, and whether all ranks leave."""
-        iteration = self.state.iteration
+        self.state.has_open_evaluation = False
         if self._every(self.run.cfg.validation.eval_interval):
             self._evaluate()
+        return self._decide()
+
+    def _decide(self) -> Decision:
+        """Decides with all ranks whether to save or leave, and saves."""
+        iteration = self.state.iteration
         self.watchdog.beat(f"iteration {iteration}: agreeing with all ranks whether to save or leave")
         decision = self.boundary.decide(iteration, self.run.stop_reason)
         self.watchdog.restore_timeout()
@@ -134,14 +140,17 @@ class Trainer:
         self.saver.finalize()
         return decision
 
-    def _end(self) -> None:
+    def _end(self, decision: Decision) -> Decision:
+        """What follows the last step. SIGTERM during the last evaluation is a preemption: a resume repeats it."""
         validation = self.run.cfg.validation
-        if validation.eval_at_end and not self._every(validation.eval_interval) and not self.is_preempted:
-            self._evaluate()
+        is_due = validation.eval_at_end and not self._every(validation.eval_interval)
+        if is_due and not decision.is_preempted and not self._evaluate():
+            decision = self._decide()
         self._tell(self.spikes.end())
         self.saver.announce_end()
         self._save_the_end()
         self._call("on_train_end")
+        return decision
 
     def _save_the_end(self, reason: str = "end of training") -> None:
         """Saves where the run ends, and tries again if that fails: someone may make room, or a server come back."""
@@ -173,7 +182,17 @@ class Trainer:
             return "roll back"
         state.advance(len(batch.sample_ids), cfg.model.seq_length)
         state.add_acceptance(result.acceptance_by_depth())
-        record = self._record(result, len(batch.sample_ids), rate, loss_factor, elapsed_s)
+        record = step_record(
+            self.run,
+            state,
+            result,
+            batch_size=len(batch.sample_ids),
+            learning_rate=rate,
+            loss_factor=loss_factor,
+            elapsed_s=elapsed_s,
+            rates=self.throughput.rates(len(batch.sample_ids), elapsed_s),
+            saving=self.saver.metrics(),
+        )
         record.metrics = self._call("on_step_end", result, taken=built_in_names(record))
         self.recorder.step(record)
         return "continue"
@@ -205,41 +224,21 @@ class Trainer:
         restore(self.callbacks, self.state)
         self.recorder.roll_back(self.state.iteration, self.state.health.get("signs"))
 
-    def _record(
-        self, result: StepResult, batch_size: int, rate: float, loss_factor: float, elapsed_s: float
-    ) -> StepRecord:
-        cfg, state = self.run.cfg, self.state
-        num_depths = self.run.engine.objective.num_depths
-        extra = result.acceptance_rates() | self.saver.metrics()
-        for name, count in zip(loss_names(num_depths), result.depth_counts.tolist(), strict=True):
-            extra[f"{name.removesuffix(' loss')}/num_targets"] = count
-        if num_depths:
-            extra["mtp/loss_scaling_factor"] = loss_factor
-        return StepRecord(
-            iteration=state.iteration,
-            train_iters=cfg.train.train_iters,
-            consumed_samples=state.consumed_samples,
-            consumed_tokens=state.consumed_tokens,
-            elapsed_ms=elapsed_s * 1e3,
-            learning_rate=rate,
-            global_batch_size=batch_size,
-            losses=result.named_losses(),
-            loss_scale=float(self.run.engine.optimizer.get_loss_scale()),
-            grad_norm=result.grad_norm,
-            num_zeros=result.num_zeros,
-            skipped=int(not result.updated),
-            nan=int(result.has_nan),
-            extra=extra,
-            **self.throughput.rates(batch_size, elapsed_s),
-        )
-
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluates and records all validation sets, if there are any. False: SIGTERM came, and nothing is recorded."""
         cfg, state = self.run.cfg, self.state
         if not cfg.validation.eval_iters or not self.run.data.valid_names:
-            return
+            return True
         self.watchdog.beat(f"iteration {state.iteration}: evaluation")
         loss_factor = self.run.resolved.loss_factor.at(state.consumed_tokens)
-        self.evaluations = evaluate(self.run.engine, self.run.data, loss_factor)
+        between = BetweenBatches(self.boundary.signals, lambda: self._save("SIGUSR1"), logger.info)
+        state.has_open_evaluation = True  # in what a signal saves
+        try:
+            self.evaluations = evaluate(self.run.engine, self.run.data, loss_factor, between=between)
+        except StoppedEvaluationError as error:
+            self.recorder.message(f"iteration {state.iteration}: {error} A resume repeats it.")
+            return False
+        state.has_open_evaluation = False
         first = next(iter(self.evaluations.values()))
         taken = {*first.named_losses(), "lm loss ppl", *first.acceptance_rates()}
         of_callbacks: dict[str, float] = {}
@@ -254,6 +253,7 @@ class Trainer:
                 losses |= {f"{label}/{loss}": value for loss, value in result.valid_losses().items()}
         if self.saver.evaluated(first.losses[0], losses) and cfg.checkpoint.keep_best:
             self._save("lowest validation loss")
+        return True
 
     def _save(self, reason: str) -> None:
         if not self.saver.is_due:

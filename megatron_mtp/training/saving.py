@@ -34,12 +34,19 @@ class Saver:
     def evaluated(self, main_loss: float, losses: dict[str, float]) -> bool:
         """Records an evaluation. Returns whether the loss that checkpoint.best_metric names is the lowest so far.
 
+        A checkpoint of this iteration that was saved before gets the losses too.
+
         Args:
             main_loss: of the first validation set.
             losses: all of them, by "SET/LOSS".
         """
         state, metric = self._state, self._run.cfg.checkpoint.best_metric
         self._evaluated_at, self._evaluation = state.iteration, Evaluation(main_loss, losses)
+        if self._checkpointer.last_saved == state.iteration:
+            try:
+                self._checkpointer.note_evaluation(self._evaluation)
+            except CheckpointError as error:
+                logger.error("%s", error)
         loss, best = self._evaluation.loss_by(metric), state.best_validation_loss
         if best is None or state.best_metric != metric:  # the lowest of another metric says nothing
             best = math.inf

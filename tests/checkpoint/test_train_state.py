@@ -35,6 +35,7 @@ def test_every_field_survives_json():
         floating_point_operations=1e24,
         best_validation_loss=0.1,
         best_metric="docs/lm loss",
+        has_open_evaluation=True,
         acceptance={"matches_target": [2**63, 1]},
         wandb_run_id="abc",
         health={"gap": {"mtp_1": 0.5}},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import torch
@@ -23,6 +23,19 @@ def agreed(batches: Prefetcher[GlobalBatch], device: torch.device) -> Generator[
     Raises:
         LostDataError: on every rank, before the same batch: some rank cannot read it.
     """
+    with closing(agreed_with(batches, device, tuple)) as pairs:
+        for batch, _ in pairs:
+            yield batch
+
+
+def agreed_with(
+    batches: Prefetcher[GlobalBatch], device: torch.device, noticed: Callable[[], Sequence[bool]]
+) -> Generator[tuple[GlobalBatch, list[bool]]]:
+    """As `agreed`, and with each batch what any rank has noticed until then, in the same collective.
+
+    Args:
+        noticed: what this rank has noticed, one flag for each question; the same questions on every rank.
+    """
     with closing(batches):
         while True:
             problem, batch = "", None
@@ -30,13 +43,14 @@ def agreed(batches: Prefetcher[GlobalBatch], device: torch.device) -> Generator[
                 batch = next(batches, None)
             except DataError as error:
                 problem = str(error)
-            has_problem = torch.tensor(int(bool(problem)), dtype=torch.int, device=device)
-            dist.all_reduce(has_problem, op=dist.ReduceOp.MAX)
+            flags = torch.tensor([bool(problem), *noticed()], dtype=torch.int, device=device)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            has_problem, *found = map(bool, flags.tolist())
             if has_problem:
                 raise LostDataError(_problems(problem))
             if batch is None:
                 return
-            yield batch
+            yield batch, found
 
 
 def _problems(own: str) -> str:

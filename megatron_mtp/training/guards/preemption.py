@@ -1,7 +1,8 @@
 """Turns signals, clocks and requests to stop into one decision of all ranks after each step.
 
 SIGTERM: save and leave with dist.preempted_exit_code. SIGUSR1: save and continue. A signal may reach one rank only, and
-clocks differ, so one small all-reduce gives every rank what any rank has noticed: no rank saves alone.
+clocks differ, so one small all-reduce gives every rank what any rank has noticed: no rank saves alone. An evaluation
+asks for signals with each of its batches.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class SignalWatch:
         """The step after which SIGTERM came to this rank."""
         self._on_leave = on_leave
         self._handlers: dict[int, Any] = {}
+
+    @property
+    def noticed(self) -> tuple[bool, bool]:
+        """Whether this rank was asked to leave, and to save."""
+        return self.wants_leave, self.wants_save
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
@@ -77,7 +83,7 @@ class StepBoundary:
     """
 
     def __init__(self, cfg: ConfigContainer, signals: SignalWatch, device: torch.device):
-        self._train, self._checkpoint, self._signals, self._device = cfg.train, cfg.checkpoint, signals, device
+        self._train, self._checkpoint, self.signals, self._device = cfg.train, cfg.checkpoint, signals, device
         self._started_s = self._saved_s = time.monotonic()
 
     def saved(self) -> None:
@@ -91,11 +97,10 @@ class StepBoundary:
             iteration: steps done.
             stop_reason: why this rank asks to end the run; None: it does not ask.
         """
-        now_s, signals = time.monotonic(), self._signals
+        now_s, signals = time.monotonic(), self.signals
         signals.steps_done = iteration
         noticed = [
-            signals.wants_leave,
-            signals.wants_save,
+            *signals.noticed,
             _is_over(now_s - self._started_s, self._train.exit_duration_in_mins),
             _is_over(now_s - self._saved_s, self._checkpoint.save_interval_mins),
             stop_reason is not None,
