@@ -295,15 +295,18 @@ def deciding_metric(manifests: Iterable[Manifest]) -> str | None:
 
 
 def split_name(name: str | Path) -> tuple[Path, str | None]:
-    """`RUN@200`, `RUN@best` and `RUN@latest` as run directory and choice; any other path, or one that exists, and None.
+    """`RUN@200`, `RUN@best`, `RUN@latest` and the folder `RUN/iter_0000200` as run directory and choice; any other path
+    and None.
 
     >>> split_name("runs/mine@best")
     (PosixPath('runs/mine'), 'best')
     """
-    run, _, which = str(name).rpartition("@")
-    if run and re.fullmatch(r"[0-9]{1,18}|best|latest", which) and not Path(name).exists():
+    path, (run, _, which) = Path(name), str(name).rpartition("@")
+    if run and re.fullmatch(r"[0-9]{1,18}|best|latest", which) and not path.exists():
         return Path(run), which
-    return Path(name), None
+    if (folder := _COMPLETE.fullmatch(path.name)) and path.is_dir() and not RunDirectory(path).iterations():
+        return path.parent, str(int(folder[1]))
+    return path, None
 
 
 def resume_candidates(name: str | Path) -> tuple[RunDirectory, list[int]]:

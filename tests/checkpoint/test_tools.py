@@ -86,8 +86,9 @@ def test_the_best_of_checkpoints_without_an_evaluation_is_refused(run: Path, tmp
         checkpoint_folder(f"{tmp_path}/out@best")
 
 
-def test_a_run_goes_on_from_an_older_checkpoint_into_another_directory(run: Path, tmp_path: Path):
-    train(tmp_path, tmp_path / "branch", f"{run}@2")
+@pytest.mark.parametrize("name", ["run@2", "run/iter_0000002"])
+def test_a_run_goes_on_from_an_older_checkpoint_into_another_directory(run: Path, tmp_path: Path, name: str):
+    train(tmp_path, tmp_path / "branch", run.parent / name)
     expected, found = (
         {line["iteration"]: line["lm loss"] for line in read_metrics(folder / "metrics.jsonl")}
         for folder in (run.parent, tmp_path)
@@ -98,7 +99,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_into_another_directory(run: Path
 
 def test_older_and_newer_checkpoints_of_two_runs_do_not_mix(copy: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="holds newer checkpoints, up to iteration 6"):
-        train(tmp_path, copy, f"{copy}@4")
+        train(tmp_path, copy, copy / "iter_0000004")
     remove([f"{copy}@latest"])
     train(tmp_path, copy, f"{copy}@4")
     assert RunDirectory(copy).iterations() == [6, 4, 2]
