@@ -63,6 +63,26 @@ def choose_config(
     return cfg
 
 
+def open_vocabulary(cfg: ConfigContainer) -> str | None:
+    """Sets model.vocab_size, where it is open, to the size of the tokenizer. Imports no torch.
+
+    Returns:
+        Why the tokenizer cannot be opened on this machine; None: it can, or it has no file.
+    """
+    if cfg.tokenizer.tokenizer_model is None:
+        return None
+    from megatron_mtp.data.tokenizer import configured_tokenizer
+    from megatron_mtp.errors import DataError
+
+    try:
+        tokenizer = configured_tokenizer(cfg)
+    except DataError as error:
+        return str(error)
+    if cfg.model.vocab_size is None and tokenizer is not None:
+        cfg.model.vocab_size = tokenizer.vocab_size
+    return None
+
+
 def check_named_callbacks(cfg: ConfigContainer) -> None:
     """Imports the classes that train.callbacks names. Call it after `finalize`: this may import torch.
 

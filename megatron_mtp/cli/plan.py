@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config, open_vocabulary
 
 
 def plan(
@@ -49,6 +49,7 @@ def plan(
         remedy = f"Use --picture {str(better)!r}."
         raise PlanError(Problem(fields=("--picture",), value=str(picture), rule="the picture is SVG", remedy=remedy))
     cfg = choose_config(recipe, config, overrides)
+    open_vocabulary(cfg)
     if devices is None and not search:
         devices = default_devices(recipe, cfg)
     options = (cfg, devices, hardware, profile, memory, compare or ())

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_mtp.cli.choose import Callbacks, Files, Overrides, Recipe, check_named_callbacks, choose_config
+from megatron_mtp.cli.choose import (
+    Callbacks,
+    Files,
+    Overrides,
+    Recipe,
+    check_named_callbacks,
+    choose_config,
+    open_vocabulary,
+)
 from megatron_mtp.config import ConfigContainer
 
 
@@ -32,13 +40,19 @@ def show(
     from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.recipes import get_recipe
 
-    cfg = choose_config(recipe, config, overrides, callback).finalize(world_size)
+    cfg = choose_config(recipe, config, overrides, callback)
+    sized = cfg.copy()  # the config that is printed stays open for another tokenizer
+    cfg.finalize(world_size)
+    reason = open_vocabulary(sized)
+    sized.finalize(world_size)
     check_named_callbacks(cfg)
     changes = differences(get_recipe(recipe).finalize().to_dict(), cfg.to_dict())
-    run = resolve(cfg, world_size)
-    advice = hints(cfg) + _tokenizer_hints(cfg)
+    run = resolve(sized, world_size)
+    advice = hints(cfg)
+    if reason is not None:
+        advice.append(f"tokenizer.tokenizer_model: {reason} A run on this machine would be refused.")
     if json:
-        found = {**facts(cfg), "layout": run.layout.string}
+        found = {**facts(sized), "layout": run.layout.string}
         data = {"recipe": recipe, **found, "changes": changes, "hints": advice, "config": cfg.to_dict()}
         typer.echo(json_format.dumps(data, indent=2))
         return
@@ -56,20 +70,6 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict
         for name, value in values.items()
         if before[section][name] != value
     }
-
-
-def _tokenizer_hints(cfg: ConfigContainer) -> list[str]:
-    """Why the tokenizer cannot be opened on this machine, which refuses a run."""
-    if cfg.tokenizer.tokenizer_model is None:
-        return []
-    from megatron_mtp.data.tokenizer import configured_tokenizer
-    from megatron_mtp.errors import DataError
-
-    try:
-        configured_tokenizer(cfg)
-    except DataError as error:
-        return [f"tokenizer.tokenizer_model: {error} A run on this machine would be refused."]
-    return []
 
 
 def _comment(lines: list[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from megatron_mtp.cli.main import COMMANDS, main
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_yaml
+from megatron_mtp.data.prepare.bpe import train_bpe
 from megatron_mtp.errors import DataError
 from megatron_mtp.launch import failure
 from megatron_mtp.observe.failure_file import FAILURE_DIR
@@ -117,6 +118,19 @@ def test_show_says_if_the_tokenizer_cannot_be_opened_here(run, tmp_path):
     file.write_text("{}")
     _, out, _ = run("show", "demo", *settings, "--json")
     assert any(f"{file}: is not a Hugging Face tokenizer.json" in hint for hint in json.loads(out)["hints"])
+
+
+def test_a_tokenizer_at_hand_gives_the_size_of_the_vocabulary(run, tmp_path):
+    """To `show`, whose YAML leaves it open, and to `plan`."""
+    file = tmp_path / "tokenizer.json"
+    train_bpe(["one two three"] * 9, 260, file)
+    settings = ["tokenizer.tokenizer_type=huggingface", f"tokenizer.tokenizer_model={file}", "model.vocab_size=null"]
+    _, out, _ = run("show", "tiny_dense", *settings)
+    assert "parameters; vocabulary 260" in out
+    assert "  vocab_size: null" in out
+    assert "hint: tokenizer" not in out
+    code, out, _ = run("plan", "tiny_dense", *settings)
+    assert (code, "step" in out) == (0, True)
 
 
 BAD = [
