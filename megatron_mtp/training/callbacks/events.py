@@ -23,11 +23,18 @@ def call_event(
         taken: names that the record has already.
 
     Raises:
-        ConfigError: what one returns is no mapping of names to numbers, or a name is taken, by an earlier callback too.
+        ConfigError: what one returns is no mapping of names to numbers, or a name is taken, by an earlier callback too;
+            or it calls sys.exit.
     """
     metrics: dict[str, float] = {}
     for callback in callbacks:
-        returned = getattr(callback, event)(*arguments)
+        try:
+            returned = getattr(callback, event)(*arguments)
+        except SystemExit as end:
+            raise ConfigError(
+                f"callbacks: {callback.name}.{event} calls sys.exit({end.code!r}), which would end this rank alone and "
+                "without a checkpoint. Call run.request_stop('reason')."
+            ) from end
         source = f"callbacks: {callback.name}.{event} returns"
         if not isinstance(returned, dict | None):
             raise ConfigError(f"{source} a {type(returned).__name__}: return a dict, name -> number, or None.")

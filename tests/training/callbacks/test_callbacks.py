@@ -177,9 +177,16 @@ def test_numbers_of_every_kind_are_recorded_and_none_is_left_out():
     assert json.dumps(metrics) == '{"a": 1, "b": 0.5, "d": 7.0}'
 
 
-@pytest.mark.parametrize("end", [RuntimeError("in the evaluation"), SystemExit(0)], ids=["error", "exit"])
+@pytest.mark.parametrize(
+    ("end", "kind", "message"),
+    [
+        (RuntimeError("in the evaluation"), RuntimeError, "in the evaluation"),
+        (SystemExit(0), ConfigError, r"Fails.on_evaluation calls sys.exit\(0\).*Call run.request_stop"),
+    ],
+    ids=["error", "exit"],
+)
 def test_an_evaluation_is_recorded_though_a_callback_fails(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], end: BaseException
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], end: BaseException, kind: type[Exception], message: str
 ):
     class Fails(Callback):
         def on_evaluation(self, run: Any, state: Any, results: Any) -> None:
@@ -187,7 +194,7 @@ def test_an_evaluation_is_recorded_though_a_callback_fails(
 
     cfg = short(tmp_path)
     cfg.validation.eval_interval = 2
-    with pytest.raises(type(end)):
+    with pytest.raises(kind, match=message):
         pretrain(cfg, callbacks=[Fails()])
     (evaluation,) = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
     assert (evaluation["iteration"], evaluation["lm loss"] > 0) == (2, True)
