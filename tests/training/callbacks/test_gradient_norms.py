@@ -106,7 +106,7 @@ def mistaken() -> str:
 
     with opened(small_config("tiny_dense", PP2, 2)) as run:
         try:
-            GradientNorms(run, {"a/b": "decoder.layers.1.mlp.linear_fc1.wieght"})
+            GradientNorms(run, {"a/b": "decoder.layers.1.mlp.linear_fc1.weights"})
         except ConfigError as error:
             return str(error)
     return ""
@@ -114,6 +114,6 @@ def mistaken() -> str:
 
 def test_a_pattern_that_fits_nothing(ranks: Ranks):
     """On every rank, also on the one that has the layer next to it."""
-    said = "GradientNorms: 'a/b': 'decoder.layers.1.mlp.linear_fc1.wieght' fits no trainable parameter. Did you mean "
+    said = "GradientNorms: 'a/b': 'decoder.layers.1.mlp.linear_fc1.weights' fits no trainable parameter. Did you mean "
     said += "decoder.layers.1.mlp.linear_fc1.weight?"
     assert ranks(2).run(mistaken) == [said] * 2
