@@ -46,6 +46,13 @@ def test_every_field_survives_json():
     assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0446, "0.0446 s"), (119.6, "120 s"), (150, "2.5 min"), (7200, "2.0 h"), (1e6, "277.8 h")]
+)
+def test_the_totals_choose_the_unit_of_time(seconds: float, said: str):
+    assert f", {said} in steps, " in TrainState(elapsed_s=seconds).totals()
+
+
 @given(st.lists(st.tuples(st.integers(0, 2**63), st.integers(0, 2**63)), min_size=1))
 def test_acceptance_counters_add_without_overflow(steps):
     state = TrainState()

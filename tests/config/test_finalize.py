@@ -51,6 +51,20 @@ def test_derived_values():
     assert (cfg.validation.eval_micro_batch_size, cfg.validation.eval_global_batch_size) == (1, 6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (["logger.wandb_project=p", "checkpoint.save=runs/mine/"], "mine"),
+        (["logger.wandb_project=p", "checkpoint.save=runs/mine", "logger.wandb_exp_name=other"], "other"),
+        (["checkpoint.save=runs/mine"], None),
+    ],
+)
+def test_a_run_in_wandb_is_named_after_its_directory(changes: list[str], name: str | None):
+    cfg = get_recipe("tiny_dense")
+    apply_overrides(cfg, changes)
+    assert cfg.finalize().logger.wandb_exp_name == name
+
+
 def test_finalize_freezes_and_copy_thaws():
     cfg = finalized("tiny_dense")
     with pytest.raises(ConfigError, match="finalized"):
