@@ -73,6 +73,8 @@ class GradientNorms:
     @torch.no_grad()
     def _note(self) -> None:
         """This rank's part of the squared norms, in fp64: [labels]."""
-        norms = torch._foreach_norm([found.gradient for found in self._ranges], 2, dtype=torch.float32)
-        squares = torch.stack(norms).double().square() if norms else self._is_in.new_zeros(0)
+        squares = self._is_in.new_zeros(0)  # this rank may have none of them
+        if self._ranges:
+            norms = torch._foreach_norm([found.gradient for found in self._ranges], 2, dtype=torch.float32)
+            squares = torch.stack(norms).double().square()
         self._squares = (self._is_in @ squares) / float(self._optimizer.get_loss_scale()) ** 2
