@@ -19,7 +19,7 @@ def plan(
         int | None, typer.Option(min=1, help="Devices of the job; default: those that `recipes` lists.")
     ] = None,
     hardware: Annotated[
-        str | None, typer.Option(help="Device to estimate for: h100, h200, a100, b200, mi300x, cpu ...")
+        str | None, typer.Option(help="Device to estimate for: h100, h200, b200, gb300, mi300x, cpu ...")
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Measured part times, from `megatron-mtp profile`.")] = None,
     memory: Annotated[
@@ -27,6 +27,12 @@ def plan(
     ] = None,
     compare: Annotated[
         list[str] | None, typer.Option(help='Another split, "5,6,6,4" or "Et*5|t*6|t*6|t*4mL"; may be repeated.')
+    ] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Software that this trainer lacks: fp8=mxfp8, graphs=all, overlap_experts=true ...; may be repeated."
+        ),
     ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Rank parallel sizes, micro-batch and recomputation too.")
@@ -41,6 +47,7 @@ def plan(
     With the layout "auto" it searches for the fastest split; another layout is planned as it is. --compare adds splits.
     """
     from megatron_mtp.errors import PlanError, Problem
+    from megatron_mtp.parallel.planner.assume import read_assumptions
     from megatron_mtp.plan.compare import default_devices, make_plans
     from megatron_mtp.plan.report import as_data, as_text, overlay
 
@@ -52,7 +59,11 @@ def plan(
     open_vocabulary(cfg)
     if devices is None and not search:
         devices = default_devices(recipe, cfg)
-    options = (cfg, devices, hardware, profile, memory, compare or ())
+    assumptions = read_assumptions(assume or ())
+    if write is not None and assume:
+        rule = "writes a config to train with, and no config has what --assume adds"
+        raise PlanError(Problem(fields=("--write",), rule=rule, remedy="Leave out --write or --assume."))
+    options = (cfg, devices, hardware, profile, memory, compare or (), assumptions)
     if search:
         from rich.console import Console
 

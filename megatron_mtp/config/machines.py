@@ -1,100 +1,20 @@
-"""What known devices can do: dense peak rates, and for the planner's estimates also memory, links and efficiency.
+"""What known devices reach in practice: memory, links and efficiency, for the planner's estimates.
 
-Dense means without structured sparsity, which data sheets quote at twice the rate. Half precision accumulates in fp32;
-fp32 is the rate of the ordinary cores, because torch does not use TF32 for matrix products unless asked to.
-
-Sources: NVIDIA and AMD data sheets of each device: peaks, memory size and bandwidth, links in one direction. The
-network is one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards).
+Sources: NVIDIA and AMD data sheets of each device: memory size and bandwidth, links in one direction. The network is
+one 400 Gbit/s port for each device (200 for A100, 100 for PCIe cards, 800 for B300 and GB300).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megatron_mtp.config.form import read_form
 from megatron_mtp.config.knob import knob
+from megatron_mtp.config.peaks import PEAKS, Dtype, Peaks, rate
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, Problem, nearest
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-
-
-def _rate() -> Any:
-    """A rate in TFLOP/s or GB/s: far from what would make a time infinite or zero."""
-    return knob(MISSING, ge=1e-6, le=1e9)
-
-
-@dataclass(frozen=True, slots=True)
-class Peaks:
-    """Dense peak rates of one device in TFLOP/s; None: the device has no units for this dtype."""
-
-    bf16: float | None = _rate()
-    fp16: float = _rate()
-    fp32: float = _rate()
-
-    def of(self, dtype: Dtype) -> float | None:
-        """The peak for matrix products in `dtype`."""
-        return {"bf16": self.bf16, "fp16": self.fp16, "fp32": self.fp32}[dtype]
-
-
-PEAKS = {
-    "GB200": Peaks(2500.0, 2500.0, 80.0),
-    "B200": Peaks(2250.0, 2250.0, 75.0),
-    "H200 NVL": Peaks(835.5, 835.5, 60.0),
-    "H200": Peaks(989.4, 989.4, 66.9),
-    "GH200": Peaks(989.4, 989.4, 66.9),
-    "H100 NVL": Peaks(835.5, 835.5, 60.0),
-    "H100 PCIE": Peaks(756.0, 756.0, 51.2),
-    "H100": Peaks(989.4, 989.4, 66.9),
-    "H800 PCIE": Peaks(756.0, 756.0, 51.2),
-    "H800": Peaks(989.4, 989.4, 66.9),
-    "H20": Peaks(148.0, 148.0, 44.0),
-    "A100": Peaks(312.0, 312.0, 19.5),
-    "A800": Peaks(312.0, 312.0, 19.5),
-    "A30": Peaks(165.0, 165.0, 10.3),
-    "A40": Peaks(149.7, 149.7, 37.4),
-    "A10": Peaks(125.0, 125.0, 31.2),
-    "L40S": Peaks(362.0, 362.0, 91.6),
-    "L40": Peaks(181.0, 181.0, 90.5),
-    "L4": Peaks(121.0, 121.0, 30.3),
-    "RTX 5090": Peaks(209.5, 209.5, 104.8),
-    "RTX 4090": Peaks(165.2, 165.2, 82.6),
-    "RTX 3090": Peaks(71.0, 71.0, 35.6),
-    "V100 PCIE": Peaks(None, 112.0, 14.0),
-    "V100": Peaks(None, 125.0, 15.7),
-    "T4": Peaks(None, 65.0, 8.1),
-    "MI355X": Peaks(2516.6, 2516.6, 157.3),
-    "MI350X": Peaks(2306.9, 2306.9, 144.2),
-    "MI325X": Peaks(1307.4, 1307.4, 163.4),
-    "MI300X": Peaks(1307.4, 1307.4, 163.4),
-    "MI250X": Peaks(191.5, 191.5, 23.9),  # one of its two dies, which is one device to torch
-}
-"""By the words that the device's name contains; the first entry that matches counts."""
-OTHER_CHIPS = (" LAPTOP ", " MAX Q ", " MIG ", " D ")
-"""Words that mark another chip under a known name, or a part of one."""
-
-
-def dense_peak_tflops(device_name: str, dtype: Dtype) -> float | None:
-    """The dense peak of one device, the denominator of MFU.
-
-    Args:
-        device_name: as `torch.cuda.get_device_name` returns it, such as "NVIDIA H100 80GB HBM3".
-        dtype: of the matrix products.
-
-    Returns:
-        TFLOP/s. None for a CPU, for a dtype that the device has no units for, and for a device that is not in the
-        table: no MFU is better than a wrong one, and logger.device_peak_tflops sets the peak.
-    """
-    name = f" {device_name.upper().replace('-', ' ')} "
-    if any(word in name for word in OTHER_CHIPS):
-        return None
-    for device, peaks in PEAKS.items():
-        if set(device.split()) <= set(name.split()):
-            return peaks.of(dtype)
-    return None
-
 
 USABLE = 0.94
 """Share of a device's memory that a plan may fill; the rest is for the driver, communication buffers and fragments."""
@@ -109,7 +29,8 @@ class Machine:
     """One kind of device, and what connects it to others, for estimates before anything is measured.
 
     Fractions of the peak are what large matrix products, attention and grouped expert products reach in practice. They
-    are estimates, the same for all devices; `megatron-mtp profile` replaces them by measurements.
+    and the other constants were fitted to published runs (docs/planning.md); `megatron-mtp profile` replaces them by
+    measurements.
 
     Args:
         name: for `dist.hardware` and `--hardware`.
@@ -119,21 +40,41 @@ class Machine:
         network_gb_per_s: link to a device of another node, one direction.
         node_size: devices of one node.
         launch_ms: time to start one layer's kernels from Python while the device has nothing else to do.
+        host_ms: time of Python for one pass through a dense layer; on the device a layer is never faster.
+        host_expert_factor: by which a layer of experts takes longer, as it waits for the numbers of routed tokens.
+        host_fp8_factor, host_overlap_factor: the same for FP8, and for the schedule that overlaps exchanges.
+        host_graph_share: what is left of it where attention and router are replayed as CUDA graphs.
+        overlapped_share: of messages that run beside products, the part that is not hidden.
+        narrow_width: a product whose matrix is this narrow reaches half of the fraction of a wide one.
+        matmul_fraction, fp8_fraction: of the peak that linear layers reach, in half precision and in FP8.
+        expert_fraction, fp8_expert_fraction: the same for grouped products of experts.
+        attention_fraction: of the peak in half precision, for scores and weighted values.
+        memory_fraction, link_fraction: of their bandwidth that memory and links reach.
         is_cpu: count what torch's CPU kernels keep; stages do not free what they have sent.
     """
 
     name: str
     peaks: Peaks
     memory_gib: float = knob(MISSING, gt=0, le=1e6)
-    memory_gb_per_s: float = _rate()
-    node_gb_per_s: float = _rate()
-    network_gb_per_s: float = _rate()
+    memory_gb_per_s: float = rate()
+    node_gb_per_s: float = rate()
+    network_gb_per_s: float = rate()
     node_size: int = knob(8, ge=1, le=100_000)
     launch_ms: float = knob(0.03, ge=0, le=1e6)
+    host_ms: float = knob(0.0, ge=0, le=1e6)
+    host_expert_factor: float = knob(8.1, ge=1, le=1e3)
+    host_fp8_factor: float = knob(1.6, ge=1, le=1e3)
+    host_graph_share: float = _fraction(0.37)
+    host_overlap_factor: float = knob(1.6, ge=1, le=1e3)
+    overlapped_share: float = _fraction(0.2)
     matmul_fraction: float = _fraction(0.62)
+    fp8_fraction: float = _fraction(0.5)
     expert_fraction: float = _fraction(0.45)
+    fp8_expert_fraction: float = _fraction(0.35)
     attention_fraction: float = _fraction(0.45)
+    narrow_width: float = knob(0.0, ge=0, le=1e6)
     memory_fraction: float = _fraction(0.8)
+    link_fraction: float = _fraction(0.8)
     node_latency_ms: float = knob(0.01, ge=0, le=1e6)
     network_latency_ms: float = knob(0.03, ge=0, le=1e6)
     is_cpu: bool = False
@@ -149,17 +90,27 @@ class Machine:
         Raises:
             ConfigError: the device has no units for this dtype.
         """
-        peak = self.peaks.of(dtype)
+        return self._rate(self.peaks.of(dtype), dtype, "precision.dtype")
+
+    def fp8_flops_per_ms(self, recipe: str) -> float:
+        """Dense peak in FP8.
+
+        Raises:
+            ConfigError: the device has no units for it.
+        """
+        return self._rate(self.peaks.fp8, recipe, "--assume fp8")
+
+    def _rate(self, peak: float | None, value: str, field: str) -> float:
         if peak is None:
             rule = f"{self.name} has no units for it"
-            remedy = "Use another dtype, or another device in dist.hardware or --hardware."
-            raise ConfigError(
-                Problem(fields=("precision.dtype", "dist.hardware"), value=dtype, rule=rule, remedy=remedy)
-            )
+            remedy = f"Use another value of {field}, or another device in dist.hardware or --hardware."
+            raise ConfigError(Problem(fields=(field, "dist.hardware"), value=value, rule=rule, remedy=remedy))
         return peak * 1e9
 
 
-def _gpu(name: str, memory_gib: float, memory: float, node: float, network: float, node_size: int = 8) -> Machine:
+def _gpu(
+    name: str, memory_gib: float, memory: float, node: float, network: float, *, node_size: int = 8, **reached: Any
+) -> Machine:
     return Machine(
         name=name,
         peaks=PEAKS[name.upper()],
@@ -168,20 +119,44 @@ def _gpu(name: str, memory_gib: float, memory: float, node: float, network: floa
         node_gb_per_s=node,
         network_gb_per_s=network,
         node_size=node_size,
+        **reached,
     )
 
 
+# Fitted to the even rows of benchmarks/published_runs.csv by benchmarks/plan_published.py --fit, in two digits. Grouped
+# products in bfloat16 on Hopper are in no row; they are as on other devices.
+_SOFTWARE: dict[str, Any] = {"host_ms": 0.38, "memory_fraction": 0.94, "link_fraction": 1.00, "narrow_width": 130.0}
+_HOPPER = _SOFTWARE | {
+    "matmul_fraction": 0.55,
+    "fp8_fraction": 0.53,
+    "expert_fraction": 0.45,
+    "fp8_expert_fraction": 0.64,
+    "attention_fraction": 0.47,
+}
+_BLACKWELL = _SOFTWARE | {
+    "matmul_fraction": 0.44,
+    "fp8_fraction": 0.51,
+    "expert_fraction": 0.48,
+    "fp8_expert_fraction": 0.43,
+    "attention_fraction": 0.47,
+}
+# The same peaks in the data sheets at a higher power, and twice the rate of exponentials: one factor for all fractions.
+_BLACKWELL_ULTRA = _SOFTWARE | {name: 1.26 * value for name, value in _BLACKWELL.items() if name not in _SOFTWARE}
 _MACHINES = (
     #     name, memory in GiB; GB/s of memory, node and network
-    _gpu("h100", 79.6, 3350, 450, 50),
-    _gpu("h200", 140, 4800, 450, 50),
-    _gpu("h800", 79.6, 3350, 200, 50),
-    _gpu("h20", 95, 4000, 450, 50),
-    _gpu("b200", 178, 8000, 900, 50),
-    _gpu("gb200", 184, 8000, 900, 50, node_size=72),
+    _gpu("h100", 79.6, 3350, 450, 50, **_HOPPER),
+    _gpu("h200", 140, 4800, 450, 50, **_HOPPER),
+    _gpu("h800", 79.6, 3350, 200, 50, **_HOPPER),
+    _gpu("h20", 95, 4000, 450, 50, **_HOPPER),
+    _gpu("b200", 178, 8000, 900, 50, **_BLACKWELL),
+    _gpu("b300", 268, 8000, 900, 100, **_BLACKWELL_ULTRA),
+    _gpu("gb200", 184, 8000, 900, 50, node_size=72, **_BLACKWELL),
+    _gpu("gb300", 268, 8000, 900, 100, node_size=72, **_BLACKWELL_ULTRA),
     _gpu("a100", 79.2, 2039, 300, 25),
     _gpu("l40s", 44.4, 864, 25, 12.5),
     _gpu("mi300x", 191, 5300, 310, 50),
+    _gpu("mi325x", 255, 6000, 310, 50),
+    _gpu("mi355x", 287, 8000, 375, 50),
     # One core of a server, one process each, in fp32: for first tries. `megatron-mtp profile` is closer.
     Machine(
         name="cpu",

@@ -107,7 +107,7 @@ def check_gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield _no_gpu(torch.version.cuda or torch.version.hip)
         return
-    from megatron_mtp.config.machines import dense_peak_tflops
+    from megatron_mtp.config.peaks import dense_peak_tflops
 
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)

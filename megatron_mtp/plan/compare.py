@@ -17,6 +17,7 @@ from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError, Problem
 from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
 from megatron_mtp.parallel.planner.auto_layout import is_planned, machine_of, make_planner
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Plan, Planner
@@ -67,6 +68,7 @@ def make_plans(
     profile_path: Path | None = None,
     memory_gib: float | None = None,
     compare: Sequence[str] = (),
+    assume: Assumptions = NOTHING,
     *,
     search: bool = False,
     top: int = 10,
@@ -90,6 +92,9 @@ def make_plans(
         limit = memory_gib * GIB or None
     elif profile is not None and hardware is None:
         limit = None  # a profile names no memory
+    if profile is not None and assume != NOTHING:
+        rule = "changes estimates, and a profile is measured"
+        raise _wrong_option("--assume", rule, "Leave out --profile or --assume.")
     candidates: list[Candidate] = []
     if search:
         if devices is None:
@@ -97,7 +102,7 @@ def make_plans(
         if profile is not None:
             rule = "tries other sizes than the profile was measured with"
             raise _wrong_option("--search", rule, "Leave out --profile or --search.")
-        candidates = search_sizes(cfg, machine, devices, limit, top, report)
+        candidates = search_sizes(cfg, machine, devices, limit, top, report, assume)
         cfg = candidates[0].cfg
     else:
         devices = devices or smallest_world(cfg)
@@ -105,7 +110,7 @@ def make_plans(
     if cfg.model.vocab_size is None:
         rule = "is not known before the tokenizer is opened"
         raise PlanError(Problem(fields=("model.vocab_size",), rule=rule, remedy="Set it to plan."))
-    planner = make_planner(RunShape.of(cfg, devices), machine, profile)
+    planner = make_planner(RunShape.of(cfg, devices), machine, profile, assume)
     chosen, choice = _choose(planner, limit)
     return Plans(planner, machine, profile, limit, chosen, choice, _others(planner, compare), candidates)
 
@@ -190,7 +195,7 @@ def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, 
         cfg.finalize(world_size)
     except (ConfigError, PlanError):
         return None
-    memory = MemoryModel(RunShape.of(cfg, world_size), planner.is_cpu)
+    memory = MemoryModel(RunShape.of(cfg, world_size), planner.is_cpu, planner.assume)
     return memory.fullest_bytes(PipelineLayout.parse("even", cfg.model))
 
 

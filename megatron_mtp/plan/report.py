@@ -26,7 +26,7 @@ def as_text(recipe: str, plans: Plans) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in _sizes(plans.cfg.model).items())
     lines = [
         f"{recipe}: {plans.world_size} devices, {sizes}, micro-batch {plans.cfg.train.micro_batch_size}, "
-        f"{chosen.num_microbatches} micro-batches a step; times {source}",
+        f"{chosen.num_microbatches} micro-batches a step; times {source}{_assumed(plans)}",
         "",
         f"layout: {chosen.layout.string}",
         f"        {short_layout(chosen.layout.string)}",
@@ -43,6 +43,11 @@ def as_text(recipe: str, plans: Plans) -> str:
     if plans.candidates:
         lines += ["", *_table(SEARCH_HEADER, search_rows(plans))]
     return "\n".join(lines)
+
+
+def _assumed(plans: Plans) -> str:
+    words = plans.planner.assume.words()
+    return f", assuming {words}" if words else ""
 
 
 STAGE_HEADER = (
@@ -150,6 +155,7 @@ def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
         "devices": plans.world_size,
         "hardware": plans.machine.name,
         "profile": None if plans.profile is None else plans.profile.device,
+        "assume": asdict(plans.planner.assume),
         "memory_limit_bytes": plans.limit_bytes,
         "reason": reason(plans),
         "plan": plan_data(plans.chosen),

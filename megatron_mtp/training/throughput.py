@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.machines import dense_peak_tflops
+from megatron_mtp.config.peaks import dense_peak_tflops
 from megatron_mtp.parallel.flops import train_flops_per_token
 
 

@@ -7,8 +7,8 @@ import types
 import pytest
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.machines import dense_peak_tflops
 from megatron_mtp.config.overrides import apply_overrides
+from megatron_mtp.config.peaks import dense_peak_tflops
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.params import count_parameters, padded_vocab_size
 from megatron_mtp.parallel.resolve import resolve

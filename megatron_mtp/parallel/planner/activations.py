@@ -2,7 +2,7 @@
 
 All sizes are bytes of one micro-batch on one rank. They were counted tensor by tensor on the torch backend (hooks on
 saved tensors, fp32 and bf16). Transformer Engine was never run: its fused activation is assumed to keep one tensor less
-of each kind.
+of each kind, and in FP8 the inputs of its products in FP8.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from megatron_mtp.config.filled import filled
+from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
 from megatron_mtp.parallel.shape import RunShape
 
 ROUTER_BYTES = 22
@@ -24,26 +25,37 @@ class Activations:
         is_cpu: torch's CPU norms keep two fp32 copies of their input; a GPU's keep the input.
     """
 
-    def __init__(self, shape: RunShape, is_cpu: bool):
+    def __init__(self, shape: RunShape, is_cpu: bool, assume: Assumptions = NOTHING):
         self.shape, self.model, self.is_cpu = shape, shape.cfg.model, is_cpu
         self.uses_te = not is_cpu and self.model.backend != "torch"
+        # Transformer Engine keeps the inputs of FP8 products in FP8.
+        self.input_item = assume.recipe.kept_bytes if assume.recipe else float(shape.item_bytes)
         self.item, self.tokens, self.stream = shape.item_bytes, shape.tokens, shape.hidden_bytes
         # A search asks for the same few layers thousands of times.
         self.layer, self.complete_layer = cache(self._layer), cache(self._complete_layer)
         self._gradients = cache(self._layer_gradients)
 
-    def norm(self, stream: float) -> float:
-        """A norm over a tensor of `stream` bytes, and its output, which the next product keeps."""
-        return stream + (8 * stream / self.item if self.is_cpu else stream)
+    def norm(self, stream: float, output_item: float | None = None) -> float:
+        """A norm over a tensor of `stream` bytes, and its output, which the next product keeps.
+
+        Args:
+            output_item: bytes of each number of the output; None: as the input.
+        """
+        if self.is_cpu:
+            return stream + 8 * stream / self.item
+        return stream + stream / self.item * (output_item or self.item)
 
     def attention(self, is_linear: bool) -> float:
         """The attention block with the norm before it."""
         model, tp = self.model, self.model.tensor_model_parallel_size
+        before = self.norm(self.stream, self.input_item)
         if is_linear:
-            return self.norm(self.stream) + self._linear_attention()
+            return before + self._linear_attention()
         tables = 4 * model.seq_length / model.context_parallel_size * self.item
         if model.multi_latent_attention:
-            return self.norm(self.stream) + self._latent_attention() + tables * model.qk_pos_emb_head_dim
+            return (
+                before + self._latent_attention() + tables * model.qk_pos_emb_head_dim + self._copies(model.v_head_dim)
+            )
         queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
         kept = queries * (2 if model.attention_output_gate else 1) + 2 * keys  # the product's output
         kept += 2 * queries + keys  # rotated queries and keys, and the result
@@ -52,7 +64,20 @@ class Activations:
             copies = (4 if self.item == 4 else 8) if self.is_cpu else 0
             per_token += copies * (queries + keys)
         rotates = model.position_embedding_type == "rope"
-        return self.norm(self.stream) + self.tokens * per_token / tp + tables * model.kv_channels * rotates
+        kept_tables = tables * model.kv_channels * rotates
+        return before + self.tokens * per_token / tp + kept_tables + self._copies(model.kv_channels)
+
+    def _copies(self, head: int) -> float:
+        """Attention's result in FP8, beside the one that attention itself keeps."""
+        if self.input_item == self.item:
+            return 0.0
+        return (
+            self.tokens
+            * self.model.num_attention_heads
+            * head
+            * self.input_item
+            / self.model.tensor_model_parallel_size
+        )
 
     def _latent_attention(self) -> float:
         model, tp = self.model, self.model.tensor_model_parallel_size
@@ -77,19 +102,20 @@ class Activations:
         if is_moe:
             return self.norm(self.stream) + self.experts()
         inner = self._inner(model.ffn_hidden_size, self.tokens, model.tensor_model_parallel_size)
-        return self.norm(self.stream) + inner
+        return self.norm(self.stream, self.input_item) + inner
 
     def _inner(self, width: int, tokens: float, shards: int, extra: int = 0) -> float:
         """What a feed-forward block keeps between its two products."""
         widths = (3 if self.uses_te else 5) if self.model.gated_linear_unit else 2
-        return tokens * (widths + extra) * width * self.item / shards
+        saved = self.item - self.input_item  # the last of them is the input of the second product
+        return tokens * width * ((widths + extra) * self.item - saved) / shards
 
     def experts(self) -> float:
         """Routed tokens, assumed to be spread evenly over experts, and the shared expert."""
         model = self.model
         tp, etp = model.tensor_model_parallel_size, self.shape.grid.expert_tp
         routed = self.tokens * model.moe_router_topk * etp / tp
-        kept = routed * (model.hidden_size * self.item + 20)
+        kept = routed * (model.hidden_size * self.input_item + 20)
         kept += self._inner(filled(model.moe_ffn_hidden_size), routed, etp, extra=1)
         kept += self.tokens / tp * ROUTER_BYTES * filled(model.num_moe_experts)
         if model.moe_shared_expert_intermediate_size:
@@ -112,7 +138,7 @@ class Activations:
         if model.recompute_granularity != "selective":
             return 0.0
         modules, is_moe, tp = set(model.recompute_modules or []), "moe" in kind, model.tensor_model_parallel_size
-        dropped = 2 * self.stream if "layernorm" in modules else 0.0
+        dropped = 2 * self.stream / self.item * self.input_item if "layernorm" in modules else 0.0
         if "mla_up_proj" in modules:
             head = 2 * (model.qk_head_dim + model.qk_pos_emb_head_dim) + model.v_head_dim
             dropped += self.tokens * model.num_attention_heads * head * self.item / tp
@@ -120,7 +146,7 @@ class Activations:
             return dropped + self.experts() - self.stream
         if is_moe and "moe_act" in modules:
             routed = self.tokens * model.moe_router_topk / tp
-            dropped += routed * filled(model.moe_ffn_hidden_size) * self.item
+            dropped += routed * filled(model.moe_ffn_hidden_size) * self.input_item
         if is_moe and "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
             dropped += self._inner(model.moe_shared_expert_intermediate_size, self.tokens, tp)
         if not is_moe and "mlp" in modules:

@@ -14,6 +14,7 @@ from megatron_mtp.config.machines import DEFAULT_MACHINE, Machine, find_machine
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError
 from megatron_mtp.parallel.layout import PipelineLayout
+from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
 from megatron_mtp.parallel.planner.cost import estimate_costs
 from megatron_mtp.parallel.planner.part_costs import Profile
 from megatron_mtp.parallel.planner.planner import Planner
@@ -69,7 +70,9 @@ def machine_of(cfg: ConfigContainer) -> Machine:
     return find_machine(cfg.dist.hardware or ("cpu" if cfg.dist.device == "cpu" else DEFAULT_MACHINE))
 
 
-def make_planner(shape: RunShape, machine: Machine, profile: Profile | None = None) -> Planner:
+def make_planner(
+    shape: RunShape, machine: Machine, profile: Profile | None = None, assume: Assumptions = NOTHING
+) -> Planner:
     """A planner on measured part times, or on estimated ones."""
     cfg = shape.cfg
     if profile is not None:
@@ -77,7 +80,8 @@ def make_planner(shape: RunShape, machine: Machine, profile: Profile | None = No
     on_cpu = machine.is_cpu or (profile is not None and profile.device.lower() == "cpu")
     return Planner(
         shape=shape,
-        costs=estimate_costs(shape, machine) if profile is None else profile.costs,
+        costs=estimate_costs(shape, machine, assume) if profile is None else profile.costs,
         peak_tflops=cfg.logger.device_peak_tflops or machine.peaks.of(cfg.precision.dtype),
         is_cpu=on_cpu,
+        assume=assume,
     )

@@ -1,9 +1,9 @@
 """Estimates how long each part of a model takes on a known device: operations, bytes and messages against its rates.
 
 A part's time is that of its matrix products, plus that of the memory traffic between them, plus that of the messages
-that it waits for. A backward pass takes twice the products and traffic of a forward pass, and the messages once more;
-recomputation adds what is run again. Absolute times can be off by some tens of percent. The choice of a split depends
-on their proportions only.
+that it waits for. A backward pass takes twice the products and traffic of a forward pass (attention 2.5 times, as its
+kernels compute the scores again), and the messages once more; recomputation adds what is run again. A layer is never
+faster than Python starts its kernels.
 """
 
 from __future__ import annotations
@@ -12,30 +12,39 @@ from megatron_mtp.config.filled import filled
 from megatron_mtp.config.machines import Machine
 from megatron_mtp.parallel.flops import forward_flops_attention, forward_flops_logits
 from megatron_mtp.parallel.params import Shards, layer_parameters, padded_vocab_size
-from megatron_mtp.parallel.planner.part_costs import Link, PartCosts, PartTime
+from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
+from megatron_mtp.parallel.planner.links import Links
+from megatron_mtp.parallel.planner.part_costs import ZERO, PartCosts, PartTime
 from megatron_mtp.parallel.shape import RunShape
 
 STEP_MS = 5.0
 """Once per step: batch, counts and logs."""
+ATTENTION_BACKWARD = 2.5
+"""Products of a backward pass through attention, for each of the forward pass."""
 
 
-def estimate_costs(shape: RunShape, machine: Machine) -> PartCosts:
+def estimate_costs(shape: RunShape, machine: Machine, assume: Assumptions = NOTHING) -> PartCosts:
     """Part times of a config with a known vocabulary size; the number of processes decides which messages leave a node.
 
     Raises:
-        PlanError: the device has no units for precision.dtype.
+        ConfigError: the device has no units for precision.dtype, or for FP8.
     """
-    return _Estimate(shape, machine).costs()
+    return _Estimate(shape, machine, assume).costs()
 
 
 class _Estimate:
-    def __init__(self, shape: RunShape, machine: Machine):
-        self.shape, self.machine, self.model = shape, machine, shape.cfg.model
+    def __init__(self, shape: RunShape, machine: Machine, assume: Assumptions):
+        self.shape, self.machine, self.assume, self.model = shape, machine, assume, shape.cfg.model
         self.num_bytes, self.tokens, self.shards = shape.item_bytes, shape.tokens, shape.hidden_shards
         self.tp, self.matrices = self.model.tensor_model_parallel_size, 3 if self.model.gated_linear_unit else 2
+        self.links = Links(shape, machine, assume)
+        self.half_rate = machine.peak_flops_per_ms(shape.cfg.precision.dtype)
+        self.is_fp8 = assume.recipe is not None
+        self.fp8_rate = machine.fp8_flops_per_ms(assume.fp8) * assume.recipe.speed if assume.recipe else self.half_rate
+        self.gathered = self.tokens * self.model.hidden_size * (1 if self.is_fp8 else self.num_bytes)
 
     def costs(self) -> PartCosts:
-        model = self.model
+        model, links = self.model, self.links
         layers = {kind: self.layer(kind) for kind in dict.fromkeys([*self.shape.layer_kinds, self.shape.mtp_kind])}
         norm = self.both(0.0, 4 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
         is_frozen = model.mtp_freeze_trunk
@@ -53,24 +62,33 @@ class _Estimate:
             update_ns_per_parameter=(8 + self.num_bytes) / memory,
             # Gradient read, master and two moments read and written.
             optimizer_ns_per_parameter=28 / memory,
-            pipeline_link=self.link(self.shape.world_size),
-            data_link=self.link(self.shape.world_size // model.pipeline_model_parallel_size),
+            pipeline_link=links.pipeline,
+            data_link=links.data,
         )
 
-    def link(self, span: int) -> Link:
-        """The slowest link between ranks of a group that spans `span` neighbouring ranks."""
-        machine = self.machine
-        if span <= machine.node_size:
-            return Link(latency_ms=machine.node_latency_ms, gb_per_s=machine.node_gb_per_s * machine.memory_fraction)
-        return Link(latency_ms=machine.network_latency_ms, gb_per_s=machine.network_gb_per_s * machine.memory_fraction)
+    def linear(self, flops: float, width: float, *, is_grouped: bool = False) -> float:
+        """Milliseconds of matrix products of linear layers, or grouped ones of experts.
 
-    def compute(self, flops: float, fraction: float) -> float:
-        """Milliseconds of matrix products."""
-        return flops / (self.machine.peak_flops_per_ms(self.shape.cfg.precision.dtype) * fraction)
+        Args:
+            width: the smaller side of the matrix; narrow ones are slower.
+        """
+        machine = self.machine
+        if self.is_fp8:
+            fraction = machine.fp8_expert_fraction if is_grouped else machine.fp8_fraction
+        else:
+            fraction = machine.expert_fraction if is_grouped else machine.matmul_fraction
+        return flops * (1 + machine.narrow_width / width) / (self.fp8_rate * fraction)
 
     def traffic(self, num_bytes: float) -> float:
         """Milliseconds of memory traffic."""
         return num_bytes / (self.machine.memory_gb_per_s * self.machine.memory_fraction * 1e6)
+
+    def quantized(self, inputs: float, outputs: float) -> PartTime:
+        """Converting numbers to FP8: inputs of products forward, gradients of their outputs backward."""
+        if self.assume.recipe is None:
+            return ZERO
+        each = self.assume.recipe.quantize_bytes
+        return PartTime(self.traffic(inputs * each), self.traffic(outputs * each))
 
     def both(self, compute_ms: float, num_bytes: float, messages_ms: float = 0.0, launch_ms: float = 0.0) -> PartTime:
         """A part's time from that of its forward pass."""
@@ -80,21 +98,35 @@ class _Estimate:
     def embedding(self) -> PartTime:
         model = self.model
         row_bytes = self.tokens * model.hidden_size * self.num_bytes
-        time = self.both(0.0, 3 * row_bytes, self.collective(row_bytes), self.machine.launch_ms)
+        time = self.both(0.0, 3 * row_bytes, self.links.collective(row_bytes), self.machine.launch_ms)
         return _forward_only(time) if model.mtp_freeze_trunk else time
-
-    def collective(self, num_bytes: float) -> float:
-        """An all-gather or reduce-scatter over the tensor-parallel group."""
-        if self.tp == 1:
-            return 0.0
-        return self.link(self.tp).ms(num_bytes * (self.tp - 1) / self.tp)
 
     def layer(self, kind: str) -> PartTime:
         """A decoder layer, recomputation in its backward pass included."""
-        block = self.experts() if "moe" in kind else self.mlp(self.model.ffn_hidden_size)
-        time = self.attention("linear" in kind) + block
+        is_moe = "moe" in kind
+        time = self.attention("linear" in kind)
+        if is_moe:
+            messages = self.exchanges()
+            own = time + self.experts()
+            time = own + self.shown(messages, own)
+        else:
+            time = time + self.mlp(self.model.ffn_hidden_size)
         share = self.recomputed_share
-        return time + PartTime(0.0, time.forward_ms * share if share else self.selective(kind))
+        time = time + PartTime(0.0, time.forward_ms * share if share else self.selective(kind))
+        return self.not_faster_than_python(time, is_moe)
+
+    def not_faster_than_python(self, time: PartTime, is_moe: bool) -> PartTime:
+        """A layer on a device that may have to wait for Python; where both take as long, each waits at times."""
+        machine, graphs = self.machine, self.assume.graphs
+        if not machine.host_ms or graphs == "all":
+            return time
+        host = machine.host_ms * (machine.host_fp8_factor if self.is_fp8 else 1.0)
+        if is_moe:
+            host *= machine.host_expert_factor
+            host *= machine.host_overlap_factor if self.assume.overlap_experts else 1.0
+        if graphs == "attention":
+            host *= machine.host_graph_share
+        return PartTime(_slower(time.forward_ms, host), _slower(time.backward_ms, host))
 
     @property
     def recomputed_share(self) -> float:
@@ -116,75 +148,98 @@ class _Estimate:
             widths = 2 * model.kv_channels
         return self.tokens * s * model.num_attention_heads * widths / self.tp
 
+    def core(self) -> float:
+        """Milliseconds of a forward pass through them."""
+        return self.core_flops() / (self.half_rate * self.machine.attention_fraction)
+
     def attention(self, is_linear: bool) -> PartTime:
-        model, machine = self.model, self.machine
+        model = self.model
         total = self.tokens * forward_flops_attention(model, is_linear) / self.tp
-        core = 0.0 if is_linear else self.core_flops()
-        compute = self.compute(total - core, machine.matmul_fraction) + self.compute(core, machine.attention_fraction)
-        width = model.num_attention_heads * model.kv_channels * 4 / self.tp
-        num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 2 * width)
-        messages = 2 * self.collective(self.tokens * model.hidden_size * self.num_bytes)
+        core, core_ms = (0.0, 0.0) if is_linear else (self.core_flops(), self.core())
+        width = model.num_attention_heads * model.kv_channels / self.tp
+        keys = 2 * model.kv_channels * model.num_query_groups / self.tp
+        num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 8 * width)
+        messages = 2 * self.links.collective(self.gathered)
         cp = model.context_parallel_size
         if cp > 1:  # keys and values go around the ring; about half of it is hidden by the scores
-            keys = 2 * model.kv_channels * model.num_query_groups / self.tp
-            messages += 0.5 * self.link(self.tp * cp).ms(self.tokens * keys * self.num_bytes * (cp - 1))
-        return self.both(compute, num_bytes, messages, machine.launch_ms)
+            ring = self.links.within(self.tp * cp).ms(self.tokens * keys * self.num_bytes * (cp - 1))
+            messages += 0.5 * ring
+        side = min(
+            model.hidden_size,
+            model.num_attention_heads
+            * (model.v_head_dim if model.multi_latent_attention else model.kv_channels)
+            / self.tp,
+        )
+        time = self.both(self.linear(total - core, side), num_bytes, messages, self.machine.launch_ms)
+        narrow = model.hidden_size / self.shards
+        converted = self.quantized(self.tokens * (narrow + width), self.tokens * (narrow + width + keys))
+        return time + PartTime(core_ms, ATTENTION_BACKWARD * core_ms) + converted
 
     def mlp(self, width: int) -> PartTime:
         model = self.model
         flops = 2 * model.hidden_size * width * self.matrices * self.tokens / self.tp
         num_bytes = self.tokens * self.num_bytes * (6 * model.hidden_size / self.shards + 3 * width / self.tp)
-        messages = 2 * self.collective(self.tokens * model.hidden_size * self.num_bytes)
-        return self.both(self.compute(flops, self.machine.matmul_fraction), num_bytes, messages, self.machine.launch_ms)
+        messages = 2 * self.links.collective(self.gathered)
+        time = self.both(
+            self.linear(flops, min(model.hidden_size, width / self.tp)), num_bytes, messages, self.machine.launch_ms
+        )
+        narrow, inner = model.hidden_size / self.shards, width / self.tp
+        outputs = narrow + (self.matrices - 1) * inner
+        return time + self.quantized(self.tokens * (narrow + inner), self.tokens * outputs)
+
+    @property
+    def routed(self) -> float:
+        """Tokens that this rank sends to experts, and on average receives; those above the capacity are dropped."""
+        kept = min(1.0, self.model.moe_expert_capacity_factor or 1.0)
+        return self.tokens * self.model.moe_router_topk / self.tp * kept
 
     def experts(self) -> PartTime:
-        """Routed experts: products or weights' traffic, whichever takes longer; permutation; two exchanges over the
-        expert-parallel group; and the shared expert."""
+        """Routed experts: products or weights' traffic, whichever takes longer; permutation; and the shared expert. The
+        exchanges are not counted."""
         model, machine = self.model, self.machine
-        routed, width = self.tokens * model.moe_router_topk / self.tp, filled(model.moe_ffn_hidden_size)
+        routed, width = self.routed * self.assume.busiest_rank, filled(model.moe_ffn_hidden_size)
         flops = 2 * model.hidden_size * width * self.matrices * routed
         weights = self.traffic(layer_parameters(model, Shards.of(model), True).expert * self.num_bytes)
-        compute = max(self.compute(flops, machine.expert_fraction), weights)
+        compute = max(self.linear(flops, min(model.hidden_size, width), is_grouped=True), weights)
         num_bytes = routed * self.num_bytes * (8 * model.hidden_size + 3 * width)
         num_bytes += self.tokens / self.shards * self.num_bytes * 6 * model.hidden_size
-        time = self.both(compute, num_bytes, 2 * self.all_to_all(routed), 2 * machine.launch_ms)
+        time = self.both(compute, num_bytes, 0.0, 2 * machine.launch_ms)
+        outputs = model.hidden_size + (self.matrices - 1) * width
+        time = time + self.quantized(routed * (model.hidden_size + width), routed * outputs)
         if model.moe_shared_expert_intermediate_size:
             time = time + self.mlp(model.moe_shared_expert_intermediate_size)
         return time
 
-    def all_to_all(self, routed: float) -> float:
-        """One exchange of the routed tokens: the slower of what stays in the node and what leaves it."""
-        model, machine = self.model, self.machine
-        ep = model.expert_model_parallel_size
-        if ep == 1:
-            return 0.0
-        span = ep * self.shape.grid.expert_tp
-        inside = min(span, machine.node_size)
-        num_bytes = routed * model.hidden_size * self.num_bytes
-        near = self.link(1).ms(num_bytes * (inside - 1) / span)
-        return near if span <= machine.node_size else max(near, self.link(span).ms(num_bytes * (span - inside) / span))
+    def exchanges(self) -> float:
+        """Milliseconds of the two exchanges of a forward pass."""
+        return 2 * self.links.exchange(self.routed, self.num_bytes)
+
+    def shown(self, messages_ms: float, layer: PartTime) -> PartTime:
+        """What is left of the exchanges once the layer of another micro-batch has hidden what it can."""
+        if not self.assume.overlap_experts:
+            return PartTime(messages_ms, messages_ms)
+        least = self.machine.overlapped_share * messages_ms
+        both = max(2 * least, 2 * messages_ms - layer.total_ms)
+        return PartTime(both / 2, both / 2)
 
     def selective(self, kind: str) -> float:
         """Milliseconds that recomputing chosen modules adds to a layer's backward pass."""
-        model, machine = self.model, self.machine
+        model = self.model
         if model.recompute_granularity != "selective":
             return 0.0
         is_moe, modules = "moe" in kind, set(model.recompute_modules or [])
-        extra = 0.0
-        if "core_attn" in modules and "linear" not in kind:
-            extra += self.compute(self.core_flops(), machine.attention_fraction)
+        extra = self.core() if "core_attn" in modules and "linear" not in kind else 0.0
         if "mla_up_proj" in modules:
             width = model.num_attention_heads * (2 * model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim)
             rank = max(model.kv_lora_rank, model.q_lora_rank or 0)
-            extra += self.compute(2 * rank * width * self.tokens / self.tp, machine.matmul_fraction)
+            extra += self.linear(2 * rank * width * self.tokens / self.tp, rank)
         if "layernorm" in modules:
             extra += self.traffic(8 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
         if is_moe and "moe" in modules:
-            extra += self.experts().forward_ms
+            extra += self.experts().forward_ms + self.exchanges()
         elif is_moe:
             if "moe_act" in modules:
-                routed = self.tokens * model.moe_router_topk / self.tp
-                extra += self.traffic(3 * routed * filled(model.moe_ffn_hidden_size) * self.num_bytes)
+                extra += self.traffic(3 * self.routed * filled(model.moe_ffn_hidden_size) * self.num_bytes)
             if "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
                 extra += self.mlp(model.moe_shared_expert_intermediate_size).forward_ms
         elif "mlp" in modules:
@@ -197,11 +252,12 @@ class _Estimate:
         if model.mtp_variant == "parallel":
             is_rerun = self.shape.depths.count > 1 and model.recompute_granularity != "full"
             return layer + PartTime(0.0, layer.forward_ms * is_rerun)
-        h, machine = model.hidden_size, self.machine
-        products = self.compute(2 * self.tokens * 2 * h * h / self.tp, machine.matmul_fraction)
+        h = model.hidden_size
         num_bytes = 12 * self.tokens * h * self.num_bytes / self.shards
-        gathered = 2 * self.collective(self.tokens * h * self.num_bytes)
-        joint = self.both(products, num_bytes, gathered, machine.launch_ms)
+        gathered = 2 * self.links.collective(self.gathered)
+        joint = self.both(
+            self.linear(2 * self.tokens * 2 * h * h / self.tp, h / self.tp), num_bytes, gathered, self.machine.launch_ms
+        )
         if model.recompute_granularity == "full":
             joint = joint + PartTime(0.0, joint.forward_ms)
         return self.embedding() + joint + layer
@@ -213,14 +269,20 @@ class _Estimate:
             products: 1 for the logits, 1 each for the gradients of hidden states and weight.
         """
         model = self.model
-        product = self.compute(forward_flops_logits(model) * self.tokens / self.tp, self.machine.matmul_fraction)
+        flops = forward_flops_logits(model) * self.tokens / self.tp
+        product = flops * (1 + self.machine.narrow_width / model.hidden_size)  # never in FP8
+        product /= self.half_rate * self.machine.matmul_fraction
         passes = self.traffic(6 * 4 * self.tokens * padded_vocab_size(model) / self.tp)  # fp32 logits, six passes
-        gather = self.collective(self.tokens * model.hidden_size * self.num_bytes)
+        gather = self.links.collective(self.tokens * model.hidden_size * self.num_bytes)
         return PartTime(products * product + passes + gather, gather if products > 1 else 0.0)
 
 
 def _forward_only(time: PartTime) -> PartTime:
     return PartTime(time.forward_ms, 0.0)
+
+
+def _slower(device_ms: float, host_ms: float) -> float:
+    return float((device_ms**4 + host_ms**4) ** 0.25)
 
 
 def layer_times(costs: PartCosts, shape: RunShape) -> list[PartTime]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mtp.config.form import read_form
 from megatron_mtp.config.knob import knob
-from megatron_mtp.config.machines import Dtype
+from megatron_mtp.config.peaks import Dtype
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.errors import PlanError, Problem, shown
 from megatron_mtp.parallel.shape import RunShape

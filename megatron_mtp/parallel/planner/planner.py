@@ -11,6 +11,7 @@ from megatron_mtp.errors import PlanError, Problem
 from megatron_mtp.parallel.flops import train_flops_per_token
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import RankParameters, rank_parameters
+from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
 from megatron_mtp.parallel.planner.cost import layer_times
 from megatron_mtp.parallel.planner.part_costs import ZERO, PartCosts, PartTime
 from megatron_mtp.parallel.planner.schedule import ScheduleKind
@@ -99,12 +100,14 @@ class Planner:
         costs: times of its parts, estimated or measured.
         peak_tflops: dense peak of one device, for MFU; None: unknown.
         is_cpu: memory is counted as on a CPU, and stages do not free what they have sent.
+        assume: what the costs assume, for memory and messages.
     """
 
     shape: RunShape
     costs: PartCosts
     peak_tflops: float | None = None
     is_cpu: bool = False
+    assume: Assumptions = NOTHING
 
     def problem(self) -> SplitProblem:
         """What can be chosen, and what each part costs."""
@@ -147,7 +150,7 @@ class Planner:
             rule = f"too few for {problem.num_chunks} chunks of which none may be empty"
             remedy = f"Lower {' or '.join(SIZES)}."
             raise PlanError(Problem(fields=("model.num_layers", *SIZES), value=num_layers, rule=rule, remedy=remedy))
-        memory = MemoryModel(self.shape, self.is_cpu)
+        memory = MemoryModel(self.shape, self.is_cpu, self.assume)
         check = None if limit_bytes is None else _MemoryCheck(problem, memory, limit_bytes)
         fits, stage_fits = (check.split, check.stage) if check else (None, None)
         choice = best_split(problem, fits=fits, stage_fits=stage_fits, effort=effort, few=few, to_beat_ms=to_beat_ms)
@@ -163,7 +166,7 @@ class Planner:
 
     def plan(self, layout: PipelineLayout) -> Plan:
         """Time and memory of one layout."""
-        cfg, memory, step = self.shape.cfg, MemoryModel(self.shape, self.is_cpu), self.step(layout)
+        cfg, memory, step = self.shape.cfg, MemoryModel(self.shape, self.is_cpu, self.assume), self.step(layout)
         times, count = self.problem().work(Split.of(layout)).chunks, self.shape.num_microbatches
         stages = tuple(
             Stage(
@@ -217,8 +220,8 @@ class Planner:
         def over_replicas_ms(item_bytes: int) -> float:
             return sum(costs.data_link.ms(n * item_bytes * (r - 1) / r) for n, r in (dense, expert) if r > 1 and n)
 
-        item = DTYPE_BYTES[precision.dtype]
-        reduced = 4 if precision.grad_reduce_in_fp32 else item
+        item = 1 if self.assume.fp8_parameters else DTYPE_BYTES[precision.dtype]
+        reduced = 4 if precision.grad_reduce_in_fp32 else DTYPE_BYTES[precision.dtype]
         reduce_ms = max(0.0, over_replicas_ms(reduced) - passes.backward_ms * ddp.overlap_grad_reduce)
         # An all-reduce sends gradients twice; a sharded optimizer sends them once and gathers updated weights.
         gather_ms = over_replicas_ms(item if sharded else reduced)

@@ -21,6 +21,7 @@ from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError, Problem
 from megatron_mtp.parallel.params import RankParameters, Shards, layer_parameters, moe_pattern, mtp_layer_parameters
 from megatron_mtp.parallel.planner.activations import Activations
+from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
 from megatron_mtp.parallel.planner.auto_layout import make_planner
 from megatron_mtp.parallel.planner.cost import estimate_costs, layer_times
 from megatron_mtp.parallel.planner.part_costs import PartCosts
@@ -73,6 +74,7 @@ def search_sizes(
     limit_bytes: float | None,
     top: int = 10,
     report: Callable[[str], None] = lambda _: None,
+    assume: Assumptions = NOTHING,
 ) -> list[Candidate]:
     """The fastest combinations that fit, best first; each set of sizes once, with its fastest recomputation that fits.
 
@@ -80,6 +82,7 @@ def search_sizes(
         cfg: not finalized; model, sequence length and global batch size are kept, parallel sizes are not.
         limit_bytes: memory of one device; None: no limit.
         report: called with a line about the progress before each combination that is planned.
+        assume: see `Assumptions`.
 
     Raises:
         PlanError: nothing fits.
@@ -87,7 +90,7 @@ def search_sizes(
     base = cfg.copy()
     _set_sizes(base, _Sizes(tp=1, cp=1, ep=1, pp=1, vp=1, dp=1, micro=1, micro_batches=1, recompute=""))
     base.finalize()
-    search = _Search(base, machine, world_size, limit_bytes)
+    search = _Search(base, machine, world_size, limit_bytes, assume)
     found = search.run(top, report)
     if not found:
         raise PlanError(search.nothing_fits())
@@ -95,8 +98,16 @@ def search_sizes(
 
 
 class _Search:
-    def __init__(self, base: ConfigContainer, machine: Machine, world_size: int, limit_bytes: float | None):
+    def __init__(
+        self,
+        base: ConfigContainer,
+        machine: Machine,
+        world_size: int,
+        limit_bytes: float | None,
+        assume: Assumptions = NOTHING,
+    ):
         self.base, self.machine, self.world_size, self.limit = base, machine, world_size, limit_bytes
+        self.assume = assume
         self.lowest = inf
         self.parts = cache(self._parts)
 
@@ -164,14 +175,14 @@ class _Search:
         trial = self.trial(sizes)
         shape = RunShape.of(trial, self.world_size)
         model, depths = trial.model, shape.depths.count
-        costs = estimate_costs(shape, self.machine)
+        costs = estimate_costs(shape, self.machine, self.assume)
         times = [*layer_times(costs, shape), costs.embedding, costs.head]
         times += [costs.mtp_layer] * depths + [costs.mtp_head] * depths
         kinds, shards = shape.layer_kinds, Shards.of(model)
         held = mtp_layer_parameters(model, shards) * shape.depths.distinct
         for kind in kinds:
             held += layer_parameters(model, shards, "moe" in kind, is_linear="linear" in kind)
-        activations = Activations(shape, self.machine.is_cpu)
+        activations = Activations(shape, self.machine.is_cpu, self.assume)
         kept = sum(activations.layer(kind) for kind in kinds)
         return costs, sum(time.total_ms for time in times), held, kept
 
@@ -194,7 +205,7 @@ class _Search:
         if self.limit is None:
             return True
         cfg, (_, _, held, kept) = self.base, self.of(sizes)
-        weight, gradient, optimizer = parameter_bytes(cfg)
+        weight, gradient, optimizer = parameter_bytes(cfg, self.assume)
         sharded = cfg.ddp.use_distributed_optimizer
         dense_dp = sizes.dp * sizes.cp if sharded else 1
         expert_dp = max(1, self.world_size // (sizes.pp * sizes.ep)) if sharded else 1
@@ -212,7 +223,7 @@ class _Search:
         cfg = self.trial(sizes)
         try:
             cfg.finalize(self.world_size)
-            planner = make_planner(RunShape.of(cfg, self.world_size), self.machine)
+            planner = make_planner(RunShape.of(cfg, self.world_size), self.machine, assume=self.assume)
             choice = planner.choose(self.limit, effort, FEW_EACH, to_beat_ms)
         except (ConfigError, PlanError):
             return None

@@ -13,6 +13,7 @@ from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.params import RankParameters, Shards, chunk_parameters, mtp_layer_parameters
 from megatron_mtp.parallel.planner.activations import Activations
+from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
 from megatron_mtp.parallel.planner.schedule import ScheduleKind, compute_order
 from megatron_mtp.parallel.shape import RunShape
 
@@ -46,16 +47,21 @@ class RankMemory:
 class ParameterBytes(NamedTuple):
     """Bytes for each parameter: its weight and its gradient, and for each that a rank owns, its optimizer state."""
 
-    weight: int
+    weight: float
     gradient: int
     optimizer: int
 
 
-def parameter_bytes(cfg: ConfigContainer) -> ParameterBytes:
-    """Bytes for each parameter; below fp32 the optimizer keeps an fp32 copy of the weight."""
+def parameter_bytes(cfg: ConfigContainer, assume: Assumptions = NOTHING) -> ParameterBytes:
+    """Bytes for each parameter; below fp32 the optimizer keeps an fp32 copy of the weight.
+
+    In FP8 a weight is there in two orders, for the product and for its gradient, in place of its half-precision form
+    (`fp8_parameters`) or beside it. Embedding and head, which are not in FP8, are counted like the rest.
+    """
     item = DTYPE_BYTES[cfg.precision.dtype]
+    converted = 2 * assume.recipe.kept_bytes if assume.recipe else 0.0
     return ParameterBytes(
-        weight=item,
+        weight=converted if assume.fp8_parameters and converted else item + converted,
         gradient=4 if cfg.precision.grad_reduce_in_fp32 else item,
         optimizer=MOMENT_BYTES[cfg.optimizer.optimizer] + (0 if item == 4 else 4),
     )
@@ -93,10 +99,10 @@ class ChunkMemory:
 class MemoryModel:
     """`predict_memory` for many layouts of one config. Chunks that hold the same are computed once."""
 
-    def __init__(self, shape: RunShape, is_cpu: bool | None = None):
+    def __init__(self, shape: RunShape, is_cpu: bool | None = None, assume: Assumptions = NOTHING):
         self.shape, cfg = shape, shape.cfg
-        self.parts = Activations(shape, cfg.dist.device == "cpu" if is_cpu is None else is_cpu)
-        self.bytes, self.kinds = parameter_bytes(cfg), tuple(shape.layer_kinds)
+        self.parts = Activations(shape, cfg.dist.device == "cpu" if is_cpu is None else is_cpu, assume)
+        self.bytes, self.kinds = parameter_bytes(cfg, assume), tuple(shape.layer_kinds)
         self._chunks: dict[tuple[str, tuple[str, ...], bool], ChunkMemory] = {}
 
     def rank(self, layout: PipelineLayout, stage: int) -> RankMemory:
@@ -118,7 +124,7 @@ class MemoryModel:
             grid = self.shape.grid
             owned = trained.dense / (grid.dp_size * grid.cp) + trained.expert / grid.expert_dp_size
         return RankMemory(
-            weights=held.total * self.bytes.weight,
+            weights=round(held.total * self.bytes.weight),
             gradients=trained.total * self.bytes.gradient,
             optimizer=round(owned * self.bytes.optimizer),
             activations=round(self.peak(pp, len(chunks), stage, [chunk.kept for chunk in chunks])),
