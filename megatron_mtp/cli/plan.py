@@ -34,6 +34,22 @@ def plan(
             help="Software that this trainer lacks: fp8=mxfp8, graphs=all, overlap_experts=true ...; may be repeated."
         ),
     ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help='Tokens of the whole training, "15T": days, device hours, cost of MTP depths.')
+    ] = None,
+    mtbf_hours: Annotated[
+        float | None, typer.Option(help="With --tokens: mean hours between failures of one device (Llama 3: 50,000).")
+    ] = None,
+    save_s: Annotated[
+        float | None, typer.Option(help="With --tokens: seconds that training stands still for a save; default 30.")
+    ] = None,
+    restart_s: Annotated[
+        float | None, typer.Option(help="With --tokens: seconds from a failure to the next step; default 600.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="With --tokens: price of one device for one hour.")] = None,
+    watts: Annotated[
+        float | None, typer.Option(help="With --tokens: watts of one device, its share of node and cooling included.")
+    ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Rank parallel sizes, micro-batch and recomputation too.")
     ] = False,
@@ -50,6 +66,7 @@ def plan(
     from megatron_mtp.parallel.planner.assume import read_assumptions
     from megatron_mtp.plan.compare import default_devices, make_plans
     from megatron_mtp.plan.report import as_data, as_text, overlay
+    from megatron_mtp.plan.training import read_budget
 
     if picture is not None and picture.suffix.lower() != ".svg":
         better = picture.parent / f"{picture.stem or 'schedule'}.svg"
@@ -63,7 +80,9 @@ def plan(
     if write is not None and assume:
         rule = "writes a config to train with, and no config has what --assume adds"
         raise PlanError(Problem(fields=("--write",), rule=rule, remedy="Leave out --write or --assume."))
-    options = (cfg, devices, hardware, profile, memory, compare or (), assumptions)
+    costs = {"mtbf_hours": mtbf_hours, "save_s": save_s, "restart_s": restart_s, "price": price, "watts": watts}
+    budget = read_budget(tokens, **costs)
+    options = (cfg, devices, hardware, profile, memory, compare or (), assumptions, budget)
     if search:
         from rich.console import Console
 

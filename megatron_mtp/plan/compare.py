@@ -25,6 +25,7 @@ from megatron_mtp.parallel.planner.search_sizes import Candidate, recompute_fiel
 from megatron_mtp.parallel.planner.search_split import SplitChoice
 from megatron_mtp.parallel.planner.stage_memory import MemoryModel
 from megatron_mtp.parallel.shape import RunShape
+from megatron_mtp.plan.training import Budget, DepthCost, Forecast, depth_costs, forecast
 from megatron_mtp.recipes.published import PUBLISHED
 
 
@@ -39,6 +40,9 @@ class Plans:
         choice: how it was found; None for a layout that the config gives.
         others: name -> plan to compare it with.
         candidates: the results of a search, best first.
+        budget: of a whole training; None: only a step is planned.
+        training: with `chosen`; None without a budget.
+        depths: what other numbers of MTP depths cost; empty without a budget.
     """
 
     planner: Planner
@@ -49,6 +53,9 @@ class Plans:
     choice: SplitChoice | None
     others: dict[str, Plan]
     candidates: list[Candidate]
+    budget: Budget | None = None
+    training: Forecast | None = None
+    depths: tuple[DepthCost, ...] = ()
 
     @property
     def cfg(self) -> ConfigContainer:
@@ -69,6 +76,7 @@ def make_plans(
     memory_gib: float | None = None,
     compare: Sequence[str] = (),
     assume: Assumptions = NOTHING,
+    budget: Budget | None = None,
     *,
     search: bool = False,
     top: int = 10,
@@ -112,7 +120,12 @@ def make_plans(
         raise PlanError(Problem(fields=("model.vocab_size",), rule=rule, remedy="Set it to plan."))
     planner = make_planner(RunShape.of(cfg, devices), machine, profile, assume)
     chosen, choice = _choose(planner, limit)
-    return Plans(planner, machine, profile, limit, chosen, choice, _others(planner, compare), candidates)
+    plans = Plans(planner, machine, profile, limit, chosen, choice, _others(planner, compare), candidates)
+    if budget is None:
+        return plans
+    training = forecast(budget, chosen, planner.shape, machine.node_size)
+    depths = tuple(depth_costs(planner, limit))
+    return replace(plans, budget=budget, training=training, depths=depths)
 
 
 def default_devices(recipe: str, cfg: ConfigContainer) -> int:

@@ -11,6 +11,7 @@ from megatron_mtp.config.yaml_text import dump_yaml
 from megatron_mtp.parallel.facts import short_count, short_layout
 from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.plan.compare import Plans
+from megatron_mtp.plan.training_report import DEPTH_HEADER, depth_rows, training_lines
 
 OVERLAY_FIELDS = (
     "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
@@ -42,6 +43,8 @@ def as_text(recipe: str, plans: Plans) -> str:
         lines += ["", *_table(COMPARE_HEADER, rows)]
     if plans.candidates:
         lines += ["", *_table(SEARCH_HEADER, search_rows(plans))]
+    if plans.training is not None:
+        lines += ["", *training_lines(plans), "", *_table(DEPTH_HEADER, depth_rows(plans))]
     return "\n".join(lines)
 
 
@@ -163,6 +166,10 @@ def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
         "compare": {name: plan_data(plan) for name, plan in plans.others.items()},
         "costs": asdict(plans.planner.costs),
     }
+    if plans.training is not None and plans.budget is not None:
+        data["budget"], data["training"] = asdict(plans.budget), asdict(plans.training)
+        found = {one.depths: one.plan for one in plans.depths}
+        data["depths"] = {depths: plan and plan_data(plan) for depths, plan in found.items()}
     if plans.candidates:
         data["search"] = [
             {

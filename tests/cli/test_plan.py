@@ -114,6 +114,9 @@ def test_a_given_layout_is_planned_as_it_is(run):
         ),
         (["deepseek_v3", "--search", "--devices", "16"], ["no sizes fit", "Use more devices"]),
         (["deepseek_v3", "--search"], ["needs --devices"]),
+        (["llama3_8b", "--assume", "fp8=mxfp8", "--write", "plan.yaml"], ["--write: writes a config to train with"]),
+        (["llama3_8b", "--assume", "fp8=mxfp8", "--hardware", "a100"], ["a100 has no units for it"]),
+        (["llama3_8b", "--assume", "fp9=mxfp8"], ["must be name=value with one of", "Did you mean fp8?"]),
         (
             ["tiny_dense", "--search", "--devices", "97"],
             ["global_batch_size = 8 evenly", "Nearest that works: --devices"],
@@ -234,6 +237,14 @@ def test_the_numbers_that_a_search_offers_are_the_nearest_that_work(run):
         near = (max(n for n in works if n < devices), min((n for n in works if n > devices), default=None))
         offered = " or ".join(str(number) for number in near if number is not None)
         assert remedy == f"Nearest that works: --devices {offered}."
+
+
+def test_a_search_may_assume_what_the_trainer_lacks(run):
+    arguments = ("tiny_dense", "--search", "--devices", "2", "--top", "1", "--hardware", "b200")
+    half, fp8 = plan(run, *arguments), plan(run, *arguments, "--assume", "fp8=mxfp8")
+    assert fp8["assume"]["fp8"] == "mxfp8"
+    assert fp8["plan"]["step_ms"] != half["plan"]["step_ms"]
+    assert "assuming fp8=mxfp8" in run("llama3_8b", "--assume", "fp8=mxfp8", "--memory", "0")[1]
 
 
 def test_a_search_says_what_it_does():
