@@ -270,6 +270,13 @@ def test_bad_overrides_are_all_reported():
         assert words in str(problem)
 
 
+def test_validation_sets_of_an_argument_are_added_to_those_of_the_recipe():
+    cfg = get_recipe("tiny_dense")
+    cfg.dataset.valid_sets = {"docs": ["d"], "code": ["c"]}
+    apply_overrides(cfg, ["dataset.valid_sets={docs: [new], b: [y]}"])
+    assert cfg.dataset.valid_sets == {"docs": ["new"], "code": ["c"], "b": ["y"]}
+
+
 def test_yaml_overlays_merge_mappings_and_lose_to_arguments(tmp_path):
     path = tmp_path / "overlay.yaml"
     path.write_text(
