@@ -61,7 +61,7 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
 
     Args:
         path: metrics.jsonl.
-        kind: `step`, `evaluation`, `warning`, `fault`, `message`, `start` or `start card`.
+        kind: `step`, `evaluation`, `warning`, `fault`, `message`, `start`, `start card` or `end`.
         name: with `evaluation`, only this validation set.
 
     Returns:
@@ -71,12 +71,7 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
     kept: list[dict[str, Any]] = []
     for line in _lines(Path(path)):
         if line["kind"] in ("start", "rollback"):
-            # A run that starts at n repeats everything after n; what it writes at n (an evaluation) is new as well.
-            # A fault stays after the rollback that it caused: the batch is skipped, so it is not reported again.
-            stays = "fault" if line["kind"] == "rollback" else None
-            kept = [old for old in kept if old["iteration"] <= line["iteration"] or old["kind"] == stays]
-            if line["kind"] == "start" and line["iteration"] == 0:
-                kept = []
+            kept = [old for old in kept if not is_dropped(old, line)]
         kept.append(line)
     kept = [line for line in kept if line["kind"] == kind and (name is None or line.get("name") == name)]
     if kind not in ("step", "evaluation"):
@@ -85,13 +80,24 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
     return sorted(last.values(), key=lambda line: line["iteration"])
 
 
+def is_dropped(old: dict[str, Any], line: dict[str, Any]) -> bool:
+    """Whether the `start` or `rollback` record `line` makes an earlier record void.
+
+    A run that starts at n repeats everything after n; what it writes at n (an evaluation) is new as well. A fresh run
+    drops all. A fault stays after the rollback that it caused: the batch is skipped, so it is not reported again.
+    """
+    if line["kind"] == "start" and line["iteration"] == 0:
+        return True
+    return old["iteration"] > line["iteration"] and not (line["kind"] == "rollback" and old["kind"] == "fault")
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue  # cut off by a crash
-        yield {key: _number(value) for key, value in line.items()}
+        yield finite_or_float(line)
 
 
 def _ends_within_a_line(path: Path) -> bool:
@@ -112,6 +118,11 @@ def _strict(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items()}
     return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def finite_or_float(line: dict[str, Any]) -> dict[str, Any]:
+    """A record with NaN and infinities as floats."""
+    return {key: _number(value) for key, value in line.items()}
 
 
 def _number(value: Any) -> Any:
