@@ -45,7 +45,7 @@ class RunInfo:
     environment: dict[str, str] = field(default_factory=effective_environment)
     """Environment variables that can change results or speed."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Anything else that identifies the run: versions, parameter counts."""
+    """Anything else that readers of the log want to know, as JSON values; see `training.run_facts`."""
 
 
 class Sink(Protocol):
@@ -162,6 +162,10 @@ class Recorder:
             self._print(text)
         send = methodcaller("message", kind, self._iteration if iteration is None else iteration, text)
         self._each(send, JsonlSink if is_repeat else object)
+
+    def end(self, text: str) -> None:
+        """Writes to metrics.jsonl how this process ended; a log without it is of a run that goes on, or was killed."""
+        self.message(text, kind="end", is_repeat=True)
 
     def roll_back(self, iteration: int, signs: Mapping[str, Any] | None = None) -> None:
         """Marks later records as void: the run continues from an earlier iteration. They stay in metrics.jsonl.

@@ -17,6 +17,7 @@ from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.device.process_group import env_rank, job_size
+from megatron_mtp.errors import cut
 from megatron_mtp.observe.health import SIGNS, signs_after_warmup
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
@@ -34,6 +35,7 @@ from megatron_mtp.training.guards.out_of_memory import explained_out_of_memory
 from megatron_mtp.training.guards.preemption import SignalWatch, StepBoundary
 from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.loop import Trainer
+from megatron_mtp.training.run_facts import run_facts
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run, build, join_groups, leave_groups
 from megatron_mtp.training.start_card import log_repeats, start_card
@@ -147,6 +149,10 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
     try:
         with signals:  # before it there is nothing to save, and SIGTERM ends the process
             trainer.train()
+        recorder.end(_end_text(trainer))
+    except Exception as error:  # whatever it was, the log says so before it is raised again
+        recorder.end(f"ended by {type(error).__name__}: {cut(str(error))}")
+        raise
     finally:
         for close in [callback.close for callback in callbacks] + [recorder.close, checkpointer.close, run.data.close]:
             close()
@@ -161,6 +167,13 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
         logger.info("left after iteration %d: %s", state.iteration, trainer.stop_reason)
     exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
     return Summary(state, trainer.evaluations, dict(recorder.places), exit_code, trainer.stop_reason)
+
+
+def _end_text(trainer: Trainer) -> str:
+    """How a run ended, for its records."""
+    if trainer.is_preempted:
+        return "preempted: it received SIGTERM and is to be started again"
+    return "complete" if trainer.stop_reason is None else f"left: {trainer.stop_reason}"
 
 
 def _length_field(cfg: ConfigContainer) -> str:
@@ -178,6 +191,7 @@ def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback
         world_size=run.resolved.world_size,
         device=run.device.name,
         config=to_dict(run.cfg),
+        extra=run_facts(run.resolved, is_cpu=not run.device.is_cuda) if dist.get_rank() == 0 else {},
     )
     signs = SIGNS | signs_after_warmup(filled(run.cfg.model.vocab_size), run.resolved.learning_rate.warmup)
     for callback in callbacks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_mtp.config.depths import loss_names
 from megatron_mtp.observe.metrics import StepRecord, columns, scalars
+from megatron_mtp.training.run_facts import peak_memory_by_stage
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
@@ -35,6 +36,8 @@ def step_record(
         extra[f"{name.removesuffix(' loss')}/num_targets"] = count
     if num_depths:
         extra["mtp/loss_scaling_factor"] = loss_factor
+    if state.iteration % run.cfg.logger.log_interval == 0:
+        extra |= peak_memory_by_stage(run)
     return StepRecord(
         iteration=state.iteration,
         train_iters=run.cfg.train.train_iters,
