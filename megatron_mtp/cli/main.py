@@ -22,6 +22,8 @@ COMMANDS = {
     "plan": ("megatron_mtp.cli.plan:plan", "Plan the pipeline split and parallel sizes of a run."),
     "profile": ("megatron_mtp.cli.profile:profile", "Time each part of a model, for `plan --profile`."),
     "pretrain": ("megatron_mtp.cli.pretrain:pretrain", "Train a model."),
+    "watch": ("megatron_mtp.cli.watch:watch", "Show a run live in the terminal."),
+    "report": ("megatron_mtp.cli.report:report", "Draw a run, or compare several, as one HTML page."),
     "launch": ("megatron_mtp.cli.launch:launch", "Start a job on this machine, Slurm or Kubernetes."),
     "verify": (
         "megatron_mtp.cli.verify:verify",
