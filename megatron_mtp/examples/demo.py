@@ -1,7 +1,7 @@
 """`make demo`: a complete run, from real text to an evaluated model.
 
-Text -> JSONL -> tokenizer -> .bin/.idx -> two ranks with two MTP depths on the last stage -> curves -> checkpoint -> a
-table that compares the held-out loss of every depth with a bigram table at the same distance.
+Text -> JSONL -> tokenizer -> .bin/.idx -> two ranks with two MTP depths on the last stage -> checkpoint -> a table that
+compares the held-out loss of every depth with a bigram table at the same distance -> a report to open in a browser.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron_mtp.data.indexed import IndexedReader, IndexedWriter
 from megatron_mtp.data.prepare.run import PrepareOptions, prepare
 from megatron_mtp.examples.bigram import distance_bigram_loss, unigram_loss
 from megatron_mtp.examples.stdlib_corpus import stdlib_jsonl
-from megatron_mtp.observe.curves import plot_losses
 from megatron_mtp.observe.jsonl import read_metrics
+from megatron_mtp.report.page import write_report
 
 VOCAB_SIZE = 1024
 console = Console()
@@ -167,13 +167,14 @@ def _print_summary(run: Path, verdicts: list[DepthVerdict], seconds: float) -> N
     console.print(table)
     last: dict[str, Any] = read_metrics(run / "metrics.jsonl")[-1]
     evaluation = read_metrics(run / "metrics.jsonl", "evaluation", "validation")[-1]
-    picture = plot_losses(run / "metrics.jsonl", run / "losses.png")
+    page = write_report([run], run / "report")[0]
     console.print(
         f"training took {seconds:.0f} s, {last['perf/tokens_per_s_per_device'] * _num_ranks():,.0f} tokens/s in total. "
         f"As drafters, the MTP layers would have {evaluation['mtp/accepted_length']:.2f} tokens accepted per step "
         "(held out, teacher-forced).",
     )
-    console.print(f"{run}: metrics.jsonl, {picture.name}, tensorboard/, checkpoints/", highlight=False)
+    console.print(f"{run}: metrics.jsonl, tensorboard/, checkpoints/", highlight=False)
+    console.print(f"{page}: open it in a browser", soft_wrap=True, highlight=False)
     console.print(
         "Next: megatron-mtp recipes; megatron-mtp show deepseek_v3; your own text through megatron-mtp prepare; "
         "docs/getting_started.md",
