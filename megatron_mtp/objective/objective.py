@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_mtp.data.batch import MicroBatch
 from megatron_mtp.errors import ForwardStepError
@@ -98,7 +99,8 @@ class StepObjective:
     def heads(self, states: Tensor, weight: Tensor, batch: MicroBatch) -> HeadOutput:
         """The model's output processor on the last stage; see `DepthHeads`."""
         gradient_scale = self.loss_scale * self.objective.groups.dp_cp.size()
-        return self.objective.heads(states, weight, batch, self.coefficients, gradient_scale)
+        with record_function("heads"):
+            return self.objective.heads(states, weight, batch, self.coefficients, gradient_scale)
 
     def loss_function(
         self, batch: MicroBatch, output: HeadOutput, total: Tensor

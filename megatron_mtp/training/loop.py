@@ -8,6 +8,8 @@ from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.profiler import record_function
+
 from megatron_mtp.config.blend import set_label
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.errors import LostDataError, StoppedEvaluationError
@@ -90,7 +92,8 @@ class Trainer:
         batches = self._batches()
         while decision.leave is None and (end is None or state.consumed_samples < end):
             self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
-            batch = next(batches)
+            with record_function("data"):
+                batch = next(batches)
             if self._step(batch) == "roll back":
                 batches.close()
                 self._roll_back(batch)

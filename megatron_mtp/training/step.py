@@ -12,6 +12,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.profiler import record_function
 
 from megatron_mtp.config.sections import TrainConfig
 from megatron_mtp.data.batch import GlobalBatch
@@ -81,7 +82,8 @@ class Engine:
             loss_factor: lambda at this step.
             watch: judges the step; None: a step that is not finite is not applied, and nothing is a spike.
         """
-        metrics = self.forward_backward(batch, loss_factor)
+        with record_function("forward and backward"):
+            metrics = self.forward_backward(batch, loss_factor)
         found = {field.name: getattr(metrics, field.name) for field in fields(metrics)}
         watch = watch or FaultWatch(TrainConfig(), TrainState())
         losses = metrics.valid_losses()
@@ -94,7 +96,8 @@ class Engine:
             fault = watch.of_gradient(norm) or fault
             return watch.lets_pass(fault)
 
-        updated, norm, num_zeros = guarded_step(self.optimizer, permits)
+        with record_function("update"):
+            updated, norm, num_zeros = guarded_step(self.optimizer, permits)
         if updated and fault is None:
             watch.remember(losses, norm)
         return StepResult(**found, updated=updated, grad_norm=norm, num_zeros=num_zeros, fault=fault)

@@ -17,11 +17,11 @@ class ProfilingConfig(Section):
     RESUME: ClassVar[Resume] = "free"
 
     use_pytorch_profiler: bool = False
-    """Write a trace for TensorBoard or Perfetto."""
+    """Write a trace with ranges by stage, depth and phase, for TensorBoard or Perfetto."""
     profile_step_start: int = knob(10, ge=0, le=MAX_STEPS)
-    """First step of the trace."""
+    """Steps of the run that are done before the trace."""
     profile_step_end: int = knob(12, ge=1, le=MAX_STEPS)
-    """First step after the trace."""
+    """Steps of the run that are done when the trace ends."""
     profile_ranks: list[int] = knob([0], ge=0, le=10_000_000)
     """Ranks that write a trace."""
     profile_dir: str | None = knob(None, is_path=True, is_written=True)
