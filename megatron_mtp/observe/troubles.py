@@ -1,0 +1,281 @@
+"""What a run can print as a sign, a fault or a warning, and with which code it ends: cause and remedy of each.
+
+`docs/troubleshooting.md` is made from these tables. Tests compare them with the code that prints the messages, so a new
+sign, exit code or warning needs its row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """One message.
+
+    Args:
+        shown: a part of the message, as it is printed; ... stands for what differs.
+        source: file under megatron_mtp/ that prints it.
+        cause: why it comes.
+        remedy: what to do.
+    """
+
+    shown: str
+    source: str
+    cause: str
+    remedy: str
+
+
+SIGNS = {
+    "not finite": Trouble(
+        "mtp_k loss is ... If it stays so, go back to the last good checkpoint",
+        "observe/health.py",
+        "A loss is NaN or infinite: the learning rate is too high, fp16 has overflowed, or the weights have diverged. "
+        "If only an `mtp_k loss` is NaN, look at `mtp_k/num_targets`: a batch without a valid target at that depth "
+        "has no loss.",
+        "By default the step is skipped (`train.on_nan`). If it comes again: a lower `optimizer.lr` or a longer "
+        "warmup, `optimizer.clip_grad` = 1.0 or less, bf16 in place of fp16, `model.mtp_loss_scaling_factor` = 0.05. "
+        "The fault line names the rank and its samples: look at them with `megatron-mtp data show PREFIX`.",
+    ),
+    "mtp rises": Trouble(
+        "mtp_k loss rose from ... to ... while lm loss fell from ... to ...: that depth diverges",
+        "observe/health.py",
+        "The MTP layers are unstable while the trunk still learns.",
+        "Lower `model.mtp_loss_scaling_factor` to 0.05 to 0.1, then `optimizer.lr`; keep `optimizer.clip_grad` at 1.0 "
+        "or less; use bf16 in place of fp16. If the loss does not come back, resume from a checkpoint before the rise.",
+    ),
+    "gap widens": Trouble(
+        "the gap of mtp_k loss to lm loss widened from ... to ... nat: that depth does not keep up with the trunk",
+        "observe/health.py",
+        "The MTP layers learn too slowly: their weight in the total is too small, or their loss is unstable. A gap "
+        "that widens early in training is normal as long as both losses fall; the sign leaves that out.",
+        "Raise `model.mtp_loss_scaling_factor` to 0.15 to 0.3. If the loss of the depth jumps, lower `optimizer.lr` "
+        "first. With several depths, look at `model.mtp_depth_weights`.",
+    ),
+    "worse than chance": Trouble(
+        "lm loss stays at ..., above ln ... = ..., the loss of predicting every token alike: the model learns nothing",
+        "observe/health.py",
+        "After the warmup the main loss is higher than that of a model that knows nothing: the learning rate is far "
+        "too high, or labels and inputs do not belong together.",
+        "Start again with a lower `optimizer.lr`, a longer warmup or `optimizer.clip_grad` = 1.0. Look at the data "
+        "with `megatron-mtp data show PREFIX`: the tokenizer must be the one that the data was prepared with.",
+    ),
+    "one token": Trouble(
+        "the MTP predictions agree with the main one at ... of the slots, and that one is right at ...: the model "
+        "predicts one token nearly everywhere",
+        "observe/health.py",
+        "The model has collapsed to the most frequent token, or has not learned more yet. Acceptance means nothing "
+        "then.",
+        "As for a loss above chance. Judge drafting by `mtp_k/top1_target` until the main prediction is right more "
+        "often.",
+    ),
+}
+"""Name of a health sign -> what it says. Each is printed once, as `iteration N: ...`."""
+
+FAULTS = (
+    Trouble(
+        "train.on_nan = skip: the update is skipped",
+        "training/guards/faults.py",
+        "A loss or the gradient of the step is not finite. The line names depth, rank, samples, and the parameters if "
+        "only the gradient is bad.",
+        "Single ones are harmless. The run ends with code 4 after `train.skip_limit` in a row; see the sign of a loss "
+        "that is not finite.",
+    ),
+    Trouble(
+        "train.on_nan = rollback: rollback",
+        "training/guards/faults.py",
+        "The same, and the run goes back to its newest checkpoint and passes over the batch.",
+        "Nothing, if it does not come again. The run ends with code 4 after `train.rollback_limit` rollbacks.",
+    ),
+    Trouble(
+        "sigmas above",
+        "training/guards/faults.py",
+        "A loss or the gradient norm is far above its mean of the last steps: a spike. With `train.on_spike = report` "
+        "the update is applied.",
+        "Look at the samples. If spikes come often: `train.on_spike = skip`, a lower `optimizer.lr`, or "
+        "`optimizer.clip_grad` = 1.0 or less. `train.spike_sigmas` sets what counts as one.",
+    ),
+    Trouble(
+        "steps were reported like that of iteration",
+        "training/guards/repeats.py",
+        "Spikes came at nearly every step and are over; this line counts them.",
+        "As for spikes.",
+    ),
+    Trouble(
+        "the run continues from iteration",
+        "observe/recorder.py",
+        "A rollback was done. Records of later iterations are void.",
+        "Nothing.",
+    ),
+)
+"""Lines of kind `fault` and `rollback` in metrics.jsonl."""
+
+WARNINGS = (
+    Trouble(
+        "is slow: ... ms until its gradients are computed",
+        "training/callbacks/stragglers.py",
+        "A rank takes `dist.straggler_factor` times as long as the median; all others wait for it.",
+        "Look at that machine: another process, a GPU that is hot or throttled, a slow disk. `megatron-mtp doctor "
+        "--node` measures it. If it stays, take the machine out of the job.",
+    ),
+    Trouble(
+        "by estimate no split fits the memory of",
+        "training/pretrain.py",
+        "The planner found no split of the layers that fits the device; the fastest one is used.",
+        "See *Out of memory* below; `megatron-mtp plan` shows each stage. Set `dist.hardware` if the device is another "
+        "one.",
+    ),
+    Trouble(
+        "failed and is dropped; training continues without it",
+        "observe/recorder.py",
+        "A record cannot be written: TensorBoard, W&B or metrics.jsonl; the disk is full or a server is away.",
+        "Make room or repair the connection; the record is back after the next start.",
+    ),
+    Trouble(
+        "the checkpoint has state of callbacks that are not in this run",
+        "training/callbacks/base.py",
+        "The run was started without a callback that it had before.",
+        "Name the callback again with `--callback`, if it is to go on.",
+    ),
+    Trouble(
+        "the watchdog has no store",
+        "training/guards/watchdog.py",
+        "The job's key-value store could not be made, so that a report of a hang has this rank's stack only.",
+        "Nothing; the watchdog works.",
+    ),
+    Trouble(
+        "is in use by ... Waiting, ... of at most ... s",
+        "data/lock.py",
+        "Another process trains or prepares data in the directory.",
+        "Wait, or stop that process. If it is gone, this start takes over by itself.",
+    ),
+    Trouble(
+        "taken over from ..., which is gone",
+        "data/lock.py",
+        "The process that had the directory has died.",
+        "Nothing.",
+    ),
+    Trouble(
+        "it is read again in",
+        "data/data_file.py",
+        "A data file could not be read; the disk or the network may come back.",
+        "Look at the disk if it comes again; after several attempts the run saves and ends with code 2.",
+    ),
+    Trouble(
+        "the index stays in memory; set dataset.path_to_cache",
+        "data/corpus.py",
+        "The folder of the data cannot be written, so the order of its documents is not kept on disk.",
+        "Set `dataset.path_to_cache` to a folder that every node can write.",
+    ),
+    Trouble(
+        "is damaged and skipped",
+        "checkpoint/resuming.py",
+        "A file of the checkpoint is missing or has another checksum; an older checkpoint is used.",
+        "Find out what damages files: a full disk, a broken one. `megatron-mtp checkpoint verify RUN` reads them all.",
+    ),
+    Trouble(
+        "the curve changes from iteration ... on",
+        "checkpoint/resuming.py",
+        "A config field that affects the loss differs from the checkpoint's.",
+        "Set it back if it was not intended.",
+    ),
+    Trouble(
+        "an old checkpoint cannot be removed",
+        "checkpoint/checkpointer.py",
+        "Rights or a server's fault; the run goes on.",
+        "Remove it with `megatron-mtp checkpoint rm RUN@N`, or the disk fills.",
+    ),
+    Trouble(
+        "the damaged checkpoint of this name is replaced",
+        "checkpoint/directory.py",
+        "A checkpoint that was skipped as damaged is written anew.",
+        "Nothing.",
+    ),
+    Trouble(
+        "unexpected error",
+        "checkpoint/agreement.py",
+        "Rank 0 met an error that was not foreseen while it read or wrote a checkpoint; the traceback is below the "
+        "line.",
+        "Report it with the traceback.",
+    ),
+)
+"""Lines of the log that name something to look at; the run goes on."""
+
+ERRORS = (
+    Trouble(
+        "ran out of memory",
+        "training/guards/out_of_memory.py",
+        "The plan of the fullest stage does not fit the device, or something else uses its memory.",
+        "The message lists what each change would save. See *Out of memory* below.",
+    ),
+    Trouble(
+        "the run stops before the update",
+        "training/guards/faults.py",
+        "Bad numbers with `train.on_nan` or `train.on_spike` = stop.",
+        "See the sign of a loss that is not finite. The last checkpoint is from before.",
+    ),
+    Trouble(
+        "updates in a row were skipped (train.skip_limit)",
+        "training/guards/faults.py",
+        "The numbers stay bad: the weights have diverged, or the data is broken.",
+        "Go back to a checkpoint before that (`checkpoint.load=RUN@N` into another `checkpoint.save`) with a lower "
+        "`optimizer.lr`. A restart alone ends here again.",
+    ),
+    Trouble(
+        "rollbacks were done (train.rollback_limit)",
+        "training/guards/faults.py",
+        "The run came to bad numbers again and again.",
+        "The same.",
+    ),
+    Trouble(
+        "no progress for ... s (dist.watchdog_s): the job hangs and is ended",
+        "training/guards/watchdog.py",
+        "A rank is dead, frozen, or waits for another one; the report has all stacks and names those that are behind.",
+        "Look at the machines that are named. If a step or a save takes longer than that, raise `dist.watchdog_s`.",
+    ),
+    Trouble(
+        "replicas of the weights differ",
+        "training/callbacks/replicas.py",
+        "Memory or a link is failing, or an update was lost.",
+        "Start again: a resume makes the replicas equal. If it comes twice, take that machine out of the job.",
+    ),
+    Trouble(
+        "and that was not saved; the errors above say why",
+        "training/saving.py",
+        "The last checkpoint of the run could not be written: the disk is full or gone.",
+        "Make room, then start the run again; it repeats the iterations that are named.",
+    ),
+    Trouble(
+        "cannot be read any more",
+        "data/data_file.py",
+        "A data file has vanished, was cut, or its disk is away.",
+        "Repair the file or the disk and start again: the run saved before it ended.",
+    ),
+    Trouble(
+        "is in use by ... Wait until that process has ended",
+        "data/lock.py",
+        "Two runs in one directory.",
+        "Stop one, or give it another `checkpoint.save`.",
+    ),
+    Trouble(
+        "do not see what rank 0 on ... writes there",
+        "training/guards/node_check.py",
+        "`checkpoint.save` is not on a file system that all machines share.",
+        "Choose a shared folder.",
+    ),
+)
+"""Messages that end a run."""
+
+EXIT_CODES = {
+    0: ("the run is complete, or stopped where it was told to", "Nothing."),
+    1: ("a crash, or replicas of the weights differ", "Read the traceback; a restart resumes."),
+    2: ("a mistake that only you can mend: config, data, checkpoint directory", "Change what the message names."),
+    3: ("preempted: SIGTERM came and a checkpoint was saved", "Start it again; launchers do so by themselves."),
+    4: ("bad numbers, and the policy is to stop", "Lower the learning rate or look at the data before a restart."),
+    5: ("the watchdog ended a hung job", "Look at the ranks and machines that its report names."),
+    6: ("the last checkpoint could not be saved", "Make room on the disk, then start again."),
+    7: ("a node is not fit: GPUs are missing or in use, or a disk is full", "Leave that node out, or free it."),
+    137: ("a rank was killed by SIGKILL, often because the machine ran out of memory", "See *Out of memory* below."),
+    143: ("SIGTERM came before there was anything to save", "Start it again."),
+}
+"""Code of the process -> (meaning, what to do)."""
