@@ -136,8 +136,9 @@ def sections(runs: Sequence[ReportRun], now: float) -> list[Section]:
             "process, with libraries and Python's objects, which the plan does not count."
         )
         found.append(Section("memory", "Memory", text, [memory]))
-    if times.rows:
-        found.append(Section("schedule", "Step time and schedule", tables=[times], pictures=schedules(runs)))
+    pictures = schedules(runs)
+    if times.rows or pictures:
+        found.append(Section("schedule", "Step time and schedule", tables=_filled(times), pictures=pictures))
     found.append(_config_section(runs))
     return found
 

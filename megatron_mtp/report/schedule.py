@@ -1,16 +1,18 @@
-"""The pipeline schedule of one step, as it was planned."""
+"""The pipeline schedule of one step, as it was planned and as a trace has measured it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from megatron_mtp.parallel.planner.part_costs import PartTime
 from megatron_mtp.parallel.planner.schedule import ScheduleKind
 from megatron_mtp.parallel.planner.simulate import Event, Work, simulate
 from megatron_mtp.report.charts import ReportRun
+from megatron_mtp.report.traces import measured_step
 
 WIDTH, LEFT, ROW, GAP = 1000, 70, 24, 5
 MOST_ROUNDS = 2
@@ -26,13 +28,18 @@ class Picture:
 
 
 def schedules(runs: Sequence[ReportRun]) -> list[Picture]:
-    """The planned schedule of each run that has several stages."""
+    """The planned schedule of each run that has several stages, and the measured one of each run with traces."""
     found = []
     for run in runs:
         plan = run.log.start.get("extra", {}).get("plan", {})
         if schedule := plan.get("schedule"):
             caption = f"{run.name}: schedule planned for {plan['machine']}"
             found.append(_planned(schedule, caption))
+        folder = run.log.start.get("config", {}).get("profiling", {}).get("profile_dir")
+        if folder and (events := measured_step(Path(folder))):
+            caption = f"{run.name}: schedule measured in the last step of the traces in {folder}"
+            stages = 1 + max(event.pp_rank for event in events)
+            found.append(Picture(caption, draw(events, max(event.end_ms for event in events), stages, caption)))
     return found
 
 

@@ -21,6 +21,7 @@ from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.report.charts import charts
 from megatron_mtp.report.curves import BUCKETS, Curve, reduced
 from megatron_mtp.report.page import names, open_runs, page, write_report
+from megatron_mtp.report.traces import measured_step
 from tests.report.logs import LOGS, LogWriter, long_log
 
 pytestmark = pytest.mark.unit
@@ -195,6 +196,29 @@ def test_planned_beside_measured(tmp_path: Path):
     assert "drawn with 4 of 8 micro-batches" in found.text
     assert [mark["text"] for mark in found.data["runs"][0]["marks"]] == ["warmup ends"]
     assert len(found.tables["Phases of the schedule"]) == 3
+
+
+def test_the_schedule_of_traces_is_drawn(tmp_path: Path):
+    def trace(rank: int, base_ms: float, *calls: tuple[str, float, float]) -> None:
+        events = [{"cat": "user_annotation", "name": name, "ts": ts, "dur": dur} for name, ts, dur in calls]
+        content = {"baseTimeNanoseconds": base_ms * 1e6, "traceEvents": [{"ph": "M"}, *events]}
+        (tmp_path / "traces" / f"rank{rank}.1.pt.trace.json").write_text(json.dumps(content))
+
+    (tmp_path / "traces").mkdir()
+    first = "stage 0 chunk 0 forward, micro-batch 0"
+    trace(0, 5.0, (first, 0, 1000), (first, 9000, 1000), ("stage 0 chunk 0 backward, micro-batch 0", 12000, 3000))
+    trace(1, 4.0, ("stage 1 chunk 0 forward, micro-batch 0", 11000, 1500), ("depth 1 forward", 11000, 5))
+    (tmp_path / "traces" / "rank2.1.pt.trace.json").write_text('{"cut off')
+    events = sorted(measured_step(tmp_path / "traces"), key=lambda event: event.start_ms)
+    assert [(e.pp_rank, e.is_forward, round(e.start_ms, 3), round(e.end_ms, 3)) for e in events] == [
+        (0, True, 0, 1),
+        (1, True, 1, 2.5),
+        (0, False, 3, 6),
+    ]
+    config = {"profiling": {"profile_dir": str(tmp_path / "traces")}}
+    found = report(LogWriter(tmp_path / "run").start(config=config).steps(1, 3).path)
+    assert "schedule measured in the last step" in found.text
+    assert found.text.count('class="schedule"') == 1
 
 
 def test_text_of_a_run_cannot_break_the_page(tmp_path: Path):
