@@ -38,7 +38,7 @@ def draw_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
                 style = "-" if mark.kind in ("fault", "sign") else "--"
                 axes.axvline(mark.iteration, color=MARK_COLORS[mark.kind], linestyle=style, linewidth=0.8, alpha=0.7)
         axes.set(xlabel="step", ylabel=chart.plot.unit, title=chart.plot.title)
-        axes.legend(fontsize="small", loc="best" if len(chart.series) < 5 else "upper right")
+        axes.legend(fontsize="small", loc="best")
         axes.grid(alpha=0.3)
         path = folder / f"{chart.plot.key}.png"
         figure.savefig(path, dpi=120)

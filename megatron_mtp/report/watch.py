@@ -11,7 +11,7 @@ from megatron_mtp.observe.run_log import RunLog
 from megatron_mtp.report.charts import validation_sets
 from megatron_mtp.report.curves import Curve, curve, depths
 from megatron_mtp.report.marks import KINDS, interruption_text, without_iteration
-from megatron_mtp.report.tables import end_of, status
+from megatron_mtp.report.state import end_of, status
 
 WIDTH = 80
 LINE = 24
@@ -57,7 +57,7 @@ def _rates(log: RunLog, last: dict[str, float], done: int, total: int | None) ->
     parts = []
     if step_ms is not None:
         parts.append(f"{step_ms:,.0f} ms a step")
-        if total is not None and total > done:
+        if total is not None and end_of(log) is None:
             parts.append(f"{_time((total - done) * step_ms / 1e3)} left")
     for name, unit, form in (
         ("perf/tokens_per_s_per_device", "tokens/s per device", ",.0f"),

@@ -8,8 +8,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-from megatron_mtp.observe.jsonl import JsonlSink, _strict
-
 TOKENS = 64 * 128
 
 
@@ -36,6 +34,13 @@ def step(iteration: int, depths: int = 2, noise: float = 0.02, **changes: Any) -
     return metrics | changes
 
 
+def as_written(value: Any) -> Any:
+    """JSON has no NaN: a log holds it as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+    return value
+
+
 class LogWriter:
     """Writes the log of one run.
 
@@ -53,7 +58,8 @@ class LogWriter:
     def line(self, kind: str, iteration: int, **fields: Any) -> LogWriter:
         """One line."""
         self._time_s += 1
-        text = json.dumps(_strict({"kind": kind, "iteration": iteration, "time": self._time_s} | fields))
+        content = {"kind": kind, "iteration": iteration, "time": self._time_s} | fields
+        text = json.dumps({name: as_written(value) for name, value in content.items()}, allow_nan=False)
         with self.path.open("a") as file:
             file.write(text + "\n")
         return self
@@ -172,6 +178,3 @@ def long_log(path: Path, steps: int, seed: int) -> None:
             line = {"kind": "step", "iteration": iteration, "time": 1.7e9 + iteration / 2}
             line |= step(iteration, 3, 0.0, **{f"filling/{k}": draw.random() for k in range(14)})
             file.write(json.dumps(line) + "\n")
-
-
-__all__ = ["LOGS", "JsonlSink", "LogWriter", "long_log", "step"]

@@ -42,7 +42,8 @@ def test_a_screen_says_what_the_log_says(tmp_path: Path):
     ]
     assert "31 fault: lm loss is nan" in text
     assert "back to iteration 20, 10 steps again" in text
-    assert "0:00:07 left" in text  # 40 steps of 199 ms
+    assert "0:00:" not in text  # nothing is left of a run that has ended
+    assert "0:00:11 left" in "\n".join(screen(open_log(LOGS["going_on"](tmp_path).path), time.time()))  # 60 x 199 ms
 
 
 def test_a_small_curve_shows_its_shape_and_what_is_not_finite():
