@@ -96,14 +96,17 @@ class Axes:
     @classmethod
     def of(cls, log: RunLog) -> Axes:
         """Of all records of steps."""
-        iteration, time_ms = log.column("perf/iteration_time_ms")
+        iteration, _ = log.column("iteration")
         places = {"iteration": iteration}
         tokens_at, tokens = log.column("consumed-tokens")
         if len(tokens):
             places["tokens"] = np.interp(iteration, tokens_at, tokens)
-        if len(iteration):
+        time_at, time_ms = log.column("perf/iteration_time_ms")
+        if len(time_ms):
+            of_record = np.zeros_like(iteration)
+            of_record[np.searchsorted(iteration, time_at)] = np.where(np.isfinite(time_ms), time_ms, 0.0)
             steps = np.diff(iteration, prepend=min(log.first.get("iteration", 0), iteration[0]))
-            places["hours"] = np.cumsum(steps * np.where(np.isfinite(time_ms), time_ms, 0.0)) / 3.6e6
+            places["hours"] = np.cumsum(steps * of_record) / 3.6e6
         if "tokens" in places and (flop := flop_per_token(log)):
             places["flop"] = places["tokens"] * flop
         return cls(iteration, places)

@@ -221,6 +221,18 @@ def test_the_schedule_of_traces_is_drawn(tmp_path: Path):
     assert found.text.count('class="schedule"') == 1
 
 
+def test_a_log_of_few_metrics_and_one_of_nothing_are_shown(tmp_path: Path):
+    log = LogWriter(tmp_path / "few")
+    for iteration in (1, 2, 3):
+        log.line("step", iteration, **{"lm loss": 4.0 - iteration})
+    found = report(log.path)
+    assert [chart["key"] for chart in found.data["charts"]] == ["losses"]
+    assert found.data["places"][found.data["charts"][0]["series"][0]["x"]] == {"iteration": [1, 2, 3]}
+    assert [axis["key"] for axis in found.data["axes"]] == ["iteration"]
+    nothing = report(LogWriter(tmp_path / "nothing").path)
+    assert not nothing.data["charts"]
+
+
 def test_text_of_a_run_cannot_break_the_page(tmp_path: Path):
     nasty = "</script><script>alert(1)</script> <b>&"
     log = LogWriter(tmp_path / "run").start(recipe=nasty).steps(1, 3).line("warning", 2, text=nasty)
