@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
-from megatron_mtp.mcore import collectives, recompute
+from megatron_mtp.mcore import collectives, main_grad, recompute
 from megatron_mtp.mcore.patches import replaced
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
@@ -47,6 +47,7 @@ def init_model_parallel(
 
     recompute.install()
     collectives.install()
+    main_grad.install()
     with _gloo_groups_made_once():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
@@ -71,6 +72,7 @@ def destroy_model_parallel() -> None:
     """
     recompute.uninstall()
     collectives.uninstall()
+    main_grad.uninstall()
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()

@@ -21,6 +21,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_mtp.errors import ConfigError
+from megatron_mtp.mcore.main_grad import embedding_class
 from megatron_mtp.mcore.mtp import mtp_block_class
 from megatron_mtp.mcore.router import share_z_loss
 
@@ -168,7 +169,7 @@ class MTPModel(GPTModel):
         variant: Variant = VARIANTS["sequential"],
         **kwargs: Any,
     ):
-        with mtp_block_class(variant.block):
+        with mtp_block_class(variant.block), embedding_class():
             super().__init__(*args, **kwargs)
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights and not self.pre_process:
             # The head uses this stage's copy of the embedding; Megatron-Core leaves an unused [v, h] parameter here.

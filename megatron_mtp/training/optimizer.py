@@ -20,6 +20,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.schedules import LearningRate, WeightDecay
 from megatron_mtp.errors import UnsupportedError
 from megatron_mtp.mcore import optimizer as mcore_optimizer
+from megatron_mtp.mcore.main_grad import add_in_place
 from megatron_mtp.model.dtypes import TORCH_DTYPES
 from megatron_mtp.training.guards.attribution import GradientWatch
 
@@ -41,10 +42,12 @@ def wrap_model(
         bucket_size=cfg.ddp.bucket_size,
         check_for_nan_in_grad=cfg.ddp.check_for_nan_in_grad,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, pg_collection=groups)
         for index, chunk in enumerate(chunks)
     ]
+    add_in_place(wrapped)
+    return wrapped
 
 
 def build_optimizer(

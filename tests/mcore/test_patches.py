@@ -120,7 +120,7 @@ for row in replacements(torch.device("cpu")):
     owners[f"{row.owner}.{row.name}"] = (row.owner, row.name)
 
 def state():
-    found = {key: id(getattr(*owner)) for key, owner in owners.items()}
+    found = {key: id(getattr(*owner, None)) for key, owner in owners.items()}  # None: made while it is in force
     ours = {message for message, _, _ in _WARNINGS} | {"megatron.core"}
     texts = [{getattr(part, "pattern", part) for part in entry if part} for entry in warnings.filters]
     found["warnings"] = sum(bool(ours & entry) for entry in texts)

@@ -54,7 +54,7 @@ class Injection(Callback):
 
     @staticmethod
     def _name(engine: Any) -> str:
-        return next(name for name, _ in engine.chunks[0].named_parameters() if name.endswith("linear_proj.weight"))
+        return next(name for name, _ in engine.chunks[0].named_parameters() if name.endswith("input_layernorm.weight"))
 
     @property
     def is_bad(self) -> bool:
@@ -108,7 +108,7 @@ def test_a_gradient_that_is_not_finite_is_found_though_all_losses_are(tmp_path: 
     assert (state.nan_iterations, state.skipped_iterations) == (1, 1)
     (text,) = faults(tmp_path)
     assert text.startswith("iteration 4: grad norm is nan (all losses are finite; the gradient of ")
-    assert "linear_proj.weight" in text
+    assert "input_layernorm.weight" in text
     assert "on rank 0" in text
     assert all(math.isfinite(step[name]) for step in read_metrics(tmp_path / "metrics.jsonl") for name in NAMES)
 
