@@ -38,6 +38,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.lock import Lock
 from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.mcore.kept_buffers import KeptBuffers
 from megatron_mtp.mcore.optimizer import gather_weights
 from megatron_mtp.observe.env import package_versions
 
@@ -84,6 +85,7 @@ class Checkpointer:
         self.last_save_s = 0.0
         """Seconds from the start of the last save until the checkpoint was complete."""
         self._pending: _Pending | None = None
+        self._buffers = KeptBuffers() if cfg.checkpoint.async_save else None
         is_writer = self.directory is not None and self.rank == 0
         self._tokenizer = tokenizer_fingerprint(cfg) if is_writer else None
         self._data = list(data_fingerprints(cfg).values()) if is_writer else []
@@ -221,6 +223,9 @@ class Checkpointer:
         run_on_rank_0(lambda: self._begin(train_state.iteration))
         partial = self._run_directory.partial_path(train_state.iteration)
         content = Content(chunks, optimizer if self.cfg.checkpoint.save_optim else None, self.groups.dp_cp)
+        if self._buffers is not None:
+            self._buffers.start()  # the save before is complete
+            content.save_in(self._buffers)
         file = plan_save(content.for_saving())
         # `for_saving` initialized the optimizer state; before that there is no step count.
         scalars = first_value_of_any_rank(optimizer_scalars(content))
@@ -231,8 +236,8 @@ class Checkpointer:
             started_s,
         )
         self.last_saved = train_state.iteration
-        if self.cfg.checkpoint.async_save:
-            snapshot(pending.file, content.live_storages())
+        if self._buffers is not None:
+            snapshot(pending.file, content.live_storages(), self._buffers)
             pending.writing = BackgroundWrite(pending.file, partial, self.rank)
             self._pending = pending
         else:

@@ -28,7 +28,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_mtp.checkpoint.random_state import RNG_KEY, random_state
 from megatron_mtp.errors import UnsupportedError
-from megatron_mtp.mcore.optimizer import initialize_optimizer_state, single_optimizers
+from megatron_mtp.mcore.kept_buffers import KeptBuffers
+from megatron_mtp.mcore.optimizer import (
+    ReshardableDistributedOptimizer,
+    initialize_optimizer_state,
+    single_optimizers,
+)
 from megatron_mtp.model.sharded import unwrap
 
 COMMON_KEY = "common_state"  # Megatron-Core's own object; holds nothing of ours
@@ -83,6 +88,12 @@ class Content:
     def singles(self) -> list[MegatronOptimizer]:
         """The optimizers that hold parameters on this rank."""
         return [] if self.optimizer is None else single_optimizers(self.optimizer)
+
+    def save_in(self, buffers: KeptBuffers) -> None:
+        """From now on `for_saving` joins shards of optimizer states in these buffers."""
+        for single in self.singles():
+            if isinstance(single, ReshardableDistributedOptimizer):
+                single.saved_in = buffers
 
     def live_storages(self) -> set[int]:
         """Addresses of the memory that training continues to write to."""

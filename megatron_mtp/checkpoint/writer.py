@@ -46,6 +46,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore.checkpoint import to_torch_items
+from megatron_mtp.mcore.kept_buffers import KeptBuffers
 
 Payload = torch.Tensor | io.BytesIO
 
@@ -98,19 +99,23 @@ def plan_save(state: ShardedStateDict) -> RankFile:
     return RankFile([(item, planner.resolve_data(item)) for item in plan.items], metadata)
 
 
-def snapshot(file: RankFile, live_storages: set[int]) -> None:
-    """Copies every payload whose memory training continues to write to, so that the file can be written later."""
+def snapshot(file: RankFile, live_storages: set[int], buffers: KeptBuffers) -> None:
+    """Copies every payload whose memory training continues to write to, so that the file can be written later.
+
+    Args:
+        buffers: hold the copies. The file must be written before their next `start`.
+    """
     file.items = [
-        (item, _copied(payload, live_storages) if isinstance(payload, torch.Tensor) else payload)
+        (item, _copied(payload, live_storages, buffers) if isinstance(payload, torch.Tensor) else payload)
         for item, payload in file.items
     ]
 
 
-def _copied(tensor: torch.Tensor, live_storages: set[int]) -> torch.Tensor:
+def _copied(tensor: torch.Tensor, live_storages: set[int], buffers: KeptBuffers) -> torch.Tensor:
     tensor = tensor.detach()
-    if tensor.device.type != "cpu":
-        return tensor.to("cpu")
-    return tensor.clone() if tensor.untyped_storage().data_ptr() in live_storages else tensor
+    if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in live_storages:
+        return tensor
+    return buffers.take(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def write(file: RankFile, directory: Path, rank: int) -> Written:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as upstream
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, clip_grads
@@ -13,39 +14,81 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import local_multi_tensor_scale
+from torch import Tensor
 
+from megatron_mtp.mcore.kept_buffers import KeptBuffers
 from megatron_mtp.mcore.patches import replaced
 
 
 class ReshardableDistributedOptimizer(DistributedOptimizer):
-    """The distributed optimizer with a state that is cut into parameters at the right offsets."""
+    """The distributed optimizer with a state that is cut into parameters at the right offsets.
 
-    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        """As upstream, and keeps the padding after each bucket.
+    Attributes:
+        saved_in: where the joined state is made; None: in new memory.
+    """
 
-        Upstream 0.19.2 joins the buckets without it. The fully reshardable format then cuts out parameters at offsets
-        that count it, so that after a padded bucket every weight and moment is read from the wrong place. A shared
-        embedding has a bucket of its own: any run whose MTP layers are on another stage than the embedding can be hit.
+    saved_in: KeptBuffers | None = None
+
+    def get_parameter_state_dp_zero(
+        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[Any, Any] | None:
+        """As upstream, with the padding after each bucket, and joined in place.
+
+        Upstream 0.19.2 joins the buckets without their padding. The fully reshardable format then cuts out parameters
+        at offsets that count it, so that after a padded bucket every weight and moment is read from the wrong place. A
+        shared embedding has a bucket of its own: any run whose MTP layers are on another stage than the embedding can
+        be hit. Upstream also copies the state five times, each time into new memory.
         """
-        state = super().get_parameter_state_dp_zero(*args, **kwargs)
-        if state is None:
-            return None
-        for index, buffer in enumerate(self.buffers):
-            for tensors in state[index].values():
-                for name, value in tensors.items():
-                    if isinstance(value, torch.Tensor):
-                        tensors[name] = _with_padding(value, buffer.buckets)
-        return state
+        group = self.data_parallel_group_gloo if use_gloo_comm else self.data_parallel_group
+        is_wanted = return_on_all_ranks or group.rank() == 0
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        for index, (buffer, [(dtype, buckets)]) in enumerate(
+            zip(self.buffers, (ranges.items() for ranges in self.gbuf_ranges), strict=True)
+        ):
+            size = sum(bucket.grad_data.numel() for bucket in buffer.buckets)
+            joined = {name: self._place(size) for name in ("param", *self.optimizer_state_keys)} if is_wanted else {}
+            end = 0
+            for bucket, ranges in zip(buffer.buckets, [] if empty_data else buckets, strict=not empty_data):
+                start, end = end, end + bucket.grad_data.numel()
+                parts = {name: whole[start:end].chunk(group.size()) for name, whole in joined.items()}
+                self._gather_bucket(ranges["param_map"], parts, end - start, group, to_all=return_on_all_ranks)
+            state[index] = {dtype: {**joined, "numel_unpadded": buffer.numel_unpadded} if is_wanted else {}}
+        return state if is_wanted else None
 
+    def _place(self, size: int) -> Tensor:
+        if self.saved_in is None:
+            return torch.zeros(size)
+        return self.saved_in.take((size,), torch.float32).zero_()
 
-def _with_padding(joined: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
-    parts = joined.split([bucket.numel_unpadded for bucket in buckets])
-    return torch.cat(
-        [
-            torch.nn.functional.pad(part, (0, bucket.grad_data.numel() - part.numel()))
-            for part, bucket in zip(parts, buckets, strict=True)
-        ]
-    )
+    def _gather_bucket(
+        self,
+        param_map: dict[torch.nn.Parameter, dict[str, Any]],
+        parts: dict[str, tuple[Tensor, ...]],
+        size: int,
+        group: dist.ProcessGroup,
+        *,
+        to_all: bool,
+    ) -> None:
+        """Fills `parts`: name -> each rank's shard of a bucket, [size / ranks] fp32 on the CPU. Empty: not wanted."""
+        tensors = {parameter: self._get_main_param_and_optimizer_states(parameter) for parameter in param_map}
+        on_gpu = dist.get_backend(group) == "nccl"
+        for name in ("param", *self.optimizer_state_keys):
+            wanted = list(parts[name]) if parts else []
+            shard = wanted[0] if wanted and group.size() == 1 else torch.zeros(size // group.size())
+            for parameter, ranges in param_map.items():
+                place = ranges["gbuf_local"]
+                shard[place.start : place.end].copy_(tensors[parameter][name].detach())
+            if group.size() == 1:
+                continue
+            sent = shard.cuda() if on_gpu else shard
+            received = [torch.empty_like(sent) for _ in wanted] if on_gpu else wanted
+            if to_all:
+                dist.all_gather(received, sent, group)
+            else:
+                dist.gather(sent, received or None, dist.get_process_group_ranks(group)[0], group)
+            if on_gpu:
+                for part, found in zip(wanted, received, strict=True):
+                    part.copy_(found)
 
 
 class TorchAdamDistributedOptimizer(ReshardableDistributedOptimizer):
