@@ -57,6 +57,7 @@ def profile(
     if os.environ.get("RANK", "0") == "0":
         found.write(output)
         _print(found)
+        typer.echo(found.notes["noise_in_words"])
         typer.echo(f"wrote {output}", err=True)
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
+from statistics import fmean
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import CheckpointConfig
 from megatron_mtp.device.process_group import cores_per_rank
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 from megatron_mtp.parallel.planner.part_costs import VERSION, Link, PartCosts, PartTime, Profile, measured_fields
 from megatron_mtp.profile.measure import UNMEASURED, PartMeasurement, measure_links
+from megatron_mtp.profile.noise import Load, Noise
 from megatron_mtp.verify.run import PRELOAD
 
 LAYERS_OF_A_KIND = 4
@@ -81,14 +85,19 @@ class CpuProfiler:
     def __init__(self, cfg: ConfigContainer, processes: int):
         self._cfg, self._processes, self._steps = cfg, processes, 0
         trial, block = profile_config(on_cpu(cfg, processes)), block_size(cfg)
+        self._cores = processes * filled(trial.dist.num_threads)
+        self._crowding: list[float] = []
         self._pools = [WorkerPool(block, timeout_s=3600.0, preload=PRELOAD) for _ in range(max(1, processes // block))]
         self._threads = ThreadPoolExecutor(len(self._pools))
         self._on_all(lambda pool: pool.hold(PartMeasurement, trial))
 
     def advance(self, steps: int) -> None:
-        """Times further steps in all processes."""
+        """Times further steps in all processes, and what other programs compute meanwhile."""
         self._steps += steps
-        self._on_all(lambda pool: pool.run_held(PartMeasurement.advance, steps))
+        load, start = Load(), time.perf_counter()
+        own = self._on_all(lambda pool: pool.run_held(PartMeasurement.advance, steps))
+        used = load.crowding(sum(map(sum, own)), time.perf_counter() - start, self._cores)
+        self._crowding += [] if used is None else [used]
 
     def profile(self) -> Profile:
         """Medians so far, and the time of messages between two processes."""
@@ -96,7 +105,11 @@ class CpuProfiler:
         costs = mean_costs([found for ranks in pools for found in ranks])
         with WorkerPool(2, preload=PRELOAD) as pair:
             links = pair.run(measure_links, "cpu")[0]
-        return _profile(self._cfg, costs, links, "cpu", self._processes, self._steps)
+        times = self._on_all(lambda pool: pool.run_held(PartMeasurement.micro_batch_times))
+        noise = Noise.of(
+            _slowest([rank for ranks in times for rank in ranks]), fmean(self._crowding) if self._crowding else None
+        )
+        return _profile(self._cfg, costs, links, "cpu", self._processes, self._steps, noise)
 
     def __enter__(self) -> CpuProfiler:
         return self
@@ -122,7 +135,9 @@ def profile_in_job(cfg: ConfigContainer, steps: int) -> Profile:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, measurement.costs())
         links = measure_links(device.torch_device.type) if len(everyone) > 1 else (UNMEASURED, UNMEASURED)
-        return _profile(cfg, mean_costs(everyone), links, device.name, len(everyone), steps)
+        times: list[Any] = [None] * len(everyone)
+        dist.all_gather_object(times, measurement.micro_batch_times())
+        return _profile(cfg, mean_costs(everyone), links, device.name, len(everyone), steps, Noise.of(_slowest(times)))
     finally:
         measurement.close()
 
@@ -150,8 +165,19 @@ def on_cpu(cfg: ConfigContainer, processes: int) -> ConfigContainer:
     return trial.finalize()
 
 
+def _slowest(ranks: list[list[float]]) -> list[float]:
+    """Time of each micro-batch on the rank where it took longest."""
+    return [max(times) for times in zip(*ranks, strict=True)]
+
+
 def _profile(
-    cfg: ConfigContainer, costs: PartCosts, links: tuple[Link, Link], device: str, processes: int, steps: int
+    cfg: ConfigContainer,
+    costs: PartCosts,
+    links: tuple[Link, Link],
+    device: str,
+    processes: int,
+    steps: int,
+    noise: Noise,
 ) -> Profile:
     return Profile(
         version=VERSION,
@@ -164,6 +190,8 @@ def _profile(
             "processes": processes,
             "steps": steps,
             "micro_batches": steps * MICRO_BATCHES,
+            "noise": noise.as_notes(),
+            "noise_in_words": noise.words(),
             "torch": version("torch"),
             "megatron-core": version("megatron-core"),
         },

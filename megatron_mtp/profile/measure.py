@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -68,11 +69,18 @@ class PartMeasurement:
         self._timer.forward.clear()
         self._timer.backward.clear()
 
-    def advance(self, steps: int) -> None:
-        """Times further steps."""
+    def advance(self, steps: int) -> float:
+        """Times further steps; returns the processor time that they took in this process, in seconds."""
+        start = time.process_time()
         for _ in range(steps):
             self._steps.append(self._step())
             self._time_heads()
+        return time.process_time() - start
+
+    def micro_batch_times(self) -> list[float]:
+        """Milliseconds of both passes of every micro-batch so far."""
+        passes = zip(self._timer.forward, self._timer.backward, strict=True)
+        return [sum(forward.values()) + sum(backward.values()) for forward, backward in passes]
 
     def costs(self) -> PartCosts:
         """Medians over all calls and steps so far; the links are not measured here."""
