@@ -11,7 +11,8 @@ from megatron_mtp.config.yaml_text import dump_yaml
 from megatron_mtp.parallel.facts import short_count, short_layout
 from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.plan.compare import Plans
-from megatron_mtp.plan.training_report import DEPTH_HEADER, depth_rows, training_lines
+from megatron_mtp.plan.training_report import DEPTH_HEADER, depth_rows, training_cells, training_lines
+from megatron_mtp.profile.noise import noise_of_notes
 
 OVERLAY_FIELDS = (
     "tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
@@ -23,7 +24,12 @@ OVERLAY_FIELDS = (
 def as_text(recipe: str, plans: Plans) -> str:
     """Plans as text for a terminal."""
     chosen = plans.chosen
-    source = f"measured on {plans.profile.device}" if plans.profile else f"estimated for {plans.machine.name}"
+    profile = plans.profile
+    source = (
+        f"measured on {profile.device}{noise_of_notes(profile.notes)}"
+        if profile
+        else f"estimated for {plans.machine.name}"
+    )
     sizes = ", ".join(f"{name} {size}" for name, size in _sizes(plans.cfg.model).items())
     lines = [
         f"{recipe}: {plans.world_size} devices, {sizes}, micro-batch {plans.cfg.train.micro_batch_size}, "
@@ -42,7 +48,8 @@ def as_text(recipe: str, plans: Plans) -> str:
         rows = [comparison_row(name, plan, chosen) for name, plan in compared.items()]
         lines += ["", *_table(COMPARE_HEADER, rows)]
     if plans.candidates:
-        lines += ["", *_table(SEARCH_HEADER, search_rows(plans))]
+        header = SEARCH_HEADER if plans.budget is None else BUDGET_HEADER
+        lines += ["", *_table(header, search_rows(plans, header))]
     if plans.training is not None:
         lines += ["", *training_lines(plans), "", *_table(DEPTH_HEADER, depth_rows(plans))]
     return "\n".join(lines)
@@ -58,6 +65,7 @@ STAGE_HEADER = (
 )
 COMPARE_HEADER = "split step_s against bubble tokens/s MFU GiB layout".split()
 SEARCH_HEADER = "# TP PP VP CP EP DP mbs recompute step_s tokens/s MFU bubble GiB layout".split()
+BUDGET_HEADER = [*SEARCH_HEADER[:-1], "days", "cost", "layout"]
 
 
 def stage_rows(plan: Plan) -> list[list[str]]:
@@ -91,14 +99,15 @@ def comparison_row(name: str, plan: Plan, chosen: Plan) -> list[str]:
     return [cells[column] for column in COMPARE_HEADER]
 
 
-def search_rows(plans: Plans) -> list[list[str]]:
-    """One row for each candidate."""
+def search_rows(plans: Plans, header: list[str]) -> list[list[str]]:
+    """One row for each candidate; with a budget also what the training takes."""
     rows = []
     for number, found in enumerate(plans.candidates, start=1):
         cells = {"#": str(number), "DP": str(found.dp), "mbs": str(found.cfg.train.micro_batch_size)}
         cells |= {name: str(size) for name, size in _sizes(found.cfg.model).items()}
         cells |= {"recompute": found.recompute} | _rates(found.plan)
-        rows.append([cells[column] for column in SEARCH_HEADER])
+        cells |= training_cells(plans, found.plan)
+        rows.append([cells[column] for column in header])
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_mtp.config.units import GIB
+from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.plan.compare import Plans
 from megatron_mtp.plan.training import forecast
 
@@ -40,9 +41,16 @@ def _days(days: float) -> str:
     return f"{days:.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
 
 
+def training_cells(plans: Plans, plan: Plan) -> dict[str, str]:
+    """Days and cost of the training with another plan on the same devices; empty without a budget."""
+    if plans.budget is None:
+        return {}
+    training = forecast(plans.budget, plan, plans.planner.shape, plans.machine.node_size)
+    return {"days": f"{training.days:.1f}", "cost": "-" if training.cost is None else f"{training.cost:,.0f}"}
+
+
 def depth_rows(plans: Plans) -> list[list[str]]:
     """One row for each number of MTP depths."""
-    assert plans.budget is not None, "asked for only with a budget"
     shape, rows = plans.planner.shape, []
     configured = next((one.plan for one in plans.depths if one.depths == shape.depths.count), None)
     for one in plans.depths:
@@ -50,15 +58,12 @@ def depth_rows(plans: Plans) -> list[list[str]]:
             rows.append([str(one.depths), "no split is legal and fits", *[""] * (len(DEPTH_HEADER) - 2)])
             continue
         step_ms = one.plan.step.total_ms
-        training = forecast(plans.budget, one.plan, shape, plans.machine.node_size)
         cells = {
             "MTP_depths": str(one.depths),
             "step_s": f"{step_ms / 1e3:.3f}",
             "against": f"{step_ms / configured.step.total_ms - 1:+.1%}" if configured else "",
             "tokens/s": f"{one.plan.tokens_per_s:,.0f}",
             "GiB": f"{one.plan.peak_bytes / GIB:.1f}",
-            "days": f"{training.days:.1f}",
-            "cost": "-" if training.cost is None else f"{training.cost:,.0f}",
-        }
+        } | training_cells(plans, one.plan)
         rows.append([cells[name] for name in DEPTH_HEADER])
     return rows

@@ -76,6 +76,14 @@ def test_the_command_says_it_and_what_each_depth_costs(run):
     assert data["depths"]["1"]["step_ms"] == data["plan"]["step_ms"]
 
 
+def test_a_search_says_what_each_candidate_costs_to_the_last_token(run):
+    arguments = ("tiny_dense", "--search", "--devices", "2", "--top", "2", "--tokens", "1B", "--price", "3")
+    code, out, _ = run(*arguments)
+    assert code == 0
+    header = next(line for line in out.splitlines() if line.startswith("# "))
+    assert header.split()[-3:] == ["days", "cost", "layout"]
+
+
 def test_without_tokens_the_report_is_as_it_was(run):
     assert "goodput" not in run("llama3_8b")[1]
 

@@ -13,8 +13,8 @@ from megatron_mtp.config.machines import Machine
 from megatron_mtp.parallel.flops import forward_flops_attention, forward_flops_logits
 from megatron_mtp.parallel.params import Shards, layer_parameters, padded_vocab_size
 from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
-from megatron_mtp.parallel.planner.links import Links
-from megatron_mtp.parallel.planner.part_costs import ZERO, PartCosts, PartTime
+from megatron_mtp.parallel.planner.part_costs import PartCosts, PartTime
+from megatron_mtp.parallel.planner.rates import Rates
 from megatron_mtp.parallel.shape import RunShape
 
 STEP_MS = 5.0
@@ -32,17 +32,7 @@ def estimate_costs(shape: RunShape, machine: Machine, assume: Assumptions = NOTH
     return _Estimate(shape, machine, assume).costs()
 
 
-class _Estimate:
-    def __init__(self, shape: RunShape, machine: Machine, assume: Assumptions):
-        self.shape, self.machine, self.assume, self.model = shape, machine, assume, shape.cfg.model
-        self.num_bytes, self.tokens, self.shards = shape.item_bytes, shape.tokens, shape.hidden_shards
-        self.tp, self.matrices = self.model.tensor_model_parallel_size, 3 if self.model.gated_linear_unit else 2
-        self.links = Links(shape, machine, assume)
-        self.half_rate = machine.peak_flops_per_ms(shape.cfg.precision.dtype)
-        self.is_fp8 = assume.recipe is not None
-        self.fp8_rate = machine.fp8_flops_per_ms(assume.fp8) * assume.recipe.speed if assume.recipe else self.half_rate
-        self.gathered = self.tokens * self.model.hidden_size * (1 if self.is_fp8 else self.num_bytes)
-
+class _Estimate(Rates):
     def costs(self) -> PartCosts:
         model, links = self.model, self.links
         layers = {kind: self.layer(kind) for kind in dict.fromkeys([*self.shape.layer_kinds, self.shape.mtp_kind])}
@@ -66,35 +56,6 @@ class _Estimate:
             data_link=links.data,
         )
 
-    def linear(self, flops: float, width: float, *, is_grouped: bool = False) -> float:
-        """Milliseconds of matrix products of linear layers, or grouped ones of experts.
-
-        Args:
-            width: the smaller side of the matrix; narrow ones are slower.
-        """
-        machine = self.machine
-        if self.is_fp8:
-            fraction = machine.fp8_expert_fraction if is_grouped else machine.fp8_fraction
-        else:
-            fraction = machine.expert_fraction if is_grouped else machine.matmul_fraction
-        return flops * (1 + machine.narrow_width / width) / (self.fp8_rate * fraction)
-
-    def traffic(self, num_bytes: float) -> float:
-        """Milliseconds of memory traffic."""
-        return num_bytes / (self.machine.memory_gb_per_s * self.machine.memory_fraction * 1e6)
-
-    def quantized(self, inputs: float, outputs: float) -> PartTime:
-        """Converting numbers to FP8: inputs of products forward, gradients of their outputs backward."""
-        if self.assume.recipe is None:
-            return ZERO
-        each = self.assume.recipe.quantize_bytes
-        return PartTime(self.traffic(inputs * each), self.traffic(outputs * each))
-
-    def both(self, compute_ms: float, num_bytes: float, messages_ms: float = 0.0, launch_ms: float = 0.0) -> PartTime:
-        """A part's time from that of its forward pass."""
-        forward = compute_ms + self.traffic(num_bytes)
-        return PartTime(forward + messages_ms + launch_ms, 2 * forward + messages_ms + launch_ms)
-
     def embedding(self) -> PartTime:
         model = self.model
         row_bytes = self.tokens * model.hidden_size * self.num_bytes
@@ -114,19 +75,6 @@ class _Estimate:
         share = self.recomputed_share
         time = time + PartTime(0.0, time.forward_ms * share if share else self.selective(kind))
         return self.not_faster_than_python(time, is_moe)
-
-    def not_faster_than_python(self, time: PartTime, is_moe: bool) -> PartTime:
-        """A layer on a device that may have to wait for Python; where both take as long, each waits at times."""
-        machine, graphs = self.machine, self.assume.graphs
-        if not machine.host_ms or graphs == "all":
-            return time
-        host = machine.host_ms * (machine.host_fp8_factor if self.is_fp8 else 1.0)
-        if is_moe:
-            host *= machine.host_expert_factor
-            host *= machine.host_overlap_factor if self.assume.overlap_experts else 1.0
-        if graphs == "attention":
-            host *= machine.host_graph_share
-        return PartTime(_slower(time.forward_ms, host), _slower(time.backward_ms, host))
 
     @property
     def recomputed_share(self) -> float:
@@ -195,15 +143,24 @@ class _Estimate:
 
     def experts(self) -> PartTime:
         """Routed experts: products or weights' traffic, whichever takes longer; permutation; and the shared expert. The
-        exchanges are not counted."""
+        exchanges are not counted.
+
+        Without grouped products (Transformer Engine's) local experts run one after another, each with its own launches
+        and as narrow as its tokens are few.
+        """
         model, machine = self.model, self.machine
         routed, width = self.routed * self.assume.busiest_rank, filled(model.moe_ffn_hidden_size)
         flops = 2 * model.hidden_size * width * self.matrices * routed
         weights = self.traffic(layer_parameters(model, Shards.of(model), True).expert * self.num_bytes)
-        compute = max(self.linear(flops, min(model.hidden_size, width), is_grouped=True), weights)
+        side, launch = float(min(model.hidden_size, width)), 2 * machine.launch_ms
+        if not self.is_grouped:
+            local = filled(model.num_moe_experts) / model.expert_model_parallel_size
+            side = min(side, max(1.0, routed * self.shape.grid.expert_tp / local))
+            launch += local * machine.launch_ms
+        compute = max(self.linear(flops, side, is_grouped=self.is_grouped), weights)
         num_bytes = routed * self.num_bytes * (8 * model.hidden_size + 3 * width)
         num_bytes += self.tokens / self.shards * self.num_bytes * 6 * model.hidden_size
-        time = self.both(compute, num_bytes, 0.0, 2 * machine.launch_ms)
+        time = self.both(compute, num_bytes, 0.0, launch)
         outputs = model.hidden_size + (self.matrices - 1) * width
         time = time + self.quantized(routed * (model.hidden_size + width), routed * outputs)
         if model.moe_shared_expert_intermediate_size:
@@ -279,10 +236,6 @@ class _Estimate:
 
 def _forward_only(time: PartTime) -> PartTime:
     return PartTime(time.forward_ms, 0.0)
-
-
-def _slower(device_ms: float, host_ms: float) -> float:
-    return float((device_ms**4 + host_ms**4) ** 0.25)
 
 
 def layer_times(costs: PartCosts, shape: RunShape) -> list[PartTime]:

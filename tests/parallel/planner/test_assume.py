@@ -151,3 +151,17 @@ def test_groups_use_the_links_of_their_places(tp, is_swapped, pipeline, data):
     machine = replace(find_machine("h100"), link_fraction=1.0)
     links = Links(RunShape.of(cfg.finalize(128), 128), machine, NOTHING)
     assert (links.pipeline.gb_per_s, links.data.gb_per_s) == (pipeline, data)
+
+
+def test_experts_one_after_another_take_longer_than_grouped_ones():
+    """Without Transformer Engine; the more experts a rank holds, the more."""
+    machine = find_machine("h100")
+    times = {
+        (ep, backend): estimate_costs(
+            shape_of("qwen3_30b_a3b", 16, expert_model_parallel_size=ep, backend=backend), machine
+        ).layer["moe"]
+        for ep in (4, 1)
+        for backend in ("transformer_engine", "torch")
+    }
+    extra = {ep: times[ep, "torch"].forward_ms - times[ep, "transformer_engine"].forward_ms for ep in (4, 1)}
+    assert 0 < extra[4] < extra[1]
