@@ -28,6 +28,8 @@ def read_form[T](kind: type[T], data: Any, path: str = "") -> tuple[T | None, li
 def _read(wanted: Any, value: Any, path: str, problems: list[Problem]) -> Any:
     if is_dataclass(wanted):
         return _read_dataclass(cast(type, wanted), value, path, problems)
+    if value is not None and (inner := [arg for arg in get_args(wanted) if is_dataclass(arg)]) and _is_optional(wanted):
+        return _read_dataclass(cast(type, inner[0]), value, path, problems)
     if get_origin(wanted) is dict and is_dataclass(item := get_args(wanted)[1]):
         if isinstance(value, Mapping):
             return {key: _read(item, found, _join(path, key), problems) for key, found in value.items()}
@@ -60,6 +62,10 @@ def _read_dataclass(kind: type, data: Any, path: str, problems: list[Problem]) -
         elif field.default is MISSING and field.default_factory is MISSING:
             problems.append(Problem(fields=(name,), rule="is missing"))
     return kind(**values) if len(problems) == before else None
+
+
+def _is_optional(wanted: Any) -> bool:
+    return type(None) in get_args(wanted)
 
 
 def _no_mapping(path: str, value: Any) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,12 @@ def test_all_wrong_options_are_named_at_once():
     with pytest.raises(PlanError) as caught:
         read_budget("0", price=-1.0, save_s=float("inf"))
     assert [problem.fields for problem in caught.value.problems] == [("--price",), ("--save-s",), ("--tokens",)]
+
+
+def test_the_example_of_the_docs_is_what_the_command_prints(run):
+    guide = (Path(__file__).parents[2] / "docs/planning.md").read_text(encoding="utf-8")
+    command, printed = guide.split("## A whole training")[1].split("```")[1:4:2]
+    (line,) = (line for line in command.splitlines() if line.startswith("megatron-mtp plan "))
+    code, out, _ = run(*line.split()[2:])
+    assert code == 0
+    assert printed.strip() in out

@@ -54,6 +54,7 @@ class _Estimate(Rates):
             optimizer_ns_per_parameter=28 / memory,
             pipeline_link=links.pipeline,
             data_link=links.data,
+            expert_data_link=links.expert_data if model.num_moe_experts else None,
         )
 
     def embedding(self) -> PartTime:

@@ -53,6 +53,13 @@ class Links:
             return self.within(grid.world_size)
         return self.ring(grid.dp_size * grid.cp, grid.tp)
 
+    @property
+    def expert_data(self) -> Link:
+        """A ring over the replicas of an expert."""
+        grid = self.shape.grid
+        distance = grid.expert_tp * grid.ep * (grid.pp if grid.pp_before_dp else 1)
+        return self.ring(grid.expert_dp_size, distance)
+
     def collective(self, num_bytes: float) -> float:
         """Milliseconds of an all-gather or reduce-scatter over the tensor-parallel group that nothing hides."""
         tp = self.model.tensor_model_parallel_size

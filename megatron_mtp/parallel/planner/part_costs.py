@@ -89,6 +89,8 @@ class PartCosts:
     """Between neighbouring stages."""
     data_link: Link
     """A reduce-scatter or all-gather over data-parallel ranks; bytes are those of the complete buffer."""
+    expert_data_link: Link | None = None
+    """The same over the replicas of experts, which are further apart; None: as `data_link`."""
 
     def time_of(self, kind: str) -> PartTime:
         """Time of a decoder layer. Where linear attention was not measured, it is that of full attention; else zero."""

@@ -218,7 +218,9 @@ class Planner:
         update_ms = (held.total * costs.update_ns_per_parameter + owned * costs.optimizer_ns_per_parameter) * 1e-6
 
         def over_replicas_ms(item_bytes: int) -> float:
-            return sum(costs.data_link.ms(n * item_bytes * (r - 1) / r) for n, r in (dense, expert) if r > 1 and n)
+            links = (costs.data_link, costs.expert_data_link or costs.data_link)
+            groups = zip((dense, expert), links, strict=True)
+            return sum(link.ms(n * item_bytes * (r - 1) / r) for (n, r), link in groups if r > 1 and n)
 
         item = 1 if self.assume.fp8_parameters else DTYPE_BYTES[precision.dtype]
         reduced = 4 if precision.grad_reduce_in_fp32 else DTYPE_BYTES[precision.dtype]

@@ -153,6 +153,12 @@ def test_groups_use_the_links_of_their_places(tp, is_swapped, pipeline, data):
     assert (links.pipeline.gb_per_s, links.data.gb_per_s) == (pipeline, data)
 
 
+def test_replicas_of_experts_are_further_apart_than_those_of_other_weights():
+    """EP 8 fills a node: each replica of an expert is on a node of its own and has one port of the network."""
+    links = links_of("mixtral_8x7b", 64)
+    assert (links.data.gb_per_s, links.expert_data.gb_per_s) == (400.0, 50.0)
+
+
 def test_experts_one_after_another_take_longer_than_grouped_ones():
     """Without Transformer Engine; the more experts a rank holds, the more."""
     machine = find_machine("h100")
