@@ -53,6 +53,13 @@ def plan(
     search: Annotated[
         bool, typer.Option("--search", help="Rank parallel sizes, micro-batch and recomputation too.")
     ] = False,
+    or_devices: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="With --search and --tokens: another number of devices; ranked by device hours; may be repeated.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of the search's table.")] = 10,
     write: Annotated[Path | None, typer.Option(help="Write the choice as YAML for `pretrain --config`.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the schedule as an SVG picture.")] = None,
@@ -62,27 +69,20 @@ def plan(
 
     With the layout "auto" it searches for the fastest split; another layout is planned as it is. --compare adds splits.
     """
-    from megatron_mtp.errors import PlanError, Problem
     from megatron_mtp.parallel.planner.assume import read_assumptions
     from megatron_mtp.plan.compare import default_devices, make_plans
     from megatron_mtp.plan.report import as_data, as_text, overlay
     from megatron_mtp.plan.training import read_budget
 
-    if picture is not None and picture.suffix.lower() != ".svg":
-        better = picture.parent / f"{picture.stem or 'schedule'}.svg"
-        remedy = f"Use --picture {str(better)!r}."
-        raise PlanError(Problem(fields=("--picture",), value=str(picture), rule="the picture is SVG", remedy=remedy))
+    _check_files(picture, write, assume)
     cfg = choose_config(recipe, config, overrides)
     open_vocabulary(cfg)
     if devices is None and not search:
         devices = default_devices(recipe, cfg)
     assumptions = read_assumptions(assume or ())
-    if write is not None and assume:
-        rule = "writes a config to train with, and no config has what --assume adds"
-        raise PlanError(Problem(fields=("--write",), rule=rule, remedy="Leave out --write or --assume."))
     costs = {"mtbf_hours": mtbf_hours, "save_s": save_s, "restart_s": restart_s, "price": price, "watts": watts}
     budget = read_budget(tokens, **costs)
-    options = (cfg, devices, hardware, profile, memory, compare or (), assumptions, budget)
+    options = (cfg, devices, hardware, profile, memory, compare or (), assumptions, budget, or_devices or ())
     if search:
         from rich.console import Console
 
@@ -97,6 +97,18 @@ def plan(
         from megatron_mtp.parallel.planner.picture import draw
 
         write_file(picture, draw(plans.planner, plans.chosen, title=recipe), "--picture")
+
+
+def _check_files(picture: Path | None, write: Path | None, assume: list[str] | None) -> None:
+    from megatron_mtp.errors import PlanError, Problem
+
+    if picture is not None and picture.suffix.lower() != ".svg":
+        better = picture.parent / f"{picture.stem or 'schedule'}.svg"
+        remedy = f"Use --picture {str(better)!r}."
+        raise PlanError(Problem(fields=("--picture",), value=str(picture), rule="the picture is SVG", remedy=remedy))
+    if write is not None and assume:
+        rule = "writes a config to train with, and no config has what --assume adds"
+        raise PlanError(Problem(fields=("--write",), rule=rule, remedy="Leave out --write or --assume."))
 
 
 def write_file(path: Path, text: str, option: str) -> None:

@@ -25,7 +25,7 @@ from megatron_mtp.parallel.planner.search_sizes import Candidate, recompute_fiel
 from megatron_mtp.parallel.planner.search_split import SplitChoice
 from megatron_mtp.parallel.planner.stage_memory import MemoryModel
 from megatron_mtp.parallel.shape import RunShape
-from megatron_mtp.plan.training import Budget, DepthCost, Forecast, depth_costs, forecast
+from megatron_mtp.plan.training import Budget, DepthCost, Forecast, depth_costs, forecast, search_numbers
 from megatron_mtp.recipes.published import PUBLISHED
 
 
@@ -77,6 +77,7 @@ def make_plans(
     compare: Sequence[str] = (),
     assume: Assumptions = NOTHING,
     budget: Budget | None = None,
+    or_devices: Sequence[int] = (),
     *,
     search: bool = False,
     top: int = 10,
@@ -103,6 +104,9 @@ def make_plans(
     if profile is not None and assume != NOTHING:
         rule = "changes estimates, and a profile is measured"
         raise _wrong_option("--assume", rule, "Leave out --profile or --assume.")
+    if or_devices and (budget is None or not search):
+        rule = "compares whole trainings on several numbers of devices"
+        raise _wrong_option("--or-devices", rule, "Add --search and --tokens, or leave it out.")
     candidates: list[Candidate] = []
     if search:
         if devices is None:
@@ -110,8 +114,11 @@ def make_plans(
         if profile is not None:
             rule = "tries other sizes than the profile was measured with"
             raise _wrong_option("--search", rule, "Leave out --profile or --search.")
-        candidates = search_sizes(cfg, machine, devices, limit, top, report, assume)
-        cfg = candidates[0].cfg
+        numbers = [devices, *or_devices]
+        candidates = search_numbers(
+            numbers, budget, machine, lambda n: search_sizes(cfg, machine, n, limit, top, report, assume)
+        )[:top]
+        cfg, devices = candidates[0].cfg, candidates[0].shape.world_size
     else:
         devices = devices or smallest_world(cfg)
         cfg = cfg.copy().finalize(devices)

@@ -65,7 +65,7 @@ STAGE_HEADER = (
 )
 COMPARE_HEADER = "split step_s against bubble tokens/s MFU GiB layout".split()
 SEARCH_HEADER = "# TP PP VP CP EP DP mbs recompute step_s tokens/s MFU bubble GiB layout".split()
-BUDGET_HEADER = [*SEARCH_HEADER[:-1], "days", "cost", "layout"]
+BUDGET_HEADER = ["#", "devices", *SEARCH_HEADER[1:-1], "days", "device_hours", "cost", "layout"]
 
 
 def stage_rows(plan: Plan) -> list[list[str]]:
@@ -106,7 +106,7 @@ def search_rows(plans: Plans, header: list[str]) -> list[list[str]]:
         cells = {"#": str(number), "DP": str(found.dp), "mbs": str(found.cfg.train.micro_batch_size)}
         cells |= {name: str(size) for name, size in _sizes(found.cfg.model).items()}
         cells |= {"recompute": found.recompute} | _rates(found.plan)
-        cells |= training_cells(plans, found.plan)
+        cells |= training_cells(plans, found.plan, found.shape)
         rows.append([cells[column] for column in header])
     return rows
 
@@ -182,6 +182,7 @@ def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
     if plans.candidates:
         data["search"] = [
             {
+                "devices": found.shape.world_size,
                 "dp": found.dp,
                 "recompute": found.recompute,
                 "micro_batch_size": found.cfg.train.micro_batch_size,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_mtp.config.machines import Machine
 from megatron_mtp.config.quantity import parse_quantity
 from megatron_mtp.errors import ConfigError, PlanError, Problem
 from megatron_mtp.parallel.layout import PipelineLayout
 from megatron_mtp.parallel.planner.auto_layout import is_planned
 from megatron_mtp.parallel.planner.planner import Plan, Planner
+from megatron_mtp.parallel.planner.search_sizes import Candidate
 from megatron_mtp.parallel.shape import RunShape
 from megatron_mtp.plan.failures import Failures, spare_nodes
 
@@ -137,6 +140,27 @@ def forecast(budget: Budget, plan: Plan, shape: RunShape, node_size: int) -> For
         megawatt_hours=None if budget.watts is None else device_hours * budget.watts / 1e6,
         cost=None if budget.price is None else device_hours * budget.price,
     )
+
+
+def search_numbers(
+    numbers: Sequence[int], budget: Budget | None, machine: Machine, search: Callable[[int], list[Candidate]]
+) -> list[Candidate]:
+    """Candidates on one number of devices, fastest first, or on several, fewest device hours first.
+
+    Raises:
+        PlanError: nothing fits any of the numbers.
+    """
+    if len(numbers) == 1 or budget is None:
+        return search(numbers[0])
+    found, problems = [], []
+    for number in numbers:
+        try:
+            found += search(number)
+        except PlanError as error:
+            problems += error.problems
+    if not found:
+        raise PlanError(problems)
+    return sorted(found, key=lambda one: forecast(budget, one.plan, one.shape, machine.node_size).device_hours)
 
 
 def _best_steps(failures: Failures, step_s: float, steps: int) -> int | None:

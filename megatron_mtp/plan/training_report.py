@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_mtp.config.units import GIB
 from megatron_mtp.parallel.planner.planner import Plan
+from megatron_mtp.parallel.shape import RunShape
 from megatron_mtp.plan.compare import Plans
 from megatron_mtp.plan.training import forecast
 
@@ -41,12 +42,17 @@ def _days(days: float) -> str:
     return f"{days:.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
 
 
-def training_cells(plans: Plans, plan: Plan) -> dict[str, str]:
-    """Days and cost of the training with another plan on the same devices; empty without a budget."""
+def training_cells(plans: Plans, plan: Plan, shape: RunShape) -> dict[str, str]:
+    """Days and cost of the training with another plan; empty without a budget."""
     if plans.budget is None:
         return {}
-    training = forecast(plans.budget, plan, plans.planner.shape, plans.machine.node_size)
-    return {"days": f"{training.days:.1f}", "cost": "-" if training.cost is None else f"{training.cost:,.0f}"}
+    training = forecast(plans.budget, plan, shape, plans.machine.node_size)
+    return {
+        "devices": str(shape.world_size),
+        "days": f"{training.days:.1f}",
+        "device_hours": f"{training.device_hours:,.0f}",
+        "cost": "-" if training.cost is None else f"{training.cost:,.0f}",
+    }
 
 
 def depth_rows(plans: Plans) -> list[list[str]]:
@@ -64,6 +70,6 @@ def depth_rows(plans: Plans) -> list[list[str]]:
             "against": f"{step_ms / configured.step.total_ms - 1:+.1%}" if configured else "",
             "tokens/s": f"{one.plan.tokens_per_s:,.0f}",
             "GiB": f"{one.plan.peak_bytes / GIB:.1f}",
-        } | training_cells(plans, one.plan)
+        } | training_cells(plans, one.plan, shape)
         rows.append([cells[name] for name in DEPTH_HEADER])
     return rows

@@ -82,7 +82,17 @@ def test_a_search_says_what_each_candidate_costs_to_the_last_token(run):
     code, out, _ = run(*arguments)
     assert code == 0
     header = next(line for line in out.splitlines() if line.startswith("# "))
-    assert header.split()[-3:] == ["days", "cost", "layout"]
+    assert header.split()[-5:] == ["days", "device", "hours", "cost", "layout"]
+
+
+def test_numbers_of_devices_are_ranked_by_device_hours(run):
+    numbers = ("--devices", "2", "--or-devices", "8", "--or-devices", "97")
+    code, out, _ = run("tiny_dense", "--search", *numbers, "--tokens", "1B", "--top", "20", "--json")
+    assert code == 0
+    found = json.loads(out)["search"]
+    hours = [one["devices"] * one["plan"]["step_ms"] for one in found]
+    assert {one["devices"] for one in found} == {2, 8}  # 97 divides nothing
+    assert hours == sorted(hours)
 
 
 def test_without_tokens_the_report_is_as_it_was(run):
@@ -93,6 +103,7 @@ def test_without_tokens_the_report_is_as_it_was(run):
     ("arguments", "words"),
     [
         (["--price", "2"], "--price: is about a whole training"),
+        (["--search", "--devices", "8", "--or-devices", "16"], "Add --search and --tokens"),
         (["--tokens", "many"], "--tokens = 'many': must be a whole number"),
         (["--tokens", "0"], "--tokens = '0': must be at least 1"),
         (["--tokens", "1T", "--mtbf-hours", "0"], "--mtbf-hours = 0.0: must be a finite number above 0"),

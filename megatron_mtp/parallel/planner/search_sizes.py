@@ -54,6 +54,13 @@ class Candidate:
     dp: int
     recompute: str
 
+    @property
+    def shape(self) -> RunShape:
+        """Sizes of its run."""
+        model = self.cfg.model
+        block = model.tensor_model_parallel_size * model.context_parallel_size * model.pipeline_model_parallel_size
+        return RunShape.of(self.cfg, self.dp * block)
+
 
 class _Sizes(NamedTuple):
     tp: int
