@@ -1,11 +1,12 @@
 """Planned against measured step time on this machine: two pipeline stages on the CPU, with and without MTP.
 
-    python benchmarks/plan_accuracy.py [--rounds 11] [--write FILE.json]
+    python benchmarks/plan_accuracy.py [--rounds 11] [--apart] [--write FILE.json]
 
 Every round times a step of each split, one after the other (A B C ... A B C ...), and one step of the profile, so that
-load on the machine affects all of them alike. Each process has one thread. Prints the plan of each split, and the
-measured median with its 95 % confidence interval. Exit code 1 if a plan is off by more than 10 %, or if two splits
-whose intervals do not overlap are planned in the wrong order.
+load on the machine affects all of them alike. With --apart the profile is complete before the first step is timed, as
+users take it, and its own verdict on the machine is printed. Each process has one thread. Prints the plan of each
+split, and the measured median with its 95 % confidence interval. Exit code 1 if a plan is off by more than 10 %, or if
+two splits whose intervals do not overlap are planned in the wrong order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import comb
@@ -70,14 +72,23 @@ def main() -> int:
     configs = [config(depths, split) for depths, split in SPLITS]
     times: list[list[float]] = [[] for _ in SPLITS]
     began = time.monotonic()
-    with CpuProfiler(configs[-1], processes=2) as profiler, WorkerPool(2, timeout_s=600, preload=PRELOAD) as pair:
+    with ExitStack() as stack:
+        profiler = stack.enter_context(CpuProfiler(configs[-1], processes=2))
+        if arguments.apart:
+            profiler.advance(arguments.rounds)
+            profile = profiler.profile()
+            stack.close()
+            print(f"the profile says: {profile.notes['noise_in_words']}")
+        pair = stack.enter_context(WorkerPool(2, timeout_s=600, preload=PRELOAD))
         pair.hold(SplitRuns, configs)
         pair.run_held(SplitRuns.time_round)
         for _ in range(arguments.rounds):
-            profiler.advance(1)
+            if not arguments.apart:
+                profiler.advance(1)
             for found, ranks in zip(times, zip(*pair.run_held(SplitRuns.time_round), strict=True), strict=True):
                 found.append(max(ranks))
-        profile = profiler.profile()
+        if not arguments.apart:
+            profile = profiler.profile()
     outcomes = [
         outcome(cfg, depths, split, profile.costs, found)
         for cfg, (depths, split), found in zip(configs, SPLITS, times, strict=True)
@@ -161,6 +172,7 @@ class SplitRuns:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each split")
+    parser.add_argument("--apart", action="store_true", help="measure the profile before the steps")
     parser.add_argument("--write", type=Path, help="write all numbers to this file")
     return parser.parse_args()
 
