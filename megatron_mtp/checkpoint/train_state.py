@@ -104,6 +104,11 @@ class TrainState:
                 raise ValueError(f"acceptance counter {name!r} has {len(old)} depths, but {len(new)} were added")
             self.acceptance[name] = [int(a) + int(b) for a, b in zip(old, new, strict=True)]
 
+    def accepted_over_run(self) -> list[float]:
+        """`mtp_k/accepted` of each depth 1..D over all steps of the run so far; 0 where no slot counts."""
+        counts = zip(self.acceptance.get("chain_hits", []), self.acceptance.get("chain_valid", []), strict=False)
+        return [hits / (valid or 1) for hits, valid in counts]
+
     def totals(self) -> str:
         """Counters of all sessions of the run, for the log."""
         texts = [
@@ -112,8 +117,7 @@ class TrainState:
             f"{_duration(self.elapsed_s)} in steps",
             f"{self.floating_point_operations:.3g} FLOPs of the model",
         ]
-        counts = zip(self.acceptance.get("chain_hits", []), self.acceptance.get("chain_valid", []), strict=False)
-        texts += [f"mtp_{k} accepted {100 * hits / (valid or 1):.1f} %" for k, (hits, valid) in enumerate(counts, 1)]
+        texts += [f"mtp_{k} accepted {100 * share:.1f} %" for k, share in enumerate(self.accepted_over_run(), 1)]
         return ", ".join(texts)
 
     def to_dict(self) -> dict[str, Any]:

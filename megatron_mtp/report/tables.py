@@ -42,10 +42,13 @@ def overview(runs: Sequence[ReportRun], now: float) -> TextTable:
         rows.append([f"{depth} loss, last 20 records", *(_mean(run.log, f"{depth} loss") for run in runs)])
     for name in dict.fromkeys(name for run in runs for name in validation_sets(run.log)):
         rows += _held_out_rows(runs, name)
+    for k in sorted({k for run in runs for k in depths(run.log)}):
+        kept = f"mtp_{k}/accepted_over_run"
+        rows.append([f"mtp_{k} accepted, whole run", *(number(run.log.last().get(kept)) for run in runs)])
     for label, metric in _RATES.items():
         rows.append([label, *(_mean(run.log, metric) for run in runs)])
-    kept = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    return TextTable("The runs of this report", ["", *(run.name for run in runs)], kept)
+    rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
+    return TextTable("The runs of this report", ["", *(run.name for run in runs)], rows)
 
 
 def _held_out_rows(runs: Sequence[ReportRun], name: str) -> list[list[str]]:

@@ -36,6 +36,7 @@ def step_record(
         extra[f"{name.removesuffix(' loss')}/num_targets"] = count
     if num_depths:
         extra["mtp/loss_scaling_factor"] = loss_factor
+    extra |= {f"mtp_{k}/accepted_over_run": share for k, share in enumerate(state.accepted_over_run(), 1)}
     if state.iteration % run.cfg.logger.log_interval == 0:
         extra |= peak_memory_by_stage(run)
     return StepRecord(

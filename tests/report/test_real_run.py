@@ -55,6 +55,11 @@ def test_a_run_that_was_killed_and_resumed(tmp_path: Path):
     assert overview["steps"] == "20 of 20"
     assert overview["restarts and rollbacks"] == "1"
     assert found.tables["Restarts and rollbacks"][1][3] == "1"
+    last = read_metrics(path)[-1]
+    assert overview["mtp_1 accepted, whole run"] == f"{last['mtp_1/accepted_over_run']:.5g}"
+    kept = [step["mtp_1/accepted"] * step["mtp_1/num_targets"] for step in read_metrics(path)]
+    counted = sum(step["mtp_1/num_targets"] for step in read_metrics(path))
+    assert last["mtp_1/accepted_over_run"] == pytest.approx(sum(kept) / counted)
     losses = {line["label"]: line for line in found.data["charts"][0]["series"]}
     steps = read_metrics(path)
     assert losses["mtp_1"]["y"] == pytest.approx([step["mtp_1 loss"] for step in steps], rel=1e-5)
