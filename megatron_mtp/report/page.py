@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -79,7 +80,7 @@ def read_logs(runs: Sequence[Path]) -> list[RunLog]:
     if len(runs) == 1 or size < PARALLEL_BYTES:
         return [open_log(run) for run in runs]
     # Not forked: a process that imported torch has threads.
-    with ProcessPoolExecutor(len(runs), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         return list(pool.map(open_log, runs))
 
 

@@ -41,7 +41,7 @@ def draw_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:
         axes.legend(fontsize="small", loc="best")
         axes.grid(alpha=0.3)
         path = folder / f"{chart.plot.key}.png"
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, pil_kwargs={"compress_level": 3})
         found.append(path)
     plt.close(figure)
     return found
