@@ -1,8 +1,9 @@
 """Peak resident memory of `convert import` and `convert export` on a model of several GB, against the documented bound.
 
-    python benchmarks/convert_memory.py --folder runs/convert_memory
+    python benchmarks/convert_memory.py --folder runs/convert_memory [--fp8]
 
-Makes a random dense model, imports, exports and checks it, each in a process of its own, and removes it.
+Makes a random dense model, imports, exports and checks it, each in a process of its own, and removes it. With --fp8 its
+matrices are e4m3 with a scale for each block of 128 x 128, as in DeepSeek-V3's files, and become bf16.
 The bound: the interpreter's own memory (after the imports) + twice the largest tensor + 1 GiB.
 """
 
@@ -41,12 +42,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="needs three times the model's size on the disk")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--fp8", action="store_true", help="matrices in FP8 with block scales")
     options = parser.parse_args()
     folder = options.folder
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        total, largest = make_model(folder / "hf", options.layers)
-        print(f"model: {total / 1e9:.2f} GB in fp32, largest tensor {largest / GIB:.2f} GiB", flush=True)
+        total, largest = make_model(folder / "hf", options.layers, options.fp8)
+        form = "fp8" if options.fp8 else "fp32"
+        print(f"model: {total / 1e9:.2f} GB in {form}, largest tensor {largest / GIB:.2f} GiB", flush=True)
         steps = (("import", "hf", "checkpoint"), ("export", "checkpoint", "back"), ("check", "checkpoint", "back"))
         outcomes = [run(kind, folder / one, folder / two, largest) for kind, one, two in steps]
         return 0 if all(outcomes) else 1
@@ -54,14 +57,15 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_model(folder: Path, num_layers: int) -> tuple[int, int]:
-    """Writes random weights tensor by tensor; returns the bytes of all and of the largest."""
+def make_model(folder: Path, num_layers: int, is_fp8: bool) -> tuple[int, int]:
+    """Writes random weights tensor by tensor; returns the bytes of all and of the largest as it is imported."""
     import torch
 
     from megatron_mtp.config import ConfigContainer
     from megatron_mtp.convert.hf_config import hf_config_dict
     from megatron_mtp.convert.links import links
-    from megatron_mtp.convert.tensor_files import Planned, TensorWriter
+    from megatron_mtp.convert.quantization import DEFAULT_BLOCK, SCALE_ENDING, scale_shape
+    from megatron_mtp.convert.tensor_writer import Planned, TensorWriter
     from megatron_mtp.recipes.common import pretrain_common
 
     cfg: ConfigContainer = pretrain_common()
@@ -69,14 +73,21 @@ def make_model(folder: Path, num_layers: int) -> tuple[int, int]:
     cfg.model.update(vocab_size=VOCAB, mtp_num_layers=0)
     cfg.finalize(None)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(hf_config_dict(cfg.model, "llama") | {"dtype": "float32"}))
-    tensors = [hf for link in links(cfg.model, "llama") for hf in link.theirs]
-    planned = [Planned(hf.name, torch.float32, hf.shape) for hf in tensors]
+    config = hf_config_dict(cfg.model, "llama")
+    config |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}} if is_fp8 else {}
+    (folder / "config.json").write_text(json.dumps(config))
+    planned, dtype = [], torch.bfloat16 if is_fp8 else torch.float32
+    for hf in (hf for link in links(cfg.model, "llama") for hf in link.theirs):
+        in_blocks = is_fp8 and hf.name.startswith("model.layers.") and len(hf.shape) == 2
+        planned.append(Planned(hf.name, torch.float8_e4m3fn if in_blocks else dtype, hf.shape))
+        if in_blocks:
+            planned.append(Planned(hf.name + SCALE_ENDING, torch.float32, scale_shape(hf.shape, DEFAULT_BLOCK)))
     writer = TensorWriter(folder, planned)
     for plan in planned:
-        writer.write(plan.name, torch.randn(plan.shape))
+        writer.write(plan.name, torch.randn(plan.shape).to(plan.dtype))
     writer.close()
-    return sum(plan.num_bytes for plan in planned), max(plan.num_bytes for plan in planned)
+    largest = max(torch.Size(plan.shape).numel() for plan in planned) * dtype.itemsize
+    return sum(plan.num_bytes for plan in planned), largest
 
 
 def run(kind: str, source: Path, target: Path, largest: int) -> bool:

@@ -12,6 +12,8 @@ from megatron_mtp.convert.hf_families import find_family
 from megatron_mtp.convert.inventory import check_inventory
 from megatron_mtp.convert.links import duplicates
 from megatron_mtp.convert.names import EMBEDDING, HEAD
+from megatron_mtp.convert.quantization import block_of
+from megatron_mtp.convert.side_files import read_config
 from megatron_mtp.convert.tensor_files import TensorFiles
 
 
@@ -42,7 +44,8 @@ def check_hf(
         ConversionError, CheckpointError: they are different models; names what is missing or left over.
     """
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, None)
-    files = TensorFiles(Path(hf_dir), find_family(model.family).mtp_form.folder)
+    block = block_of(read_config(Path(hf_dir)))
+    files = TensorFiles(Path(hf_dir), find_family(model.family).mtp_form.folder, block=block)
     shared = model.cfg.model.share_embeddings_and_output_weights
     check_inventory(
         files,

@@ -22,8 +22,8 @@ from megatron_mtp.convert.links import TensorLink, check_form, duplicates, links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import TOKEN_IDS, token_ids, tokenizer_to_export, write_json, write_tokenizer
-from megatron_mtp.convert.tensor_files import SHARD_BYTES, Planned, TensorWriter
 from megatron_mtp.convert.tensor_forms import finite, rows_of, to_theirs
+from megatron_mtp.convert.tensor_writer import SHARD_BYTES, Planned, TensorWriter
 from megatron_mtp.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.model.dtypes import TORCH_DTYPES

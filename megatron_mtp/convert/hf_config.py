@@ -14,6 +14,7 @@ from megatron_mtp.config.mcore.effects import changed_function
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_families import ARCHITECTURE, DEFAULTS, FIXED, Family, family_of, find_family
 from megatron_mtp.convert.hf_rope import rope_from_hf, rope_to_hf
+from megatron_mtp.convert.quantization import block_of
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 
@@ -59,6 +60,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     form = find_family(str(config.get("model_type")))
     config = _completed(config, form)
     _refuse_unsupported(config, form)
+    block_of(config)
     model = ModelConfig(**form.ours)
     for key, ours in form.keys.items():
         setattr(model, ours, config[key])

@@ -49,7 +49,7 @@ QWEN_ROUTED = ROUTED | {"num_experts": "num_moe_experts"}
 FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
-    "quantization_config": None,
+    "compression_config": None,
     "is_causal": True,
     "original_max_position_embeddings": None,
     "num_speculative_steps": None,

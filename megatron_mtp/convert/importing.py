@@ -25,6 +25,7 @@ from megatron_mtp.convert.hf_families import canonical, find_family
 from megatron_mtp.convert.inventory import Inventory, check_inventory
 from megatron_mtp.convert.links import TensorLink, duplicates, links, new_depth_links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
+from megatron_mtp.convert.quantization import block_of
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import read_config
 from megatron_mtp.convert.tensor_files import DTYPE_OF_CODE, TensorFiles
@@ -121,7 +122,7 @@ def plan_hf(
     values = read_config(folder)
     model = model_config_from_hf(values)
     family = canonical(str(values["model_type"]))
-    files = TensorFiles(folder, find_family(family).mtp_form.folder)
+    files = TensorFiles(folder, find_family(family).mtp_form.folder, block=block_of(values))
     present = Depths.of(model).distinct
     if present and not _holds_depths(files, model, family):
         present = 0  # transformers saves the count but not the layers
@@ -235,8 +236,15 @@ def _with_tokenizer(cfg: ConfigContainer, kept: Path) -> ConfigContainer:
 
 def _fill_report(source: HFModel, report: Report) -> None:
     """Fills the lists of the report and checks that every tensor of the files is in one of them."""
-    inventory = source.inventory
-    report.read = sorted({hf.name for link in source.links for hf in link.theirs})
+    inventory, dequantized = source.inventory, source.files.scale_names
+    if dequantized:
+        report.notes.append(
+            f"{len(dequantized)} FP8 weights were dequantized to {DTYPE_NAMES[inventory.dtype]}, each block of "
+            f"{source.files.block} by its scale; an export does not quantize them again."
+        )
+    elif source.files.block is not None:
+        report.notes.append("config.json says that weights are FP8, and none is: they were read as they are.")
+    report.read = source.files.names_in_files(hf.name for link in source.links for hf in link.theirs)
     report.written = sorted({link.key for link in source.links} | {link.key for link, _ in source.new_links})
     report.padded = sorted({link.key for link in source.links if not link.theirs})
     report.made = sorted({link.key for link, _ in source.new_links})
@@ -244,5 +252,5 @@ def _fill_report(source: HFModel, report: Report) -> None:
     if source.cfg.model.share_embeddings_and_output_weights and not report.tied:
         report.tied = [f"{HEAD} (is {EMBEDDING})"]
     named = {*report.read, *inventory.tied, *inventory.duplicated, *inventory.ignored}
-    left_over = source.files.entries.keys() - named
+    left_over = {*source.files.entries, *source.files.scale_names.values()} - named
     assert not left_over, f"neither read nor named: {sorted(left_over)[:5]}"

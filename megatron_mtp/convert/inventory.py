@@ -68,9 +68,10 @@ def check_inventory(
         entry = found[name]
         if entry.shape != needed[name]:
             problems.append(f"{name} has shape {list(entry.shape)}, the model needs {list(needed[name])}.")
-        if entry.dtype != dtype and not (entry.dtype == "F32" and name.endswith(FP32_ENDINGS)):
+        code = files.dtype_of(name)
+        if code != dtype and not (code == "F32" and name.endswith(FP32_ENDINGS)):
             problems.append(
-                f"{name} is {entry.dtype}, the weights are {dtype}: only one dtype can be converted. Save the model in "
+                f"{name} is {code}, the weights are {dtype}: only one dtype can be converted. Save the model in "
                 "one dtype with transformers first."
             )
     repeated = {name: of for name, of in (duplicates | tied).items() if name in found and of in found}
@@ -86,15 +87,15 @@ def check_inventory(
         raise ConversionError("\n".join([f"{files.folder}: nothing was written.", *shown, *more]))
     return Inventory(
         dtype=dtype,
-        tied=sorted(name for name in tied if name in found),
-        duplicated=sorted(name for name in duplicates if name in found),
-        ignored=sorted(ignored),
+        tied=files.names_in_files(name for name in tied if name in found),
+        duplicated=files.names_in_files(name for name in duplicates if name in found),
+        ignored=files.names_in_files(ignored),
     )
 
 
 def _dtype(files: TensorFiles, names: list[str]) -> str:
     """The dtype of most tensors. config.json does not count: its dtype often is another than that of the files."""
-    counts = Counter(files.entries[name].dtype for name in names)
+    counts = Counter(files.dtype_of(name) for name in names)
     most = counts.most_common(1)[0][0] if counts else "F32"
     if most not in CONVERTED:
         raise ConversionError(f"{files.folder}: the tensors are {most}; {', '.join(CONVERTED)} can be converted.")

@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face folder, read and written one tensor at a time.
+"""Safetensors files of a Hugging Face folder, read one tensor at a time.
 
 The safetensors library maps files into memory, and touched pages count as the process's own. To bound memory, this
 reader parses the header itself and reads one tensor at a time (format: huggingface/safetensors README).
@@ -7,34 +7,51 @@ reader parses the header itself and reads one tensor at a time (format: huggingf
 from __future__ import annotations
 
 import json
-import os
 import struct
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_mtp.convert.quantization import (
+    DEFAULT_BLOCK,
+    FP8_CODE,
+    SCALE_ENDING,
+    Block,
+    dequantized,
+    scale_problem,
+)
 from megatron_mtp.errors import ConversionError
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000
-DTYPE_OF_CODE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_OF_CODE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 _LARGEST_HEADER = 100_000_000  # the library's limit
 _SLICE_BYTES = 1 << 26
+_MOST_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Place of a tensor in a file, in bytes. `dtype` is the format's code."""
+    """Place of a tensor in a file, in bytes. `dtype` is the format's code, `scales` those of a quantized weight."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    scales: Entry | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,19 +64,31 @@ class TensorFiles:
 
     Args:
         subfolder: a subfolder whose tensors belong to the model too, if it exists.
+        block: rows and columns that share a scale, of FP8 weights; None: there must be none.
+
+    Attributes:
+        entries: every tensor except scales.
+        scale_names: name of an FP8 weight -> name of its scales.
+        dtype: code of most weights that are not quantized; FP8 weights are read in this dtype.
 
     Raises:
-        ConversionError: a file is missing, truncated or malformed, or index and files differ; names all problems.
+        ConversionError: a file is missing, truncated or malformed, index and files differ, or an FP8 weight and its
+            scales do not match; names all problems.
     """
 
-    def __init__(self, folder: Path, subfolder: str | None = None):
+    def __init__(self, folder: Path, subfolder: str | None = None, *, block: Block | None = None):
         self.folder = folder
+        self.block = block
         self.entries: dict[str, Entry] = {}
+        self.scale_names: dict[str, str] = {}
         problems = self._add(folder)
         if subfolder is not None and (folder / subfolder).is_dir():
             problems += self._add(folder / subfolder)
+        problems += self._pair_scales()
         if problems:
-            raise ConversionError("\n".join(problems))
+            raise ConversionError("\n".join(problems[:_MOST_SHOWN]))
+        counts = Counter(entry.dtype for entry in self.entries.values() if entry.scales is None)
+        self.dtype = counts.most_common(1)[0][0] if counts else "F32"
 
     def _add(self, folder: Path) -> list[str]:
         """Reads the headers of a folder's files. Returns all problems."""
@@ -78,30 +107,79 @@ class TensorFiles:
                 problems += _index_problems(folder, name, index, found)
         return problems
 
-    def read(self, name: str) -> Tensor:
-        """Reads one tensor, in its own dtype, into new memory."""
+    def _pair_scales(self) -> list[str]:
+        """Gives FP8 weights their scales, which are then no tensors of their own. Returns all problems."""
+        weights = sorted(name for name, entry in self.entries.items() if entry.dtype == FP8_CODE)
+        if self.block is None and weights:
+            return [
+                f"{self.folder}: {weights[0]} is {FP8_CODE}, and config.json has no quantization_config. Take the "
+                "config.json that belongs to these files."
+            ]
+        problems = []
+        for name in weights:
+            entry, scales = self.entries[name], self.entries.pop(name + SCALE_ENDING, None)
+            found = None if scales is None else (scales.dtype, scales.shape)
+            problem = scale_problem(entry.shape, found, self.block or DEFAULT_BLOCK)
+            if problem is not None:
+                problems.append(f"{entry.path}: {name} {problem}")
+                continue
+            self.entries[name] = replace(entry, scales=scales)
+            self.scale_names[name] = name + SCALE_ENDING
+        alone = sorted(name for name in self.entries if name.endswith(SCALE_ENDING))
+        problems += [
+            f"{self.entries[name].path}: {name} scales no FP8 weight: {name.removesuffix(SCALE_ENDING)} is "
+            f"{getattr(self.entries.get(name.removesuffix(SCALE_ENDING)), 'dtype', 'missing')}."
+            for name in alone
+        ]
+        return problems
+
+    def dtype_of(self, name: str) -> str:
+        """Code of the dtype in which `read` returns a tensor."""
         entry = self.entries[name]
-        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        with entry.path.open("rb", buffering=0) as stream:
-            stream.seek(entry.start)
-            _fill(stream, raw, entry.path)
-        return raw.view(entry.torch_dtype).reshape(entry.shape)
+        return entry.dtype if entry.scales is None else self.dtype
+
+    def names_in_files(self, names: Iterable[str]) -> list[str]:
+        """These tensors and their scales, sorted."""
+        given = set(names)
+        return sorted(given | {self.scale_names[name] for name in given & self.scale_names.keys()})
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor into new memory, in its own dtype; an FP8 weight is dequantized."""
+        entry = self.entries[name]
+        values = _read_entry(entry)
+        if entry.scales is None:
+            return values
+        return dequantized(values, _read_entry(entry.scales), self.block or DEFAULT_BLOCK, DTYPE_OF_CODE[self.dtype])
 
     def are_equal(self, left: str, right: str) -> bool:
         """Whether two tensors have the same bits, compared in slices."""
         one, two = self.entries[left], self.entries[right]
-        if (one.dtype, one.shape) != (two.dtype, two.shape):
-            return False
-        with one.path.open("rb") as first, two.path.open("rb") as second:
-            first.seek(one.start)
-            second.seek(two.start)
-            left_bytes = one.end - one.start
-            while left_bytes > 0:
-                size = min(_SLICE_BYTES, left_bytes)
-                if first.read(size) != second.read(size):
-                    return False
-                left_bytes -= size
-        return True
+        if one.scales is None and two.scales is None:
+            return _same_bytes(one, two)
+        return self.dtype_of(left) == self.dtype_of(right) and torch.equal(self.read(left), self.read(right))
+
+
+def _read_entry(entry: Entry) -> Tensor:
+    raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    with entry.path.open("rb", buffering=0) as stream:
+        stream.seek(entry.start)
+        _fill(stream, raw, entry.path)
+    return raw.view(entry.torch_dtype).reshape(entry.shape)
+
+
+def _same_bytes(one: Entry, two: Entry) -> bool:
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    with one.path.open("rb") as first, two.path.open("rb") as second:
+        first.seek(one.start)
+        second.seek(two.start)
+        left_bytes = one.end - one.start
+        while left_bytes > 0:
+            size = min(_SLICE_BYTES, left_bytes)
+            if first.read(size) != second.read(size):
+                return False
+            left_bytes -= size
+    return True
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -183,101 +261,3 @@ def _fill(stream: Any, raw: Tensor, path: Path) -> None:
         if not count:
             raise ConversionError(f"{path}: ended while it was being read.")
         view = view[count:]
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A tensor that will be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of its data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-class TensorWriter:
-    """Writes tensors in any order into files whose layout is fixed beforehand.
-
-    Args:
-        folder: an empty folder.
-        planned: every tensor, in the order of the files.
-        shard_bytes: most data per file; a larger tensor gets its own file.
-    """
-
-    def __init__(self, folder: Path, planned: list[Planned], shard_bytes: int = SHARD_BYTES):
-        self.folder = folder
-        self.written: set[str] = set()
-        self._places: dict[str, tuple[Path, int, Planned]] = {}
-        shards = _cut(planned, shard_bytes)
-        names = [SINGLE_NAME] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-        for name, shard in zip(names, shards, strict=True):
-            self._lay_out(folder / name, shard)
-        if len(shards) > 1:
-            weight_map = {tensor: path.name for tensor, (path, _, _) in sorted(self._places.items())}
-            total = sum(tensor.num_bytes for tensor in planned)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _lay_out(self, path: Path, shard: list[Planned]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        # Wide elements first keep every tensor aligned to its element size.
-        ordered = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
-        offsets = []
-        for tensor in ordered:
-            end = position + tensor.num_bytes
-            header[tensor.name] = {
-                "dtype": CODE_OF_DTYPE[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
-            offsets.append(position)
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with path.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + position)
-        for tensor, offset in zip(ordered, offsets, strict=True):
-            self._places[tensor.name] = (path, 8 + len(text) + offset, tensor)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one planned tensor, in its planned dtype and shape."""
-        path, offset, planned = self._places[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), f"{name} differs from its plan"
-        assert name not in self.written, f"{name} was already written"
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        with path.open("r+b", buffering=0) as stream:
-            stream.seek(offset)
-            view = memoryview(raw)
-            while view:
-                view = view[stream.write(view) :]
-        self.written.add(name)
-
-    def close(self) -> None:
-        """Flushes all files to disk. Every planned tensor must have been written."""
-        missing = self._places.keys() - self.written
-        assert not missing, f"never written: {sorted(missing)[:5]}"
-        for path in {path for path, _, _ in self._places.values()}:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-
-def _cut(planned: list[Planned], shard_bytes: int) -> list[list[Planned]]:
-    shards: list[list[Planned]] = [[]]
-    filled = 0
-    for tensor in planned:
-        if shards[-1] and filled + tensor.num_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.num_bytes
-    return shards
-
-
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -144,7 +144,8 @@ def test_what_a_family_cannot_carry_is_named(case, override, named):
     [
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window = True"),
-        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("qwen3", {"quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'"),
+        ("qwen3", {"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         ("qwen3", {"model_type": "gpt2"}, "gpt2"),
         ("qwen3", {"model_type": "nemotron_h"}, "HybridModel"),
