@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_mtp.checkpoint.compat import compare_weights
 from megatron_mtp.checkpoint.kept_files import kept_folder
 from megatron_mtp.checkpoint.manifest import TRAIN_STATE_NAME
-from megatron_mtp.checkpoint.streaming import StoredWeights, WeightsWriter
+from megatron_mtp.checkpoint.stored import StoredWeights
+from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict

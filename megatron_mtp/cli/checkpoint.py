@@ -68,7 +68,7 @@ def list_(run: Run, json: Json = False) -> None:
 @checkpoint.command()
 def show(checkpoint: One, json: Json = False) -> None:
     """Show what one checkpoint holds, and what wrote it."""
-    from megatron_mtp.checkpoint.streaming import StoredWeights
+    from megatron_mtp.checkpoint.stored import StoredWeights
 
     stored = StoredWeights(Path(checkpoint), verify=False)
     counts: dict[str, dict[str, int]] = {"mtp": {"tensors": 0, "values": 0}, "main": {"tensors": 0, "values": 0}}

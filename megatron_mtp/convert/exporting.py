@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_mtp.checkpoint.kept_files import GENERATION_NAME, HF_CONFIG_NAME, kept_folder, tokenizer_of, why_no_text
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.convert.hf_config import hf_config_dict

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_mtp.checkpoint.directory import checkpoint_folder
 from megatron_mtp.checkpoint.kept_files import HF_CONFIG_NAME
 from megatron_mtp.checkpoint.pretrained import load_model_weights
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.hf_config import model_config_from_hf
 from megatron_mtp.convert.importing import HFModel, plan_hf

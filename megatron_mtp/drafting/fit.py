@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.convert.load import is_hf_folder
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.decode.projection import FittedProjection, fit_projections

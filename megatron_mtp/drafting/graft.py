@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.drafting.rewrite import rewrite
 from megatron_mtp.errors import ConversionError, MegatronMTPError
 

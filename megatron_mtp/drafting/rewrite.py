@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER
-from megatron_mtp.checkpoint.streaming import StoredWeights, WeightsWriter
+from megatron_mtp.checkpoint.stored import StoredWeights
+from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.training.state import TrainState

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_mtp.checkpoint.directory import checkpoint_folder
 from megatron_mtp.checkpoint.manifest import read_manifest
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.load import config_of, is_hf_folder, load_weights
 from megatron_mtp.data.sources import check_data

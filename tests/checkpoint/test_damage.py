@@ -23,7 +23,7 @@ from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, describe_file, read_
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import complete_checkpoints
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError
 from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig

@@ -17,7 +17,7 @@ from megatron_mtp import pretrain
 from megatron_mtp.checkpoint.directory import LOCK_NAME, RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.merging import average, strip
 from megatron_mtp.checkpoint.removing import remove
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.cli.main import main
 from megatron_mtp.data.lock import Lock
 from megatron_mtp.errors import CheckpointError

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.convert.checking import check_hf
 from megatron_mtp.convert.exporting import export_hf
 from megatron_mtp.convert.importing import import_hf

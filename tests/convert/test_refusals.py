@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.convert.checking import check_hf
 from megatron_mtp.convert.exporting import export_hf
 from megatron_mtp.convert.importing import import_hf
@@ -112,7 +112,7 @@ def test_tensors_without_elements_are_left_out(tmp_path):
 
 
 def test_nan_in_a_checkpoint_is_not_exported(qwen, tmp_path, monkeypatch):
-    from megatron_mtp.checkpoint.streaming import StoredWeights
+    from megatron_mtp.checkpoint.stored import StoredWeights
 
     import_hf(qwen, tmp_path / "out")
     read = StoredWeights.read

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mtp.checkpoint.kept_files import keep_with_run, tokenizer_of
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.cli.main import main
 from megatron_mtp.convert.exporting import export_hf
 from megatron_mtp.convert.importing import import_hf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mtp.checkpoint.streaming import StoredWeights
+from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.convert.importing import import_hf
 from megatron_mtp.errors import CheckpointError, ConversionError

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mtp.checkpoint.streaming import StoredWeights, WeightsWriter
+from megatron_mtp.checkpoint.stored import StoredWeights
+from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.convert.importing import import_hf
 from megatron_mtp.data.indexed import IndexedWriter
 from megatron_mtp.drafting.graft import main as graft
