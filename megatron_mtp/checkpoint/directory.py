@@ -30,6 +30,7 @@ from megatron_mtp.checkpoint.manifest import (
     read_manifest,
 )
 from megatron_mtp.checkpoint.train_state import read_train_state
+from megatron_mtp.config.address import ADDRESS_RULE, is_address
 from megatron_mtp.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class RunDirectory:
     """Names, finds, completes and retires the checkpoints of one run."""
 
     def __init__(self, path: str | Path):
+        if is_address(path):
+            raise CheckpointError(f"{path}: {ADDRESS_RULE}.")
         self.path = Path(path)
         self.replaceable: set[int] = set()
         """Iterations whose folder `complete` may replace: damaged ones that the run has skipped, and its own that could

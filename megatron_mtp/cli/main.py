@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import typer
 
+from megatron_mtp.cli.addresses import refuse_addresses, refuse_addresses_in
 from megatron_mtp.errors import MegatronMTPError
 from megatron_mtp.launch.failure import exit_code_of
 from megatron_mtp.observe.logs import silence_noise
@@ -110,7 +111,8 @@ def build_app(chosen: str | None) -> typer.Typer:
 
 def _load(target: str) -> Callable[..., None] | typer.Typer:
     module, function = target.split(":")
-    return getattr(importlib.import_module(module), function)
+    command = getattr(importlib.import_module(module), function)
+    return refuse_addresses_in(command) if isinstance(command, typer.Typer) else refuse_addresses(command)
 
 
 def _unused() -> None:

@@ -9,12 +9,13 @@ docs/config.md are all derived from these.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
+
+from megatron_mtp.config.address import ADDRESS_RULE, is_address
 
 Transfer = Literal["same", "mla", "moe", "own"]
 """How Megatron-Core's config gets the field. same: under its own name; mla, moe: the same, for such models only;
@@ -31,7 +32,6 @@ MAX_TOKENS = 10**18
 """Tokens of a run."""
 YEAR_MINUTES = 525_600
 """Durations."""
-_URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 if TYPE_CHECKING:
     type Derived[T] = T
 else:
@@ -173,8 +173,8 @@ def broken_rule(section: type, name: str, value: Any) -> str | None:
         return "must hold no NUL character"
     if is_path(section, name) and "" in texts:
         return "must not be empty; leave it unset, or name a file or folder"
-    if is_path(section, name) and any(_URL.match(text) for text in texts):
-        return "must be a path on a mounted file system; storage behind an address (...://) is not supported"
+    if is_path(section, name) and any(map(is_address, texts)):
+        return ADDRESS_RULE
     return None
 
 

@@ -14,6 +14,7 @@ import torch
 from megatron_mtp.checkpoint.kept_files import GENERATION_NAME, HF_CONFIG_NAME, kept_folder, tokenizer_of, why_no_text
 from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.address import ADDRESS_RULE, is_address
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.convert.hf_config import hf_config_dict
 from megatron_mtp.convert.hf_families import family_of, find_family
@@ -137,6 +138,8 @@ def export_hf(
     Raises:
         ConversionError, CheckpointError: names everything that does not fit; nothing is left behind.
     """
+    if is_address(hf_dir):
+        raise ConversionError(f"{hf_dir}: {ADDRESS_RULE}.")
     target = Path(hf_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConversionError(f"{target}: exists and is not empty. Choose another folder.")

@@ -1,0 +1,52 @@
+"""Refuses storage behind an address, such as s3://bucket/run, in every argument and option that takes a path."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+from typing import Any
+
+import typer
+
+from megatron_mtp.config.address import ADDRESS_RULE, is_address
+from megatron_mtp.errors import ConfigError, Problem
+
+TEXT_PATHS = frozenset(
+    "checkpoint checkpoints data logs mount name out output prefix prefixes sets source tokenizer".split()
+)
+"""Parameters that take a path as text; parameters of type Path are known by their values."""
+
+
+def refuse_addresses(command: Callable[..., None]) -> Callable[..., None]:
+    """The command itself, which first refuses addresses in its paths."""
+
+    @functools.wraps(command)
+    def checked(**values: Any) -> None:
+        problems = [
+            Problem(fields=(name,), value=text, rule=ADDRESS_RULE)
+            for name, value in values.items()
+            for text in _addresses(name, value)
+        ]
+        if problems:
+            raise ConfigError(problems)
+        command(**values)
+
+    return checked
+
+
+def refuse_addresses_in(app: typer.Typer) -> typer.Typer:
+    """`refuse_addresses` for each command of an app."""
+    for info in app.registered_commands:
+        if info.callback is not None and not hasattr(info.callback, "__wrapped__"):
+            info.callback = refuse_addresses(info.callback)
+    return app
+
+
+def _addresses(name: str, value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, PurePath) and is_address(item):
+            yield str(item).replace(":/", "://", 1)
+        elif isinstance(item, str) and name in TEXT_PATHS:
+            parts = (item, item.partition("=")[2])  # the second of NAME=PREFIX
+            yield from [item] if any(map(is_address, parts)) else []
