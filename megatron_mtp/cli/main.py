@@ -39,7 +39,7 @@ COMMANDS = {
         "List, verify, average and remove checkpoints.",
     ),
     "convert": ("megatron_mtp.cli.convert:convert", "Convert weights from and to Hugging Face folders."),
-    "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn JSONL text into training data."),
+    "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn text into training data."),
     "train-tokenizer": ("megatron_mtp.cli.train_tokenizer:train_tokenizer", "Train a tokenizer on JSONL text."),
     "data": ("megatron_mtp.cli.data:data", "Show, measure, check, merge and split prepared data."),
     "check-data": ("megatron_mtp.cli.data:check", "The same as `data check`."),

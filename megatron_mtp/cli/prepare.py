@@ -1,4 +1,4 @@
-"""`megatron-mtp prepare`: JSONL text to Megatron `.bin/.idx`."""
+"""`megatron-mtp prepare`: text in JSONL or Parquet files to Megatron `.bin/.idx`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def prepare(
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="JSONL files (plain, .gz, .zst) and folders of them.")
+        list[Path],
+        typer.Argument(metavar="INPUT...", help="JSONL files (plain, .gz, .zst), Parquet files, and folders of them."),
     ],
     output: Annotated[Path, typer.Option(help="Prefix of the data sets: PREFIX_text_document.bin, .idx and .json.")],
     tokenizer: Annotated[
@@ -28,7 +29,7 @@ def prepare(
     shuffle: Annotated[
         int | None, typer.Option(metavar="SEED", help="Shuffle all documents; the same seed gives the same files.")
     ] = None,
-    json_key: Annotated[str, typer.Option(help="Field of each line that holds the text.")] = "text",
+    json_key: Annotated[str, typer.Option(help="Field of each line, or column, that holds the text.")] = "text",
     workers: Annotated[
         int | None,
         typer.Option(
@@ -51,7 +52,7 @@ def prepare(
     memory_mib: Annotated[int, typer.Option(help="Approximate memory limit of the shuffle.")] = 1024,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files at PREFIX.")] = False,
 ) -> None:
-    """Turn JSONL text into training data: tokenize, shuffle, and write Megatron .bin/.idx files.
+    """Turn text in JSONL or Parquet files into training data: tokenize, shuffle, and write Megatron .bin/.idx files.
 
     Safe to interrupt: run the same command again to continue.
     """

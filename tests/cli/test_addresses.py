@@ -16,9 +16,9 @@ pytestmark = pytest.mark.unit
 
 # Parameters whose text is no path of data or checkpoints; everything else must refuse an address.
 NO_PATHS = set(
-    """account after callback claim compare container_image container_mounts env family hardware image json_key layouts
-    namespace node_selector num_draft overrides partition prompt prompt_ids pull_secret recipe resource sbatch secret
-    shares srun stop time tree words""".split()
+    """account after assume callback claim compare container_image container_mounts env family hardware image
+    json_key layouts namespace node_selector num_draft overrides partition prompt prompt_ids pull_secret recipe
+    resource sbatch secret shares srun stop time tokens tree words""".split()
 )
 
 

@@ -1,4 +1,4 @@
-"""Documents from JSONL files: plain, gzip or Zstandard; one JSON object on each line."""
+"""Documents from JSONL files: plain, gzip or Zstandard; one JSON object on each line. Lists inputs of every format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,27 +17,24 @@ if TYPE_CHECKING:
     import zstandard
 
 from megatron_mtp.data.files import stat_file
+from megatron_mtp.data.prepare.documents import Document
+from megatron_mtp.data.prepare.tables import DATASET_FILES, TABLE_ENDINGS, one_split, read_rows, saved_files
 from megatron_mtp.errors import DataError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 # Bytes of text in one byte of the file, for the memory estimate of a shuffle; measured on English web text.
-_EXPANSION = {".gz": 3.0, ".zst": 3.5}
+_EXPANSION = {".gz": 3.0, ".zst": 3.5, ".parquet": 2.5}
 _LINE_BYTES = 1 << 30  # the length of a document is stored in an int32; a damaged archive may expand without end
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text and its line number, counted from 1."""
-
-    line: int
-    text: str
-
-
 def list_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The JSONL files in `inputs`. Folders are searched with their subfolders, and their files are sorted.
+    """The JSONL, Parquet and Arrow files in `inputs`.
+
+    Folders are searched with their subfolders, and their files are sorted; a folder of `Dataset.save_to_disk` says
+    itself what it holds.
 
     Raises:
-        DataError: an input does not exist or is not a JSONL file, or a folder holds none.
+        DataError: an input does not exist or has another format, a folder holds none, or files of several splits.
     """
     found: list[Path] = []
     for path in map(Path, inputs):
@@ -55,15 +51,18 @@ def list_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """The JSONL file `path`, or those in the folder `path`."""
+    """The file `path`, or those in the folder `path`."""
     if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file())
+        if (saved := saved_files(path)) is not None:
+            return saved
+        found = (file for file in path.rglob("*") if file.name.endswith((*ENDINGS, ".parquet")) and file.is_file())
+        inside = sorted(file for file in found if file.name not in DATASET_FILES)
         if not inside:
-            raise DataError(f"{path}: holds no file that ends in {', '.join(ENDINGS)}.")
-        return inside
+            raise DataError(f"{path}: holds no file that ends in {', '.join((*ENDINGS, '.parquet'))}.")
+        return one_split(path, inside)
     stat_file(path)
-    if not path.name.endswith(ENDINGS):
-        raise DataError(f"{path}: is not JSONL; its name must end in {', '.join(ENDINGS)}.")
+    if not path.name.endswith((*ENDINGS, *TABLE_ENDINGS)):
+        raise DataError(f"{path}: has another format; its name must end in {', '.join((*ENDINGS, *TABLE_ENDINGS))}.")
     return [path]
 
 
@@ -81,13 +80,16 @@ def read_documents(
     """The texts of a file in order. Blank lines are skipped.
 
     Args:
-        key: field of each object that holds the text.
+        key: field of each object, or column, that holds the text.
         on_bad_line: called with the problem of a line that is not an object with a text; None: such a line is an error.
         on_progress: called with the number of bytes read since the last call.
 
     Raises:
         DataError: a line is malformed (names its number), or the file cannot be read to its end.
     """
+    if path.suffix in TABLE_ENDINGS:
+        yield from read_rows(path, key, on_bad_line, on_progress)
+        return
     reported = 0
     try:
         with path.open("rb") as raw, _decompressed(path, raw) as lines:

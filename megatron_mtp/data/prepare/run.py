@@ -124,7 +124,7 @@ def prepare(
     The result depends only on the inputs and the options, not on the number of workers or on interruptions.
 
     Args:
-        inputs: JSONL files (plain, .gz, .zst) and folders of them.
+        inputs: JSONL files (plain, .gz, .zst), Parquet and Arrow files, and folders of them.
         output: prefix; its folder is created.
         workers: number of processes that tokenize, at most one for each file; None: one for each core.
         overwrite: replace other data sets, and another tokenizer, at the output.

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from megatron_mtp.data.indexed import token_dtype
-from megatron_mtp.data.prepare.jsonl import Document, read_documents
+from megatron_mtp.data.prepare.documents import Document
+from megatron_mtp.data.prepare.jsonl import read_documents
 from megatron_mtp.data.prepare.spool import Buckets, SpoolCounts, SpoolWriter, is_complete, read_counts
 from megatron_mtp.data.tokenizer import Tokenizer, tokenizer_from_spec
 from megatron_mtp.errors import DataError

@@ -87,7 +87,7 @@ def test_inputs_are_files_and_folders(tmp_path):
         (tmp_path / name).touch()
     found = list_inputs([tmp_path / "z.jsonl", tmp_path / "b"])
     assert [str(p.relative_to(tmp_path)) for p in found] == ["z.jsonl", "b/2.jsonl", "b/a.jsonl.gz", "b/c/1.jsonl.zst"]
-    for wrong, message in [("no", "no such file"), ("x.txt", "is not JSONL"), ("empty", "holds no file")]:
+    for wrong, message in [("no", "no such file"), ("x.txt", "has another format"), ("empty", "holds no file")]:
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(DataError, match=message):
             list_inputs([tmp_path / wrong])
