@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_mtp.config.quantity import parse_quantity
 from megatron_mtp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ def prepare(
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Skip and count malformed lines instead of stopping at the first.")
     ] = False,
+    max_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Keep a random part of the documents with at most this many, such as 10B."),
+    ] = None,
     memory_mib: Annotated[int, typer.Option(help="Approximate memory limit of the shuffle.")] = 1024,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files at PREFIX.")] = False,
 ) -> None:
@@ -72,6 +78,7 @@ def prepare(
         skip_bad_lines=skip_bad_lines,
         train_vocab_size=vocab_size,
         memory_mib=memory_mib,
+        max_tokens=None if max_tokens is None else _count(max_tokens),
     )
     console = Console(stderr=True, highlight=False)
     try:
@@ -80,6 +87,13 @@ def prepare(
         console.print(f"Stopped. Finished work is kept in {output}.prepare: run the same command again to continue.")
         raise typer.Exit(130) from None
     _report(made)
+
+
+def _count(text: str) -> int:
+    try:
+        return parse_quantity(text)
+    except ConfigError as error:
+        raise ConfigError(replace(error.problems[0], fields=("--max-tokens",))) from None
 
 
 def _report(made: Prepared) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mtp.data.indexed import IndexedWriter
+from megatron_mtp.data.prepare.budget import Budget, kept_part
 from megatron_mtp.data.prepare.spool import Buckets, Spool, regroup
 from megatron_mtp.data.sidecar import Sidecar
 
@@ -20,6 +21,7 @@ def assemble_shard(
     dtype: np.dtype,
     template: Sidecar,
     on_progress: Callable[[int], None],
+    budget: Budget | None = None,
 ) -> Sidecar:
     """Writes `<prefix>.bin`, `.idx` and, last, its sidecar `.json`.
 
@@ -27,10 +29,11 @@ def assemble_shard(
         chosen: buckets of this shard.
         template: the values that the sidecars of all shards share.
         on_progress: called with the number of tokens of each write.
+        budget: which documents are kept; None: all.
     """
     writer, largest = IndexedWriter(str(prefix), dtype), -1
     for bucket in chosen:
-        for tokens, lengths in _documents(spools, buckets, bucket):
+        for tokens, lengths in _documents(spools, buckets, bucket, budget):
             writer.write(tokens, lengths)
             largest = max(largest, int(tokens.max()))
             on_progress(len(tokens))
@@ -39,9 +42,11 @@ def assemble_shard(
     return sidecar
 
 
-def _documents(spools: Sequence[Spool], buckets: Buckets, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _documents(
+    spools: Sequence[Spool], buckets: Buckets, bucket: int, budget: Budget | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and lengths of a bucket: in parts, or at once if shuffled."""
-    parts = (part for spool in spools for part in spool.read(bucket))
+    parts = _parts(spools, bucket, budget)
     if buckets.seed is None:
         yield from parts
         return
@@ -50,3 +55,13 @@ def _documents(spools: Sequence[Spool], buckets: Buckets, bucket: int) -> Iterat
         del collected
         order = buckets.order(bucket, len(lengths))
         yield regroup(tokens, lengths, order), lengths[order]
+
+
+def _parts(spools: Sequence[Spool], bucket: int, budget: Budget | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The kept documents of a bucket, run by run."""
+    for number, spool in enumerate(spools):
+        for tokens, lengths, first in spool.read(bucket):
+            if budget is not None:
+                tokens, lengths = kept_part(tokens, lengths, first, number, budget)
+            if len(lengths):
+                yield tokens, lengths

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megatron_mtp.data.files import write_atomically
 from megatron_mtp.data.indexed import token_dtype
 from megatron_mtp.data.prepare.assemble import assemble_shard
 from megatron_mtp.data.prepare.bpe import VOCAB_SIZES
+from megatron_mtp.data.prepare.budget import Budget
 from megatron_mtp.data.prepare.jsonl import list_inputs, text_bytes
 from megatron_mtp.data.prepare.spool import Buckets, Spool, SpoolCounts
 from megatron_mtp.data.prepare.tokenize_files import TokenizeJob, spool_path, tokenize_files
@@ -38,6 +39,7 @@ _RANGES = {
     "--shards": (1, 10_000),
     "--shuffle": (0, 2**63 - 1),
     "--memory-mib": (64, 2**24),
+    "--max-tokens": (1, 2**63 - 1),
     "--vocab-size": VOCAB_SIZES,
 }
 _SHUFFLE_BYTES_PER_TOKEN = 32  # two copies of the tokens and two int64 indices while a bucket is shuffled
@@ -58,6 +60,7 @@ class PrepareOptions:
         train_vocab_size: train a byte-level BPE with this number of ids on the input first.
         train_bytes: approximate amount of text to train it on, sampled from all of the input.
         memory_mib: approximate memory limit of the shuffle.
+        max_tokens: keep a random part of the documents with at most this many tokens; None: all of them.
     """
 
     tokenizer: str | None = None
@@ -69,6 +72,7 @@ class PrepareOptions:
     train_vocab_size: int | None = None
     train_bytes: int = TRAIN_BYTES
     memory_mib: int = 1024
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         values = {
@@ -76,6 +80,7 @@ class PrepareOptions:
             "--shuffle": self.shuffle,
             "--memory-mib": self.memory_mib,
             "--vocab-size": self.train_vocab_size,
+            "--max-tokens": self.max_tokens,
         }
         problems = [
             Problem(fields=(option,), value=value, rule=f"must be from {low:,} to {high:,}")
@@ -158,10 +163,12 @@ def prepare(
             Spool(spool_path(work, number), token_dtype(tokenizer.vocab_size), buckets.count)
             for number in range(len(files))
         ]
-        _refuse_empty_shards(spools, options)
+        budget = None if options.max_tokens is None else Budget.of(spools, options.max_tokens)
+        _refuse_empty_shards(spools, options, budget)
         template = _sidecar_template(tokenizer, options, plan, files)
-        on_tokens = _task(bar, "write (tokens)", counts.tokens)
-        _assemble(work, spools, buckets, len(prefixes), template, on_tokens)
+        on_tokens = _task(bar, "write (tokens)", min(counts.tokens, options.max_tokens or counts.tokens))
+        written = _assemble(work, spools, buckets, len(prefixes), template, on_tokens, budget)
+        counts = replace(counts, documents=written.documents, tokens=written.tokens, largest_id=written.largest_id)
         if options.train_vocab_size is not None:
             is_beside = Path(target).parent.resolve() == output.parent.resolve()  # else perhaps another file system
             write_atomically(Path(target), Path(spec).read_bytes(), work if is_beside else None)
@@ -206,6 +213,8 @@ def _without_own(files: Sequence[Path], output: Path, own: Sequence[str]) -> lis
 def _plan(files: Sequence[Path], options: PrepareOptions) -> str:
     """A hash of everything that determines the result: equal plans continue or reuse each other's work."""
     values = asdict(options)
+    if options.max_tokens is None:
+        del values["max_tokens"]  # data of earlier releases has the same plan
     if options.train_vocab_size is None:
         values["tokenizer"] = tokenizer_from_spec(filled(options.tokenizer)).fingerprint()
     states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -232,8 +241,11 @@ def _refuse_other(prefixes: Sequence[str], plan: str) -> None:
             )
 
 
-def _refuse_empty_shards(spools: Sequence[Spool], options: PrepareOptions) -> None:
-    counts = sum(spool.count_documents() for spool in spools)
+def _refuse_empty_shards(spools: Sequence[Spool], options: PrepareOptions, budget: Budget | None) -> None:
+    if budget is None:
+        counts = sum(spool.count_documents() for spool in spools)
+    else:
+        counts = sum(budget.count_documents(spool, number) for number, spool in enumerate(spools))
     per_shard = np.reshape(counts, (options.shards, -1)).sum(axis=1)
     if not per_shard.all():
         rule = f"is too large for {per_shard.sum():,} documents: {np.sum(per_shard == 0):,} data sets would be empty"
@@ -286,9 +298,10 @@ def _assemble(
     shards: int,
     template: Sidecar,
     on_tokens: Callable[[int], None],
-) -> None:
-    """Writes the shards that are not complete yet to the work folder."""
-    dtype = token_dtype(template.vocab_size)
+    budget: Budget | None,
+) -> SpoolCounts:
+    """Writes the shards that are not complete yet to the work folder. Returns the counts of all."""
+    dtype, total = token_dtype(template.vocab_size), SpoolCounts()
     each = buckets.count // shards
     for shard in range(shards):
         prefix = _shard_path(work, shard)
@@ -298,9 +311,11 @@ def _assemble(
             sidecar = None
         if sidecar is None:
             chosen = range(shard * each, (shard + 1) * each)
-            assemble_shard(spools, buckets, chosen, prefix, dtype, template, on_tokens)
+            sidecar = assemble_shard(spools, buckets, chosen, prefix, dtype, template, on_tokens, budget)
         else:
             on_tokens(sidecar.num_tokens)
+        total.add(SpoolCounts(sidecar.num_documents, sidecar.num_tokens, sidecar.largest_id))
+    return total
 
 
 def _shard_path(work: Path, shard: int) -> Path:

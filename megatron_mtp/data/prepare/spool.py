@@ -181,13 +181,25 @@ class Spool:
         if (steps < 0).any() or steps.sum(axis=0).tolist() != [len(lengths), self.counts.tokens]:
             raise self._damaged()
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int32 [documents], in the order of the spool."""
+        return self._load("lengths")
+
     def count_documents(self) -> np.ndarray:
         """Number of documents in each bucket, int64 [buckets]."""
         counts: np.ndarray = np.diff(self._load("bounds")[:, :, 0], axis=1).sum(axis=0)
         return counts
 
-    def read(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Tokens and lengths of the documents of a bucket, run by run, in the order of the input."""
+    def places(self) -> np.ndarray:
+        """First document of each bucket in each run, and the end of the last, int64 [runs, buckets + 1]."""
+        places: np.ndarray = np.asarray(self._load("bounds")[:, :, 0])
+        return places
+
+    def read(self, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Tokens and lengths of the documents of a bucket, and the place of the first of them.
+
+        Run by run, in the order of the input.
+        """
         names = (self._path.with_suffix(ending) for ending in (".tokens", ".lengths.npy", ".bounds.npy"))
         with ExitStack() as stack:
             token_file, length_file, bound_file = (stack.enter_context(name.open("rb")) for name in names)
@@ -201,7 +213,7 @@ class Spool:
                     tokens = np.fromfile(token_file, self._dtype, token_end - token)
                     if lengths.min() < 0 or not lengths.sum(dtype=np.int64) == len(tokens) == token_end - token:
                         raise self._damaged()
-                    yield tokens, lengths
+                    yield tokens, lengths, document
 
     def _load(self, name: str) -> np.memmap:
         return load_array(self._path.with_suffix(f".{name}.npy"), f"Delete {self._path.parent} and run again.")

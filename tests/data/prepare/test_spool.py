@@ -43,7 +43,7 @@ def test_buckets_hold_every_document_once_whatever_the_runs(tmp_path_factory, ba
     expected = buckets.of(np.arange(len(documents)), 3)
     for bucket in range(count):
         read = []
-        for tokens, lengths in spool.read(bucket):
+        for tokens, lengths, _ in spool.read(bucket):
             read += [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
         assert read == [document for document, where in zip(documents, expected, strict=True) if where == bucket]
 
