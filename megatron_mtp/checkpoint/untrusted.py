@@ -37,11 +37,31 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
+    """Accepts a few harmless names.
+
+    Attributes:
+        is_foreign: a record that loads no class stands for every other name; otherwise such a name is an error.
+    """
+
+    is_foreign = False
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if self.is_foreign:
+            return type(name, (_Unread,), {})
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class _Unread:
+    """Stands for what a foreign checkpoint's metadata holds besides the places of its tensors, such as save plans."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class _Rehearsal(_Unpickler):
@@ -84,12 +104,14 @@ def _ignore(_: Any, __: Any) -> None:
     """In place of a __setstate__ that looks into stand-ins."""
 
 
-def read_metadata(directory: Path, manifest: Manifest | None = None) -> Metadata:
+def read_metadata(directory: Path, manifest: Manifest | None = None, *, is_foreign: bool = False) -> Metadata:
     """The metadata of a checkpoint, after it and every object it points to were checked.
 
     Args:
         manifest: must list every file that the metadata leads to, or the file has no checksum; None: it was asked
             before.
+        is_foreign: Megatron-Core's own writer made it, which pickles its plans too, and any object beside tensors.
+            They are not loaded here, and the caller must load none.
 
     Raises:
         CheckpointError: something does not belong in a checkpoint.
@@ -97,11 +119,15 @@ def read_metadata(directory: Path, manifest: Manifest | None = None) -> Metadata
     path = directory / METADATA_NAME
     try:
         content = path.read_bytes()
-        _Rehearsal(io.BytesIO(content)).load()
-        metadata = _Unpickler(io.BytesIO(content)).load()
+        for kind in (_Rehearsal, _Unpickler):
+            unpickler = kind(io.BytesIO(content))
+            unpickler.is_foreign = is_foreign
+            metadata = unpickler.load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
-        objects = {key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
+        object_keys = {
+            key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)
+        }
         listed = None if manifest is None else {entry.name for entry in manifest.files}
         places = [(index.fqn, info) for index, info in metadata.storage_data.items()]
         for _, info in places:
@@ -113,8 +139,8 @@ def read_metadata(directory: Path, manifest: Manifest | None = None) -> Metadata
                 raise ValueError(f"it leads to {name!r}, which the manifest does not list")
     except Exception as error:
         raise CheckpointError(f"{path}: is not a checkpoint's metadata ({error}).") from error
-    for key, info in places:
-        if key in objects:
+    for key, info in () if is_foreign else places:
+        if key in object_keys:
             _check_object(directory / info.relative_path, key, info.offset, info.length)
     return metadata
 

@@ -203,11 +203,12 @@ def write_shared_files(
             raise OSError(f"{directory / entry.name} was written but is not here: ranks must share the file system")
     write_durably(directory / CONFIG_NAME, to_yaml(cfg).encode())
     write_durably(directory / TRAIN_STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
-    _write_metadata(directory, metadata, written)
+    write_metadata(directory, metadata, written)
     return [*(describe_file(directory / name) for name in REQUIRED_NAMES), *entries]
 
 
-def _write_metadata(directory: Path, metadata: Metadata | None, written: list[Written]) -> None:
+def write_metadata(directory: Path, metadata: Metadata | None, written: list[Written]) -> None:
+    """Writes by which a loader finds each shard in the files that were written."""
     assert metadata is not None, "the metadata is on rank 0"
     metadata.version = CURRENT_DCP_VERSION
     metadata.storage_meta = StorageMeta()

@@ -1,4 +1,4 @@
-"""`megatron-mtp convert import|export|check`: converts weights from and to Hugging Face folders."""
+"""`megatron-mtp convert`: converts weights from and to Hugging Face folders and Megatron-LM's checkpoints."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_mtp.cli.choose import Files, Overrides, choose_config
+from megatron_mtp.errors import ConfigError
+
 if TYPE_CHECKING:
     from megatron_mtp.convert.report import Report
 
-convert = typer.Typer(no_args_is_help=True, help="Convert weights from and to Hugging Face folders, with MTP layers.")
+convert = typer.Typer(
+    no_args_is_help=True,
+    help="Convert weights from and to Hugging Face folders and Megatron-LM's checkpoints, with MTP layers.",
+)
 
 
 class Init(StrEnum):
@@ -27,6 +33,13 @@ class Dtype(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class Spec(StrEnum):
+    """Layer specs of Megatron-Core."""
+
+    te = "te"
+    local = "local"
 
 
 Checkpoint = Annotated[
@@ -129,6 +142,53 @@ def check(
         typer.echo(f"{name}: differs by up to {difference:.3g}")
     if not result.is_equal:
         raise typer.Exit(1)
+
+
+@convert.command("from-megatron")
+def from_megatron(
+    source: Annotated[
+        Path, typer.Argument(help="Run directory of Megatron-LM or Megatron-Bridge, or one of its iter_... folders.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Run directory for the checkpoint; it must not hold one.")],
+    overrides: Overrides = None,
+    config: Files = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe to save with the weights; it must have their architecture. Default: what they say."),
+    ] = None,
+    with_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--with-optimizer", help="Take optimizer state and counters too: resume with checkpoint.load=OUT."
+        ),
+    ] = False,
+    report: ReportFile = None,
+) -> None:
+    """Convert a torch_dist checkpoint of Megatron-LM or Megatron-Bridge, MTP layers included."""
+    if recipe is None and (overrides or config):
+        raise ConfigError("Config changes belong to a recipe: name it with --recipe.")
+    cfg = choose_config(recipe, config, overrides) if recipe else None
+    from megatron_mtp.convert.megatron import import_megatron
+
+    _print(import_megatron(source, out, cfg, with_optimizer=with_optimizer), report)
+
+
+@convert.command("to-megatron")
+def to_megatron(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Run directory of Megatron-LM to create.")],
+    spec: Annotated[
+        Spec, typer.Option(help="Layer specs that will read it: Transformer Engine's, or Megatron-Core's local ones.")
+    ] = Spec.te,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="First compare every byte of the checkpoint with its manifest.")
+    ] = True,
+    report: ReportFile = None,
+) -> None:
+    """Write the weights of a checkpoint as a torch_dist checkpoint that Megatron-LM and Megatron-Bridge start from."""
+    from megatron_mtp.convert.megatron_export import export_megatron
+
+    _print(export_megatron(checkpoint, out, spec=spec.value, verify=verify), report)
 
 
 def _print(done: Report, report: Path | None) -> None:

@@ -38,7 +38,7 @@ COMMANDS = {
         "megatron_mtp.cli.checkpoint:checkpoint",
         "List, verify, average and remove checkpoints.",
     ),
-    "convert": ("megatron_mtp.cli.convert:convert", "Convert weights from and to Hugging Face folders."),
+    "convert": ("megatron_mtp.cli.convert:convert", "Convert weights: Hugging Face folders, Megatron-LM."),
     "prepare": ("megatron_mtp.cli.prepare:prepare", "Turn text into training data."),
     "train-tokenizer": ("megatron_mtp.cli.train_tokenizer:train_tokenizer", "Train a tokenizer on JSONL text."),
     "data": ("megatron_mtp.cli.data:data", "Show, measure, check, merge and split prepared data."),

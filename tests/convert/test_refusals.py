@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_not_exported(whole, tmp_path):
 
 
 def test_a_disk_that_refuses_leaves_nothing(whole, tmp_path, monkeypatch):
-    from megatron_mtp.checkpoint import streaming
+    from megatron_mtp.checkpoint import boxes
     from megatron_mtp.convert.tensor_writer import TensorWriter
 
     def full(*_):
@@ -237,7 +237,7 @@ def test_a_disk_that_refuses_leaves_nothing(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(TensorWriter, "write", full)
     with pytest.raises(ConversionError, match="No space left"):
         export_hf(whole / "checkpoint", tmp_path / "hf")
-    monkeypatch.setattr(streaming, "save_tensor", full)
+    monkeypatch.setattr(boxes, "save_tensor", full)
     with pytest.raises(CheckpointError, match="No space left"):
         import_hf(whole / "one", tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []
