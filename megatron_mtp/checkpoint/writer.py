@@ -15,7 +15,9 @@ import os
 import pickle
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -53,10 +55,15 @@ Payload = torch.Tensor | io.BytesIO
 
 @dataclass(slots=True)
 class RankFile:
-    """What one rank writes, and on rank 0 the metadata of all ranks; places in the files are filled in later."""
+    """What one rank writes, and on rank 0 the metadata of all ranks; places in the files are filled in later.
+
+    Attributes:
+        is_snapshot: training goes on while it is written, and needs the processor.
+    """
 
     items: list[tuple[WriteItem, Payload]]
     metadata: Metadata | None
+    is_snapshot: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,7 @@ def snapshot(file: RankFile, live_storages: set[int], buffers: KeptBuffers) -> N
     Args:
         buffers: hold the copies. The file must be written before their next `start`.
     """
+    file.is_snapshot = True
     file.items = [
         (item, _copied(payload, live_storages, buffers) if isinstance(payload, torch.Tensor) else payload)
         for item, payload in file.items
@@ -124,10 +132,9 @@ def write(file: RankFile, directory: Path, rank: int) -> Written:
         return Written([], None)
     path = directory / f"__{rank}_0.distcp"
     try:
-        with path.open("wb") as raw:
-            stream = HashedStream(raw)
+        with path.open("wb", buffering=0) as raw, _without_crc32(), ThreadPoolExecutor(1) as thread:
+            stream = HashedStream(raw, None if file.is_snapshot else thread)
             results = [_write_item(stream, path.name, item, payload) for item, payload in file.items]
-            raw.flush()
             os.fsync(raw.fileno())
         size = path.stat().st_size
         if size != stream.position:
@@ -164,21 +171,47 @@ def save_tensor(tensor: torch.Tensor, stream: HashedStream) -> None:
 
 
 class HashedStream:
-    """Counts and hashes the bytes that are written, so that the manifest holds what was meant, not what arrived."""
+    """Counts and hashes the bytes that are written, so that the manifest holds what was meant, not what arrived.
 
-    def __init__(self, raw: io.BufferedWriter):
-        self.raw, self.position, self.digest = raw, 0, hashlib.sha256()
+    Args:
+        raw: a file; unbuffered where it is large, since the bytes would be copied once more.
+        thread: hashes while the same bytes are written; None: before.
+    """
+
+    def __init__(self, raw: io.RawIOBase | io.BufferedIOBase, thread: ThreadPoolExecutor | None = None):
+        self.raw, self.position, self.digest, self._thread = raw, 0, hashlib.sha256(), thread
 
     def write(self, data: Any) -> int:
-        """Writes bytes and adds them to the digest."""
-        self.digest.update(data)
-        size = self.raw.write(data)
+        """Writes all bytes and adds them to the digest."""
+        size = memoryview(data).nbytes
+        if self._thread is None or size < 2**16:
+            self.digest.update(data)
+            self._write_all(data)
+        else:
+            hashing = self._thread.submit(self.digest.update, data)
+            self._write_all(data)
+            hashing.result()
         self.position += size
         return size
 
+    def _write_all(self, data: Any) -> None:
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            rest = rest[self.raw.write(rest) or 0 :]
+
     def flush(self) -> None:
-        """As the file."""
-        self.raw.flush()
+        """Nothing is held back."""
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Inside, torch.save computes no CRC32, which takes as long as half of the hash; torch.load never looks at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def write_shared_files(

@@ -20,10 +20,10 @@ class KeptBuffers:
         self._taken = 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor with arbitrary content, valid until the next `start`."""
+        """A contiguous tensor, valid until the next `start`: zeros, or what the save before left in it."""
         index, self._taken = self._taken, self._taken + 1
         if index < len(self._kept) and (self._kept[index].shape, self._kept[index].dtype) == (torch.Size(shape), dtype):
             return self._kept[index]
-        made = torch.empty(tuple(shape), dtype=dtype)
+        made = torch.zeros(tuple(shape), dtype=dtype)
         self._kept[index:] = [made]  # what follows was for another order
         return made

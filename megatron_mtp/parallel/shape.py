@@ -14,6 +14,14 @@ from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 MIN_LOGITS_CHUNK, MAX_LOGITS_CHUNK = 64, 1024
 
 
+def default_logits_chunk(num_tokens: float, logit_bytes: int) -> int:
+    """Tokens in a chunk of logits: at most a quarter of the memory of all `num_tokens` in fp32.
+
+    Smaller chunks than MIN_LOGITS_CHUNK would make slow products, larger ones than MAX_LOGITS_CHUNK gain nothing.
+    """
+    return max(MIN_LOGITS_CHUNK, min(MAX_LOGITS_CHUNK, int(num_tokens // logit_bytes)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunShape:
     """Sizes of a run.
@@ -96,14 +104,9 @@ class RunShape:
 
     @property
     def logits_chunk_tokens(self) -> int:
-        """Tokens whose logits exist at once, on one rank.
-
-        By default they take at most a quarter of the memory of a micro-batch's logits in fp32. Smaller chunks than
-        MIN_LOGITS_CHUNK would make slow products, larger ones than MAX_LOGITS_CHUNK gain nothing.
-        """
-        if self.cfg.model.logits_chunk_tokens is not None:
-            return self.cfg.model.logits_chunk_tokens
-        return max(MIN_LOGITS_CHUNK, min(MAX_LOGITS_CHUNK, int(self.tokens // self.logit_bytes)))
+        """Tokens whose logits exist at once, on one rank."""
+        given = self.cfg.model.logits_chunk_tokens
+        return default_logits_chunk(self.tokens, self.logit_bytes) if given is None else given
 
     @property
     def logit_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -63,6 +64,24 @@ def test_steps_during_a_save_do_not_leak_into_it(ranks, tmp_path, values):
     assert differences(at_save, weights) == {}
     # Optimizer state too: going on from the checkpoint gives what the run itself came to.
     assert differences(trained_on, ranks(2).run(resumed, values, 5, str(tmp_path))[0][1]) == {}
+
+
+def collections_of_a_save(path: str) -> list[int]:
+    with rig(make_config(ADAM, dist.get_world_size(), path)) as run:
+        run.steps(1)
+        found: list[int] = []
+        gc.callbacks.append(lambda phase, info: found.append(info["generation"]) if phase == "start" else None)
+        gc.disable()  # the automatic one
+        try:
+            run.save()
+        finally:
+            gc.callbacks.pop()
+            gc.enable()
+        return found
+
+
+def test_a_save_collects_no_garbage(ranks, tmp_path):
+    assert ranks(1).run(collections_of_a_save, str(tmp_path)) == [[]]
 
 
 def save_twice(path: str) -> tuple:

@@ -23,8 +23,9 @@ class GarbageCollection(ConfiguredCallback):
         return cls(cfg.train.manual_gc_interval) if cfg.train.manual_gc else None
 
     def on_train_start(self, run: Run, state: TrainState) -> None:
-        """Collects what the setup left, then turns the automatic collection off."""
+        """Collects what the setup left and turns the automatic collection off. What stays is not looked at again."""
         gc.collect()
+        gc.freeze()
         gc.disable()
 
     def on_step_end(self, run: Run, state: TrainState, result: StepResult) -> None:
@@ -34,4 +35,5 @@ class GarbageCollection(ConfiguredCallback):
 
     def close(self) -> None:
         """Turns the automatic collection on again."""
+        gc.unfreeze()
         gc.enable()
