@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest
 # Two processes, each with its own files of tests: half of the time of one is waiting.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL := -n 2 --dist loadfile
 ARGS ?=
 DOCS := $(wildcard *.md docs/*.md docs/api/*.md)
 
@@ -10,7 +10,7 @@ DOCS := $(wildcard *.md docs/*.md docs/api/*.md)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real-model test test-layouts test-all lint format docs clean
+.PHONY: help setup demo real-model test test-layouts test-all bench lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -34,6 +34,9 @@ test-layouts: setup ## the slow part of the matrices: models x layouts x masks, 
 
 test-all: setup ## every test that this machine can run
 	@$(PYTEST) $(PARALLEL) $(ARGS)
+
+bench: setup ## measure the speed on this machine, quiet, and write docs/performance.md: 40 minutes (RUN="head loop": some)
+	@$(PY) -m benchmarks.page --run $(or $(RUN),all)
 
 lint: setup ## style, format and spelling of code and docs; import contracts; types
 	@.venv/bin/ruff check .

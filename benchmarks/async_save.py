@@ -1,6 +1,6 @@
 """How much an asynchronous save slows down the steps that run meanwhile.
 
-    python benchmarks/async_save.py
+    python -m benchmarks.async_save
 
 A model with Adam state of at least 500 MB trains on one rank. Steps during a save and steps without one alternate, so
 that a machine that gets slower or faster affects both. The step in which a checkpoint is completed and an old one
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import timing
 from megatron_mtp import pretrain
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.recipes import get_recipe
@@ -54,11 +55,10 @@ class Clock(Callback):
 
 def parser() -> argparse.ArgumentParser:
     """The options; by default there are enough saves for STEPS_WHILE_SAVING steps, and a few to spare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser(__doc__, threads=1)
     parser.add_argument("--hidden", type=int, default=640)
     parser.add_argument("--interval", type=int, default=18)
     parser.add_argument("--saves", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, for the training step")
     return parser
 
 
@@ -76,6 +76,7 @@ def failures(num_bytes: float, num_during: int, ratio: float) -> list[str]:
 
 def main() -> None:
     options = parser().parse_args()
+    described = timing.machine(options.threads)
     with tempfile.TemporaryDirectory(prefix="async-save-") as folder:
         cfg, clock = make_config(Path(folder), options), Clock()
         pretrain(cfg, callbacks=[clock])
@@ -89,6 +90,9 @@ def main() -> None:
     print(f"step during a save  {statistics.median(during) * 1e3:.0f} ms (median of {len(during)}), x {ratio:.3f}")
     means = statistics.fmean(quiet), statistics.fmean(during)
     print(f"means: {means[0] * 1e3:.0f} and {means[1] * 1e3:.0f} ms, x {means[1] / means[0]:.3f}")
+    results = {"megabytes": size / 1e6, "stall_ms": statistics.median(stalls), "ratio": ratio}
+    timings = {"step without a save": timing.Timing.of(quiet), "step during a save": timing.Timing.of(during)}
+    timing.write_results("async_save", options, described, results | {"timings": timings})
     if found := failures(size, len(during), ratio):
         sys.exit("\n".join(found))
 

@@ -13,20 +13,18 @@ process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import multiprocessing
 import resource
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import in_turn, machine, product_gflops
+from benchmarks.timing import in_turn, machine, parser, product_gflops, write_results
 from megatron_mtp.config import ConfigContainer
 
 SIDES = ("ours", "engine", "engine, sdpa")
@@ -107,9 +105,11 @@ def engine_step(sides: Sides, *, with_sdpa: bool) -> Callable[[], float]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from megatron_mtp.model.transformer_config import transformer_config
 
+    MTPLossLoggingHelper.tracker.clear()  # of the class; it may hold the number of depths of an earlier model
     model, groups, batch = sides.cfg.model, sides.run.groups, sides.batch
     fields = transformer_config(sides.run.resolved, use_te=False, device_type="cpu")
     fields.mtp_loss_scaling_factor = sides.factor
@@ -222,13 +222,7 @@ def main() -> None:
             interval = f"[{timing.low:.3f}, {timing.high:.3f}]"
             print(f"D={depths}  {name:<13} {timing.median:7.3f} {interval:<16} {share:6.1%} {peak}", flush=True)
     _print_cost(results)
-    if options.json:
-        plain = [
-            found | {"timings": {name: timing.as_dict() for name, timing in found["timings"].items()}}
-            for found in results
-        ]
-        content = {"machine": described, "product_gflops": speed, "options": vars(options), "results": plain}
-        Path(options.json).write_text(json.dumps(content, indent=2, default=str) + "\n")
+    write_results("step", options, described, {"product_gflops": speed, "depths": results})
 
 
 def _print_cost(results: list[dict[str, Any]]) -> None:
@@ -244,18 +238,15 @@ def _print_cost(results: list[dict[str, Any]]) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=KINDS, default="dense")
-    parser.add_argument("--seq", type=int, default=1024)
-    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
-    parser.add_argument("--json", help="file for all results")
-    return parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--kind", choices=KINDS, default="dense")
+    made.add_argument("--seq", type=int, default=1024)
+    made.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--dtype", choices=DTYPES, default="fp32")
+    made.add_argument("--layers", type=int, default=8)
+    made.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    made.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
+    return made.parse_args()
 
 
 if __name__ == "__main__":

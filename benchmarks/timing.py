@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -40,6 +44,9 @@ class Timing:
             below += 1
         first = max(0, below - 1)
         return cls(statistics.median(ordered), ordered[first], ordered[count - 1 - first], times)
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -82,6 +89,28 @@ def product_gflops(dtype: torch.dtype, tokens: int, inner: int, outer: int, roun
         torch.nn.functional.linear(left, right)
         best = min(best, time.perf_counter() - began)
     return 2e-9 * tokens * inner * outer / best
+
+
+def parser(doc: str | None, *, threads: int = 2, rounds: int = 9) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--threads", type=int, default=threads)
+    made.add_argument("--rounds", type=int, default=rounds, help="of each side; the median is of these")
+    made.add_argument("--json", help="file for all results")
+    return made
+
+
+def write_results(name: str, options: argparse.Namespace, described: dict[str, object], results: Any) -> None:
+    """Writes the results to the file of --json, if it was given."""
+    if options.json is None:
+        return
+    given = {field: value for field, value in vars(options).items() if field != "json"}
+    content = {"benchmark": name, "machine": described, "options": given, "results": results}
+    Path(options.json).write_text(json.dumps(content, indent=1, default=_plain) + "\n")
+
+
+def _plain(value: object) -> object:
+    return value.as_dict() if isinstance(value, Timing) else str(value)
 
 
 def _processor() -> str:

@@ -90,6 +90,10 @@ def check(words: list[str]) -> None:
             assert job.module
             assert job.training_script == "megatron_mtp"
             check_ours(job.training_script_args, int(job.nnodes) * int(job.nproc_per_node))
+        case ["python", "-m", "benchmarks"]:
+            pass  # tests/docs/test_performance.py runs it
+        case ["python", "-m", "benchmarks", name, *rest]:
+            check_module(f"benchmarks.{name}", rest)
         case ["python", "-m", module, *rest]:
             check_module(module, rest)
         case ["python", path, *rest]:
