@@ -123,7 +123,12 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 @contextmanager
 def may_have_children() -> Iterator[None]:
-    """Megatron-Core's writer starts processes, which ranks of a pool, being daemons, may not."""
+    """Megatron-Core's writer starts processes, which ranks of a pool, being daemons, may not.
+
+    One of them, which holds its queue of results, would outlive the rank; here it ends.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # there is no public setter
     before = config.get("daemon")
     config["daemon"] = False
@@ -131,6 +136,10 @@ def may_have_children() -> Iterator[None]:
         yield
     finally:
         config["daemon"] = before
+        filesystem_async._results_queue = None  # the next save starts another
+        for child in multiprocessing.active_children():
+            child.terminate()
+            child.join()
 
 
 def in_groups(work: Any, *given: Any) -> Any:
