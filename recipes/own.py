@@ -9,12 +9,15 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, wraps
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError, MegatronMTPError, Problem, cut, nearest
+from megatron_mtp.errors import ConfigError, MegatronMTPError, Problem, ProblemsError, cut, nearest
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def own_recipe(name: str) -> Callable[[], ConfigContainer]:
@@ -86,6 +89,10 @@ class OwnCode:
         """Runs the user's code; its exception becomes one message with the line that raised it."""
         try:
             return code()
+        except ProblemsError as error:
+            if (where := _where(error)) is None:
+                raise
+            raise error.within(where) from error
         except MegatronMTPError:
             raise
         except Exception as error:  # the user's code may raise anything
@@ -129,6 +136,13 @@ class OwnCode:
             raise self.error(f"there is no module {module!r} in the working directory or in the environment")
         imported: ModuleType = self.run(partial(importlib.import_module, module))
         return imported
+
+
+def _where(error: ProblemsError) -> str | None:
+    """File and line at which the user's code called this package, which raised `error`; None: it did not call it."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without that of `run`
+    own = list(takewhile(lambda frame: not Path(frame.filename).is_relative_to(PACKAGE), frames))
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else None
 
 
 def _find_modules_in(folder: Path) -> None:

@@ -29,7 +29,7 @@ Callbacks = Annotated[
     typer.Option(
         "--callback",
         metavar="NAME",
-        help="Callback of your own, as file.py:Class or module:Class; repeatable. Added to train.callbacks.",
+        help="Callback of your own, as file.py:Class or module:Class; repeatable. Added to train.callbacks, each once.",
     ),
 ]
 
@@ -37,7 +37,8 @@ Callbacks = Annotated[
 def choose_config(
     recipe: str, files: list[Path] | None, overrides: list[str] | None, callbacks: list[str] | None = None
 ) -> ConfigContainer:
-    """The unfinalized config; a later source wins. The names of `callbacks` are added to train.callbacks.
+    """The unfinalized config; a later source wins. The names of `callbacks` are added to train.callbacks,
+    each once.
 
     Raises:
         ConfigError: what is wrong in any of the sources.
@@ -59,7 +60,12 @@ def choose_config(
     if problems:
         raise ConfigError(problems)
     if callbacks:
-        cfg.train.callbacks = [*cfg.train.callbacks, *callbacks]
+        from megatron_mtp.recipes.own import absolute
+
+        once: dict[str, str] = {}
+        for name in (*cfg.train.callbacks, *callbacks):
+            once.setdefault(absolute(name), name)
+        cfg.train.callbacks = list(once.values())
     return cfg
 
 

@@ -139,7 +139,7 @@ def slurm(
         python="python" if setup or container_image else sys.executable,
     )
     check(job, "slurm", request.options, request.view)
-    hint(job, "slurm", request.view)
+    hint(job, "slurm", request.view, request.secrets)
     submit_chain(job, request, chain, dry_run)
 
 
@@ -211,9 +211,7 @@ def k8s(
         setup=setup,
         logs=logs,
     )
-    check(job, "k8s", request.options)
-    parts = k8s.manifests(job, request)
-    view = k8s.view(parts)
-    check(job, "k8s", {}, view)
+    view = k8s.view([k8s.job_manifest(job, request)])
+    check(job, "k8s", request.options, view)
     hint(job, "k8s", view)
-    typer.echo(submit(k8s.as_text(parts), ["kubectl", "apply", "-f", "-"], dry_run), nl=False)
+    typer.echo(submit(k8s.as_text(k8s.manifests(job, request)), ["kubectl", "apply", "-f", "-"], dry_run), nl=False)

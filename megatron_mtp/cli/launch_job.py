@@ -34,7 +34,7 @@ def make_job(
     callbacks: list[str] | None = None,
     **fields: Any,
 ) -> Job:
-    """The job that runs a recipe or a script.
+    """The job that runs a recipe or a script; its config's problems are left to `check`.
 
     Args:
         program: recipe, words after it, config files, script.
@@ -60,8 +60,11 @@ def make_job(
     if is_cpu:
         raise ConfigError("--cpu: works only with --script. Set dist.device=cpu.")
     cfg = choose_config(recipe, config, words, callbacks)
-    cfg.finalize(nodes * gpus_per_node)
-    check_named_callbacks(cfg)
+    try:
+        cfg.finalize(nodes * gpus_per_node)
+        check_named_callbacks(cfg)
+    except ConfigError as error:  # `check` reports them, with those of the job
+        fields["problems"] = error.problems
     chosen = name or recipe.rpartition(":")[2].replace("_", "-")
     return Job(cfg=cfg, recipe=absolute(recipe), files=config or [], arguments=words or [], name=chosen, **fields)
 
@@ -70,19 +73,24 @@ def check(job: Job, kind: str, options: Mapping[str, str | Sequence[str] | None]
     """Raises ConfigError with every problem of a job, of its options, and of its paths where `view` is known."""
     from megatron_mtp.launch.job import job_problems
     from megatron_mtp.launch.options import option_problems
-    from megatron_mtp.launch.view import path_problems
+    from megatron_mtp.launch.view import file_problems, path_problems
 
     problems = [*job_problems(job, kind), *option_problems(kind, {**options, "--logs": job.logs})]
     problems += path_problems(job, view) if view is not None else []
+    problems += file_problems(job, view) if view is not None and kind == "slurm" else []
     if problems:
         raise ConfigError(problems)
 
 
-def hint(job: Job, kind: str, view: View) -> None:
-    """Prints advice beside what is submitted."""
+def hint(job: Job, kind: str, view: View, secrets: Mapping[str, str] | None = None) -> None:
+    """Prints advice beside what is submitted.
+
+    Args:
+        secrets: variable -> file that a node reads it from.
+    """
     from megatron_mtp.launch.hints import job_hints
 
-    for advice in job_hints(job, kind, view):
+    for advice in job_hints(job, kind, view, secrets or {}):
         typer.echo(f"hint: {advice}", err=True)
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
 from megatron_mtp.config import hints
 from megatron_mtp.launch.job import Job
+from megatron_mtp.launch.k8s import imported_files
 from megatron_mtp.launch.view import View, path_hints
+from megatron_mtp.recipes.own import recipe_file
+
+OF_ONE_MACHINE = ("/tmp", "/var/tmp", "/dev/shm")
 
 
-def job_hints(job: Job, kind: str, view: View) -> list[str]:
+def job_hints(job: Job, kind: str, view: View, secrets: Mapping[str, str]) -> list[str]:
     """Advice on a job, one sentence or two each.
 
     Args:
         kind: local, slurm or k8s.
         view: what its processes see.
+        secrets: variable -> file that the first node reads, or key of a Secret.
     """
     if kind == "local":
         return [] if job.script else hints.hints(job.cfg)
@@ -32,6 +40,23 @@ def job_hints(job: Job, kind: str, view: View) -> list[str]:
         if kind == "k8s":
             end = "Kubernetes counts a run that stops early as complete"
         found.append(f"train.exit_duration_in_mins or exit_interval ends the run early with exit code 0: {end}.")
-    if kind == "k8s" and ":" in (job.recipe or "") and not job.own_files:
-        found.append(f"{job.recipe}: the image must hold the module.")
-    return found
+    return [*found, *(_pod_hints(job) if kind == "k8s" else _file_hints(job, secrets))]
+
+
+def _pod_hints(job: Job) -> Iterator[str]:
+    """What travels with a job by itself, and what does not."""
+    for name in [job.recipe or "", *job.callbacks]:
+        if ":" in name and recipe_file(name) is None:
+            yield f"{name}: the image must hold the module."
+    if imported := list(imported_files(job)):
+        yield f"{', '.join(imported)}: imported by the files of the job from beside them, and passed on with them."
+
+
+def _file_hints(job: Job, secrets: Mapping[str, str]) -> Iterator[str]:
+    """Files of which this machine cannot say that the nodes find them."""
+    for file in job.own_files:
+        if any(file.absolute().is_relative_to(folder) for folder in OF_ONE_MACHINE):
+            yield f"{file}: lies in a folder that machines seldom share. The nodes must see it."
+    for name, secret in secrets.items():
+        if not Path(secret).is_file():
+            yield f"--secret {name}: this machine sees no {secret}. The nodes must."

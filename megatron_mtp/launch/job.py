@@ -46,6 +46,7 @@ class Job:
         setup: shell file that each node reads first.
         logs: folder of the output of every rank; None: next to the run's metrics, if they have a place.
         python: interpreter on the nodes.
+        problems: what is wrong with `cfg`, which is not finalized then; such a job is refused.
     """
 
     cfg: ConfigContainer
@@ -61,6 +62,7 @@ class Job:
     setup: Path | None = None
     logs: str | None = None
     python: str = "python"
+    problems: list[Problem] = field(default_factory=list)
 
     @property
     def grace_s(self) -> int:
@@ -93,6 +95,11 @@ class Job:
         names = [self.recipe or "", *self.callbacks]
         found = (self.setup, self.script, *map(recipe_file, names), *self.files)
         return list(dict.fromkeys(file for file in found if file is not None))
+
+    @property
+    def python_files(self) -> list[Path]:
+        """Those of `own_files` that are Python: script, recipe and callbacks."""
+        return [file for file in self.own_files if file == self.script or file.suffix == ".py"]
 
     @property
     def callbacks(self) -> list[str]:
@@ -158,8 +165,8 @@ def same_path(file: Path) -> str:
 
 
 def job_problems(job: Job, kind: str) -> list[str | Problem]:
-    """What would make the job fail or lose work, in addition to mistakes in the config."""
-    ckpt, problems = job.cfg.checkpoint, list[str | Problem]()
+    """What would make the job fail or lose work, mistakes in the config included."""
+    ckpt, problems = job.cfg.checkpoint, list[str | Problem](job.problems)
     if job.script is None and (ckpt.save is None or not is_same_directory(ckpt.save, ckpt.load)):
         problems.append(
             f"checkpoint.save = {ckpt.save}, checkpoint.load = {ckpt.load}: a job that restarts automatically must "

@@ -1,5 +1,5 @@
 """A job for Kubernetes: an indexed Job with one pod per node, a headless Service for their names, and the user's files
-in a ConfigMap.
+in a ConfigMap, with the modules beside them that they import.
 
 A pod that was preempted or evicted, or whose node was lost, is replaced and does not count as a failure. A mistake, bad
 numbers and a last checkpoint that could not be saved end the Job at once, since a new pod would meet them again. Any
@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 
-from megatron_mtp.errors import ConfigError, NotSavedError, NumericsError
+from megatron_mtp.errors import ConfigError, NotSavedError, NumericsError, cut
 from megatron_mtp.launch.environment import is_amd
 from megatron_mtp.launch.job import PORT, Job
 from megatron_mtp.launch.k8s_patch import merged
+from megatron_mtp.launch.neighbours import neighbours
 from megatron_mtp.launch.options import CONFIG_PATH
 from megatron_mtp.launch.view import Mount, View
 
@@ -72,15 +73,24 @@ def manifests(job: Job, request: Request) -> list[dict[str, Any]]:
     """The manifests of a job, the Job last.
 
     Raises:
-        ConfigError: the user's files do not fit into a ConfigMap.
+        ConfigError: the user's files do not fit into a ConfigMap, are not UTF-8, or import two modules of one name.
     """
-    namespace = {"namespace": request.namespace} if request.namespace else {}
-    meta = {"name": job.name, "labels": {"app": job.name}} | namespace
-    container = _container(job, request)
-    whole = _job(job, meta, _pod(job, request, container))
+    meta = _meta(job, request)
+    config = [_config_map(job, meta)] if job.own_files else []
+    return [_service(job, meta), *config, job_manifest(job, request)]
+
+
+def job_manifest(job: Job, request: Request) -> dict[str, Any]:
+    """The Job itself, with its patches. Made without the text of the user's files, so that a wrong job has one too."""
+    whole = _job(job, _meta(job, request), _pod(job, request, _container(job, request)))
     for patch in request.patches:
         whole = merged(whole, patch)
-    return [_service(job, meta), *([_config_map(job, meta)] if job.own_files else []), whole]
+    return whole
+
+
+def _meta(job: Job, request: Request) -> dict[str, Any]:
+    namespace = {"namespace": request.namespace} if request.namespace else {}
+    return {"name": job.name, "labels": {"app": job.name}} | namespace
 
 
 def _pod(job: Job, request: Request, container: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +101,8 @@ def _pod(job: Job, request: Request, container: dict[str, Any]) -> dict[str, Any
         volumes.append({"name": "shared", "persistentVolumeClaim": {"claimName": request.claim}})
         mounts.append({"name": "shared", "mountPath": request.mount})
     if job.own_files:
-        volumes.append({"name": "config", "configMap": {"name": job.name}})
+        items = [{"key": key, "path": path} for key, (path, _) in _files(job).items()]
+        volumes.append({"name": "config", "configMap": {"name": job.name, "items": items}})
         mounts.append({"name": "config", "mountPath": CONFIG_PATH})
     pod: dict[str, Any] = {
         "restartPolicy": "Never",  # a podFailurePolicy requires it; the Job creates a new pod
@@ -139,18 +150,56 @@ def _service(job: Job, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_map(job: Job, meta: dict[str, Any]) -> dict[str, Any]:
-    data = {_key(job, file): file.read_text(encoding="utf-8") for file in job.own_files}
+    files = _files(job)
+    data = {key: _text(file) for key, (_, file) in files.items()}
     if (size := sum(len(text.encode()) for text in data.values())) > CONFIG_MAP_BYTES:
+        names = ", ".join(str(file) for _, file in files.values())
         raise ConfigError(
-            f"{', '.join(map(str, job.own_files))}: {size} bytes; the files that travel with a Kubernetes job may have "
-            f"{CONFIG_MAP_BYTES} in total. Put them into the image."
+            f"{cut(names)}: {size} bytes; the files that travel with a Kubernetes job may have {CONFIG_MAP_BYTES} in "
+            "total. Put them into the image, where a recipe and a callback can be named as module:NAME."
         )
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data}
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not UTF-8, and a ConfigMap holds nothing else. Convert it.") from error
+
+
+def _files(job: Job) -> dict[str, tuple[str, Path]]:
+    """Key in the ConfigMap -> path below CONFIG_PATH, and file: the named files, and the neighbours they import."""
+    found = {_key(job, file): (_key(job, file), file) for file in job.own_files}
+    for path, file in imported_files(job).items():
+        found[f"{len(found)}-{_as_key(path)}"] = (path, file)
+    return found
+
+
+def imported_files(job: Job) -> dict[str, Path]:
+    """Modules beside the Python files of a job that these import, by their path below CONFIG_PATH.
+
+    Raises:
+        ConfigError: two folders have one of the same name; a pod has only one folder for them.
+    """
+    found: dict[str, Path] = {}
+    for file in job.python_files:
+        for path, neighbour in neighbours(file).items():
+            if found.setdefault(path, neighbour) != neighbour:
+                raise ConfigError(
+                    f"{neighbour}: the job imports {found[path]} too, and a pod has one folder for both. Rename one, "
+                    "or put the files of the job into one folder."
+                )
+    return found
+
+
 def _key(job: Job, file: Path) -> str:
     """The name of a file in the ConfigMap; the number keeps files of one name apart."""
-    return f"{job.own_files.index(file)}-{re.sub('[^-._a-zA-Z0-9]', '_', file.name)}"
+    return f"{job.own_files.index(file)}-{_as_key(file.name)}"
+
+
+def _as_key(path: str) -> str:
+    return re.sub("[^-._a-zA-Z0-9]", "_", path)
 
 
 def _job(job: Job, meta: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:

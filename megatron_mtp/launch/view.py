@@ -87,6 +87,17 @@ def path_problems(job: Job, view: View) -> list[Problem]:
     return problems
 
 
+def file_problems(job: Job, view: View) -> list[Problem]:
+    """The user's files that a container does not see, where the job reads them from the file system of the nodes."""
+    problems = []
+    for file in job.own_files:
+        try:
+            view.place(file)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
 def path_hints(job: Job, view: View) -> Iterator[str]:
     """Paths of which this machine cannot say that the job finds them."""
     for path in _paths(job):

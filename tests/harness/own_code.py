@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
-        places = [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", ())]
+        path = getattr(sys.modules[name], "__path__", ())
+        # torch.classes and its like answer every attribute with something.
+        places = [getattr(sys.modules[name], "__file__", None), *(path if isinstance(path, Iterable) else ())]
         if any(place and Path(place).is_relative_to(tmp_path) for place in places):
             del sys.modules[name]

@@ -109,6 +109,30 @@ def test_mistakes(command, arguments: tuple[str, ...], said: str):
     assert said in err
 
 
+@pytest.mark.parametrize("kind", ["slurm", "k8s"])
+def test_mistakes_of_config_paths_and_files_come_together(command, kind: str):
+    image = ("--container-image", "i", "--container-mounts", "/shared") if kind == "slurm" else ("--image", "i")
+    sizes = ("--nodes", "3", "--gpus-per-node", "1", "--dry-run", "--setup", "none.sh")
+    relative = ("checkpoint.save=run", "checkpoint.load=run", "dataset.blend=[web]")
+    code, out, err = command(kind, "tiny_dense", *sizes, *image, *relative)
+    assert (code, out) == (2, "")
+    for said in ("train.global_batch_size", "none.sh: there is no such", "checkpoint.save = 'run'", "= 'web'"):
+        assert said in err
+    assert ("none.sh: the container does not see it" in err) == (kind == "slurm")
+
+
+def test_files_that_nodes_may_not_see_are_hinted_at(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megatron_mtp.launch.hints.OF_ONE_MACHINE", (str(tmp_path),))
+    setup, secret = tmp_path / "setup.sh", tmp_path / "token"
+    setup.touch()
+    arguments = ("slurm", "tiny_dense", *SIZES, *RUN, "--setup", str(setup), "--secret", f"TOKEN={secret}")
+    _, _, err = command(*arguments)
+    assert f"hint: {setup}: lies in a folder that machines seldom share." in err
+    assert f"hint: --secret TOKEN: this machine sees no {secret}." in err
+    secret.touch()
+    assert "--secret" not in command(*arguments)[2]
+
+
 def test_a_script_is_launched_everywhere(command, tmp_path: Path):
     script = tmp_path / "my_train.py"
     script.touch()

@@ -99,10 +99,10 @@ def test_a_checkpoint_by_name_is_looked_for_in_its_run(tmp_path: Path):
 
 
 def test_hints(tmp_path: Path):
-    found = job_hints(make_job(model__mtp_num_layers=3), "slurm", View())
+    found = job_hints(make_job(model__mtp_num_layers=3), "slurm", View(), {})
     assert any("published pretraining runs use 1 or 2 depths" in hint for hint in found), "what `show` says"
     assert any(hint.startswith("dist.hardware is not set") for hint in found)
-    found = job_hints(make_script(tmp_path), "slurm", View())
+    found = job_hints(make_script(tmp_path), "slurm", View(), {})
     assert any("its config is checked when it runs" in hint for hint in found)
 
 

@@ -35,6 +35,19 @@ def other_kind():
 
 def failing():
     return undefined_name
+
+def wrong_field():
+    cfg = get_recipe("tiny_dense")
+    cfg.model.num_layerz = 3
+
+def wrong_update():
+    get_recipe("tiny_dense").model.update(num_layerz=3)
+
+def unknown():
+    return get_recipe("tiny_dens")
+
+def through_another():
+    return get_recipe("rec/week.py:wrong_update")
 """
 
 
@@ -75,6 +88,9 @@ def test_a_file_and_a_module_give_fresh_configs(folder: Path):
         ("rec.week.deep:f", "there is no module 'rec.week.deep'"),
         ("rec/broken.py:f", "rec/broken.py:1: SyntaxError"),
         ("rec/week.py:failing", "rec/week.py:19, in failing: NameError: name 'undefined_name' is not defined"),
+        ("rec/week.py:wrong_field", "rec/week.py:23: model.num_layerz: there is no such field"),
+        ("rec/week.py:wrong_update", "rec/week.py:26: model.num_layerz: there is no such field"),
+        ("rec/week.py:unknown", "rec/week.py:29: There is no recipe 'tiny_dens'"),
         ("rec/week.py:half_done", "must return a config that is not finalized"),
         ("rec/week.py:other_kind", "must return a ConfigContainer, not dict"),
         ("rec/week.py:CALLS", "has no function 'CALLS'"),
@@ -85,6 +101,11 @@ def test_what_is_wrong_with_it_is_said_in_one_line(folder: Path, name: str, mess
         get_recipe(name)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_recipe_that_another_calls_names_both_lines(folder: Path):
+    with pytest.raises(ConfigError, match=r"rec/week\.py:32: \S*rec/week\.py:26: model\.num_layerz"):
+        get_recipe("rec/week.py:through_another")
 
 
 def test_every_command_takes_one(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -103,8 +124,9 @@ def test_a_pod_gets_the_file(folder: Path, capsys: pytest.CaptureFixture[str]):
     checkpoint = ["checkpoint.save=/shared/run", "checkpoint.load=/shared/run", "dataset.mock=true"]
     text = run(capsys, "launch", "k8s", "rec/week.py:week_config", *arguments, *checkpoint)
     parts = {part["kind"]: part for part in yaml.safe_load_all(text)}
-    (name,) = parts["ConfigMap"]["data"]
-    assert parts["ConfigMap"]["data"][name] == WEEK
+    data = parts["ConfigMap"]["data"]
+    assert data == {"0-week.py": WEEK, "1-beside.py": "LAYERS = 6\n"}
+    name = "0-week.py"
     pod = parts["Job"]["spec"]["template"]["spec"]
     (place,) = (mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "config")
     assert f"pretrain {place}/{name}:week_config" in pod["containers"][0]["command"][-1]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_mtp import pretrain
+from megatron_mtp.cli.choose import choose_config
 from megatron_mtp.cli.main import main
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.jsonl import read_metrics
@@ -119,6 +120,14 @@ def test_they_are_made_recorded_and_free_on_a_resume(folder: Path):
     assert saved["train"]["callbacks"] == ["mine.py:Steps"]
     cfg.train.callbacks, cfg.train.exit_interval = [], None
     assert pretrain(cfg).state.iteration == 4
+
+
+@pytest.mark.unit
+def test_a_name_that_is_given_twice_is_taken_once(folder: Path):
+    given = ["train.callbacks=[mine.py:Steps,mine.py:Plain]"]
+    again = ["./mine.py:Plain", f"{folder}/mine.py:Steps", "mine:Steps", "mine:Steps"]
+    cfg = choose_config("tiny_dense", None, given, again)
+    assert cfg.train.callbacks == ["mine.py:Steps", "mine.py:Plain", "mine:Steps"]
 
 
 @pytest.mark.unit
