@@ -101,16 +101,21 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"step": _step, "head
 
 
 def blocks() -> dict[str, str]:
-    """Name of each result that there is -> its table and the command."""
+    """Name of each run -> the command and its table, or that there is none yet."""
     found = {}
     for name, command in RUNS.items():
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            content = json.loads(path.read_text())
-            table = TABLES.get(command[0], _timings)(content)
-            machine = content["machine"]
-            where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
-            found[name] = "\n".join([f"`python -m benchmarks {' '.join(command)}` ({where}).", "", *table])
+        path, shown = RESULTS / f"{name}.json", f"`python -m benchmarks {' '.join(command)}`"
+        if not path.exists():
+            found[name] = f"{shown}: not measured yet for this version."
+            continue
+        content = json.loads(path.read_text())
+        table = TABLES.get(command[0], _timings)(content)
+        machine = content["machine"]
+        load = machine["load_before"]
+        where = (
+            f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, load before {load:.1f}"
+        )
+        found[name] = "\n".join([f"{shown} ({where}).", "", *table])
     return found
 
 
@@ -118,8 +123,6 @@ def filled(page: str) -> str:
     """The page with its tables: what stands between `<!-- NAME -->` and `<!-- end -->` is replaced."""
 
     def table(match: re.Match[str]) -> str:
-        if match[1] not in tables:
-            return match[0]
         return f"<!-- {match[1]} -->\n\n{tables[match[1]]}\n\n<!-- end -->"
 
     tables = blocks()
