@@ -336,6 +336,11 @@ def newest_names(run: str | Path, count: int) -> list[str]:
     return [f"{run}@{iteration}" for iteration in reversed(iterations)]
 
 
+def why_empty(run: str | Path) -> str:
+    """What to say of a run directory without checkpoints: a mistyped name is another mistake than an empty folder."""
+    return "holds no checkpoint" if os.path.exists(run) else "there is no such directory, so it holds no checkpoint"
+
+
 def checkpoint_folder(path: str | Path) -> Path:
     """The folder of one checkpoint: `path` itself, `RUN@which`, or the newest one in the run directory `path`.
 
@@ -353,7 +358,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     if not iterations:
         inside = next((folder for folder in sorted(path.glob("*/")) if RunDirectory(folder).iterations()), None)
         hint = "" if inside is None else f" Did you mean {inside}?"
-        raise CheckpointError(f"{path}: holds no checkpoint.{hint}")
+        raise CheckpointError(f"{path}: {why_empty(path)}.{hint}")
     chosen = iterations[0] if which is None else directory.named(which)
     _, problems = directory.newest_listed([chosen])
     if problems:

@@ -71,7 +71,7 @@ class Manifest:
     consumed_samples: int = 0
     world_size: int = 1
     reason: str = "interval"
-    """Why it was saved, such as "interval", "end of training", "lowest validation loss" or "imported"."""
+    """Why it was saved, such as "interval", "end of training", "lowest validation/lm loss" or "imported"."""
     saved_at: str = ""
     """ISO 8601, UTC."""
     validation_loss: float | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtp.checkpoint.compat import ConfigDifferences, compare, compare_weights
-from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, resume_candidates, split_name
+from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, resume_candidates, split_name, why_empty
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest, read_manifest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.derive import WHEN_NULL
@@ -21,6 +21,12 @@ from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.data.tokenizer import configured_tokenizer
 from megatron_mtp.errors import CheckpointError, ConfigError
+
+BRANCH = (
+    "For a branch of another run that restarts by itself, copy the folder of its checkpoint (iter_...) into a new "
+    "directory and set both checkpoint.load and checkpoint.save to that directory."
+)
+"""How a restartable job goes on from another run's checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,7 @@ def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
         )
     if cfg.checkpoint.exit_on_missing_checkpoint or not is_same_directory(cfg.checkpoint.save, load):
         raise CheckpointError(
-            f"checkpoint.load = {load}: the directory holds no checkpoint. Set checkpoint.load to a run's directory, "
+            f"checkpoint.load = {load}: {why_empty(load or '')}. Set checkpoint.load to a run's directory, "
             "or leave it unset for a fresh start. For automatic resumes set it to the directory of checkpoint.save."
         )
 
@@ -199,14 +205,13 @@ def check_unused(cfg: ConfigContainer) -> None:
             f"would mix with those of a run that goes on from {start}. Save to another directory, or remove the newer "
             "ones with `megatron-mtp checkpoint rm`."
         )
-    what = (
-        "checkpoint.load is not set, so this would be a fresh start in it"
-        if load is None
-        else f"checkpoint.load = {load} is another run, whose checkpoints would mix with them"
-    )
+    if load is None:
+        what, branch = "checkpoint.load is not set, so this would be a fresh start in it", ""
+    else:
+        what, branch = f"checkpoint.load = {load} is another run, whose checkpoints would mix with them", f" {BRANCH}"
     raise CheckpointError(
         f"checkpoint.save = {save}: the directory holds checkpoints already, the newest of iteration {iterations[0]}, "
-        f"and {what}. To continue that run set checkpoint.load={save}; for a new run choose another directory."
+        f"and {what}. To continue that run set checkpoint.load={save}; for a new run choose another directory.{branch}"
     )
 
 

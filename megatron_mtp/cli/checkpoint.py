@@ -28,7 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 @checkpoint.command("list")
 def list_(run: Run, json: Json = False) -> None:
     """List the checkpoints of a run, oldest first, incomplete ones with the reason."""
-    from megatron_mtp.checkpoint.directory import RunDirectory, by_validation_loss, deciding_metric
+    from megatron_mtp.checkpoint.directory import RunDirectory, by_validation_loss, deciding_metric, why_empty
     from megatron_mtp.errors import CheckpointError
 
     directory = RunDirectory(run)
@@ -41,7 +41,7 @@ def list_(run: Run, json: Json = False) -> None:
         except CheckpointError as error:
             rows.append({"iteration": iteration, "problem": str(error)})
     if not rows:
-        raise CheckpointError(f"{run}: holds no checkpoint.")
+        raise CheckpointError(f"{run}: {why_empty(run)}.")
     best, metric = by_validation_loss(found)[:1], deciding_metric(found)
     for row in rows:
         row["is_best"] = bool(best) and row["iteration"] == best[0].iteration

@@ -46,7 +46,11 @@ def show(
     from megatron_mtp.data.tokenizer import configured_tokenizer, resolve_vocab_size
 
     prefix = _without_ending(source)
-    cfg = _config_of(prefix) if Path(f"{prefix}.idx").exists() else choose_config(source, None, None)
+    if Path(f"{prefix}.idx").exists():
+        cfg = _config_of(prefix)
+    else:
+        _check_recipe(source, prefix)
+        cfg = choose_config(source, None, None)
     _change(cfg, config, overrides)
     _only_training(cfg)
     if cfg.model.vocab_size is None:
@@ -133,6 +137,20 @@ def split(
     prefix = _without_ending(prefix)
     for written in split(prefix, shares, _without_ending(output or prefix), overwrite=overwrite):
         _report(written)
+
+
+def _check_recipe(source: str, prefix: str) -> None:
+    """Raises ConfigError for a name that is neither a recipe nor a file with one: it may be a mistyped prefix."""
+    from megatron_mtp.errors import ConfigError, nearest
+    from megatron_mtp.recipes import RECIPES, REFUSED
+
+    if ":" in source or source.endswith(".py") or source in RECIPES or source in REFUSED:
+        return
+    raise ConfigError(
+        f"{source}: there is neither a recipe nor data of that name ({prefix}.idx is missing)."
+        f"{nearest(source, RECIPES, count=2)} `megatron-mtp recipes` lists the recipes; data is named by its prefix, "
+        "from the working directory."
+    )
 
 
 def _names(prefixes: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.health import empty_agreement
 
 if TYPE_CHECKING:
+    from megatron_mtp.training.checkpoint_evaluation import CheckpointEvaluation
     from megatron_mtp.training.evaluation import EvaluationResult
 
 
@@ -40,8 +41,9 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: losses and acceptance of every depth on the run's validation sets, or on others.
 
-    The batches are those of the run's own evaluations. Changes such as validation.eval_iters=100 (-1: each sample of
-    each set once) or model.tensor_model_parallel_size=2 are taken as by `pretrain`. It writes nothing, and calls no
+    The batches are those of the run's own evaluations; those of a Hugging Face folder hold 32 samples, which
+    train.global_batch_size changes. Changes such as validation.eval_iters=100 (-1: each sample of each set once) or
+    model.tensor_model_parallel_size=2 are taken as by `pretrain`. It writes nothing, and calls no
     callbacks. SIGTERM ends it within a batch, with exit code 143 and without losses.
     """
     given = _parse_sets(sets or [])
@@ -69,10 +71,10 @@ def evaluate(
     is_first, console = int(os.environ.get("RANK", "0")) == 0, Console(stderr=True)
     with console.status("reading") if is_first else nullcontext() as status:
         show = status.update if status is not None and console.is_terminal else None
-        results = evaluate_checkpoint(cfg, checkpoint, list(given) or None, show=show)
+        found = evaluate_checkpoint(cfg, checkpoint, list(given) or None, show=show)
     if is_first:
-        rows = {set_label(name): _as_row(result) for name, result in results.items()}
-        typer.echo(json_format.dumps({"checkpoint": checkpoint, "sets": rows}, indent=2) if json else _as_text(rows))
+        data = _as_data(checkpoint, found)
+        typer.echo(json_format.dumps(data, indent=2) if json else _as_text(data))
 
 
 def _parse_sets(texts: list[str]) -> dict[str, str]:
@@ -84,20 +86,39 @@ def _parse_sets(texts: list[str]) -> dict[str, str]:
         if name in sets:
             raise ConfigError(f"--set {text}: the name is given twice.")
         sets[name] = prefix
+    for name, prefix in sets.items():
+        missing = next((prefix + end for end in (".idx", ".bin") if not os.path.isfile(prefix + end)), None)
+        if missing is not None:
+            raise ConfigError(
+                f"--set {name}={prefix}: {missing} is missing or cannot be read. Give the prefix of the files, without .bin or "
+                ".idx; relative ones start from the working directory."
+            )
     return sets
 
 
-def _as_row(result: EvaluationResult) -> dict[str, Any]:
+def _as_data(checkpoint: str, found: CheckpointEvaluation) -> dict[str, Any]:
+    rows = {set_label(name): _as_row(result, found.samples[name]) for name, result in found.results.items()}
+    about = {"iteration": found.iteration, "layout": found.layout, "batch_size": found.batch_size}
+    return {"checkpoint": checkpoint, **about, "sets": rows}
+
+
+def _as_row(result: EvaluationResult, samples: int) -> dict[str, Any]:
     counts = dict(zip(result.valid_losses(), (n for n in result.depth_counts.tolist() if n), strict=True))
-    return {"losses": result.valid_losses(), "targets": counts, "acceptance": result.acceptance_rates()}
+    losses, rates = result.valid_losses(), result.acceptance_rates()
+    return {"samples": samples, "losses": losses, "targets": counts, "acceptance": rates}
 
 
-def _as_text(rows: dict[str, dict[str, Any]]) -> str:
-    """A table: one line for each set and depth."""
+def _as_text(data: dict[str, Any]) -> str:
+    """What was evaluated, and a table: one line for each set and depth."""
+    rows, iteration = data["sets"], data["iteration"]
+    what = "Hugging Face folder" if iteration is None else f"iteration {iteration:,}"
+    layout = ", ".join(f"{axis.upper()} {size}" for axis, size in data["layout"].items())
     width = max(len("set"), *map(len, rows))
-    lines = [f"{'set':<{width}}  {'':<10}  {'loss':>9}  {'targets':>11}  {'top-1':>6}  {'accepted':>8}"]
+    lines = [f"{what}; {layout}; batches of {data['batch_size']:,} samples"]
+    lines += [f"{'set':<{width}}  {'':<10}  {'loss':>9}  {'targets':>11}  {'top-1':>6}  {'accepted':>8}"]
     for name, row in rows.items():
         rates = row["acceptance"]
+        lines.append(f"{name:<{width}}  {row['samples']:,} samples read")
         for key, loss in row["losses"].items():
             depth = key.removesuffix(" loss")
             cells = [_percent(rates.get(f"{depth}/{rate}")) for rate in ("top1_target", "accepted")]

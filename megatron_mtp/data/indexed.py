@@ -192,7 +192,7 @@ def _open(path: Path) -> DataFile:
         file = DataFile(path, "Copy or prepare it again, and start the run again.")
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}). dataset.blend names prefixes, without .bin or .idx; "
+            f"{path}: cannot be read ({error.strerror}). Data sets are named by their prefix, without .bin or .idx; "
             "relative ones start from the working directory."
         ) from error
     if file.size == 0:

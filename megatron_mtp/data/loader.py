@@ -161,9 +161,13 @@ class DataModule:
 
     def num_valid_batches(self, name: str) -> int:
         """Global batches of one evaluation of this set."""
+        return -(-self.num_valid_samples(name) // self._eval_global)
+
+    def num_valid_samples(self, name: str) -> int:
+        """Samples that one evaluation of this set reads over all ranks, one that is read again counted again."""
         if self._cfg.validation.reads_once:
-            return -(-_once(self._valid[name]).num_samples // self._eval_global)
-        return self._cfg.validation.eval_iters
+            return _once(self._valid[name]).num_samples
+        return self._cfg.validation.eval_iters * self._eval_global
 
     def _all_of(self, source: BlendedSource) -> Iterator[GlobalBatch]:
         """The first `num_samples` positions. The last batch has no more micro-batches than it needs."""

@@ -86,13 +86,19 @@ def evaluate_domains(
     """Evaluates documents, given as token ids, by domain; with several domains also all together.
 
     Raises:
-        DataError: no document of a domain is longer than the prompt.
+        DataError: no document of a domain is longer than the prompt, or the context does not hold it and the answer.
         UnsupportedError: the model has no MTP layers.
     """
     if not decoder.depths:
         raise UnsupportedError(
             "model.mtp_num_layers = 0: there is no drafter to evaluate. `megatron-mtp generate` decodes this model "
             "without drafts; the recipe mtp_finetune trains a drafter for it."
+        )
+    prompt, new, context = options.prompt_tokens, options.new_tokens, decoder.model.seq_length
+    if prompt + new > context:
+        raise DataError(
+            f"--prompt-tokens {prompt} and --new-tokens {new}: together more than the model's context of {context} "
+            "(model.seq_length). Choose smaller numbers."
         )
     measured = {name: _measure(decoder, name, documents, options, on_prompt) for name, documents in domains.items()}
     results = [_result(name, parts) for name, parts in measured.items()]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_mtp.checkpoint.preflight import is_same_directory
+from megatron_mtp.checkpoint.preflight import BRANCH, is_same_directory
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.blend import is_mock
 from megatron_mtp.config.overrides import as_override
@@ -168,9 +168,10 @@ def job_problems(job: Job, kind: str) -> list[str | Problem]:
     """What would make the job fail or lose work, mistakes in the config included."""
     ckpt, problems = job.cfg.checkpoint, list[str | Problem](job.problems)
     if job.script is None and (ckpt.save is None or not is_same_directory(ckpt.save, ckpt.load)):
+        branch = "" if ckpt.load is None else f" {BRANCH}"
         problems.append(
             f"checkpoint.save = {ckpt.save}, checkpoint.load = {ckpt.load}: a job that restarts automatically must "
-            "resume from what it saved. Set both to the same directory on a file system that all nodes share."
+            f"resume from what it saved. Set both to the same directory on a file system that all nodes share.{branch}"
         )
     if job.script is None and kind != "local" and is_mock(job.cfg.dataset) and not job.cfg.dataset.mock:
         rule = "is not set, so the job would train on random tokens"

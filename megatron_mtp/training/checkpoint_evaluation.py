@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mtp.checkpoint.directory import checkpoint_folder
+from megatron_mtp.checkpoint.kept_files import kept_tokenizer
 from megatron_mtp.checkpoint.manifest import read_manifest
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.stored import StoredWeights
@@ -26,6 +29,25 @@ from megatron_mtp.training.start_card import log_repeats
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointEvaluation:
+    """What was evaluated, with which result.
+
+    Attributes:
+        iteration: of the checkpoint; None: a Hugging Face folder.
+        layout: parallel sizes by their short names (tp, pp, cp, ep, dp).
+        batch_size: samples of a global batch.
+        samples: by set, those that were read, over all ranks; one that was read twice counts twice.
+        results: by set, the main one first.
+    """
+
+    iteration: int | None
+    layout: dict[str, int]
+    batch_size: int
+    samples: dict[str, int]
+    results: dict[str, EvaluationResult]
+
+
 def evaluation_config(
     source: str | Path, sets: Mapping[str, str] | None = None, *, keep_layout: bool = False
 ) -> ConfigContainer:
@@ -43,6 +65,7 @@ def evaluation_config(
         cfg = StoredWeights(Path(source), verify=False).config()
     else:
         cfg = config_of(source)
+    _take_kept_tokenizer(cfg, source)
     for name in ("checkpoint", "logger", "profiling"):
         setattr(cfg, name, type(getattr(cfg, name))())
     cfg.train.update(on_nan="skip", on_spike="report")
@@ -61,7 +84,7 @@ def evaluate_checkpoint(
     names: Sequence[str] | None = None,
     *,
     show: Callable[[str], None] | None = None,
-) -> dict[str, EvaluationResult]:
+) -> CheckpointEvaluation:
     """Losses and acceptance of every depth on each validation set. Joins the job that torchrun describes.
 
     While it evaluates in the main thread, it catches SIGTERM, and SIGUSR1, for which there is nothing to save. No
@@ -77,6 +100,10 @@ def evaluate_checkpoint(
         ConfigError, DataError, CheckpointError: on every rank, before the first batch.
         StoppedEvaluationError: on every rank: some rank has received SIGTERM.
     """
+    iteration = None
+    if not is_hf_folder(source):  # once: RUN@best may move while this reads
+        source = checkpoint_folder(source)
+        iteration = read_manifest(source).iteration
     resolved = resolve(prepare_config(cfg, job_size()), job_size())
     setup_logging(env_rank())
     _check_tokenizer(resolved.cfg, source)
@@ -90,7 +117,16 @@ def evaluate_checkpoint(
                 between = BetweenBatches(signals, _nothing_to_save, logger.info)
                 if show is not None:
                     between = BetweenBatches(signals, _nothing_to_save, show, first_s=0.0, every_s=0.5)
-                return evaluate(run.engine, run.data, loss_factor=0.0, names=names, between=between)
+                results = evaluate(run.engine, run.data, loss_factor=0.0, names=names, between=between)
+            grid, batch_size = resolved.grid, resolved.cfg.validation.eval_global_batch_size
+            assert batch_size is not None, "finalize fills it"
+            return CheckpointEvaluation(
+                iteration=iteration,
+                layout={"tp": grid.tp, "pp": grid.pp, "cp": grid.cp, "ep": grid.ep, "dp": grid.dp_size},
+                batch_size=batch_size,
+                samples={name: run.data.num_valid_samples(name) for name in results},
+                results=results,
+            )
         finally:
             run.data.close()
     finally:
@@ -101,10 +137,23 @@ def _nothing_to_save() -> None:
     logger.info("SIGUSR1: an evaluation has nothing to save.")
 
 
+def _take_kept_tokenizer(cfg: ConfigContainer, source: str | Path) -> None:
+    """Names the tokenizer that the run keeps where that of its config cannot be read: the run may have been moved."""
+    named = cfg.tokenizer.tokenizer_model
+    if named is None or is_hf_folder(source) or os.access(named, os.R_OK):
+        return
+    if kept := kept_tokenizer(cfg, checkpoint_folder(source)):
+        cfg.tokenizer.tokenizer_model = str(kept)
+
+
 def _check_tokenizer(cfg: ConfigContainer, source: str | Path) -> None:
     if is_hf_folder(source):
         return
-    known, present = read_manifest(checkpoint_folder(source)).tokenizer, tokenizer_fingerprint(cfg)
+    folder = checkpoint_folder(source)
+    kept = kept_tokenizer(cfg, folder)
+    if kept is not None and cfg.tokenizer.tokenizer_model == str(kept):
+        logger.info("tokenizer: %s, which the run keeps, is used", kept)
+    known, present = read_manifest(folder).tokenizer, tokenizer_fingerprint(cfg)
     if known is not None and present is not None and known != present:
         rule = "is another tokenizer than that of the checkpoint"
         fields = ("tokenizer.tokenizer_model",)

@@ -243,6 +243,7 @@ class Trainer:
             return False
         state.has_open_evaluation = False
         first = next(iter(self.evaluations.values()))
+        first_loss = f"{set_label(next(iter(self.evaluations)))}/lm loss"
         taken = {*first.named_losses(), "lm loss ppl", *first.acceptance_rates()}
         of_callbacks: dict[str, float] = {}
         losses: dict[str, float] = {}
@@ -255,7 +256,7 @@ class Trainer:
                 self.recorder.evaluation(label, state.iteration, result.named_losses(), metrics)
                 losses |= {f"{label}/{loss}": value for loss, value in result.valid_losses().items()}
         if self.saver.evaluated(first.losses[0], losses) and cfg.checkpoint.keep_best:
-            self._save("lowest validation loss")
+            self._save(f"lowest {cfg.checkpoint.best_metric or first_loss}")
         return True
 
     def _save(self, reason: str) -> None:

@@ -184,8 +184,10 @@ def test_who_reads_weights_never_gets_an_older_one_by_itself(tmp_path, name, how
 
 
 def test_a_run_directory_without_a_checkpoint_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint\.$"):
+    with pytest.raises(CheckpointError, match=r": holds no checkpoint\.$"):
         checkpoint_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere: there is no such directory"):
+        checkpoint_folder(tmp_path / "nowhere")
     write_checkpoint(tmp_path / "checkpoints", 100)
     with pytest.raises(CheckpointError, match=rf"Did you mean {tmp_path / 'checkpoints'}\?"):
         checkpoint_folder(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,8 +92,18 @@ def test_a_used_directory_without_load_is_refused_with_the_way_out(tmp_path):
 def test_a_used_directory_is_not_written_from_another_run(tmp_path):
     write_checkpoint(tmp_path / "a", 10)
     write_checkpoint(tmp_path / "b", 20)
-    with pytest.raises(CheckpointError, match="is another run, whose checkpoints would mix"):
+    with pytest.raises(CheckpointError, match=r"is another run, whose checkpoints would mix[\s\S]*copy the folder"):
         check_run_directory(make_config(tmp_path / "b", tmp_path / "a"))
+
+
+def test_a_copied_checkpoint_begins_a_branch_that_resumes_from_itself(tmp_path):
+    for iteration in (10, 20):
+        write_checkpoint(tmp_path / "a", iteration)
+    shutil.copytree(tmp_path / "a/iter_0000010", tmp_path / "b/iter_0000010")
+    cfg = make_config(tmp_path / "b", tmp_path / "b")
+    assert check_run_directory(cfg).iteration == 10
+    write_checkpoint(tmp_path / "b", 15)
+    assert check_run_directory(cfg).iteration == 15
 
 
 def test_a_branch_into_a_new_directory_resumes(tmp_path):

@@ -101,6 +101,12 @@ def test_colours_are_for_terminals_that_have_them(prefix: str, monkeypatch: pyte
     assert Marks.of(Terminal()) == Marks.of(sys.stdout) == Marks("[-", "-]")
 
 
+def test_a_name_that_is_neither_a_recipe_nor_data(call):
+    out = call("show", "data/wep_text_document", code=2)
+    assert "there is neither a recipe nor data of that name (data/wep_text_document.idx is missing)" in out
+    assert "Did you mean tiny_dense" in call("show", "tiny_dens", code=2)
+
+
 def test_a_recipe_and_ids_without_a_tokenizer(prefix: str, call):
     assert "mock data 'train', sample 7" in call("show", "tiny_dense", "--sample", "7")
     assert "for text add" not in call("show", prefix), "the sidecar names the tokenizer, which needs no file"

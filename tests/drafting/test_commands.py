@@ -46,6 +46,25 @@ def call(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+def test_evaluate_takes_the_kept_tokenizer(run_directory, tmp_path, monkeypatch, capsys):
+    from megatron_mtp.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(run_directory), "dist.device=cpu", "--json"])
+    shown = capsys.readouterr()
+    assert not end.value.code, shown.err
+    assert json.loads(shown.out)["iteration"] == 3
+    assert f"{run_directory / 'hf' / 'bytes.tiktoken'}, which the run keeps" in shown.err
+
+
+def test_spec_eval_names_the_options_that_the_context_does_not_hold(run_directory, tmp_path):
+    (tmp_path / "text.txt").write_text("some words " * 20)
+    code, _, error = call("spec-eval", run_directory, "--data", tmp_path / "text.txt", "--device", "cpu")
+    assert code == 2
+    assert "--prompt-tokens 64 and --new-tokens 64: together more than the model's context of 64" in error
+
+
 def test_generate(run_directory):
     arguments = ["generate", run_directory, "--prompt", "import os"]
     arguments += ["--max-new-tokens", "12", "--ignore-end", "--device", "cpu"]

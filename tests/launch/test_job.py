@@ -23,6 +23,7 @@ pytestmark = pytest.mark.unit
     ("kind", "change", "said"),
     [
         ("slurm", {"load": None}, "must resume from what it saved"),
+        ("slurm", {"load": "/shared/other@30"}, "copy the folder of its checkpoint"),
         ("k8s", {"name": "Tiny_dense"}, "lower-case"),
         ("slurm", {"name": "a b"}, "use letters"),
         ("slurm", {"grace": 20}, "must be at least 30"),

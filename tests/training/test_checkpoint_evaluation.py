@@ -41,11 +41,15 @@ def logged(run: Path, name: str, iteration: int) -> dict[str, Any]:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    return printed(capsys, *arguments)["sets"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
     with pytest.raises(SystemExit) as end:
         main(["evaluate", *map(str, arguments), "dist.device=cpu", "--json"])
     shown = capsys.readouterr()
     assert not end.value.code, shown.err
-    return json.loads(shown.out)["sets"]
+    return json.loads(shown.out)
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
@@ -57,7 +61,11 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any], rel: float) ->
 
 def test_it_equals_the_evaluations_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]):
     for iteration in (2, 4):
-        found = evaluated(capsys, f"{run}@{iteration}")
+        data = printed(capsys, f"{run}@{iteration}")
+        found = data["sets"]
+        assert data["iteration"] == iteration
+        assert data["layout"] == {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1}
+        assert {result["samples"] for result in found.values()} == {2 * data["batch_size"]}
         assert set(found) == {"validation", "code"}
         for name, result in found.items():
             assert_equal(result, logged(run, name, iteration), rel=0)
@@ -101,6 +109,7 @@ def test_once_through_each_set_at_two_batch_sizes(run: Path, capsys: pytest.Capt
     )
     for name in ("validation", "code"):
         assert first[name]["targets"] == second[name]["targets"]
+        assert first[name]["samples"] == second[name]["samples"] == first[name]["targets"]["lm loss"] // 64
         assert first[name]["losses"] == pytest.approx(second[name]["losses"], rel=1e-6)
 
 
@@ -108,7 +117,9 @@ def test_a_hugging_face_folder(run: Path, tmp_path: Path, capsys: pytest.Capture
     export_hf(run, tmp_path / "hf")
     options = ["validation.eval_iters=2", "train.global_batch_size=8", "train.micro_batch_size=2"]
     code = run.parent / "code"
-    found = evaluated(capsys, tmp_path / "hf", "--set", f"code={code}", *options, "model.seq_length=64")
+    data = printed(capsys, tmp_path / "hf", "--set", f"code={code}", *options, "model.seq_length=64")
+    found = data["sets"]
+    assert (data["iteration"], data["batch_size"], found["code"]["samples"]) == (None, 8, 16)
     assert_equal(found["code"], logged(run, "code", 4), rel=1e-6)
 
 
@@ -117,6 +128,8 @@ def test_the_table_fits_a_terminal(run: Path, capsys: pytest.CaptureFixture[str]
         main(["evaluate", str(run), "dist.device=cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("iteration 4; TP 1, PP 1, CP 1, EP 1, DP 1; batches of ")
+    assert any(line.split()[0] == "code" and line.endswith(" samples read") for line in lines)
     assert any(
         line.split()[:4] == ["code", "mtp_2", "loss", f"{logged(run, 'code', 4)['mtp_2 loss']:.6f}"] for line in lines
     )
@@ -128,7 +141,7 @@ def test_the_table_fits_a_terminal(run: Path, capsys: pytest.CaptureFixture[str]
         (["--set", "code"], "--set code: must be NAME=PREFIX"),
         (["--set", "a=x", "--set", "a=y"], "--set a=y: the name is given twice"),
         (["validation.eval_iters=0"], "nothing would be evaluated"),
-        (["--set", "code=nowhere/data"], "nowhere/data"),
+        (["--set", "code=nowhere/data"], "--set code=nowhere/data: nowhere/data.idx is missing"),
         (["model.tensor_model_parallel_size=2"], "world_size = 1: must be a multiple of 2"),
     ],
 )

@@ -56,6 +56,7 @@ def test_the_manifest_holds_all_losses_and_the_best_follows_the_chosen_one(run: 
     best = min((2, 4, 6), key=lambda iteration: expected["code"][iteration]["mtp_1 loss"])
     assert checkpoint_folder(f"{run}@best").name == f"iter_{best:07d}"
     manifest = RunDirectory(run).read(best)
+    assert manifest.reason == "lowest code/mtp_1 loss"
     names = ("lm loss", "mtp_1 loss", "mtp_2 loss")
     assert manifest.validation_losses == {f"{s}/{name}": expected[s][best][name] for s in SETS for name in names}
     assert manifest.validation_loss == expected["docs"][best]["lm loss"]
