@@ -90,8 +90,8 @@ def _parse_sets(texts: list[str]) -> dict[str, str]:
         missing = next((prefix + end for end in (".idx", ".bin") if not os.path.isfile(prefix + end)), None)
         if missing is not None:
             raise ConfigError(
-                f"--set {name}={prefix}: {missing} is missing or cannot be read. Give the prefix of the files, without .bin or "
-                ".idx; relative ones start from the working directory."
+                f"--set {name}={prefix}: {missing} is missing or cannot be read. Give the prefix of the "
+                "files, without .bin or .idx; relative ones start from the working directory."
             )
     return sets
 
