@@ -89,7 +89,7 @@ def _timings(found: dict[str, Any]) -> list[str]:
     results = found["results"]
     timings = results.get("timings") or {name: value for name, value in results.items() if isinstance(value, dict)}
     lines = [
-        "| | s (or ratio) |",
+        "| what | s (or ratio) |",
         "| -- | -- |",
         *(f"| {name} | {seconds(found)} |" for name, found in timings.items()),
     ]
