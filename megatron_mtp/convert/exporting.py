@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ import torch
 from megatron_mtp.checkpoint.kept_files import GENERATION_NAME, HF_CONFIG_NAME, kept_folder, tokenizer_of, why_no_text
 from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.address import ADDRESS_RULE, is_address
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.convert.hf_config import hf_config_dict
 from megatron_mtp.convert.hf_families import family_of, find_family
 from megatron_mtp.convert.inventory import FP32_ENDINGS
 from megatron_mtp.convert.links import TensorLink, check_form, duplicates, links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
+from megatron_mtp.convert.new_folder import check_new_folder, new_folder
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.side_files import TOKEN_IDS, token_ids, tokenizer_to_export, write_json, write_tokenizer
 from megatron_mtp.convert.tensor_forms import finite, rows_of, to_theirs
@@ -138,34 +137,18 @@ def export_hf(
     Raises:
         ConversionError, CheckpointError: names everything that does not fit; nothing is left behind.
     """
-    if is_address(hf_dir):
-        raise ConversionError(f"{hf_dir}: {ADDRESS_RULE}.")
-    target = Path(hf_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target}: exists and is not empty. Choose another folder.")
+    target = check_new_folder(hf_dir)
     model = plan_checkpoint(Path(checkpoint), family, mtp_depths, dtype, verify=verify)
     exported = _ExportedTokenizer.of(model, Path(tokenizer) if tokenizer else None, is_written=with_tokenizer)
     config = _config(model, exported)
     report = Report(str(checkpoint), str(hf_dir), model.family)
     if with_tokenizer and (reason := _why_no_tokenizer(model.cfg, exported.path)) is not None:
         report.notes.append(reason)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(target) as partial:
         copies = duplicates(model.family, model.cfg.model, model.num_depths) if mtp_duplicates else {}
         _write_weights(model, partial, copies, shard_bytes)
         write_json(partial / HF_CONFIG_NAME, config)
         report.files = [HF_CONFIG_NAME, *_write_side_files(partial, exported, config)]
-        if target.exists():
-            target.rmdir()
-        os.rename(partial, target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConversionError(f"{target}: cannot be written ({error.strerror or error}).") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     _fill_report(model, copies, report)
     return report
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +12,9 @@ from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.checkpoint.writer import write_metadata
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.address import ADDRESS_RULE, is_address
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.megatron_config import megatron_args
+from megatron_mtp.convert.new_folder import check_new_folder, new_folder
 from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.tensor_forms import finite
 from megatron_mtp.errors import ConversionError
@@ -40,31 +38,16 @@ def export_megatron(checkpoint: str | Path, out_dir: str | Path, *, spec: Spec =
     Raises:
         ConversionError, CheckpointError: names everything that does not fit; nothing is left behind.
     """
-    if is_address(out_dir):
-        raise ConversionError(f"{out_dir}: {ADDRESS_RULE}.")
-    target = Path(out_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConversionError(f"{target}: exists and is not empty. Choose another folder.")
+    target = check_new_folder(out_dir)
     weights = StoredWeights(Path(checkpoint), verify=verify)
     cfg = weights.config()
     _refuse_unknown(cfg.model)
     report = Report(str(weights.folder), str(target), "megatron torch_dist")
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(target) as partial:
         folder = partial / RELEASE
-        folder.mkdir(parents=True)
+        folder.mkdir()
         _write(weights, cfg, folder, spec, report)
         write_durably(partial / LATEST_NAME, RELEASE.encode())
-        if target.exists():
-            target.rmdir()
-        os.rename(partial, target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConversionError(f"{target}: cannot be written ({error.strerror or error}).") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return report
 
 
