@@ -7,28 +7,17 @@ import time
 
 import pytest
 
-from megatron_mtp.cli.main import main
 from megatron_mtp.config.machines import find_machine
 from megatron_mtp.parallel.planner.search_sizes import _Search
 from megatron_mtp.plan.compare import make_plans
 from megatron_mtp.recipes import get_recipe
 from tests.harness.cpu_time import is_quick
+from tests.harness.plan_command import run as run
 
 pytestmark = pytest.mark.unit
 
 FULL = ("model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1")
 DEEPSEEK_16 = ",".join(["4"] * 15 + ["1"])
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["plan", *arguments])
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
 
 
 def plan(run, *arguments: str) -> dict:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.model.torch_backend.tiny import RUNTIME
+
 VOCAB, PADDED, SEQ, DEPTHS = 100, 128, 12, 2
 DENSE: dict[str, Any] = {
     "num_layers": 3,
@@ -41,17 +43,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": DENSE | {"num_query_groups": 4, "qk_layernorm": False},
     "moe": DENSE | EXPERTS,
     "moe_and_dense": DENSE | EXPERTS | {"moe_layer_freq": [0, 1, 1]},
-}
-RUNTIME: dict[str, Any] = {
-    "activation_func": torch.nn.functional.silu,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-    "transformer_impl": "local",
 }
 
 

@@ -8,24 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mtp.cli.main import main
 from megatron_mtp.errors import PlanError
 from megatron_mtp.plan.compare import make_plans
 from megatron_mtp.plan.training import Budget, forecast, read_budget
 from megatron_mtp.recipes import get_recipe
+from tests.harness.plan_command import run as run
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["plan", *arguments])
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-BASE: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "ffn_hidden_size": 48,
-    "gated_linear_unit": True,
+RUNTIME: dict[str, Any] = {
     "activation_func": torch.nn.functional.silu,
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "bias_activation_fusion": False,
@@ -24,6 +17,16 @@ BASE: dict[str, Any] = {
     "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
     "transformer_impl": "local",
+}
+"""How Megatron-Core's modules run on a CPU: no dropout, no fused kernels."""
+BASE: dict[str, Any] = RUNTIME | {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 48,
+    "gated_linear_unit": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
 }
 
 
