@@ -73,7 +73,7 @@ def _first_batch(prefixes: list[str], cache: Path | None) -> float:
 
 
 def samples_used_a_second(cfg: ConfigContainer, rounds: int, threads: int) -> float:
-    """Of training itself, at the fastest of its steps."""
+    """Samples a second that training needs, by its fastest step."""
     from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.setup import setup
 

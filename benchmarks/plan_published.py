@@ -103,8 +103,8 @@ class Run:
             fp8="none" if precision == "bf16" else precision,  # type: ignore[arg-type]  # the words of the table
             fp8_parameters=precision in ("tensorwise", "mxfp8"),
             # A graph of the router alone makes no difference that the published runs show.
-            graphs="none" if row["graphs"] == "router" else row["graphs"],  # type: ignore[arg-type]
-            dispatch=row["dispatch"] or "alltoall",  # type: ignore[arg-type]
+            graphs="none" if row["graphs"] == "router" else row["graphs"],  # type: ignore[arg-type]  # as above
+            dispatch=row["dispatch"] or "alltoall",  # type: ignore[arg-type]  # as above
             overlap_experts=row["overlap_experts"] == "1",
             overlap_tensor=row["overlap_tensor"] == "1",
         )

@@ -106,7 +106,7 @@ class StoredTensors:
             with path.open("rb") as stream:
                 view = _create_file_view(stream, info.offset, info.length)
                 return torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True).detach()
-        except Exception as error:
+        except Exception as error:  # damaged bytes may raise anything in torch.load
             problem = f"{path}: the tensor {key!r} cannot be read ({describe_error(error)})."
             raise damage_error(self.folder, [problem]) from error
 

@@ -188,7 +188,7 @@ WARNINGS = (
     Trouble(
         "the damaged checkpoint of this name is replaced",
         "checkpoint/directory.py",
-        "A checkpoint that was skipped as damaged is written anew.",
+        "A checkpoint that was skipped as damaged is written again.",
         "Nothing.",
     ),
     Trouble(

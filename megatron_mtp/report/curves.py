@@ -10,7 +10,7 @@ import numpy as np
 from megatron_mtp.observe.run_log import RunLog
 
 BUCKETS = 400
-"""Points of a curve on the page. A longer curve is cut into so many equal stretches of steps."""
+"""Points of a curve on the page. A longer curve is cut into this number of equal stretches of steps."""
 AXES = {
     "iteration": "steps",
     "tokens": "training tokens",
@@ -95,7 +95,7 @@ class Axes:
 
     @classmethod
     def of(cls, log: RunLog) -> Axes:
-        """Of all records of steps."""
+        """The positions of all step records on each axis."""
         iteration, _ = log.column("iteration")
         places = {"iteration": iteration}
         tokens_at, tokens = log.column("consumed-tokens")
