@@ -68,6 +68,8 @@ def derive_widths(model: ModelConfig) -> list[Problem]:
             problems.append(problem(model, "model.hidden_size", rule, remedy))
     if model.num_moe_experts is not None and model.moe_ffn_hidden_size is None:
         model.moe_ffn_hidden_size = model.ffn_hidden_size
+    if model.mtp_layer_mlp == "dense" and model.mtp_ffn_hidden_size is None:
+        model.mtp_ffn_hidden_size = model.ffn_hidden_size
     return problems
 
 

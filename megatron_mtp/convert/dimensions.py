@@ -6,7 +6,7 @@ from megatron_mtp.config.sections import ModelConfig
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """Symbol in the tables' shapes -> size."""
+    """Symbol in the tables' shapes -> size; `ffn`, the width of a dense block, depends on the layer and is missing."""
     heads, head = model.num_attention_heads, model.kv_channels
     queries = heads * head
     return {
@@ -16,7 +16,6 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "heads": queries,
         "queries": queries * (2 if model.attention_output_gate else 1),
         "keys": model.num_query_groups * head,
-        "ffn": model.ffn_hidden_size,
         "experts": model.num_moe_experts or 0,
         "expert_ffn": model.moe_ffn_hidden_size or 0,
         "shared_ffn": model.moe_shared_expert_intermediate_size or 0,

@@ -12,7 +12,7 @@ from megatron_mtp.config.derive import derive_widths
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.mcore.effects import changed_function
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.convert.hf_families import ARCHITECTURE, DEFAULTS, FIXED, Family, family_of, find_family
+from megatron_mtp.convert.hf_families import ARCHITECTURE, DEFAULTS, FIXED, OUR_MTP_KEYS, Family, family_of, find_family
 from megatron_mtp.convert.hf_rope import rope_from_hf, rope_to_hf
 from megatron_mtp.convert.quantization import block_of
 from megatron_mtp.errors import ConversionError
@@ -44,6 +44,8 @@ def hf_config_dict(model: ModelConfig, family: str | None = None) -> dict[str, A
     if "layer_types" in form.defaults and model.experimental_attention_variant is not None:
         config["layer_types"] = ["linear_attention" if linear else "full_attention" for linear in linear_pattern(model)]
     config[form.mtp_key] = model.mtp_num_layers
+    if model.mtp_num_layers and model.mtp_layer_mlp is not None and form.mtp_form.is_ours:
+        config |= {key: getattr(model, ours) for key, ours in OUR_MTP_KEYS.items()}
     _require_carried(model, model_config_from_hf(config), name)
     return config
 
@@ -71,6 +73,9 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     if model.experimental_attention_variant is not None:
         model.linear_attention_freq = _linear_layers(config)
     model.mtp_num_layers = config.get(form.mtp_key) or 0
+    if form.mtp_form.is_ours:
+        for key, ours in OUR_MTP_KEYS.items():
+            setattr(model, ours, config.get(key))
     model.seq_length = min(config.get("max_position_embeddings") or PRETRAINING_LENGTH, PRETRAINING_LENGTH)
     return model
 
@@ -121,6 +126,8 @@ def _refuse_unsupported(config: dict[str, Any], form: Family) -> None:
         for key, first in (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim"))
         if "kv_lora_rank" in form.keys and config.get(key) not in (None, config[first])
     ]
+    if (mlp := config.get("mtp_layer_mlp")) not in (None, "dense"):
+        wrong.append(f"mtp_layer_mlp = {mlp!r}, and only 'dense' is supported")
     if form.has_routing_groups and not 1 <= config["topk_group"] <= config["n_group"]:
         wrong.append(f"topk_group = {config['topk_group']}, and it is from 1 to n_group = {config['n_group']}")
     if wrong:
@@ -221,7 +228,7 @@ def _meaning(model: ModelConfig, name: str) -> Any:
         return getattr(model, name) or 1.0
     if (name, model.moe_router_num_groups) in (("moe_router_num_groups", 1), ("moe_router_group_topk", 1)):
         return None  # one group means no groups
-    if name in ("mtp_variant", "mtp_hidden_source") and not model.mtp_num_layers:
+    if name in ("mtp_variant", "mtp_hidden_source", *OUR_MTP_KEYS.values()) and not model.mtp_num_layers:
         return None
     switch = next((on for prefixes, on in _SWITCHES if name.startswith(prefixes)), None)
     return None if switch is not None and not switch(model) else getattr(model, name)

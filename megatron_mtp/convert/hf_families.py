@@ -55,6 +55,9 @@ FIXED: dict[str, Any] = {
     "num_speculative_steps": None,
 }
 DEFAULTS: dict[str, Any] = {"tie_word_embeddings": False, "initializer_range": 0.02}
+OUR_MTP_KEYS = {"mtp_layer_mlp": "mtp_layer_mlp", "mtp_intermediate_size": "mtp_ffn_hidden_size"}
+"""As `Family.keys`, where only this project reads the MTP layers (`MTPForm.is_ours`). No released family has a key for
+experts in the trunk and none in MTP layers: Step-3.5 lists its layers of experts (moe_layers_enum)."""
 DERIVED_HEADS = {"head_dim": None}
 """None: hidden_size / num_attention_heads."""
 

@@ -23,7 +23,7 @@ from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_config import hf_config_dict, model_config_from_hf
 from megatron_mtp.convert.hf_families import canonical, find_family
 from megatron_mtp.convert.inventory import Inventory, check_inventory
-from megatron_mtp.convert.links import TensorLink, duplicates, links, new_depth_links
+from megatron_mtp.convert.links import MTP_BLOCK, TensorLink, duplicates, links, new_depth_links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.quantization import block_of
 from megatron_mtp.convert.report import Report
@@ -105,6 +105,11 @@ def import_hf(
         report.files = [f"{KEPT_FOLDER}/{name}" for name in model_files(source.folder)]
         if (reason := why_no_text(source.folder)) is not None:
             report.notes.append(reason)
+        if mtp_init == "last_layer" and any(MTP_BLOCK in link.key and not copies for link, copies in source.new_links):
+            report.notes.append(
+                "the feed-forward blocks of new MTP layers are initialised as in a new model: model.mtp_layer_mlp = "
+                f"{source.cfg.model.mtp_layer_mlp!r} gives them another form than that of the trunk's last layer."
+            )
         final = _with_tokenizer(source.cfg, kept)
         writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))
     _fill_report(source, report)

@@ -24,7 +24,7 @@ from megatron_mtp.convert.names import (
     RowCut,
 )
 from megatron_mtp.errors import ConversionError
-from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, mtp_dense_width, padded_vocab_size
 
 MTP_BLOCK = "transformer_layer."
 """Name of an MTP layer's transformer layer in Megatron-Core's checkpoints, whatever its module is called."""
@@ -96,7 +96,8 @@ def links(model: ModelConfig, family: str, num_depths: int | None = None) -> lis
     found = list(_embedding("embedding.word_embeddings.weight", EMBEDDING, model))
     for layer_idx, (is_moe, is_linear) in enumerate(zip(moe_pattern(model), linear_pattern(model), strict=True)):
         prefix = f"model.layers.{layer_idx}."
-        found += _layer(model, form, layer_axes(model, layer_idx), prefix, is_moe, is_linear=is_linear)
+        width = None if is_moe else model.ffn_hidden_size
+        found += _layer(model, form, layer_axes(model, layer_idx), prefix, width, is_linear=is_linear)
     found.append(_vector("decoder.final_layernorm.weight", FINAL_NORM, model.hidden_size))
     for depth_idx in range(depths):
         found += _depth(model, form, depth_idx)
@@ -109,7 +110,8 @@ def new_depth_links(model: ModelConfig, family: str, depth_idx: int) -> list[tup
     """The tensors of a new MTP depth, with the trunk's last layer and final norm as theirs.
 
     Returns:
-        Each link, and whether it can be copied: input norms and projection have no counterpart in the trunk.
+        Each link, and whether it can be copied: input norms, projection, and a feed-forward block of another kind or
+        width than the last layer's have no counterpart in the trunk.
     """
     if linear_pattern(model)[-1]:
         raise ConversionError(
@@ -119,12 +121,14 @@ def new_depth_links(model: ModelConfig, family: str, depth_idx: int) -> list[tup
     ours, h = f"mtp.layers.{depth_idx}.", model.hidden_size
     none = HFTensor("", (h,))
     last = f"model.layers.{model.num_layers - 1}."
-    block = _layer(model, find_family(family), depth_axes(depth_idx), last, moe_pattern(model)[-1])
+    width = mtp_dense_width(model)
+    block = _layer(model, find_family(family), depth_axes(depth_idx), last, width)
+    copies_mlp = width == (None if moe_pattern(model)[-1] else model.ffn_hidden_size)
     return [
         (TensorLink(f"{ours}enorm.weight", (h,), (0,), (h,), (none,)), False),
         (TensorLink(f"{ours}hnorm.weight", (h,), (0,), (h,), (none,)), False),
         (TensorLink(f"{ours}eh_proj.weight", (h, 2 * h), (0, 0), (h, 2 * h), (HFTensor("", (h, 2 * h)),)), False),
-        *((link, True) for link in block),
+        *((link, copies_mlp or "mlp" not in link.key) for link in block),
         (_vector(f"{ours}final_layernorm.weight", FINAL_NORM, h), True),
     ]
 
@@ -149,10 +153,15 @@ def check_form(model: ModelConfig, family: str, depths: int) -> None:
             f"model.mtp_num_layers = {depths}: files of {family} hold {most} MTP layer, since depths share "
             f"one projection there. Export only the first with --mtp-depths {most}."
         )
+    if model.num_moe_experts is None or not form.has_experts or form.mtp_form.is_ours:
+        return
+    if model.mtp_layer_mlp is not None:
+        raise ConversionError(
+            f"model.mtp_layer_mlp = {model.mtp_layer_mlp!r}: readers of {family} files expect experts in MTP layers, "
+            f"and no key of config.json says otherwise. {without}"
+        )
     kinds = moe_pattern(model)
-    has_dense_end = not (kinds[-1] and (kinds[0] or form.dense_layers != "listed"))
-    is_ours = form.mtp_form.folder is not None  # no other reader
-    if model.num_moe_experts is not None and form.has_experts and has_dense_end and not is_ours:
+    if not (kinds[-1] and (kinds[0] or form.dense_layers != "listed")):
         raise ConversionError(
             f"model.moe_layer_freq = {model.moe_layer_freq}: readers of {family} files expect experts in MTP layers "
             "unless a key names them as dense, and ours are like the trunk's last layer. So the last layer"
@@ -208,17 +217,18 @@ def _depth(model: ModelConfig, family: Family, depth_idx: int) -> Iterator[Tenso
     theirs = (HFTensor(prefix + form.projection, shape),)
     yield TensorLink(f"{ours}eh_proj.weight", shape, (0, 0), shape, theirs, form.projection_arrangement)
     block_prefix = form.block_prefix.format(**place)
-    yield from _layer(model, family, depth_axes(depth_idx), block_prefix, moe_pattern(model)[-1])
+    yield from _layer(model, family, depth_axes(depth_idx), block_prefix, mtp_dense_width(model))
     yield _vector(f"{ours}final_layernorm.weight", prefix + form.norm, h)
 
 
 def _layer(
-    model: ModelConfig, family: Family, axes: Axes, prefix: str, is_moe: bool, *, is_linear: bool = False
+    model: ModelConfig, family: Family, axes: Axes, prefix: str, dense_width: int | None, *, is_linear: bool = False
 ) -> Iterator[TensorLink]:
+    """A transformer layer; `dense_width` is that of its feed-forward block, None where it has experts."""
     grouped: tuple[Row, ...] = LATENT_ATTENTION if model.multi_latent_attention else GROUPED_ATTENTION
     attention = DELTA_NET if is_linear else grouped
-    present, symbols = features(model), sizes(model)
-    for row in (*attention, *(EXPERTS if is_moe else DENSE)):
+    present, symbols = features(model), sizes(model) | {"ffn": dense_width or 0}
+    for row in (*attention, *(EXPERTS if dense_width is None else DENSE)):
         if row.needs is None or row.needs in present:
             yield from _row(model, family, axes, prefix, row, symbols)
 

@@ -137,12 +137,16 @@ _OF_FUNCTION = tuple(
 """Beginnings of names of fields that change what a model computes."""
 
 
+_OURS_ALONE = ("mtp_variant", "mtp_hidden_source", "mtp_depth_weights", "mtp_layer_mlp", "mtp_ffn_hidden_size")
+"""Fields that Megatron-LM has no argument for."""
+
+
 def megatron_args(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:
     """Megatron-LM's arguments for a model of ours, as far as they describe the architecture."""
     names = {ours: theirs for theirs, ours in RENAMED.items()}
     values = {}
     for field in fields(ModelConfig):
-        if field.name.startswith(_LAYOUT) or field.name in ("mtp_variant", "mtp_hidden_source", "mtp_depth_weights"):
+        if field.name.startswith(_LAYOUT) or field.name in _OURS_ALONE:
             continue
         values[names.get(field.name, field.name)] = getattr(model, field.name)
     values |= {

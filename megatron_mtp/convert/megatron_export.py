@@ -115,6 +115,11 @@ def _refuse_unknown(model: ModelConfig) -> None:
             f"model.mtp_hidden_source = {model.mtp_hidden_source!r}: Megatron-Core's MTP layers read the hidden state "
             "after the final norm."
         )
+    if model.mtp_num_layers and model.mtp_layer_mlp is not None:
+        wrong.append(
+            f"model.mtp_layer_mlp = {model.mtp_layer_mlp!r}: Megatron-Core's MTP layers are copies of the last decoder "
+            "layer's kind."
+        )
     if model.multi_latent_attention and model.latent_norm_epsilon not in (None, model.layernorm_epsilon):
         wrong.append(
             f"model.latent_norm_epsilon = {model.latent_norm_epsilon}: Megatron-Core has one epsilon for all norms, "

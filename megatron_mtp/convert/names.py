@@ -193,6 +193,11 @@ class MTPForm:
     duplicates: tuple[tuple[str, str], ...] = ()
     folder: str | None = None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether only this project reads it, so that config.json may describe MTP layers with keys of its own."""
+        return self.folder is not None
+
 
 DEEPSEEK_MTP = MTPForm(
     prefix="model.layers.{n}.",

@@ -27,7 +27,7 @@ from megatron_mtp.decode.support import refuse_unsupported
 from megatron_mtp.decode.tensor_parallel import TensorParallel
 from megatron_mtp.decode.weights import Weights, block, depth
 from megatron_mtp.errors import UnsupportedError
-from megatron_mtp.parallel.params import moe_pattern
+from megatron_mtp.parallel.params import moe_pattern, mtp_dense_width
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class Decoder:
         refuse_unsupported(model)
         tp, device = tp or TensorParallel(), torch.device(device)
         weights = Weights(model, tensors, tp, dtype, device)
-        kinds = moe_pattern(model)
+        widths = [None if is_moe else model.ffn_hidden_size for is_moe in moe_pattern(model)]
         with torch.inference_mode():
             embedding = weights.get("embedding.word_embeddings.weight").to(dtype).clone()
             tied = model.share_embeddings_and_output_weights
@@ -87,10 +87,11 @@ class Decoder:
                 model=model,
                 embedding=embedding,
                 first_id=tp.rank * embedding.shape[0],
-                blocks=[block(weights, f"decoder.layers.{index}.", is_moe) for index, is_moe in enumerate(kinds)],
+                blocks=[block(weights, f"decoder.layers.{index}.", width) for index, width in enumerate(widths)],
                 final_norm=weights.full_norm("decoder.final_layernorm"),
                 depths=[
-                    depth(weights, f"mtp.layers.{index}.", kinds[-1]) for index in range(Depths.of(model).distinct)
+                    depth(weights, f"mtp.layers.{index}.", mtp_dense_width(model))
+                    for index in range(Depths.of(model).distinct)
                 ],
                 head=head,
                 draft_head=head,

@@ -19,7 +19,8 @@ COMPUTED = frozenset(
     beta_fast beta_slow mscale mscale_all_dim latent_norm_epsilon num_moe_experts moe_layer_freq moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_score_function
     moe_router_pre_softmax moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor moe_router_dtype
-    moe_router_enable_expert_bias mtp_num_layers mtp_variant mtp_use_repeated_layer mtp_hidden_source""".split()
+    moe_router_enable_expert_bias mtp_num_layers mtp_variant mtp_use_repeated_layer mtp_hidden_source
+    mtp_layer_mlp mtp_ffn_hidden_size""".split()
 )
 """Fields of ModelConfig that decoding follows."""
 WITHOUT_EFFECT = frozenset(

@@ -84,25 +84,29 @@ def scaled(weight: Tensor, columns: Tensor | None) -> Tensor:
     return weight if columns is None else weight * columns
 
 
-def block(weights: Weights, prefix: str, is_moe: bool) -> Block:
-    """One transformer layer, trunk or MTP."""
+def block(weights: Weights, prefix: str, dense_width: int | None) -> Block:
+    """One transformer layer, trunk or MTP.
+
+    Args:
+        dense_width: width of its dense feed-forward block; None: it has experts.
+    """
     width = weights.model.hidden_size
     first, first_weight = weights.norm(f"{prefix}input_layernorm", width)
     second, second_weight = weights.norm(f"{prefix}pre_mlp_layernorm", width)
     attend: Callable[[Weights, str, Tensor | None], GroupedAttention | LatentAttention]
     attend = _latent if weights.model.multi_latent_attention else _grouped
     feed_forward: Dense | Experts
-    if is_moe:
+    if dense_width is None:
         feed_forward = _experts(weights, f"{prefix}mlp.", second_weight)
     else:
-        feed_forward = _dense(weights, f"{prefix}mlp.", second_weight, weights.model.ffn_hidden_size)
+        feed_forward = _dense(weights, f"{prefix}mlp.", second_weight, dense_width)
     return Block(first, attend(weights, f"{prefix}self_attention.", first_weight), second, feed_forward)
 
 
-def depth(weights: Weights, prefix: str, is_moe: bool) -> Depth:
-    """One MTP layer."""
+def depth(weights: Weights, prefix: str, dense_width: int | None) -> Depth:
+    """One MTP layer. Arguments as `block`."""
     model, h = weights.model, weights.model.hidden_size
-    layer = block(weights, f"{prefix}mtp_model_layer.", is_moe)
+    layer = block(weights, f"{prefix}mtp_model_layer.", dense_width)
     final = weights.full_norm(f"{prefix}final_layernorm")
     if model.mtp_variant == "parallel":
         return Depth(None, layer, final)

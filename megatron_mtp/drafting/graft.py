@@ -19,7 +19,13 @@ from megatron_mtp.drafting.rewrite import rewrite
 from megatron_mtp.errors import ConversionError, MegatronMTPError
 
 PREFIX = "mtp."
-FIELDS = ("mtp_num_layers", "mtp_use_repeated_layer", "mtp_depth_weights")
+FIELDS = (
+    "mtp_num_layers",
+    "mtp_use_repeated_layer",
+    "mtp_depth_weights",
+    "mtp_layer_mlp",
+    "mtp_ffn_hidden_size",
+)
 """Fields of ModelConfig that come from the drafter's run."""
 
 

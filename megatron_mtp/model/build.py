@@ -16,7 +16,7 @@ from megatron_mtp.model.initial_weights import fill_initial_weights
 from megatron_mtp.model.mtp import MTPModel, find_variant
 from megatron_mtp.model.specs import block_spec, mtp_spec, te_is_available
 from megatron_mtp.model.transformer_config import transformer_config
-from megatron_mtp.parallel.params import padded_vocab_size
+from megatron_mtp.parallel.params import mtp_dense_width, padded_vocab_size
 from megatron_mtp.parallel.resolve import ResolvedRun
 
 
@@ -76,7 +76,7 @@ def _build_chunk(
     symbols = layout.chunks[pp_rank][vp_stage]
     variant, mtp = find_variant(model.mtp_variant), None
     if "m" in symbols:
-        mtp = mtp_spec(config, run.depths.distinct, run.is_moe[-1], variant.layer, use_te=use_te)
+        mtp = mtp_spec(config, run.depths.distinct, mtp_dense_width(model), variant.layer, use_te=use_te)
     return MTPModel(
         config=config,
         transformer_layer_spec=block_spec(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+from typing import Any
 
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import get_gated_delta_net_module_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -13,6 +17,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from megatron_mtp.model.mtp import MTPLayer
 from megatron_mtp.model.torch_backend import (
@@ -52,15 +57,29 @@ def block_spec(
 
 
 def mtp_spec(
-    config: TransformerConfig, num_layers: int, is_moe: bool, layer_class: type[MTPLayer], *, use_te: bool
+    config: TransformerConfig, num_layers: int, dense_width: int | None, layer_class: type[MTPLayer], *, use_te: bool
 ) -> MultiTokenPredictionBlockSubmodules:
     """All depths, made apart from the decoder's spec: a standalone MTP stage has no decoder layer to copy.
 
     Their attention is full, as in the released models with linear attention in the trunk.
+
+    Args:
+        dense_width: width of their dense feed-forward block; None: they have experts.
     """
-    layer = get_mtp_layer_spec_for_backend(_layer_spec(config, is_moe, use_te=use_te), backend=_provider(use_te))
+    block = _layer_spec(config, dense_width is None, use_te=use_te)
+    if dense_width is not None:
+        block.submodules.mlp = partial(_build_mlp, block.submodules.mlp, dense_width)
+    layer = get_mtp_layer_spec_for_backend(block, backend=_provider(use_te))
     layer.module = layer_class
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * num_layers)
+
+
+def _build_mlp(build: Callable[..., nn.Module], width: int, *, config: TransformerConfig, **others: Any) -> nn.Module:
+    """A dense feed-forward block of its own width: Megatron-Core's MLP takes that of its second product from the
+    config, whatever it is given."""
+    own = copy(config)
+    own.ffn_hidden_size = width
+    return build(config=own, ffn_hidden_size=width, **others)
 
 
 def _layer_spec(config: TransformerConfig, is_moe: bool, *, is_linear: bool = False, use_te: bool) -> ModuleSpec:

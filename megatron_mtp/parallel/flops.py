@@ -12,7 +12,7 @@ from __future__ import annotations
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
-from megatron_mtp.parallel.params import linear_pattern, moe_pattern, padded_vocab_size
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, mtp_dense_width, padded_vocab_size
 
 
 def train_flops_per_token(model: ModelConfig) -> float:
@@ -34,14 +34,20 @@ def train_flops_per_token(model: ModelConfig) -> float:
     return trunk_passes * (trunk + logits) + depths * mtp
 
 
-def forward_flops_layer(model: ModelConfig, is_moe: bool, *, is_linear: bool = False) -> float:
-    """One decoder layer for one token, attention over its whole causal past on average."""
+def forward_flops_layer(
+    model: ModelConfig, is_moe: bool, *, is_linear: bool = False, dense_width: int | None = None
+) -> float:
+    """One transformer layer for one token, attention over its whole causal past on average.
+
+    Args:
+        dense_width: width of its feed-forward block without experts; None: ffn_hidden_size.
+    """
     matrices = 3 if model.gated_linear_unit else 2
     if is_moe:
         width = filled(model.moe_ffn_hidden_size) * model.moe_router_topk
         width += model.moe_shared_expert_intermediate_size or 0  # None: no shared expert
     else:
-        width = model.ffn_hidden_size
+        width = model.ffn_hidden_size if dense_width is None else dense_width
     return forward_flops_attention(model, is_linear) + 2 * model.hidden_size * width * matrices
 
 
@@ -56,7 +62,8 @@ def forward_flops_mtp(model: ModelConfig) -> float:
     """One MTP layer for one token, without its pass through the head."""
     h = model.hidden_size
     joint = h if model.mtp_variant == "parallel" else 3 * h + 2 * h * h
-    return 2 * joint + forward_flops_layer(model, moe_pattern(model)[-1])
+    width = mtp_dense_width(model)
+    return 2 * joint + forward_flops_layer(model, width is None, dense_width=width)
 
 
 def forward_flops_logits(model: ModelConfig) -> float:

@@ -157,12 +157,22 @@ def padded_vocab_size(model: ModelConfig) -> int:
 
 
 def moe_pattern(model: ModelConfig) -> list[bool]:
-    """For each decoder layer, whether it has experts. An MTP layer has them if the last decoder layer has."""
+    """For each decoder layer, whether it has experts; of MTP layers, see `mtp_dense_width`."""
     if model.num_moe_experts is None:
         return [False] * model.num_layers
     if isinstance(model.moe_layer_freq, int):
         return [idx % model.moe_layer_freq == 0 for idx in range(model.num_layers)]
     return [bool(kind) for kind in model.moe_layer_freq]
+
+
+def mtp_dense_width(model: ModelConfig) -> int | None:
+    """Width of the dense feed-forward block of MTP layers; None: they have experts.
+
+    They are of the last decoder layer's kind, unless model.mtp_layer_mlp = "dense".
+    """
+    if model.mtp_layer_mlp == "dense":
+        return model.mtp_ffn_hidden_size
+    return None if moe_pattern(model)[-1] else model.ffn_hidden_size
 
 
 def linear_pattern(model: ModelConfig) -> list[bool]:
@@ -174,8 +184,14 @@ def linear_pattern(model: ModelConfig) -> list[bool]:
     return [bool(kind) for kind in model.linear_attention_freq or []]
 
 
-def layer_parameters(model: ModelConfig, shards: Shards, is_moe: bool, *, is_linear: bool = False) -> RankParameters:
-    """One decoder layer with its two norms."""
+def layer_parameters(
+    model: ModelConfig, shards: Shards, is_moe: bool, *, is_linear: bool = False, dense_width: int | None = None
+) -> RankParameters:
+    """One transformer layer with its two norms.
+
+    Args:
+        dense_width: width of its feed-forward block without experts; None: ffn_hidden_size.
+    """
     if is_linear:
         attention = _gated_delta_net(model, shards.tp)
     else:
@@ -183,7 +199,8 @@ def layer_parameters(model: ModelConfig, shards: Shards, is_moe: bool, *, is_lin
     shell = RankParameters(dense=attention + 2 * _norm(model, model.hidden_size))
     if is_moe:
         return shell + _experts(model, shards)
-    return shell + RankParameters(dense=_mlp(model, model.ffn_hidden_size, shards.tp, model.add_bias_linear))
+    width = model.ffn_hidden_size if dense_width is None else dense_width
+    return shell + RankParameters(dense=_mlp(model, width, shards.tp, model.add_bias_linear))
 
 
 def mtp_layer_parameters(model: ModelConfig, shards: Shards) -> RankParameters:
@@ -193,7 +210,8 @@ def mtp_layer_parameters(model: ModelConfig, shards: Shards) -> RankParameters:
     """
     h = model.hidden_size
     joint = 0 if model.mtp_variant == "parallel" else 2 * _norm(model, h) + 2 * h * h // shards.tp
-    layer = layer_parameters(model, shards, moe_pattern(model)[-1])
+    width = mtp_dense_width(model)
+    layer = layer_parameters(model, shards, width is None, dense_width=width)
     return layer + RankParameters(dense=joint + _norm(model, h))
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.grid import RankGrid
-from megatron_mtp.parallel.params import linear_pattern, moe_pattern
+from megatron_mtp.parallel.params import linear_pattern, moe_pattern, mtp_dense_width
 
 MIN_LOGITS_CHUNK, MAX_LOGITS_CHUNK = 64, 1024
 
@@ -31,7 +32,7 @@ class RunShape:
         world_size: processes of the job.
         grid: parallel sizes and the order of ranks.
         depths: MTP depths and layers.
-        is_moe: for each decoder layer, whether it has experts. MTP layers are of the last one's kind.
+        is_moe: for each decoder layer, whether it has experts.
         is_linear: for each decoder layer, whether its attention is linear. MTP layers have full attention.
     """
 
@@ -58,7 +59,7 @@ class RunShape:
     @property
     def num_moe_layers(self) -> int:
         """Mixture-of-experts layers of the complete model; a repeated MTP layer counts once."""
-        return sum(self.is_moe) + self.is_moe[-1] * self.depths.distinct
+        return sum(self.is_moe) + (mtp_dense_width(self.cfg.model) is None) * self.depths.distinct
 
     @property
     def num_microbatches(self) -> int:
@@ -79,8 +80,16 @@ class RunShape:
 
     @property
     def mtp_kind(self) -> str:
-        """Kind of the MTP layers: that of the last decoder layer, always with full attention."""
-        return "moe" if self.is_moe[-1] else "dense"
+        """Kind of the MTP layers, always with full attention; "mtp dense": dense with a width of their own."""
+        width = mtp_dense_width(self.cfg.model)
+        if width is None:
+            return "moe"
+        return "dense" if width == self.cfg.model.ffn_hidden_size else "mtp dense"
+
+    def dense_width(self, kind: str) -> int:
+        """Width of the feed-forward block of a layer without experts."""
+        model = self.cfg.model
+        return filled(model.mtp_ffn_hidden_size) if kind == "mtp dense" else model.ffn_hidden_size
 
     @property
     def item_bytes(self) -> int:

@@ -42,7 +42,7 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
     model = trial.model
     kinds = list(zip(linear_pattern(model), moe_pattern(model), strict=True))
     distinct = [kind for kind in dict.fromkeys(kinds) if kind != kinds[-1]]
-    # MTP layers have experts if the last decoder layer has.
+    # MTP layers follow the last decoder layer's kind where model.mtp_layer_mlp does not say theirs.
     kept = [kind for kind in (*distinct, kinds[-1]) for _ in range(min(LAYERS_OF_A_KIND, kinds.count(kind)))]
     model.num_layers = len(kept)
     if model.num_moe_experts:

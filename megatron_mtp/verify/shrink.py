@@ -23,7 +23,7 @@ from megatron_mtp.errors import ConfigError
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern
 from megatron_mtp.verify.placements import Placement
 
-HIDDEN_SIZE, FFN_SIZE, EXPERT_FFN_SIZE, SHARED_FFN_SIZE = 32, 48, 16, 24
+HIDDEN_SIZE, FFN_SIZE, EXPERT_FFN_SIZE, SHARED_FFN_SIZE, MTP_FFN_SIZE = 32, 48, 16, 24, 40
 HEAD_SIZE, SEQ_LENGTH, VOCAB_SIZE, NUM_LAYERS, NUM_EXPERTS = 8, 32, 101, 4, 8
 MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 2, 8
 INIT_STD = 0.1
@@ -159,6 +159,8 @@ def _shrink_experts(model: ModelConfig, sizes: _Sizes) -> None:
     model.moe_ffn_hidden_size = _multiple(EXPERT_FFN_SIZE, sizes.etp)
     if model.moe_shared_expert_intermediate_size is not None:
         model.moe_shared_expert_intermediate_size = _multiple(SHARED_FFN_SIZE, sizes.tp)
+    if model.mtp_layer_mlp == "dense":
+        model.mtp_ffn_hidden_size = _multiple(MTP_FFN_SIZE, sizes.tp)
     model.moe_grouped_gemm = None
     model.moe_expert_capacity_factor = None  # dropped tokens depend on the layout by definition
 

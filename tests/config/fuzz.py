@@ -138,6 +138,7 @@ GENTLE: dict[str, list[Any]] = {
     "model.mtp_num_layers": [0, 1, 2, 3],
     "model.mtp_variant": ["sequential", "parallel"],
     "model.mtp_hidden_source": ["post_final_norm", "pre_final_norm"],
+    "model.mtp_layer_mlp": [None, "dense"],
     "model.pipeline_model_parallel_size": [1, 2, 3, 4],
     "model.virtual_pipeline_model_parallel_size": [None, 1, 2, 3],
     "model.pipeline_model_parallel_layout": ["auto", "auto", "even"],

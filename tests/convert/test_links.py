@@ -78,7 +78,10 @@ def test_released_names_of_deepseek_v3():
     assert "model.layers.62.enorm.weight" not in shapes
 
 
-@pytest.mark.parametrize(("field", "value"), [("mtp_variant", "parallel"), ("mtp_hidden_source", "pre_final_norm")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mtp_variant", "parallel"), ("mtp_hidden_source", "pre_final_norm"), ("mtp_layer_mlp", "dense")],
+)
 def test_variants_without_a_form_are_refused(field, value):
     cfg = get_recipe("tiny_mla_moe")
     setattr(cfg.model, field, value)

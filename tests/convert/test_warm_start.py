@@ -7,8 +7,12 @@ import torch
 
 from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.convert.exporting import export_hf
+from megatron_mtp.convert.hf_config import model_config_from_hf
 from megatron_mtp.convert.importing import import_hf
+from megatron_mtp.convert.side_files import read_config
 from megatron_mtp.errors import CheckpointError, ConversionError
+from megatron_mtp.recipes.common import pretrain_common
 from tests.convert.hf_models import make
 from tests.convert.ours import built
 from tests.harness.runs import opened, weights_of
@@ -65,6 +69,34 @@ def test_fresh_layers_are_those_of_a_new_model(trunk, ranks, tmp_path):
     (new,) = ranks(1).run(model_tensors, str(tmp_path / "grown"), {})
     for key in (key for key in found if key.startswith("mtp.")):
         assert torch.equal(found[key], new[key]), key
+
+
+def test_dense_depths_for_a_trunk_of_experts(ranks, tmp_path):
+    """Attention is copied, the feed-forward block is new, and the export says in config.json what was added."""
+    make("qwen3_moe", tmp_path / "hf")
+    cfg = pretrain_common()
+    cfg.model = model_config_from_hf(read_config(tmp_path / "hf"))
+    cfg.model.update(mtp_layer_mlp="dense", mtp_ffn_hidden_size=40, mtp_num_layers=1)
+    report = import_hf(tmp_path / "hf", tmp_path / "grown", cfg, mtp_init="last_layer")
+    assert any(
+        "feed-forward blocks of new MTP layers are initialised as in a new model" in note for note in report.notes
+    )
+    found = tensors(tmp_path / "grown")
+    block = "mtp.layers.0.transformer_layer."
+    assert torch.equal(found[f"{block}self_attention.linear_qkv.weight"],
+                       found["decoder.layers.self_attention.linear_qkv.weight"][-1])  # fmt: skip
+    assert found[f"{block}mlp.linear_fc1.weight"].shape == (80, 32)
+    (new,) = ranks(1).run(model_tensors, str(tmp_path / "grown"), {})
+    assert {key for key in new if key.startswith("mtp.")} == {key for key in found if key.startswith("mtp.")}
+    assert torch.equal(new[f"{block}mlp.linear_fc1.weight"], found[f"{block}mlp.linear_fc1.weight"])
+    export_hf(tmp_path / "grown", tmp_path / "back")
+    config = read_config(tmp_path / "back")
+    assert (config["mtp_layer_mlp"], config["mtp_intermediate_size"]) == ("dense", 40)
+    import_hf(tmp_path / "back", tmp_path / "again")
+    again = tensors(tmp_path / "again")
+    assert again.keys() == found.keys()
+    assert all(torch.equal(again[key], found[key]) for key in found)
+    assert StoredWeights(tmp_path / "again").config().model.mtp_ffn_hidden_size == 40
 
 
 def test_missing_layers_are_named_and_nothing_is_written(trunk, tmp_path):

@@ -58,6 +58,7 @@ VARIANTS = {
     "pre_softmax_router": replace(DENSE, moe=MoEConfig(num_experts=4, topk=3, ffn_size=24, pre_softmax=True)),
     "mla_without_query_latent": replace(MLA, latent=replace(LATENT, q_lora_rank=None, latent_norms=False)),
     "repeated": replace(DENSE, mtp_repeated=True),
+    "moe_dense_depths": replace(MOE, mtp_ffn_size=40),
     "parallel": replace(DENSE, mtp_variant="parallel"),
     "pre_final_norm": replace(DENSE, mtp_hidden="pre_final_norm"),
 }

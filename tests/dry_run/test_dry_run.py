@@ -38,6 +38,8 @@ VARIANTS = [
     ("tiny_dense", f"{PP2} model.mtp_variant=parallel model.mtp_freeze_trunk=true precision.dtype=bf16"),
     ("tiny_moe", f"{TP2} {PP2} {EP4} model.expert_tensor_parallel_size=1 train.global_batch_size=32"),
     ("tiny_moe", f"{TP2} model.moe_shared_expert_gate=true model.moe_layer_freq=2 {EP2}"),
+    ("tiny_moe", f"{TP2} {PP2} {EP4} model.expert_tensor_parallel_size=1 train.global_batch_size=32 "
+     "model.mtp_layer_mlp=dense model.mtp_ffn_hidden_size=80"),
     ("tiny_mla_moe", f"{TP2} {PP2} {VP2} {EP2} train.global_batch_size=32"),
     ("tiny_mla_moe", f"{TP2} model.q_lora_rank=null model.qk_layernorm=true"),
     ("tiny_mla_moe", f"{PP4} model.context_parallel_size=2 model.moe_shared_expert_intermediate_size=null"),

@@ -32,7 +32,7 @@ LAYOUTS = {
         "tp=2,sp=1,pp=2,dp=2",
     ),
 }
-LAYOUTS["mla_moe"] = LAYOUTS["moe"]
+LAYOUTS["dense_depths"] = LAYOUTS["mla_moe"] = LAYOUTS["moe"]
 LAYOUTS["qwen3_next"] = tuple(layout.replace("|mm|", "|m|") for layout in LAYOUTS["moe"])  # one depth
 # The layouts that some masks are made for.
 MASK_OF = {
@@ -57,6 +57,7 @@ def fast_pairs() -> set[tuple[str, str, str]]:
         for index, layout in enumerate(LAYOUTS[model]):
             if layout not in EIGHT_RANKS:  # the dense model runs a similar one
                 pairs.add((model, layout, MASK_OF.get(layout, masks[index % len(masks)])))
+    pairs |= {("dense_depths", "tp=2,sp=1,ep=2,etp=1", "holes"), ("dense_depths", "pp=2,ep=2", "padded")}
     return pairs | {("qwen3_next", "cp=2", "holes"), ("qwen3_next", "pp=4,layout=Ett|tt|m|L", "padded")}
 
 

@@ -33,6 +33,13 @@ def moe() -> ConfigContainer:
     return cfg
 
 
+def dense_depths() -> ConfigContainer:
+    """Experts in the trunk, a dense feed-forward block of its own width in the MTP layers."""
+    cfg = moe()
+    cfg.model.update(mtp_layer_mlp="dense", mtp_ffn_hidden_size=40)
+    return cfg
+
+
 def mla_moe() -> ConfigContainer:
     """DeepSeek-V3 in miniature: latent attention with norms of the latents, first layer dense, expert bias, groups."""
     cfg = _small_experts(tiny_mla_moe_pretrain_config())
@@ -85,6 +92,7 @@ def _small_experts(cfg: ConfigContainer) -> ConfigContainer:
 MODELS: dict[str, Callable[[], ConfigContainer]] = {
     "dense": dense,
     "moe": moe,
+    "dense_depths": dense_depths,
     "mla_moe": mla_moe,
     "qwen3_next": qwen3_next,
 }

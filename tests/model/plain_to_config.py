@@ -88,4 +88,6 @@ def _moe_fields(plain: PlainConfig) -> dict[str, object]:
         "moe_router_load_balancing_type": "seq_aux_loss" if moe.seq_aux_coeff else "none",
         "moe_aux_loss_coeff": moe.seq_aux_coeff,
         "moe_z_loss_coeff": moe.z_coeff or None,
+        "mtp_layer_mlp": None if plain.mtp_ffn_size is None else "dense",
+        "mtp_ffn_hidden_size": plain.mtp_ffn_size,
     }

@@ -30,6 +30,8 @@ VARIANTS = [
     ("tiny_moe", [*LINEAR, "model.linear_attention_freq=[1, 0, 1, 1]"]),
     ("tiny_moe", []),
     ("tiny_moe", ["model.moe_layer_freq=2", "model.moe_shared_expert_gate=true"]),
+    ("tiny_moe", ["model.mtp_layer_mlp=dense"]),
+    ("tiny_mla_moe", ["model.mtp_layer_mlp=dense", "model.mtp_ffn_hidden_size=80", "model.mtp_num_layers=2"]),
     ("tiny_mla_moe", []),
     ("tiny_mla_moe", ["model.q_lora_rank=null", "model.qk_layernorm=false"]),
     ("tiny_mla_moe", ["model.moe_layer_freq=[1, 1, 1, 0]", "model.moe_shared_expert_intermediate_size=null"]),
@@ -129,6 +131,17 @@ def test_operations_with_linear_attention(freq):
     changes = ["attention_output_gate=true", "experimental_attention_variant=gated_delta_net", "mtp_num_layers=0"]
     cfg = make("tiny_moe", *(f"model.{change}" for change in [*changes, f"linear_attention_freq={freq}"]))
     assert train_flops_per_token(cfg.model) == pytest.approx(megatron_flops(cfg), rel=1e-12)
+
+
+def test_a_dense_mtp_layer_costs_its_own_width():
+    """Three passes of three matrices of h x width each, in place of those of the chosen and the shared experts."""
+    experts = make("tiny_mla_moe", "model.mtp_num_layers=2").model
+    dense = make(
+        "tiny_mla_moe", "model.mtp_num_layers=2", "model.mtp_layer_mlp=dense", "model.mtp_ffn_hidden_size=80"
+    ).model
+    routed = experts.moe_router_topk * experts.moe_ffn_hidden_size + experts.moe_shared_expert_intermediate_size
+    saved = 2 * 3 * 3 * 2 * experts.hidden_size * (routed - 80)
+    assert train_flops_per_token(experts) - train_flops_per_token(dense) == saved
 
 
 def test_a_frozen_trunk_costs_less():

@@ -74,11 +74,14 @@ class PlainConfig:
     latent: LatentConfig | None = None
     moe: MoEConfig | None = None
     moe_layers: tuple[bool, ...] | None = None
-    """Which trunk layers are MoE; None: all, if `moe` is given. MTP blocks are of the kind of the last trunk layer."""
+    """Which trunk layers are MoE; None: all, if `moe` is given. MTP blocks are of the last trunk layer's kind, unless
+    `mtp_ffn_size` is given."""
 
     num_depths: int = 0
     """D."""
     mtp_variant: Literal["sequential", "parallel"] = "sequential"
+    mtp_ffn_size: int | None = None
+    """MTP blocks have a dense feed-forward block of this width in a model with `moe`."""
     mtp_repeated: bool = False
     """One set of MTP weights for all depths."""
     mtp_detach: bool = False
@@ -111,5 +114,5 @@ class PlainConfig:
         return (1.0, *(self.mtp_lambda / self.num_depths * w for w in weights))
 
     def is_moe(self, layer_idx: int) -> bool:
-        """Kind of a trunk layer; -1 gives the kind of the MTP blocks."""
+        """Kind of a trunk layer."""
         return self.moe is not None and (self.moe_layers is None or self.moe_layers[layer_idx])

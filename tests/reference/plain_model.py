@@ -7,6 +7,7 @@ fp64: `PlainMTPModel(cfg).double()`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ class MTPModule(nn.Module):
         if self.is_sequential:
             self.enorm, self.hnorm = Norm(cfg, h), Norm(cfg, h)
             self.projection = nn.Linear(2 * h, h, bias=False)
-        self.block = Block(cfg, cfg.is_moe(-1))
+        dense = replace(cfg, ffn_size=cfg.mtp_ffn_size or cfg.ffn_size)
+        self.block = Block(dense, cfg.is_moe(-1) and cfg.mtp_ffn_size is None)
         self.final_norm = Norm(cfg, h)
 
     def forward(

@@ -124,7 +124,7 @@ def _dense_problems(model: ModelConfig) -> list[Problem]:
     rule = "there are no experts: {model.num_moe_experts} is not set"
     return [
         problem(model, f"model.{name}", rule, "Set it, or remove this field.")
-        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_layer_mlp")
         if getattr(model, name) is not None
     ]
 
@@ -201,6 +201,9 @@ def _mtp_problems(model: ModelConfig) -> list[Problem]:
         rule = "must be 'sequential', 'parallel', or module:NAME of a variant of your own (docs/extending.md)"
         remedy = nearest(model.mtp_variant, MTP_VARIANTS).strip()
         problems.append(problem(model, "model.mtp_variant", rule, remedy))
+    if model.mtp_ffn_hidden_size is not None and model.mtp_layer_mlp is None:
+        rule = "needs {model.mtp_layer_mlp} = 'dense'; other MTP layers are as the trunk's last layer"
+        problems.append(problem(model, "model.mtp_ffn_hidden_size", rule))
     if model.mtp_freeze_trunk and not model.mtp_num_layers:
         rule = "with {model.mtp_num_layers=} nothing would be trained"
         problems.append(problem(model, "model.mtp_freeze_trunk", rule))

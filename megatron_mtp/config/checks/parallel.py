@@ -41,7 +41,8 @@ def placement_problems(model: ModelConfig) -> list[Problem]:
 
 def _tensor_problems(model: ModelConfig) -> list[Problem]:
     tp, tp_name = model.tensor_model_parallel_size, "tensor_model_parallel_size"
-    divided = dict.fromkeys(("num_attention_heads", "ffn_hidden_size", "moe_shared_expert_intermediate_size"), tp_name)
+    dense = ("num_attention_heads", "ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_ffn_hidden_size")
+    divided = dict.fromkeys(dense, tp_name)
     if model.num_moe_experts is not None:
         divided["moe_ffn_hidden_size"] = "expert_tensor_parallel_size"
     if model.multi_latent_attention:

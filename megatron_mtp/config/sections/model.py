@@ -174,6 +174,11 @@ class ModelConfig(Section):
     """sequential: depth k reads depth k-1 and the token k ahead (DeepSeek-V3). parallel: every depth reads the
     trunk (Gloeckle et al. 2024), and is recomputed in the backward pass if there are several. module:NAME: a variant of
     your own (docs/extending.md)."""
+    mtp_layer_mlp: Literal["dense"] | None = None
+    """Feed-forward block of the MTP layers in a model of experts. dense: a dense one, which costs less (Step-3.5).
+    None: as in the trunk's last layer."""
+    mtp_ffn_hidden_size: int | None = knob(None, ge=1, le=MAX_WIDTH)
+    """Width of that block with mtp_layer_mlp = dense; None: ffn_hidden_size."""
     mtp_use_repeated_layer: bool = knob(False, mcore="same")
     """One set of MTP weights applied D times (Nemotron-3)."""
     mtp_detach_heads: bool = knob(False, mcore="same", resume="curve")

@@ -96,12 +96,11 @@ class Activations:
         values = model.linear_num_value_heads * model.linear_value_head_dim
         return self.tokens * self.item * (8 * keys + 10 * values) / model.tensor_model_parallel_size
 
-    def feed_forward(self, is_moe: bool) -> float:
+    def feed_forward(self, kind: str) -> float:
         """The feed-forward block with the norm before it."""
-        model = self.model
-        if is_moe:
+        if "moe" in kind:
             return self.norm(self.stream) + self.experts()
-        inner = self._inner(model.ffn_hidden_size, self.tokens, model.tensor_model_parallel_size)
+        inner = self._inner(self.shape.dense_width(kind), self.tokens, self.model.tensor_model_parallel_size)
         return self.norm(self.stream, self.input_item) + inner
 
     def _inner(self, width: int, tokens: float, shards: int, extra: int = 0) -> float:
@@ -130,7 +129,7 @@ class Activations:
 
     def _complete_layer(self, kind: str) -> float:
         """A decoder layer without recomputation."""
-        return self.attention("linear" in kind) + self.feed_forward("moe" in kind)
+        return self.attention("linear" in kind) + self.feed_forward(kind)
 
     def _dropped(self, kind: str) -> float:
         """What selective recomputation does not keep."""
@@ -150,7 +149,7 @@ class Activations:
         if is_moe and "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
             dropped += self._inner(model.moe_shared_expert_intermediate_size, self.tokens, tp)
         if not is_moe and "mlp" in modules:
-            dropped += self._inner(model.ffn_hidden_size, self.tokens, tp)
+            dropped += self._inner(self.shape.dense_width(kind), self.tokens, tp)
         return dropped
 
     def mtp_layer(self) -> float:
@@ -212,8 +211,8 @@ class Activations:
     def _layer_gradients(self, kind: str) -> float:
         """Gradients that live at once in a layer's backward pass: of the residual stream, and of the widest product."""
         model, tp = self.model, self.model.tensor_model_parallel_size
-        inner = self.tokens * model.ffn_hidden_size / tp
-        weight = model.hidden_size * model.ffn_hidden_size / tp
+        inner = self.tokens * self.shape.dense_width(kind) / tp
+        weight = model.hidden_size * self.shape.dense_width(kind) / tp
         if "moe" in kind:
             etp, width = self.shape.grid.expert_tp, filled(model.moe_ffn_hidden_size)
             inner = self.tokens * model.moe_router_topk * (width + model.hidden_size * etp) / tp

@@ -35,7 +35,7 @@ def estimate_costs(shape: RunShape, machine: Machine, assume: Assumptions = NOTH
 class _Estimate(Rates):
     def costs(self) -> PartCosts:
         model, links = self.model, self.links
-        layers = {kind: self.layer(kind) for kind in dict.fromkeys([*self.shape.layer_kinds, self.shape.mtp_kind])}
+        layers = {kind: self.layer(kind) for kind in dict.fromkeys(self.shape.layer_kinds)}
         norm = self.both(0.0, 4 * self.tokens * model.hidden_size * self.num_bytes / self.shards)
         is_frozen = model.mtp_freeze_trunk
         memory = self.machine.memory_gb_per_s * self.machine.memory_fraction
@@ -43,7 +43,7 @@ class _Estimate(Rates):
             embedding=self.embedding(),
             layer={kind: _forward_only(time) if is_frozen else time for kind, time in layers.items()},
             final_norm=_forward_only(norm) if is_frozen else norm,
-            mtp_layer=self.mtp_layer(layers),
+            mtp_layer=self.mtp_layer(),
             head=self.head(1 if is_frozen else 3),
             mtp_head=self.head(2 if model.mtp_detach_heads or is_frozen else 3),
             chunk=PartTime(self.machine.launch_ms, self.machine.launch_ms),
@@ -72,7 +72,7 @@ class _Estimate(Rates):
             own = time + self.experts()
             time = own + self.shown(messages, own)
         else:
-            time = time + self.mlp(self.model.ffn_hidden_size)
+            time = time + self.mlp(self.shape.dense_width(kind))
         share = self.recomputed_share
         time = time + PartTime(0.0, time.forward_ms * share if share else self.selective(kind))
         return self.not_faster_than_python(time, is_moe)
@@ -201,12 +201,12 @@ class _Estimate(Rates):
             if "shared_experts" in modules and model.moe_shared_expert_intermediate_size:
                 extra += self.mlp(model.moe_shared_expert_intermediate_size).forward_ms
         elif "mlp" in modules:
-            extra += self.mlp(model.ffn_hidden_size).forward_ms
+            extra += self.mlp(self.shape.dense_width(kind)).forward_ms
         return extra
 
-    def mtp_layer(self, layers: dict[str, PartTime]) -> PartTime:
-        """Lookup, norms and projection, then a layer of the last decoder layer's kind, then a norm."""
-        model, layer = self.model, layers[self.shape.mtp_kind]
+    def mtp_layer(self) -> PartTime:
+        """Lookup, norms and projection, then a transformer layer, then a norm."""
+        model, layer = self.model, self.layer(self.shape.mtp_kind)
         if model.mtp_variant == "parallel":
             is_rerun = self.shape.depths.count > 1 and model.recompute_granularity != "full"
             return layer + PartTime(0.0, layer.forward_ms * is_rerun)

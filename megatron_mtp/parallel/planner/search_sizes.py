@@ -19,7 +19,14 @@ from megatron_mtp.config.machines import Machine
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError, Problem
-from megatron_mtp.parallel.params import RankParameters, Shards, layer_parameters, moe_pattern, mtp_layer_parameters
+from megatron_mtp.parallel.params import (
+    RankParameters,
+    Shards,
+    layer_parameters,
+    moe_pattern,
+    mtp_dense_width,
+    mtp_layer_parameters,
+)
 from megatron_mtp.parallel.planner.activations import Activations
 from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
 from megatron_mtp.parallel.planner.auto_layout import make_planner
@@ -309,7 +316,7 @@ def recompute_fields(model: ModelConfig, name: str) -> dict[str, Any]:
     if name == "full":
         return values | {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if name == "selective":
-        kinds = moe_pattern(model)
+        kinds = [*moe_pattern(model), mtp_dense_width(model) is None]
         modules = ["mla_up_proj"] * model.multi_latent_attention + ["mlp"] * (not all(kinds)) + ["moe"] * any(kinds)
         return values | {"recompute_granularity": "selective", "recompute_modules": modules}
     return values
