@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.timing import in_turn, machine, parser, product_gflops, write_results
+from benchmarks.timing import in_turn_with_product, machine, parser, write_results
 from megatron_mtp.objective.cross_entropy import VocabShard, chunked_cross_entropy
 from megatron_mtp.parallel.shape import default_logits_chunk
 
@@ -108,9 +108,9 @@ def main() -> None:
     described = machine(options.threads)
     head = Head(options)
     sides = head.sides()
-    speed = product_gflops(DTYPES[options.dtype], options.tokens, options.hidden, options.vocab)
     gflop = 6e-9 * options.tokens * options.hidden * options.vocab
-    timings = in_turn(sides, options.rounds)
+    size = DTYPES[options.dtype], options.tokens, options.hidden, options.vocab
+    timings, speed = in_turn_with_product(sides, options.rounds, size)
     values = {name: float(step()) for name, step in sides.items()}
     memory = {name: added_mib(name, options) for name in sides}
     print(f"n {options.tokens}, h {options.hidden}, v {options.vocab}, {options.dtype}, chunk {head.chunk}")

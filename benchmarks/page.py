@@ -23,6 +23,7 @@ LIMIT_S = 3600
 
 RUNS: dict[str, list[str]] = {
     "step": ["step", "--depths", "0", "1", "2"],
+    "mtp_cost": ["mtp_cost"],
     "step_512": ["step", "--seq", "512", "--depths", "1", "--no-memory"],
     "step_2048": ["step", "--seq", "2048", "--depths", "1", "--no-memory"],
     "step_bf16": ["step", "--dtype", "bf16", "--depths", "1", "--no-memory"],
@@ -44,33 +45,26 @@ def seconds(timing: dict[str, Any]) -> str:
 
 
 def _step(found: dict[str, Any]) -> list[str]:
-    speed = found["results"]["product_gflops"]
     lines = [
-        f"A product ran at {speed:.0f} GFLOP/s.",
-        "",
         "| D | side | s | of ours | share of a product | peak GiB |",
         "| -- | -- | -- | -- | -- | -- |",
     ]
     for depth in found["results"]["depths"]:
         ours = depth["timings"]["ours"]["median"]
         for side, timing in depth["timings"].items():
-            share = depth["gflop"] / timing["median"] / speed
+            share = depth["gflop"] / timing["median"] / depth["product_gflops"]
             peak = f"{depth['peak_gib'][side]:.2f}" if depth["peak_gib"] else "-"
             ratio = timing["median"] / ours
             lines.append(f"| {depth['depths']} | {side} | {seconds(timing)} | {ratio:.2f} | {share:.0%} | {peak} |")
-    return lines + _cost(found["results"]["depths"])
+    return lines
 
 
-def _cost(depths: list[dict[str, Any]]) -> list[str]:
+def _mtp_cost(found: dict[str, Any]) -> list[str]:
     """What each number of depths costs beside none, in time and in operations."""
-    base = next((depth for depth in depths if depth["depths"] == 0), None)
-    if base is None or len(depths) < 2:
-        return []
-    lines = ["", "| D | time beside D = 0 | operations beside D = 0 |", "| -- | -- | -- |"]
-    for depth in depths:
-        if depth is not base:
-            time = depth["timings"]["ours"]["median"] / base["timings"]["ours"]["median"]
-            lines.append(f"| {depth['depths']} | {time:.3f} | {depth['gflop'] / base['gflop']:.3f} |")
+    lines = ["| D | s | share of a product | time | operations |", "| -- | -- | -- | -- | -- |"]
+    for depth in found["results"]["depths"]:
+        share, work, time = f"{depth['share']:.0%}", f"{depth['operations_ratio']:.3f}", seconds(depth["time_ratio"])
+        lines.append(f"| {depth['depths']} | {seconds(depth['timing'])} | {share} | {time} | {work} |")
     return lines
 
 
@@ -97,7 +91,7 @@ def _timings(found: dict[str, Any]) -> list[str]:
     return lines + [f"| {name} | {value:,.4g} |" for name, value in rest.items()]
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"step": _step, "head": _head}
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"step": _step, "mtp_cost": _mtp_cost, "head": _head}
 
 
 def blocks() -> dict[str, str]:
@@ -112,9 +106,8 @@ def blocks() -> dict[str, str]:
         table = TABLES.get(command[0], _timings)(content)
         machine = content["machine"]
         load = machine["load_before"]
-        where = (
-            f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, load before {load:.1f}"
-        )
+        processor = " ".join([machine["processor"], *machine.get("vector", "").split()[-1:]])
+        where = f"{processor}, {machine['threads']} threads, torch {machine['torch']}, load before {load:.1f}"
         found[name] = "\n".join([f"{shown} ({where}).", "", *table])
     return found
 

@@ -1,13 +1,13 @@
-"""One optimizer step against Megatron-Core's own path on the same machine, and the price of MTP.
+"""One optimizer step against Megatron-Core's own path on the same machine.
 
     python -m benchmarks.step                         # dense, s = 1024, D = 0, 1, 2; about 8 minutes on two cores
     python -m benchmarks.step --kind moe --seq 1024 --depths 1 --json step.json
 
 Three sides take turns in one process, on the same tokens: this package; Megatron-Core's local modules with its
 schedule, its MTP layers, its MTP loss and its optimizer; and the same with the core attention alone replaced by torch's
-`scaled_dot_product_attention`. Printed are medians with their intervals, the share of the measured speed of a matrix
-product (by operations of forward and backward pass without recomputation), and the peak of memory, each side's in a
-process of its own.
+`scaled_dot_product_attention`. Printed are medians with their intervals, the share of the speed of a matrix product
+that takes its turn with them (by operations of forward and backward pass without recomputation), and the peak of
+memory, each side's in a process of its own. What MTP costs is measured by `python -m benchmarks.mtp_cost`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
-import resource
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import in_turn, machine, parser, product_gflops, write_results
+from benchmarks.timing import in_turn_with_product, machine, parser, write_results
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.device.memory_meter import peak_resident_bytes
 
 SIDES = ("ours", "engine", "engine, sdpa")
 KINDS: dict[str, tuple[str, ...]] = {
@@ -59,6 +59,11 @@ def config(kind: str, seq: int, depths: int, dtype: str, layers: int) -> ConfigC
     }
     apply_overrides(cfg, [f"{name}={value}" for name, value in fields.items()] + list(KINDS[kind]))
     return cfg.finalize(1)
+
+
+def head_size(options: argparse.Namespace) -> tuple[torch.dtype, int, int, int]:
+    """The product of hidden states and the head, for `in_turn_with_product`."""
+    return DTYPES[options.dtype], options.seq, 512, 32768
 
 
 class Sides:
@@ -183,7 +188,7 @@ def _peak(side: str, arguments: tuple[Any, ...], threads: int) -> float:
         sides.run.engine = None  # type: ignore[assignment] # its memory is not this side's
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30
 
 
 def measure(options: argparse.Namespace, depths: int) -> dict[str, Any]:
@@ -193,11 +198,12 @@ def measure(options: argparse.Namespace, depths: int) -> dict[str, Any]:
     arguments = (options.kind, options.seq, depths, options.dtype, options.layers)
     sides = Sides(config(*arguments), options.threads)
     steps = {name: sides.make(name) for name in options.sides}
-    timings = in_turn(steps, options.rounds)
+    timings, speed = in_turn_with_product(steps, options.rounds, head_size(options))
     flops = Throughput.of(sides.cfg, 1, "cpu").flops(1)
     sides.run.close()
     memory = {} if options.no_memory else {name: peak_gib(name, arguments, options.threads) for name in options.sides}
-    return {"depths": depths, "gflop": flops / 1e9, "peak_gib": memory, "timings": timings}
+    found = {"depths": depths, "gflop": flops / 1e9, "product_gflops": speed, "peak_gib": memory}
+    return found | {"timings": timings}
 
 
 def main() -> None:
@@ -207,34 +213,20 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     described = machine(options.threads)
-    speed = product_gflops(DTYPES[options.dtype], options.seq, 512, 32768)
-    print(
-        f"{described['processor']}, {options.threads} threads, {options.dtype}: a product runs at {speed:.0f} GFLOP/s"
-    )
+    print(f"{described['processor']} {described['vector']}, {options.threads} threads, {options.dtype}")
     print(f"{options.kind}, s {options.seq}; s per step: median [interval]; share of the product's speed; peak GiB")
     results = []
     for depths in options.depths:
         found = measure(options, depths)
         results.append(found)
+        speed = found["product_gflops"]
+        print(f"D={depths}: a product runs at {speed:.0f} GFLOP/s")
         for name, timing in found["timings"].items():
             share = found["gflop"] / timing.median / speed
             peak = f"{found['peak_gib'][name]:5.2f}" if found["peak_gib"] else "    -"
             interval = f"[{timing.low:.3f}, {timing.high:.3f}]"
             print(f"D={depths}  {name:<13} {timing.median:7.3f} {interval:<16} {share:6.1%} {peak}", flush=True)
-    _print_cost(results)
-    write_results("step", options, described, {"product_gflops": speed, "depths": results})
-
-
-def _print_cost(results: list[dict[str, Any]]) -> None:
-    """Time at D over time at D = 0, beside the ratio of operations."""
-    by_depths = {found["depths"]: found for found in results if "ours" in found["timings"]}
-    if 0 not in by_depths:
-        return
-    base = by_depths.pop(0)
-    for depths, found in by_depths.items():
-        ratio = found["timings"]["ours"].median / base["timings"]["ours"].median
-        work = found["gflop"] / base["gflop"]
-        print(f"MTP cost, D={depths}: {ratio:.3f} of the time at D=0, {work:.3f} of its operations")
+    write_results("step", options, described, {"depths": results})
 
 
 def _parse() -> argparse.Namespace:

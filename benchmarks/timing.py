@@ -10,11 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
+
+if TYPE_CHECKING:  # a benchmark's worker processes import this file, and torch takes seconds
+    import torch
 
 WARM_UPS = 2
 
@@ -76,19 +79,26 @@ def machine(threads: int) -> dict[str, object]:
         "threads": threads,
         "load_before": psutil.getloadavg()[0],
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
+        "vector": _vector(),
     }
 
 
-def product_gflops(dtype: torch.dtype, tokens: int, inner: int, outer: int, rounds: int = 9) -> float:
-    """Measured speed of [tokens, inner] x [inner, outer] in GFLOP/s, the best of `rounds`."""
+def in_turn_with_product(
+    sides: Mapping[str, Callable[[], object]], rounds: int, size: tuple[torch.dtype, int, int, int]
+) -> tuple[dict[str, Timing], float]:
+    """`in_turn`, and the speed in GFLOP/s of a matrix product that takes its turn: what the machine could do then.
+
+    Args:
+        size: dtype, tokens, inner and outer width of [tokens, inner] x [inner, outer]. Its memory is kept.
+    """
+    import torch
+
+    dtype, tokens, inner, outer = size
     left, right = torch.randn(tokens, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
-    best = math.inf
-    for _ in range(rounds):
-        began = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        best = min(best, time.perf_counter() - began)
-    return 2e-9 * tokens * inner * outer / best
+    out = torch.empty(tokens, outer, dtype=dtype)
+    timings = in_turn({**sides, "": lambda: torch.mm(left, right.t(), out=out)}, rounds)
+    return timings, 2e-9 * tokens * inner * outer / timings.pop("").median
 
 
 def parser(doc: str | None, *, threads: int = 2, rounds: int = 9) -> argparse.ArgumentParser:
@@ -114,8 +124,19 @@ def _plain(value: object) -> object:
 
 
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor()
+
+
+def _vector() -> str:
+    """The vector instructions that decide the speed of products."""
+    flags = _cpuinfo("flags").split()
+    return " ".join(name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags)
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor on Linux; empty elsewhere."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(field)), "")
     except OSError:
-        return platform.processor()
+        return ""

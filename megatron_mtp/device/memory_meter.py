@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import weakref
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
@@ -36,9 +37,17 @@ def memory_meter(device: torch.device) -> MemoryMeter:
 
 
 def peak_resident_bytes() -> int:
-    """Peak resident set of this process, with libraries, Python's objects and freed memory that was kept."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Peak resident set of this process, with libraries, Python's objects and freed memory that was kept.
+
+    On Linux `ru_maxrss` is no less than the peak of the process that started this one, so the kernel's own mark of this
+    address space is read where there is one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 class LiveStorage(TorchDispatchMode):
