@@ -78,13 +78,24 @@ a trace with ranges by stage, depth and phase (`profiling.use_pytorch_profiler=t
 """
 
 
+SIGNS_HEAD = """
+## Health signs
+
+A sign is printed once when it begins, with evidence and advice, and once when it is over. Both reach the console,
+TensorBoard's texts, alerts of Weights & Biases, and metrics.jsonl (kinds `warning` and `recovery`, with the name of the
+sign). A sign of a depth or of a validation set has it after a colon in its name, as in `mtp rises: mtp_1`. What signs
+remember is in every checkpoint, so a resumed run goes on with them. How they are found: [monitoring](monitoring.md).
+
+"""
+
+
 def render() -> str:
     """The text of docs/troubleshooting.md."""
     parts = [HEAD, "\n## Exit codes\n\n", "| code | meaning | what to do |\n| -- | -- | -- |\n"]
     parts += [f"| {code} | {meaning} | {remedy} |\n" for code, (meaning, remedy) in EXIT_CODES.items()]
     parts.append("\nWhat launchers make of each code: [operations](operations.md).\n")
-    parts.append("\n## Health signs\n\nEach is printed once, with the step at which it was found.\n\n")
-    parts += _table(SIGNS.values())
+    parts += [SIGNS_HEAD, "| sign | message | cause | remedy |\n| -- | -- | -- | -- |\n"]
+    parts += [f"| {name} | *{one.shown}* | {one.cause} | {one.remedy} |\n" for name, one in SIGNS.items()]
     parts += ["\n## Faults\n\n", *_table(FAULTS)]
     parts += ["\n## Messages that end a run\n\n", *_table(ERRORS)]
     parts += ["\n## Warnings\n\nThe run goes on.\n\n", *_table(WARNINGS)]

@@ -13,7 +13,7 @@ import typer
 from megatron_mtp.cli.choose import Overrides
 from megatron_mtp.config.blend import set_label
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.observe.health import empty_agreement
+from megatron_mtp.observe.signs import empty_agreement
 
 if TYPE_CHECKING:
     from megatron_mtp.training.checkpoint_evaluation import CheckpointEvaluation

@@ -1,43 +1,47 @@
-"""Warning signs of a run, each reported once together with a remedy.
+"""Watches the metrics of a run for warning signs: says once when one begins, with evidence and advice, and once when it
+ends.
 
-A sign is a function `(history, now) -> warning or None` over windows of steps. `SIGNS` holds those of multi-token
-prediction: the "red flags" of Megatron-Bridge's guide to MTP with exact thresholds, and its advice.
-`signs_after_warmup` makes those of a model that has stopped learning. A sign of your own:
+A sign is a function `(history, now) -> what is wrong or None` over windows of levels (`trends`); `signs` has those of
+every run. A sign of your own:
 
     def grad_norm_grows(history: Sequence[Window], now: Window) -> str | None:
         if history and now.metrics["grad-norm"].above(history[0].metrics["grad-norm"]) > 10:
             return "the gradient norm grew by more than 10. Lower optimizer.lr."
         return None
 
-    HealthMonitor({**SIGNS, "grad norm grows": grad_norm_grows})
+    HealthMonitor({**built_in_signs(1), "grad norm grows": grad_norm_grows})
+
+Signs are asked every EVERY_STEPS steps. One begins when it holds BEGIN times in a row, and ends when it does not hold
+END times in a row, so with windows of 20 steps it is reported 30 to 40 steps after what causes it. While it is active
+it is asked with levels whose noise does not count (`trends.Level.sigmas`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from megatron_mtp.observe.metrics import token_losses
+from megatron_mtp.observe.signs import MEMORISING_NATS, Sign, built_in_signs
+from megatron_mtp.observe.trends import Level, Trends, Window, gap_name
 
-WINDOW_STEPS = 20
-"""Losses are noisy: signs compare means over this many steps."""
-MAX_WINDOWS = 256
-"""When the history grows beyond this, every second window is dropped."""
-RISE_NATS = 0.1
-"""An MTP loss has risen if its mean is this far, and SIGMAS standard errors, above an earlier mean."""
-WIDENING_NATS = 1.0
-"""Largest healthy increase of the gap between an MTP loss and the main loss."""
-HEALTHY_SHARE = 1 / 3
-"""Early in training the main loss falls faster than the others and every gap widens. That is healthy as long as the MTP
-loss falls by at least this share of the main loss's fall."""
-SIGMAS = 4.0
-"""Standard errors that a difference of two means must exceed; a run makes thousands of comparisons."""
-AGREEING, WRONG = 0.98, 0.2
-"""Depths that agree with the main prediction at this share of the slots, while it is right at no more than that share,
-predict one token nearly everywhere."""
+EVERY_STEPS = 10
+"""Steps between two looks at the signs."""
+BEGIN, END = 2, 3
+"""Looks in a row at which a sign holds until it begins, or does not hold until it ends."""
+NOT_FINITE_STEPS = 20
+"""Steps without a number that is not finite after which that sign ends."""
+SPIKES, SPIKE_STEPS = 5, 50
+"""That many spikes in that many steps are a sign."""
+SPIKE_HEIGHT, LOW_SPIKE_HEIGHT = 8.0, 4.0
+"""Height of a spike above the level, in units of the noise: before the sign, and while it is active, since spikes that
+go on raise the noise. That differs from `train.spike_sigmas`, which chooses the steps that a policy is applied to."""
+UNWATCHED = re.compile(r"_(layer|stage)_\d+$")
+"""Metrics of one layer or stage, of which the largest is a metric too: their trends would fill the checkpoint."""
 REMEDIES = (
     "If it stays so, go back to the last good checkpoint with a lower optimizer.lr, optimizer.clip_grad = 1.0 or less, "
     "precision.dtype = bf16 instead of fp16, or model.mtp_loss_scaling_factor lowered to 0.05."
@@ -45,207 +49,217 @@ REMEDIES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
-    """Mean of a metric over a window, and its standard error."""
+class SignEvent:
+    """A sign begins or ends.
 
-    value: float
+    Args:
+        sign: its name.
+        iteration: of the step after which it was seen.
+        begins: whether it begins.
+        text: evidence and advice, or how long it lasted.
+    """
+
+    sign: str
+    iteration: int
+    begins: bool
+    text: str
+
+
+@dataclass(slots=True)
+class _Active:
+    """What the monitor remembers of a sign.
+
+    Attributes:
+        since: iteration at which it began; None: it is not active.
+        looks: looks in a row that speak for a change.
+    """
+
+    since: int | None = None
+    looks: int = 0
+
+
+@dataclass(slots=True)
+class _Lowest:
+    """Lowest loss of a validation set, and what was then: iteration, level of the training loss and its error."""
+
+    loss: float
+    iteration: int
+    train: float
     error: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Mean of at least two finite values."""
-        mean = math.fsum(values) / len(values)
-        variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-        return cls(mean, math.sqrt(variance / len(values)))
 
-    def above(self, other: Mean) -> float:
-        """By how much this mean is significantly above the other one; 0 or less if the difference may be noise."""
-        return self.value - other.value - SIGMAS * math.hypot(self.error, other.error)
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Means over some steps.
-
-    Args:
-        main: main loss.
-        mtp: `mtp_k loss` -> that loss.
-        gap: `mtp_k loss` -> that loss minus the main loss.
-        metrics: every metric that the records hold in all steps of the window, by its name there.
-    """
-
-    main: Mean
-    mtp: dict[str, Mean]
-    gap: dict[str, Mean]
-    metrics: dict[str, Mean] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, metrics: dict[str, Mean], gap: dict[str, Mean]) -> Window:
-        """A window from all its means; `lm loss` is one of them."""
-        mtp = {name: metrics[name] for name in token_losses(metrics) if name != "lm loss"}
-        return cls(main=metrics["lm loss"], mtp=mtp, gap=gap, metrics=metrics)
-
-
-Sign = Callable[[Sequence[Window], Window], str | None]
-"""(earlier windows, the current one) -> a warning with its remedy, or None."""
-
-
-def mtp_rises(history: Sequence[Window], now: Window) -> str | None:
-    """An MTP loss rises while the main loss falls."""
-    for name, loss in now.mtp.items():
-        for old in history:
-            if name not in old.mtp or loss.above(old.mtp[name]) <= RISE_NATS or old.main.above(now.main) <= 0:
-                continue
-            return (
-                f"{name} rose from {old.mtp[name].value:.3f} to {loss.value:.3f} while lm loss fell from "
-                f"{old.main.value:.3f} to {now.main.value:.3f}: that depth diverges. Lower "
-                "model.mtp_loss_scaling_factor (0.05 to 0.1), then optimizer.lr; keep optimizer.clip_grad at 1.0 or "
-                "less and prefer precision.dtype = bf16 to fp16."
-            )
-    return None
-
-
-def gap_widens(history: Sequence[Window], now: Window) -> str | None:
-    """An MTP loss falls behind the main loss."""
-    for name, gap in now.gap.items():
-        for old in history:
-            if name not in old.gap or gap.above(old.gap[name]) <= WIDENING_NATS:
-                continue
-            if old.mtp[name].value - now.mtp[name].value >= HEALTHY_SHARE * (old.main.value - now.main.value) > 0:
-                continue
-            return (
-                f"the gap of {name} to lm loss widened from {old.gap[name].value:.2f} to {gap.value:.2f} nat: that "
-                "depth does not keep up with the trunk. Raise model.mtp_loss_scaling_factor (0.15 to 0.3); if its "
-                "loss is unstable, lower optimizer.lr, keep optimizer.clip_grad at 1.0 or less and prefer "
-                "precision.dtype = bf16 to fp16."
-            )
-    return None
-
-
-SIGNS: dict[str, Sign] = {"mtp rises": mtp_rises, "gap widens": gap_widens}
-
-
-def signs_after_warmup(vocab_size: int, warmup_samples: float) -> dict[str, Sign]:
-    """Signs that the model has stopped learning: both look at two windows in a row between which the main loss does not
-    fall.
-
-    Args:
-        vocab_size: ids that the model predicts.
-        warmup_samples: of the learning rate. Before its end they are silent.
-    """
-
-    def after_warmup(sign: Callable[[Window], str | None]) -> Sign:
-        def stays(history: Sequence[Window], now: Window) -> str | None:
-            seen = now.metrics.get("consumed-samples")
-            if not history or seen is None or seen.value <= warmup_samples or history[-1].main.above(now.main) > 0:
-                return None
-            return sign(now) if sign(history[-1]) else None
-
-        return stays
-
-    chance = math.log(vocab_size)
-
-    def worse_than_chance(window: Window) -> str | None:
-        loss = window.main
-        if loss.value - SIGMAS * loss.error <= chance:
-            return None
-        return (
-            f"lm loss stays at {loss.value:.2f}, above ln {vocab_size} = {chance:.2f}, the loss of predicting every "
-            "token alike: the model learns nothing. Start again with a lower optimizer.lr, a longer warmup or "
-            "optimizer.clip_grad = 1.0; weights that diverged so far rarely recover."
-        )
-
-    def one_token(window: Window) -> str | None:
-        return empty_agreement({name: mean.value for name, mean in window.metrics.items()})
-
-    return {"worse than chance": after_warmup(worse_than_chance), "one token": after_warmup(one_token)}
-
-
-def empty_agreement(rates: Mapping[str, float]) -> str | None:
-    """A remark where acceptance means nothing: all depths predict one token nearly everywhere.
-
-    Args:
-        rates: acceptance rates by name, among any other metrics.
-    """
-    right = rates.get("lm/top1_target", 1.0)
-    agreeing = [rate for name, rate in rates.items() if re.fullmatch(r"mtp_\d+/top1_main", name)]
-    if not agreeing or min(agreeing) < AGREEING or right > WRONG:
-        return None
-    return (
-        f"the MTP predictions agree with the main one at {min(agreeing):.1%} of the slots, and that one is right at "
-        f"{right:.1%}: the model predicts one token nearly everywhere. Acceptance (mtp_k/accepted, "
-        "mtp/accepted_length) means nothing here; look at top1_target."
-    )
-
-
+@dataclass(slots=True)
 class HealthMonitor:
     """Watches the metrics of a run.
 
     Args:
-        signs: name -> sign. A sign is called at the end of each window.
-        window_steps: steps in one window.
+        signs: name -> sign.
     """
 
-    def __init__(self, signs: Mapping[str, Sign] = SIGNS, window_steps: int = WINDOW_STEPS):
-        self._signs, self._window_steps = signs, window_steps
-        self._steps: list[dict[str, float]] = []
-        self._windows: list[Window] = []
-        self._reported: set[str] = set()
+    signs: Mapping[str, Sign] = field(default_factory=lambda: built_in_signs(0))
+    _trends: Trends = field(default_factory=Trends)
+    _states: dict[str, _Active] = field(default_factory=dict)
+    _spikes: list[int] = field(default_factory=list)
+    _last_bad: int = -1
+    _last_high: int = -1
+    _lowest: dict[str, _Lowest] = field(default_factory=dict)
 
-    def check(self, iteration: int, metrics: Mapping[str, float]) -> list[str]:
+    def check(self, iteration: int, metrics: Mapping[str, float]) -> list[SignEvent]:
         """Adds the metrics of one step.
 
         Args:
             iteration: the step.
-            metrics: value by name; `lm loss` and `mtp_k loss`, in nats per token, must be finite.
+            metrics: value by name; `lm loss` and `mtp_k loss` in nats per token.
 
         Returns:
-            One message for each sign that appears for the first time.
+            The signs that begin or end with it.
         """
-        losses = token_losses(metrics)
-        found = {"not finite": _not_finite(losses)}
-        if not found["not finite"] and "lm loss" in losses:
-            self._steps.append(dict(metrics))
-        if len(self._steps) == self._window_steps:
-            window = _window(self._steps)
-            self._steps.clear()
-            found |= {name: sign(self._windows, window) for name, sign in self._signs.items()}
-            self._windows.append(window)
-            if len(self._windows) > MAX_WINDOWS:
-                self._windows = self._windows[::2]
-        new = {name: text for name, text in found.items() if text and name not in self._reported}
-        self._reported |= set(new)
-        return [f"iteration {iteration}: {text}" for text in new.values()]
+        bad, values = _not_finite(metrics), _watched(metrics)
+        found = self._not_finite(iteration, bad) + self._spike(iteration, values if not bad else {})
+        if not bad and "lm loss" in metrics:
+            self._trends.add(iteration, values)
+        if iteration % EVERY_STEPS:
+            return found
+        window = self._trends.window(iteration)
+        if "lm loss" not in window.metrics:
+            return found
+        relaxed: Window | None = None
+        for name, sign in self.signs.items():
+            now = window
+            if self._state(name).since is not None:
+                now = relaxed = relaxed or window.relaxed()
+            found += self._look(name, iteration, sign(self._trends.history, now))
+        self._trends.keep(window)
+        return found
+
+    def check_evaluation(self, name: str, iteration: int, losses: Mapping[str, float]) -> list[SignEvent]:
+        """Adds the losses of one validation set: memorising is a rise there while the training loss falls."""
+        loss, train = losses.get("lm loss", math.nan), self._trends.window(iteration).metrics.get("lm loss")
+        if not math.isfinite(loss) or train is None:
+            return []
+        lowest = self._lowest.get(name)
+        if lowest is None or loss <= lowest.loss:
+            self._lowest[name] = lowest = _Lowest(loss, iteration, train.value, train.error)
+        is_better = train.below(Level(lowest.train, lowest.error)) > 0
+        text = None
+        if loss > lowest.loss + MEMORISING_NATS and is_better:
+            text = (
+                f"lm loss on {name} rose from {lowest.loss:.3f} (iteration {lowest.iteration}) to {loss:.3f} while it "
+                f"fell from {lowest.train:.3f} to {train.value:.3f} in training: the model learns its data by heart. "
+                "Use more data or fewer epochs, a smaller model, more optimizer.weight_decay; checkpoint.keep_best "
+                "keeps the checkpoint with the lowest validation loss."
+            )
+        return self._look(f"memorising: {name}", iteration, text)
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the signs that have begun and are not over."""
+        return [name for name, state in self._states.items() if state.since is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to go on as if it had not stopped, as JSON values."""
-        windows = [{"metrics": _as_lists(window.metrics), "gap": _as_lists(window.gap)} for window in self._windows]
-        return {"steps": list(self._steps), "windows": windows, "reported": sorted(self._reported)}
+        return {
+            "trends": self._trends.state_dict(),
+            "active": {name: [one.since, one.looks] for name, one in self._states.items() if one != _Active()},
+            "spikes": list(self._spikes),
+            "last_bad": self._last_bad,
+            "last_high": self._last_high,
+            "lowest": {n: [one.loss, one.iteration, one.train, one.error] for n, one in self._lowest.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` returned; nothing of it for an empty one."""
-        self._steps = [dict(step) for step in state.get("steps", [])]
-        self._windows = [Window.of(_as_means(w["metrics"]), _as_means(w["gap"])) for w in state.get("windows", [])]
-        self._reported = set(state.get("reported", []))
+        """Takes over what `state_dict` returned; nothing of it for an empty one, or for one of a release up to 0.1,
+        whose windows had means of fixed stretches."""
+        if "trends" not in state:
+            state = {}
+        self._trends.load_state_dict(state.get("trends", {}))
+        self._states = {name: _Active(*kept) for name, kept in state.get("active", {}).items()}
+        self._spikes = list(state.get("spikes", []))
+        self._last_bad, self._last_high = state.get("last_bad", -1), state.get("last_high", -1)
+        self._lowest = {name: _Lowest(*kept) for name, kept in state.get("lowest", {}).items()}
+
+    def _state(self, name: str) -> _Active:
+        return self._states.setdefault(name, _Active())
+
+    def _look(self, name: str, iteration: int, text: str | None) -> list[SignEvent]:
+        """Counts one look at a sign."""
+        state = self._state(name)
+        changes = (text is None) == (state.since is not None)
+        state.looks = state.looks + 1 if changes else 0
+        if state.looks < (BEGIN if state.since is None else END):
+            return []
+        return [self._change(name, iteration, text)]
+
+    def _change(self, name: str, iteration: int, text: str | None) -> SignEvent:
+        state = self._state(name)
+        if text is not None:
+            state.since, state.looks = iteration, 0
+            return SignEvent(name, iteration, True, f"iteration {iteration}: {text}")
+        lasted = f"iteration {iteration}: the sign '{name}' is over; it was reported at iteration {state.since}."
+        state.since, state.looks = None, 0
+        return SignEvent(name, iteration, False, lasted)
+
+    def _not_finite(self, iteration: int, bad: str | None) -> list[SignEvent]:
+        if bad:
+            self._last_bad = iteration
+        is_over = iteration - self._last_bad >= NOT_FINITE_STEPS
+        return self._switch("not finite", iteration, bad, is_over=is_over)
+
+    def _spike(self, iteration: int, values: Mapping[str, float]) -> list[SignEvent]:
+        """The sign of many spikes; looks at the losses and the gradient norm before they are part of the trends.
+
+        Steps in a row count as one spike: a loss that stays high has left its level.
+        """
+        least = SPIKE_HEIGHT if self._state("spikes").since is None else LOW_SPIKE_HEIGHT
+        names = [*token_losses(values), "log grad-norm"]
+        heights = {name: self._trends.height(name, values[name]) for name in names if name in values}
+        name = max(heights, key=lambda name: heights[name], default="")
+        text, before = None, self._last_high
+        if name and heights[name] > LOW_SPIKE_HEIGHT:
+            self._last_high = iteration
+        if name and heights[name] > least and before < iteration - 1:
+            self._spikes = [*self._spikes, iteration][-SPIKES:]
+            if len(self._spikes) == SPIKES and iteration - self._spikes[0] < SPIKE_STEPS:
+                text = (
+                    f"{SPIKES} spikes of a loss or of the gradient norm since iteration {self._spikes[0]}, now {name} "
+                    f"is {values[name]:.3g}, {heights[name]:.0f} times its noise above its level: training becomes "
+                    "unstable. Lower optimizer.lr or optimizer.clip_grad, or set train.on_spike = skip."
+                )
+        is_over = not self._spikes or iteration - self._spikes[-1] >= SPIKE_STEPS
+        return self._switch("spikes", iteration, text, is_over=is_over)
+
+    def _switch(self, name: str, iteration: int, text: str | None, *, is_over: bool) -> list[SignEvent]:
+        """Signs of single steps begin at once and end after some steps without such a step."""
+        is_active = self._state(name).since is not None
+        if (text and not is_active) or (is_over and is_active):
+            return [self._change(name, iteration, text)]
+        return []
 
 
-def _as_lists(means: Mapping[str, Mean]) -> dict[str, list[float]]:
-    return {name: [mean.value, mean.error] for name, mean in means.items()}
+def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics whose trend is kept, and those that are made of several."""
+    kept = {name: value for name, value in metrics.items() if _is_watched(name)}
+    for name, loss in token_losses(metrics).items():
+        if name != "lm loss" and "lm loss" in metrics:
+            kept[gap_name(name)] = loss - metrics["lm loss"]
+    if (norm := metrics.get("grad-norm", 0.0)) > 0:
+        kept["log grad-norm"] = math.log(norm)
+    if "perf/data_ms" in metrics and "perf/iteration_time_ms" in metrics:
+        whole = metrics["perf/data_ms"] + metrics["perf/iteration_time_ms"]
+        kept["data share"] = metrics["perf/data_ms"] / whole if whole else 0.0
+    return kept
 
 
-def _as_means(lists: Mapping[str, list[float]]) -> dict[str, Mean]:
-    return {name: Mean(value, error) for name, (value, error) in lists.items()}
+@lru_cache(maxsize=1024)
+def _is_watched(name: str) -> bool:
+    return UNWATCHED.search(name) is None
 
 
-def _window(steps: list[dict[str, float]]) -> Window:
-    names = [name for name in steps[-1] if all(name in step and math.isfinite(step[name]) for step in steps)]
-    metrics = {name: Mean.of([step[name] for step in steps]) for name in names}
-    mtp = [name for name in token_losses(metrics) if name != "lm loss"]
-    # The difference is taken in each step: a hard batch raises both losses and leaves the gap alone.
-    gap = {name: Mean.of([step[name] - step["lm loss"] for step in steps]) for name in mtp}
-    return Window.of(metrics, gap)
-
-
-def _not_finite(losses: Mapping[str, float]) -> str | None:
-    bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
+def _not_finite(metrics: Mapping[str, float]) -> str | None:
+    bad = [f"{name} is {value}" for name, value in token_losses(metrics).items() if not math.isfinite(value)]
+    if not bad and metrics.get("nan-iterations"):
+        bad = ["the gradient is not finite"]
     return f"{', '.join(bad)}. {REMEDIES}" if bad else None
+
+
+__all__ = ["REMEDIES", "HealthMonitor", "Sign", "SignEvent", "Window", "built_in_signs"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
 
 
 class JsonlSink:
@@ -38,9 +41,9 @@ class JsonlSink:
         """Writes one `evaluation` record, with the name of the validation set."""
         self._write("evaluation", iteration, {"name": name, **metrics})
 
-    def message(self, kind: str, iteration: int, text: str) -> None:
-        """Writes a line of text of the given kind."""
-        self._write(kind, iteration, {"text": text})
+    def message(self, kind: str, iteration: int, text: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
+        """Writes a line of text of the given kind, with other fields."""
+        self._write(kind, iteration, {"text": text, **fields})
 
     def close(self) -> None:
         """Closes the file."""
@@ -61,7 +64,7 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
 
     Args:
         path: metrics.jsonl.
-        kind: `step`, `evaluation`, `warning`, `fault`, `message`, `start`, `start card` or `end`.
+        kind: `step`, `evaluation`, `warning`, `recovery`, `fault`, `message`, `start`, `start card` or `end`.
         name: with `evaluation`, only this validation set.
 
     Returns:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,8 +36,6 @@ class StepRecord:
     """Global L2 norm before clipping; None where it was not computed."""
     num_zeros: int | None = None
     """Zeros in the gradients; None where they were not counted."""
-    params_norm: float | None = None
-    """Global L2 norm of the weights; None where it was not computed."""
     skipped: int = 0
     """1 if the update was skipped (overflow), else 0."""
     nan: int = 0
@@ -83,7 +82,6 @@ AFTER_LOSSES = (
     Column("loss scale", "loss-scale", ".1f", lambda r: r.loss_scale),
     Column("grad norm", "grad-norm", ".3f", lambda r: r.grad_norm),
     Column("num zeros", "num-zeros", "d", lambda r: r.num_zeros),
-    Column("params norm", "params-norm", ".3f", lambda r: r.params_norm),
     Column("number of skipped iterations", "skipped-iterations", "3d", lambda r: r.skipped),
     Column("number of nan iterations", "nan-iterations", "3d", lambda r: r.nan),
 )
@@ -127,7 +125,12 @@ def evaluation_tag(name: str, metric: str) -> str:
 
 def token_losses[T](metrics: Mapping[str, T]) -> dict[str, T]:
     """Of all metrics, the losses in nats per predicted token: `lm loss` and `mtp_k loss`."""
-    return {name: value for name, value in metrics.items() if re.fullmatch(r"(lm|mtp_\d+) loss", name)}
+    return {name: value for name, value in metrics.items() if _is_token_loss(name)}
+
+
+@lru_cache(maxsize=1024)
+def _is_token_loss(name: str) -> bool:
+    return re.fullmatch(r"(lm|mtp_\d+) loss", name) is not None
 
 
 class Interval:

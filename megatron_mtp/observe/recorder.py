@@ -15,10 +15,11 @@ from megatron_mtp.config.yaml_text import dump_yaml
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.console import evaluation_line, perplexity, step_line
 from megatron_mtp.observe.env import effective_environment
-from megatron_mtp.observe.health import SIGNS, HealthMonitor, Sign, empty_agreement
+from megatron_mtp.observe.health import HealthMonitor, SignEvent
 from megatron_mtp.observe.jsonl import JsonlSink
 from megatron_mtp.observe.metrics import Interval, StepRecord, scalars
 from megatron_mtp.observe.progress import ProgressBar, wanted
+from megatron_mtp.observe.signs import Sign, built_in_signs, empty_agreement
 from megatron_mtp.observe.tensorboard import TensorBoardSink
 from megatron_mtp.observe.wandb_sink import WandbSink
 
@@ -53,7 +54,7 @@ class Sink(Protocol):
 
     def step(self, iteration: int, metrics: dict[str, float]) -> None: ...
     def evaluation(self, name: str, iteration: int, metrics: dict[str, float]) -> None: ...
-    def message(self, kind: str, iteration: int, text: str) -> None: ...
+    def message(self, kind: str, iteration: int, text: str, fields: Mapping[str, Any] = ...) -> None: ...
     def close(self) -> None: ...
 
 
@@ -69,7 +70,7 @@ class Recorder:
         run_info: metadata of the run.
         is_writer: whether this rank writes; true on exactly one rank.
         resume_state: `state()` of the run to resume; None: a fresh run.
-        signs: warning signs that are looked for, by name; see `health`.
+        signs: warning signs that are looked for, by name; None: the built-in ones of this model. See `health`.
 
     Raises:
         ConfigError: a folder is not writable, or Weights & Biases is requested but not available.
@@ -81,7 +82,7 @@ class Recorder:
         run_info: RunInfo,
         is_writer: bool,
         resume_state: dict[str, Any] | None = None,
-        signs: Mapping[str, Sign] = SIGNS,
+        signs: Mapping[str, Sign] | None = None,
     ):
         self._logger = cfg.logger
         self._is_writer = is_writer
@@ -90,7 +91,7 @@ class Recorder:
         self.places: dict[str, str] = {}
         """Kind of record (`metrics`, `tensorboard`, `wandb`) -> where it is."""
         self._bar: ProgressBar | None = None
-        self._health = HealthMonitor(signs)
+        self._health = HealthMonitor(built_in_signs(cfg.model.mtp_num_layers or 0) if signs is None else signs)
         self._health.load_state_dict(self._state.pop("signs", {}))
         self._console_interval, self._sink_interval = Interval(), Interval()
         self._iteration = run_info.iteration
@@ -121,9 +122,7 @@ class Recorder:
             # Also part of the next line. The first step includes compilation and other one-time work.
             self._print(step_line(self._console_interval.merged(), self._logger.log_throughput))
         self._is_first_step = False
-        for warning in self._health.check(record.iteration, scalars(record)):
-            logger.warning(warning)
-            self._each(methodcaller("message", "warning", record.iteration, warning))
+        self._report(self._health.check(record.iteration, scalars(record)))
         if self._bar:
             self._bar.update(record)
 
@@ -146,6 +145,7 @@ class Recorder:
             self._print(f" {name}: {note}")
         metrics = {**losses, **({"lm loss ppl": perplexity(losses["lm loss"])} if "lm loss" in losses else {}), **extra}
         self._each(lambda sink: sink.evaluation(name, iteration, metrics))
+        self._report(self._health.check_evaluation(name, iteration, losses))
 
     def message(
         self, text: str, kind: str = "message", iteration: int | None = None, *, is_repeat: bool = False
@@ -189,6 +189,13 @@ class Recorder:
             self._bar = None
         self._each(lambda sink: sink.close())
         self._sinks.clear()
+
+    def _report(self, events: list[SignEvent]) -> None:
+        """Prints and records the signs that begin or end."""
+        for event in events:
+            kind = "warning" if event.begins else "recovery"
+            logger.log(logging.WARNING if event.begins else logging.INFO, event.text)
+            self._each(methodcaller("message", kind, event.iteration, event.text, {"sign": event.sign}))
 
     def _open_sinks(self, cfg: ConfigContainer, run_info: RunInfo) -> None:
         metrics = metrics_path(cfg)

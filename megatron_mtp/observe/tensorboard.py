@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_mtp.observe.jsonl import NO_FIELDS
 from megatron_mtp.observe.metrics import evaluation_tag
 
 _file_numbers = itertools.count()
@@ -59,7 +60,7 @@ class TensorBoardSink:
         """Writes one evaluation, each metric under its `evaluation_tag`."""
         self.step(iteration, {evaluation_tag(name, metric): value for metric, value in metrics.items()})
 
-    def message(self, kind: str, iteration: int, text: str) -> None:
+    def message(self, kind: str, iteration: int, text: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
         """Writes a line under its kind, such as `fault`, or a table, in fixed width."""
         self._write_text(kind, iteration, f"```\n{text}\n```" if "\n" in text else text)
 

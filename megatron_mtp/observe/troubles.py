@@ -37,24 +37,92 @@ SIGNS = {
         "warmup, `optimizer.clip_grad` = 1.0 or less, bf16 in place of fp16, `model.mtp_loss_scaling_factor` = 0.05. "
         "The fault line names the rank and its samples: look at them with `megatron-mtp data show PREFIX`.",
     ),
+    "spikes": Trouble(
+        "spikes of a loss or of the gradient norm since iteration ..., now ... is ..., ... times its noise above its "
+        "level",
+        "observe/health.py",
+        "In five steps of the last 50 a loss or the gradient norm was far above its level: the learning rate is too "
+        "high for the state of the run, or the data has stretches of broken text.",
+        "A lower `optimizer.lr`, `optimizer.clip_grad` = 1.0 or less, or `train.on_spike = skip`. Look at the samples "
+        "that the fault lines name.",
+    ),
     "mtp rises": Trouble(
         "mtp_k loss rose from ... to ... while lm loss fell from ... to ...: that depth diverges",
-        "observe/health.py",
+        "observe/signs.py",
         "The MTP layers are unstable while the trunk still learns.",
         "Lower `model.mtp_loss_scaling_factor` to 0.05 to 0.1, then `optimizer.lr`; keep `optimizer.clip_grad` at 1.0 "
         "or less; use bf16 in place of fp16. If the loss does not come back, resume from a checkpoint before the rise.",
     ),
     "gap widens": Trouble(
         "the gap of mtp_k loss to lm loss widened from ... to ... nat: that depth does not keep up with the trunk",
-        "observe/health.py",
+        "observe/signs.py",
         "The MTP layers learn too slowly: their weight in the total is too small, or their loss is unstable. A gap "
         "that widens early in training is normal as long as both losses fall; the sign leaves that out.",
         "Raise `model.mtp_loss_scaling_factor` to 0.15 to 0.3. If the loss of the depth jumps, lower `optimizer.lr` "
         "first. With several depths, look at `model.mtp_depth_weights`.",
     ),
+    "mtp stalls": Trouble(
+        "mtp_k loss stays at ... while lm loss fell from ... to ...: that depth does not learn",
+        "observe/signs.py",
+        "The MTP layer of that depth is frozen, is not in the optimizer, or has next to no weight in the total.",
+        "Look at `mtp/gradient_share`, `model.mtp_loss_scaling_factor` and `model.mtp_depth_weights`; log the norm of "
+        "its gradient with `GradientNorms` (extending.md).",
+    ),
+    "acceptance falls": Trouble(
+        "the depth drafts worse than it did",
+        "observe/signs.py",
+        "The depth agrees less often with the main prediction than before, and is less often right itself.",
+        "Look at its loss beside it: if it rises, as for a depth that diverges. If the loss factor falls over the run, "
+        "let it end higher. A checkpoint from before is the better drafter.",
+    ),
+    "main overshadowed": Trouble(
+        "the main loss is overshadowed",
+        "observe/signs.py",
+        "The MTP losses move the trunk more than the main loss does: `mtp/gradient_share` is above 75 %, or the main "
+        "loss rises while an MTP loss falls.",
+        "Lower `model.mtp_loss_scaling_factor` to 0.05 to 0.1, let it fall over the run, or detach the heads "
+        "(`model.mtp_detach_heads`).",
+    ),
+    "memorising": Trouble(
+        "the model learns its data by heart",
+        "observe/health.py",
+        "The loss of a validation set has risen by more than 0.1 nat above its lowest in two evaluations while the "
+        "training loss fell: too many epochs over too little data.",
+        "More data, fewer epochs, a smaller model or more `optimizer.weight_decay`. `checkpoint.keep_best` keeps the "
+        "checkpoint with the lowest validation loss.",
+    ),
+    "grad norm drifts": Trouble(
+        "grad-norm is at ..., ... times its median over the run, ...: training becomes unstable",
+        "observe/signs.py",
+        "The norm of the gradient is four times what is usual in this run. Losses often follow later.",
+        "A lower `optimizer.lr`, `optimizer.clip_grad` = 1.0 or less; go back to a checkpoint before the drift if the "
+        "loss rises too.",
+    ),
+    "experts imbalanced": Trouble(
+        "experts are imbalanced",
+        "observe/signs.py",
+        "An expert gets more than three times the mean of its layer, or less than 2 % of it, and that was better "
+        "before; or it is so after 1,000 steps. A dead expert costs memory and learns nothing; a loaded one makes its "
+        "rank slow.",
+        "Raise `model.moe_aux_loss_coeff`, or `model.moe_router_bias_update_rate` with "
+        "`model.moe_router_enable_expert_bias`. `moe/max_load_layer_I` names the layer.",
+    ),
+    "data stalls": Trouble(
+        "data comes too slowly",
+        "observe/signs.py",
+        "Some rank waits for its batch during more than a tenth of the time.",
+        "Raise `dataset.prefetch_steps`; put the `.bin` files on a faster disk; look for other processes that use it.",
+    ),
+    "slow rank": Trouble(
+        "is slow: ... ms until its gradients are computed",
+        "training/callbacks/stragglers.py",
+        "A rank takes `dist.straggler_factor` times as long as the median; all others wait for it.",
+        "Look at that machine: another process, a GPU that is hot or throttled, a slow disk. `megatron-mtp doctor "
+        "--node` measures it. If it stays, take the machine out of the job.",
+    ),
     "worse than chance": Trouble(
         "lm loss stays at ..., above ln ... = ..., the loss of predicting every token alike: the model learns nothing",
-        "observe/health.py",
+        "observe/signs.py",
         "After the warmup the main loss is higher than that of a model that knows nothing: the learning rate is far "
         "too high, or labels and inputs do not belong together.",
         "Start again with a lower `optimizer.lr`, a longer warmup or `optimizer.clip_grad` = 1.0. Look at the data "
@@ -63,14 +131,14 @@ SIGNS = {
     "one token": Trouble(
         "the MTP predictions agree with the main one at ... of the slots, and that one is right at ...: the model "
         "predicts one token nearly everywhere",
-        "observe/health.py",
+        "observe/signs.py",
         "The model has collapsed to the most frequent token, or has not learned more yet. Acceptance means nothing "
         "then.",
         "As for a loss above chance. Judge drafting by `mtp_k/top1_target` until the main prediction is right more "
         "often.",
     ),
 }
-"""Name of a health sign -> what it says. Each is printed once, as `iteration N: ...`."""
+"""Name of a health sign -> what it says. A sign of a depth or of a validation set has it after a colon in its name."""
 
 FAULTS = (
     Trouble(
@@ -111,13 +179,6 @@ FAULTS = (
 """Lines of kind `fault` and `rollback` in metrics.jsonl."""
 
 WARNINGS = (
-    Trouble(
-        "is slow: ... ms until its gradients are computed",
-        "training/callbacks/stragglers.py",
-        "A rank takes `dist.straggler_factor` times as long as the median; all others wait for it.",
-        "Look at that machine: another process, a GPU that is hot or throttled, a slow disk. `megatron-mtp doctor "
-        "--node` measures it. If it stays, take the machine out of the job.",
-    ),
     Trouble(
         "by estimate no split fits the memory of",
         "training/pretrain.py",

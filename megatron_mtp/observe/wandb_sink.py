@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from megatron_mtp.config.sections import LoggerConfig
 from megatron_mtp.errors import ConfigError
+from megatron_mtp.observe.jsonl import NO_FIELDS
 from megatron_mtp.observe.metrics import evaluation_tag
 
-ALERTS = {"fault": "ERROR", "warning": "WARN"}
+ALERTS = {"fault": "ERROR", "warning": "WARN", "recovery": "INFO"}
 """Kinds of text that are also sent as alerts -> W&B's level."""
 
 
@@ -83,15 +85,16 @@ class WandbSink:
         """Logs one evaluation, each metric under its `evaluation_tag`."""
         self.step(iteration, {evaluation_tag(name, metric): value for metric, value in metrics.items()})
 
-    def message(self, kind: str, iteration: int, text: str) -> None:
+    def message(self, kind: str, iteration: int, text: str, fields: Mapping[str, Any] = NO_FIELDS) -> None:
         """Logs a line as `text/KIND`, or a table, in fixed width.
 
-        Faults and signs of bad health are alerts too, one of a kind in a minute.
+        Faults, and signs of bad health that begin or end, are alerts too, one with the same title in a minute.
         """
         shown = self._html(f"<pre>{escape(text)}</pre>") if "\n" in text else text
         self._run.log({f"text/{kind}": shown, "iteration": iteration})
         if kind in ALERTS:
-            self._run.alert(title=f"megatron-mtp: {kind}", text=text, level=ALERTS[kind])
+            title = f"megatron-mtp: {kind}" + (f", {fields['sign']}" if "sign" in fields else "")
+            self._run.alert(title=title, text=text, level=ALERTS[kind])
 
     def close(self) -> None:
         """Waits until W&B has received everything."""

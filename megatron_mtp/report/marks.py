@@ -11,11 +11,14 @@ from megatron_mtp.observe.run_log import Interruption, RunLog
 KINDS = {
     "fault": "fault",
     "warning": "sign",
+    "recovery": "recovery",
     "rollback": "rollback",
     "start": "restart",
     "phase": "phase",
 }
 """Kind of a record -> what the report calls it."""
+SIGNS_AND_FAULTS = ("warning", "recovery", "fault")
+"""Kinds of lines that say how the run is."""
 MOST = 100
 """Marks of one kind that are drawn; the tables have all."""
 
@@ -44,7 +47,7 @@ def marks(log: RunLog) -> list[Mark]:
     found = [
         Mark(KINDS[line["kind"]], line["iteration"], without_iteration(line.get("text", "")))
         for line in log.texts
-        if line["kind"] in ("warning", "fault")
+        if line["kind"] in SIGNS_AND_FAULTS
     ]
     found += [Mark(KINDS[one.line["kind"]], one.line["iteration"], interruption_text(one)) for one in log.interruptions]
     found += [Mark("phase", change["step"], change["what"]) for change in phases(log)]

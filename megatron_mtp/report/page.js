@@ -8,7 +8,8 @@
     dark: ["#56b4e9", "#ff9e4a", "#2fd0a0", "#e79ac6", "#e6c04d", "#8ec9f0", "#f0e442", "#cccccc"],
   };
   const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 5], [1, 4], [12, 4], [6, 2, 2, 2]];
-  const MARK_COLORS = { fault: "#d1242f", sign: "#d1242f", rollback: "#bf8700", restart: "#8250df", phase: "#6e7781" };
+  const MARK_COLORS = { fault: "#d1242f", sign: "#d1242f", recovery: "#1a7f37", rollback: "#bf8700",
+    restart: "#8250df", phase: "#6e7781" };
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
   let axis = data.axes.length ? data.axes[0].key : "iteration";
   let chosen = "auto";

@@ -14,7 +14,14 @@ if TYPE_CHECKING:  # imported where it is used: it takes half a second
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00", "#56b4e9", "#8a8a00", "#444444")
 DASHES = ("-", "--", ":", "-.")
-MARK_COLORS = {"fault": "#d1242f", "sign": "#d1242f", "rollback": "#bf8700", "restart": "#8250df", "phase": "#6e7781"}
+MARK_COLORS = {
+    "fault": "#d1242f",
+    "sign": "#d1242f",
+    "recovery": "#1a7f37",
+    "rollback": "#bf8700",
+    "restart": "#8250df",
+    "phase": "#6e7781",
+}
 
 
 def draw_pictures(charts: Sequence[Chart], folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from megatron_mtp.observe.run_log import RunLog
 from megatron_mtp.parallel.facts import short_count
 from megatron_mtp.report.charts import PEAK_MEMORY, Chart, ReportRun, validation_sets
 from megatron_mtp.report.curves import Axes, curve, depths, flop_per_token
-from megatron_mtp.report.marks import KINDS, interruption_text, without_iteration
+from megatron_mtp.report.marks import KINDS, SIGNS_AND_FAULTS, interruption_text, without_iteration
 from megatron_mtp.report.state import status
 
 ROWS = 15
@@ -132,7 +132,7 @@ def signs(runs: Sequence[ReportRun]) -> TextTable:
         [f"{line['iteration']:,}", run.name, KINDS[line["kind"]], without_iteration(line.get("text", ""))]
         for run in runs
         for line in run.log.texts
-        if line["kind"] in ("warning", "fault")
+        if line["kind"] in SIGNS_AND_FAULTS
     ]
     return TextTable("Health signs and faults", ["step", "run", "kind", "what"], rows, num_text=4)
 

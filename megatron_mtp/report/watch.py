@@ -10,7 +10,7 @@ import numpy as np
 from megatron_mtp.observe.run_log import RunLog
 from megatron_mtp.report.charts import validation_sets
 from megatron_mtp.report.curves import Curve, curve, depths
-from megatron_mtp.report.marks import KINDS, interruption_text, without_iteration
+from megatron_mtp.report.marks import KINDS, SIGNS_AND_FAULTS, interruption_text, without_iteration
 from megatron_mtp.report.state import end_of, status
 
 WIDTH = 80
@@ -113,7 +113,7 @@ def _marks(log: RunLog) -> list[str]:
     found = [
         (line["time"], f"  {line['iteration']:>9,} {KINDS[line['kind']]}: {without_iteration(line.get('text', ''))}")
         for line in log.texts
-        if line["kind"] in ("warning", "fault")
+        if line["kind"] in SIGNS_AND_FAULTS
     ]
     found += [
         (one.line["time"], f"  {one.line['iteration']:>9,} {interruption_text(one)}") for one in log.interruptions

@@ -18,9 +18,9 @@ from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.device.process_group import env_rank, job_size
 from megatron_mtp.errors import cut
-from megatron_mtp.observe.health import SIGNS, signs_after_warmup
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
+from megatron_mtp.observe.signs import built_in_signs, signs_after_warmup
 from megatron_mtp.parallel.resolve import resolve
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore
@@ -193,7 +193,8 @@ def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback
         config=to_dict(run.cfg),
         extra=run_facts(run.resolved, is_cpu=not run.device.is_cuda) if dist.get_rank() == 0 else {},
     )
-    signs = SIGNS | signs_after_warmup(filled(run.cfg.model.vocab_size), run.resolved.learning_rate.warmup)
+    signs = built_in_signs(run.resolved.depths.count)
+    signs |= signs_after_warmup(filled(run.cfg.model.vocab_size), run.resolved.learning_rate.warmup)
     for callback in callbacks:
         signs |= callback.health_signs()
     kept = {"wandb_run_id": state.wandb_run_id, "signs": state.health.get("signs", {})}

@@ -12,9 +12,10 @@ import pytest
 from megatron_mtp import errors
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import MegatronMTPError
-from megatron_mtp.observe import health
-from megatron_mtp.observe.health import HealthMonitor, signs_after_warmup
+from megatron_mtp.observe.health import HealthMonitor
+from megatron_mtp.observe.signs import built_in_signs, signs_after_warmup
 from megatron_mtp.observe.troubles import ERRORS, EXIT_CODES, FAULTS, SIGNS, WARNINGS, Trouble
+from megatron_mtp.training.callbacks.stragglers import StragglerReport
 from megatron_mtp.training.guards import watchdog
 from scripts.troubleshooting_doc import render
 
@@ -64,9 +65,14 @@ def test_a_message_that_nobody_prints_is_found():
 
 
 def test_every_sign_has_its_row():
-    found = {"not finite", *health.SIGNS, *signs_after_warmup(100, 0)}
-    assert HealthMonitor().check(1, {"lm loss": float("nan")})  # the sign that every monitor has
-    assert found == set(SIGNS)
+    found = {*built_in_signs(1), *signs_after_warmup(100, 0), *StragglerReport(1.5).health_signs()}
+    monitor = HealthMonitor()
+    for step in range(1, 201):  # the signs that every monitor has
+        found |= {event.sign for event in monitor.check(step, {"lm loss": 5 - step / 50 + 3 * (step % 9 == 0)})}
+        if step % 20 == 0:
+            found |= {event.sign for event in monitor.check_evaluation("x", step, {"lm loss": step / 100})}
+    found |= {event.sign for event in monitor.check(201, {"lm loss": float("nan")})}
+    assert {name.split(":")[0] for name in found} == set(SIGNS)
 
 
 def test_every_exit_code_has_its_row():

@@ -21,7 +21,6 @@ def make_record(iteration: int = 100, **changes: Any) -> StepRecord:
         "loss_scale": 1.0,
         "grad_norm": 1.04,
         "num_zeros": 17,
-        "params_norm": 250.5,
         "tokens_per_s_per_device": 1234.5,
         "tflops_per_device": 312.25,
         "mfu": 0.3158,

@@ -1,4 +1,4 @@
-"""Each sign appears on an unhealthy curve and never on healthy ones, noise included."""
+"""Each sign begins and ends on an unhealthy curve, and never on healthy ones, noise included."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from megatron_mtp.observe.health import HealthMonitor, empty_agreement, signs_after_warmup
+from megatron_mtp.observe.health import HealthMonitor, SignEvent
+from megatron_mtp.observe.signs import built_in_signs, empty_agreement, signs_after_warmup
+from megatron_mtp.observe.trends import MAX_WINDOWS, Level, Series, Trends, Window
 
 pytestmark = pytest.mark.unit
 
@@ -26,9 +28,16 @@ def noisy(curve: Curve, steps: int, shared: float, own: float, seed: int) -> Ite
         yield step, {"lm loss": main} | {f"mtp_{k} loss": value for k, value in enumerate(mtp, 1)}
 
 
-def watch(curve: Curve, steps: int, shared: float = 0.1, own: float = 0.05, seed: int = 0) -> list[str]:
-    monitor = HealthMonitor()
-    return [text for step, losses in noisy(curve, steps, shared, own, seed) for text in monitor.check(step, losses)]
+def watch(curve: Curve, steps: int, shared: float = 0.1, own: float = 0.05, seed: int = 0) -> list[SignEvent]:
+    monitor = HealthMonitor(built_in_signs(len(curve(1)) - 1))
+    return [event for step, losses in noisy(curve, steps, shared, own, seed) for event in monitor.check(step, losses)]
+
+
+def begun(events: list[SignEvent]) -> dict[str, int]:
+    """Sign -> iteration at which it began, each at most once."""
+    found = [(event.sign, event.iteration) for event in events if event.begins]
+    assert len(found) == len(dict(found)), found
+    return dict(found)
 
 
 def falling(step: int) -> float:
@@ -55,12 +64,111 @@ HEALTHY: dict[str, Curve] = {
 @pytest.mark.parametrize("name", HEALTHY)
 @pytest.mark.parametrize(("shared", "own"), [(0.0, 0.0), (0.1, 0.02), (0.3, 0.15)])
 def test_healthy_curves_are_silent(name: str, shared: float, own: float):
-    for seed in range(3):
-        assert watch(HEALTHY[name], 3000, shared, own, seed) == []
+    for seed in range(2):
+        assert watch(HEALTHY[name], 1500, shared, own, seed) == []
 
 
+@pytest.mark.slow  # ten seconds
 def test_a_long_noisy_run_is_silent():
     assert watch(HEALTHY["usual"], 100_000, shared=0.2, own=0.1) == []
+
+
+def record(step: int, source: random.Random, **changed: float) -> dict[str, float]:
+    """All metrics of a step of a healthy run that learns slowly, with noise, and some set to other values."""
+    shared = source.gauss(0, 0.08)
+    metrics = {
+        "consumed-samples": 8 * step,
+        "lm loss": falling(step + 100) + shared + source.gauss(0, 0.03),
+        "mtp_1 loss": falling(step + 100) + 0.4 + shared + source.gauss(0, 0.03),
+        "grad-norm": math.exp(source.gauss(0, 0.2)),
+        "nan-iterations": 0,
+        "lm/top1_target": 0.40 + source.gauss(0, 0.01),
+        "mtp_1/top1_main": 0.5 + source.gauss(0, 0.01),
+        "mtp_1/top1_target": 0.30 + source.gauss(0, 0.01),
+        "mtp_1/accepted": 0.60 + source.gauss(0, 0.01),
+        "perf/data_ms": 0.5 * math.exp(source.gauss(0, 0.5)),
+        "perf/iteration_time_ms": 50 * math.exp(source.gauss(0, 0.1)),
+    }
+    if step % 10 == 0:
+        metrics |= {
+            "mtp/gradient_share": 0.2 + source.gauss(0, 0.02),
+            "moe/max_load": 1.8 + source.gauss(0, 0.1),
+            "moe/min_load": 0.4 + source.gauss(0, 0.05),
+        }
+    return metrics | {name: value for name, value in changed.items() if name in metrics}
+
+
+ONSET, OVER = 305, 560
+BAD: dict[str, Callable[[int, float], dict[str, float]]] = {
+    "not finite": lambda t, noise: {"mtp_1 loss": math.nan},
+    "spikes": lambda t, noise: {"lm loss": falling(t + 100) + 2.0 * (t % 6 == 0) + noise},
+    "mtp rises: mtp_1": lambda t, noise: {"mtp_1 loss": falling(ONSET + 100) + 0.4 + 0.02 * (t - ONSET) + noise},
+    "gap widens: mtp_1": lambda t, noise: {"lm loss": 3.0 + noise, "mtp_1 loss": 5.5 + noise},
+    "mtp stalls: mtp_1": lambda t, noise: {
+        "lm loss": falling(t + 100) - 0.03 * min(t - ONSET, 50) + noise,
+        "mtp_1 loss": falling(ONSET + 100) + 0.4 + noise,
+    },
+    "main overshadowed": lambda t, noise: {"mtp/gradient_share": 0.9 + noise / 10},
+    "acceptance falls: mtp_1": lambda t, noise: {"mtp_1/accepted": 0.4 + noise / 10, "mtp_1/top1_target": 0.2},
+    "grad norm drifts": lambda t, noise: {"grad-norm": 20 * math.exp(noise)},
+    "experts imbalanced": lambda t, noise: {"moe/min_load": 0.0},
+    "data stalls": lambda t, noise: {"perf/data_ms": 30 * math.exp(noise)},
+}
+"""Sign -> the metrics of an unhealthy step."""
+
+
+def run_with(name: str, restarts: Callable[[int], bool] = lambda step: False, steps: int = 700) -> list[SignEvent]:
+    """A run that is unhealthy from ONSET to OVER."""
+    monitor, source, events = HealthMonitor(built_in_signs(1)), random.Random(7), []
+    for step in range(1, steps + 1):
+        changed = BAD[name](step, source.gauss(0, 0.03)) if ONSET <= step < OVER else {}
+        events += monitor.check(step, record(step, source, **changed))
+        if restarts(step):
+            kept = json.dumps(monitor.state_dict())
+            monitor = HealthMonitor(built_in_signs(1))
+            monitor.load_state_dict(json.loads(kept))
+    return events
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_sign_begins_within_50_steps_and_ends(name: str):
+    events = run_with(name)
+    mine = [event for event in events if event.sign == name]
+    assert [event.begins for event in mine][:2] == [True, False]
+    assert ONSET <= mine[0].iteration <= ONSET + 50
+    assert OVER <= mine[1].iteration <= OVER + 90
+    assert mine[0].text.startswith(f"iteration {mine[0].iteration}: ")
+    assert f"reported at iteration {mine[0].iteration}" in mine[1].text
+    assert len(mine) == 2
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_restarts_change_nothing(name: str):
+    """A job that is requeued every few steps would never see a slow change from its own steps alone."""
+    assert run_with(name, restarts=lambda step: step % 33 == 0) == run_with(name)
+
+
+def test_a_healthy_record_is_silent():
+    monitor, source = HealthMonitor(built_in_signs(1) | signs_after_warmup(512, 80)), random.Random(3)
+    assert [e for step in range(1, 3000) for e in monitor.check(step, record(step, source))] == []
+
+
+def test_the_state_is_bounded():
+    monitor, source, sizes = HealthMonitor(built_in_signs(1)), random.Random(3), []
+    for step in range(1, 8_001):
+        layers = {f"moe/max_load_layer_{k}": source.gauss(2, 0.1) for k in range(60)}
+        monitor.check(step, record(step, source) | layers)
+        if step in (3_000, 8_000):
+            sizes.append(len(json.dumps(monitor.state_dict())))
+    assert sizes[1] < 100_000
+    assert sizes[1] < 1.5 * sizes[0]
+
+
+def test_the_state_of_an_older_release_is_taken_as_none():
+    old = {"steps": [{"lm loss": 3.0}], "windows": [{"metrics": {"lm loss": [3.0, 0.1]}, "gap": {}}], "reported": []}
+    monitor = HealthMonitor()
+    monitor.load_state_dict(old)
+    assert monitor.state_dict() == HealthMonitor().state_dict()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -69,11 +177,16 @@ def test_not_a_number_is_reported_once_and_at_once(name: str, bad: float):
     monitor = HealthMonitor()
     losses = {"lm loss": 3.0, "mtp_1 loss": 3.5, "mtp_2 loss": 3.9}
     assert monitor.check(1, losses) == []
-    (message,) = monitor.check(2, losses | {name: bad})
-    assert message.startswith(f"iteration 2: {name} is {bad}")
+    (event,) = monitor.check(2, losses | {name: bad})
+    assert event.text.startswith(f"iteration 2: {name} is {bad}")
     for advice in ("optimizer.lr", "optimizer.clip_grad", "bf16", "mtp_loss_scaling_factor"):
-        assert advice in message
+        assert advice in event.text
     assert monitor.check(3, losses | {name: bad}) == []
+
+
+def test_a_gradient_that_is_not_finite_is_reported():
+    (event,) = HealthMonitor().check(1, {"lm loss": 3.0, "nan-iterations": 1})
+    assert "the gradient is not finite" in event.text
 
 
 def test_router_losses_are_not_watched():
@@ -82,19 +195,18 @@ def test_router_losses_are_not_watched():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rising_mtp_loss_is_reported(seed: int):
-    curve = noisy(lambda t: (4 - t / 1000, 4.3 - min(t, 400) / 1000 + max(t - 400, 0) / 1000), 1200, 0.1, 0.05, seed)
-    monitor = HealthMonitor()
-    found = [text for step, losses in curve for text in monitor.check(step, losses) if " rose " in text]
-    assert len(found) == 1
-    assert "mtp_1 loss rose" in found[0]
-    assert "Lower model.mtp_loss_scaling_factor" in found[0]
-    step = int(found[0].split()[1].rstrip(":"))
-    assert 480 <= step <= 1000  # 0.1 nat above its lowest at step 500, then the noise must be exceeded
+    curve = lambda t: (4 - t / 1000, 4.3 - min(t, 400) / 1000 + max(t - 400, 0) / 1000)  # noqa: E731
+    events = watch(curve, 1200, seed=seed)
+    at = begun(events)["mtp rises: mtp_1"]
+    assert 480 <= at <= 1000  # 0.1 nat above its lowest at step 500, then the noise must be exceeded
+    (text,) = [event.text for event in events if event.sign == "mtp rises: mtp_1"]
+    assert "mtp_1 loss rose" in text
+    assert "Lower model.mtp_loss_scaling_factor" in text
 
 
 def test_slow_rise_far_into_a_run_is_reported():
     found = watch(lambda t: (falling(t), falling(t) + 0.4 + max(t - 20_000, 0) / 20_000), 40_000)
-    assert any("mtp_1 loss rose" in text for text in found)
+    assert "mtp rises: mtp_1" in begun(found)
 
 
 @pytest.mark.parametrize(
@@ -110,46 +222,55 @@ def test_slow_rise_far_into_a_run_is_reported():
     ],
 )
 def test_widening_gap_is_reported(curve: Curve):
-    found = [text for text in watch(curve, 2000) if "the gap of mtp_1 loss" in text]
-    assert len(found) == 1
-    assert "Raise model.mtp_loss_scaling_factor" in found[0]
+    events = watch(curve, 2000)
+    assert [event.sign for event in events if event.begins and event.sign.startswith("gap")] == ["gap widens: mtp_1"]
+    assert any("Raise model.mtp_loss_scaling_factor" in event.text for event in events)
 
 
 def test_gap_just_below_the_limit_is_silent():
-    assert not any("gap" in text for text in watch(lambda t: (3.0, 3.5 + 0.9 * min(t / 1000, 1)), 2000))
+    events = watch(lambda t: (3.0, 3.5 + 0.9 * min(t / 1000, 1)), 2000)
+    assert not any(event.sign.startswith("gap") for event in events)
 
 
-def test_a_gap_that_widens_over_many_restarts_is_reported_as_without_them():
-    """A job that is requeued every few steps would never see it from its own steps alone."""
-    curve: Curve = lambda t: (3.0, 3.5 + t / 1000, 3.8)  # noqa: E731
-    expected = watch(curve, 2000)
-    assert any("the gap of mtp_1 loss" in text for text in expected)
-    monitor, found = HealthMonitor(), []
-    for step, losses in noisy(curve, 2000, 0.1, 0.05, 0):
-        found += monitor.check(step, losses)
-        if step % 33 == 0:  # within a window
-            kept = json.dumps(monitor.state_dict())
-            monitor = HealthMonitor()
-            monitor.load_state_dict(json.loads(kept))
-    assert found == expected
+def test_memorising_is_a_rise_of_validation_while_training_falls():
+    def events_of(valid: Callable[[int], float], train: Callable[[int], float]) -> list[SignEvent]:
+        monitor, source, events = HealthMonitor(), random.Random(1), []
+        for step in range(1, 601):
+            events += monitor.check(step, {"lm loss": train(step) + source.gauss(0, 0.05)})
+            if step % 20 == 0:
+                events += monitor.check_evaluation("validation", step, {"lm loss": valid(step)})
+        return events
+
+    def falls(step: int) -> float:
+        return 4 - step / 300
+
+    def turns(step: int) -> float:
+        return max(4 - step / 300, 3.0) + max(step - 300, 0) / 300
+
+    events = events_of(turns, falls)
+    assert begun(events)["memorising: validation"] in range(340, 401)
+    assert "learns its data by heart" in events[0].text
+    assert events_of(falls, falls) == []
+    assert events_of(turns, turns) == [], "a run that gets worse in training too does not learn by heart"
 
 
-def stepwise(losses: Callable[[int], float], steps: int, warmup: float = 0.0, **metrics: float) -> list[str]:
+def stepwise(losses: Callable[[int], float], steps: int, warmup: float = 0.0, **metrics: float) -> list[SignEvent]:
     """What the signs after the warmup say of a main loss over steps of 8 samples, with constant other metrics."""
     monitor, source, found = HealthMonitor(signs_after_warmup(512, warmup)), random.Random(1), []
     for step in range(1, steps + 1):
-        record = {"lm loss": losses(step) + source.gauss(0, 0.05), "consumed-samples": 8 * step, **metrics}
-        found += monitor.check(step, record)
+        values = {"lm loss": losses(step) + source.gauss(0, 0.05), "consumed-samples": 8 * step, **metrics}
+        found += monitor.check(step, values)
     return found
 
 
 def test_a_loss_that_stays_above_chance_is_reported_once():
-    (text,) = stepwise(lambda t: 6.3 + min(t, 30) / 30, 200)
-    assert text.startswith("iteration 40: lm loss stays at 7.")
-    assert "above ln 512 = 6.24" in text
-    assert "lower optimizer.lr" in text
-    (text,) = stepwise(lambda t: 7.0, 200, warmup=8 * 95)
-    assert text.startswith("iteration 120: "), "windows within the warmup say nothing"
+    (event,) = stepwise(lambda t: 6.3 + min(t, 30) / 30, 200)
+    assert event.sign == "worse than chance"
+    assert event.text.startswith("iteration 40: lm loss stays at 7.")
+    assert "above ln 512 = 6.24" in event.text
+    assert "lower optimizer.lr" in event.text
+    (event,) = stepwise(lambda t: 7.0, 200, warmup=8 * 95)
+    assert event.iteration > 95, "windows within the warmup say nothing"
 
 
 @pytest.mark.parametrize(
@@ -168,11 +289,11 @@ DEAD = {"lm/top1_target": 0.04, "mtp_1/top1_main": 0.9995, "mtp_2/top1_main": 0.
 
 
 def test_a_model_that_predicts_one_token_is_reported():
-    (text,) = stepwise(lambda t: 6.0, 200, **DEAD)
-    assert text.startswith("iteration 40: the MTP predictions agree with the main one at 99.0% of the slots")
-    assert "right at 4.0%" in text
-    assert "means nothing" in text
-    assert "top1_target" in text
+    (event,) = stepwise(lambda t: 6.0, 200, **DEAD)
+    assert event.text.startswith("iteration 40: the MTP predictions agree with the main one at 99.0% of the slots")
+    assert "right at 4.0%" in event.text
+    assert "means nothing" in event.text
+    assert "top1_target" in event.text
 
 
 @pytest.mark.parametrize(
@@ -185,3 +306,78 @@ def test_agreement_that_means_something_is_silent(changed: dict[str, float]):
 
 def test_an_early_model_that_still_learns_is_silent():
     assert stepwise(lambda t: 6.2 - 0.01 * t, 200, **DEAD) == []
+
+
+def normal(source: random.Random) -> float:
+    return source.gauss(0, 1)
+
+
+def heavy_tails(source: random.Random) -> float:
+    """Student's t with three degrees of freedom."""
+    return source.gauss(0, 1) / math.sqrt(source.gammavariate(1.5, 2) / 3)
+
+
+@pytest.mark.parametrize("noise", [normal, heavy_tails])
+def test_levels_of_pure_noise_rarely_differ(noise: Callable[[random.Random], float]):
+    """20,000 comparisons of independent windows with a common level: less than 1 in 10,000 is significant."""
+    source, trends, windows = random.Random(11), Trends(), []
+    for step in range(1, 20_001):
+        trends.add(step, {"x": noise(source)})
+        if step % 20 == 0 and step > 200:
+            windows.append(trends.window(step).metrics["x"])
+    pairs = [(a, windows[i - lag]) for lag in range(1, 21) for i, a in enumerate(windows) if i >= lag]
+    assert len(pairs) > 19_000
+    assert sum(a.above(b) > 0 for a, b in pairs) <= 2
+
+
+def test_the_error_of_a_level_is_that_of_a_median_with_and_without_a_trend():
+    for slope in (0.0, 0.05):
+        source, found, errors = random.Random(5), [], []
+        for _ in range(300):
+            series = Series()
+            for step in range(1, 101):
+                series.add(step, slope * step + source.gauss(0, 1))
+            level = series.level()
+            assert level is not None
+            found.append(level.value)
+            errors.append(level.error)
+        mean = math.fsum(found) / len(found)
+        spread = math.sqrt(math.fsum((x - mean) ** 2 for x in found) / len(found))
+        assert math.fsum(errors) / len(errors) == pytest.approx(spread, rel=0.15)
+
+
+def test_a_spike_moves_neither_level_nor_noise():
+    calm, spiky, source = Series(), Series(), random.Random(2)
+    for step in range(1, 101):
+        value = source.gauss(0, 1)
+        calm.add(step, value)
+        spiky.add(step, value + 1000 * (step == 95))
+    before, after = calm.level(), spiky.level()
+    assert before is not None
+    assert after is not None
+    assert abs(after.value - before.value) < 0.5
+    assert after.error < 1.3 * before.error
+
+
+def test_the_history_is_sparser_the_older_it_is():
+    trends = Trends()
+    for step in range(20, 40_001, 20):
+        trends.keep(Window(step, {"x": Level(0.0, 0.0)}))
+    steps = [window.step for window in trends.history]
+    assert len(steps) <= MAX_WINDOWS
+    assert steps[0] == 20
+    assert steps[-1] - steps[-2] <= steps[1] - steps[0]
+
+
+@pytest.mark.parametrize("interval", [10, 50, 100])
+def test_a_metric_that_is_measured_rarely_begins_and_ends_a_sign_once(interval: int):
+    monitor, source, events = HealthMonitor(built_in_signs(0)), random.Random(1), []
+    for step in range(1, 3001):
+        share = (0.9 if 1000 <= step < 2000 else 0.2) + source.gauss(0, 0.01)
+        rare = {"mtp/gradient_share": share} if step % interval == 0 else {}
+        events += monitor.check(step, {"lm loss": 3.0 + source.gauss(0, 0.1)} | rare)
+    assert [(event.sign, event.begins) for event in events] == [
+        ("main overshadowed", True),
+        ("main overshadowed", False),
+    ]
+    assert events[0].iteration <= 1000 + 3 * interval

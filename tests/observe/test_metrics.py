@@ -26,7 +26,6 @@ BRIDGE_LINE = (
 def test_console_line_is_megatrons_to_the_character():
     unknown = {
         "num_zeros": None,
-        "params_norm": None,
         "tokens_per_s_per_device": None,
         "tflops_per_device": None,
         "mfu": None,

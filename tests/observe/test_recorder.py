@@ -16,10 +16,10 @@ import pytest
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.errors import ConfigError
-from megatron_mtp.observe.health import SIGNS, WINDOW_STEPS, Window
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.observe.metrics import columns, scalars
 from megatron_mtp.observe.recorder import Recorder, RunInfo, metrics_path
+from megatron_mtp.observe.trends import WINDOW_STEPS, Window
 from tests.observe.records import make_record
 from tests.observe.wandb_file import read_history, read_records
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_goes_on_in_its_records(tmp_path: Path):
     state = record_steps(cfg, range(1, 6))
     resumed = record_steps(cfg, range(4, 7), json.loads(json.dumps(state)), offset=0.5)
     assert resumed["wandb_run_id"] == state["wandb_run_id"]
-    assert [step["lm loss"] for step in resumed["signs"]["steps"]] == [9.0, 8.0, 7.0, 6.0, 5.0, 6.5, 5.5, 4.5]
+    assert resumed["signs"]["trends"]["series"]["lm loss"][1] == [9.0, 8.0, 7.0, 6.0, 5.0, 6.5, 5.5, 4.5]
     expected = {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.5, 5: 5.5, 6: 4.5}
     steps = read_metrics(metrics_path(cfg))
     assert {step["iteration"]: step["lm loss"] for step in steps} == expected
@@ -112,7 +112,7 @@ def test_a_rollback_takes_the_signs_back_too(tmp_path: Path):
     recorder.step(make_record(2, losses={"lm loss": 9.0}))
     recorder.roll_back(1, kept)
     assert recorder.state()["signs"] == kept
-    assert [step["lm loss"] for step in kept["steps"]] == [3.0]
+    assert kept["trends"]["series"]["lm loss"][1] == [3.0]
     recorder.close()
 
 
@@ -244,9 +244,28 @@ def test_a_warning_sign_is_an_alert(tmp_path: Path):
     recorder.step(make_record(1, losses={"lm loss": math.nan}))
     recorder.close()
     (alert,) = read_records(tmp_path, recorder.state()["wandb_run_id"], "alert")
-    assert (alert.title, alert.level) == ("megatron-mtp: warning", "WARN")
+    assert (alert.title, alert.level) == ("megatron-mtp: warning, not finite", "WARN")
     ((step, text),) = read_texts(cfg.logger.tensorboard_dir)["warning"]
     assert (step, text) == (1, alert.text)
+
+
+def test_the_end_of_a_sign_reaches_every_record(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    cfg = make_config(tmp_path, wandb=True)
+    recorder = Recorder(cfg, RunInfo(), is_writer=True)
+    with caplog.at_level(logging.INFO):
+        for iteration in range(1, 31):
+            recorder.step(make_record(iteration, losses={"lm loss": math.nan if iteration < 5 else 3.0}))
+    recorder.close()
+    (line,) = read_metrics(metrics_path(cfg), "recovery")
+    assert (line["iteration"], line["sign"]) == (24, "not finite")
+    assert line["text"] == "iteration 24: the sign 'not finite' is over; it was reported at iteration 1."
+    assert line["text"] in [r.getMessage() for r in caplog.records]
+    assert read_texts(cfg.logger.tensorboard_dir)["recovery"] == [(24, line["text"])]
+    alerts = read_records(tmp_path, recorder.state()["wandb_run_id"], "alert")
+    assert [(a.title, a.level) for a in alerts] == [
+        ("megatron-mtp: warning, not finite", "WARN"),
+        ("megatron-mtp: recovery, not finite", "INFO"),
+    ]
 
 
 def test_the_config_is_in_tensorboard(tmp_path: Path):
@@ -292,13 +311,13 @@ def test_a_sign_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture):
         grows = history and now.metrics["grad-norm"].above(history[-1].metrics["grad-norm"]) > 0
         return "the gradient norm grows." if grows else None
 
-    signs = {**SIGNS, "grad norm grows": grad_norm_grows}
+    signs = {"grad norm grows": grad_norm_grows}
     recorder = Recorder(make_config(tmp_path), RunInfo(), is_writer=True, signs=signs)
     for iteration in range(1, 3 * WINDOW_STEPS):
         recorder.step(make_record(iteration, grad_norm=float(iteration)))
     recorder.close()
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == [f"iteration {2 * WINDOW_STEPS}: the gradient norm grows."]
+    assert warnings == [f"iteration {WINDOW_STEPS + 10}: the gradient norm grows."]
 
 
 def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

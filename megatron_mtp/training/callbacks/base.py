@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.observe.health import Sign
+from megatron_mtp.observe.signs import Sign
 from megatron_mtp.training.evaluation import EvaluationResult
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState

@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.observe.signs import Sign
+from megatron_mtp.observe.trends import Window
 from megatron_mtp.training.callbacks.base import ConfiguredCallback
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.step import StepResult
 
-logger = logging.getLogger(__name__)
-
 MARGIN_S = 0.02
 """Smaller differences are noise, as in tiny models."""
-MIN_INTERVAL = 10
-"""Fewer steps are too noisy to compare."""
+INTERVAL = 10
+"""Steps between comparisons: few enough to name a rank soon, many enough for a median."""
 
 
 class StragglerReport(ConfiguredCallback):
-    """Compares how long each rank takes to compute its own gradients, averaged over some steps.
+    """The health sign of slow ranks: compares how long each rank takes to compute its own gradients.
 
     After that, ranks wait for each other in the reduction, so a complete step takes the same time on all. Pipeline
     stages wait for each other earlier, so with PP the report names the slow data-parallel replica, not the stage.
 
     Args:
-        factor: a rank is named if it takes this many times the median.
-        interval: steps between comparisons; at least MIN_INTERVAL.
+        factor: a rank is named if its median over INTERVAL steps is this many times the median of all ranks.
     """
 
-    def __init__(self, factor: float, interval: int):
-        self._factor, self._interval = factor, max(interval, MIN_INTERVAL)
+    def __init__(self, factor: float):
+        self._factor = factor
         self._times_s: list[float] = []
+        self._hosts: list[Any] = []
+        self._slow: list[str] = []
 
     @classmethod
     def from_config(cls, cfg: ConfigContainer) -> StragglerReport | None:
         """Asked for by dist.straggler_factor."""
-        return cls(cfg.dist.straggler_factor, cfg.logger.log_interval) if cfg.dist.straggler_factor else None
+        return cls(cfg.dist.straggler_factor) if cfg.dist.straggler_factor else None
+
+    def health_signs(self) -> dict[str, Sign]:
+        """The sign `slow rank`."""
+
+        def slow_rank(history: Sequence[Window], now: Window) -> str | None:
+            return " ".join(self._slow) or None
+
+        return {"slow rank": slow_rank}
+
+    def on_train_start(self, run: Run, state: TrainState) -> None:
+        """A collective: every rank says where it runs."""
+        self._hosts = [None] * dist.get_world_size()
+        dist.all_gather_object(self._hosts, socket.gethostname())
 
     def on_step_end(self, run: Run, state: TrainState, result: StepResult) -> None:
-        """Records one step; every interval steps a collective compares the ranks."""
+        """Records one step; every INTERVAL steps a collective compares the ranks."""
         if dist.get_world_size() == 1:
             return
         self._times_s.append(run.engine.gradients.own_s)
-        if len(self._times_s) < self._interval:
+        if state.iteration % INTERVAL:
             return
-        mean_s = statistics.fmean(self._times_s)
+        own = torch.tensor([statistics.median(self._times_s)], dtype=torch.float64, device=run.device.torch_device)
         self._times_s.clear()
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (mean_s, socket.gethostname()))
-        for straggler in stragglers(everyone, self._factor):
-            logger.warning("iteration %d: %s", state.iteration, straggler)
+        everyone = own.new_empty(dist.get_world_size())
+        dist.all_gather_into_tensor(everyone, own)
+        self._slow = stragglers(list(zip(everyone.tolist(), self._hosts, strict=True)), self._factor)
 
 
 def stragglers(everyone: list[tuple[float, str]], factor: float) -> list[str]:

@@ -23,7 +23,7 @@ class Hang(Callback):
         if self.how == "slow" and os.environ["RANK"] == "1":
             named = run.engine.chunks[0].named_parameters()
             weight = next(weight for name, weight in named if name.endswith("layernorm.weight"))
-            weight.register_hook(lambda gradient: time.sleep(0.2) or gradient)
+            weight.register_hook(lambda gradient: time.sleep(0.5) or gradient)
 
     def on_step_end(self, run, state, result):
         if os.environ["RANK"] == str(int(self.how != "first frozen")) and state.iteration == 3:
@@ -35,7 +35,7 @@ class Hang(Callback):
 
 if __name__ == "__main__":
     folder, how = Path(sys.argv[1]), sys.argv[2]
-    cfg = tiny(folder, train_iters=12)
+    cfg = tiny(folder, train_iters=25 if how == "slow" else 12)
     cfg.validation.eval_iters, cfg.logger.log_interval = 0, 10
     cfg.dist.watchdog_s, cfg.dist.distributed_timeout_minutes = 6.0, 2.0
     (folder / "started").touch()

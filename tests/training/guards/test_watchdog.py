@@ -76,9 +76,10 @@ def test_a_frozen_rank_0_that_serves_the_store_is_reported_in_time():
 @pytest.mark.slow
 def test_a_slow_rank_is_named(tmp_path: Path, capfd):
     assert hang(tmp_path, "slow") == 0
-    warnings = [line for line in capfd.readouterr().err.splitlines() if "is slow" in line]
-    assert warnings
-    assert all("rank 1 on " in line for line in warnings)
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if "is slow" in line]
+    assert "rank 1 on " in warning
+    (sign,) = read_metrics(tmp_path / "metrics.jsonl", "warning")
+    assert (sign["sign"], sign["iteration"]) == ("slow rank", 20)
 
 
 @pytest.mark.unit
