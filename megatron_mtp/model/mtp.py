@@ -24,6 +24,7 @@ from megatron_mtp.errors import ConfigError
 from megatron_mtp.mcore.main_grad import embedding_class
 from megatron_mtp.mcore.mtp import mtp_block_class
 from megatron_mtp.mcore.router import share_z_loss
+from megatron_mtp.model.trunk_gradient import TrunkGradient
 
 
 class DepthInputs(Protocol):
@@ -176,12 +177,14 @@ class MTPModel(GPTModel):
             self.output_layer.weight = None
         if self.mtp_process and self.config.mtp_use_repeated_layer:
             share_z_loss(self.mtp, self.config.mtp_num_layers)
+        self.trunk_gradient = TrunkGradient()
         self._pre_norm_hidden: Tensor | None = None
         if self.mtp_process and hidden_source == "pre_final_norm":
             self.decoder.final_layernorm.register_forward_pre_hook(self._keep_pre_norm_hidden)
 
-    def _keep_pre_norm_hidden(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._pre_norm_hidden = inputs[0]
+    def _keep_pre_norm_hidden(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        main, self._pre_norm_hidden = self.trunk_gradient.branches(inputs[0])
+        return main, *inputs[1:]
 
     def _postprocess(
         self,
@@ -237,12 +240,14 @@ class MTPModel(GPTModel):
         return output_processor(states, self.head_weight(), output_processor_context)
 
     def _run_depths(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        source, self._pre_norm_hidden = self._pre_norm_hidden, None
+        main, source, self._pre_norm_hidden = hidden_states, self._pre_norm_hidden, None
         if source is None:
-            return self.mtp(hidden_states=hidden_states, **kwargs)
+            main, source = self.trunk_gradient.branches(hidden_states)
         states = self.mtp(hidden_states=source, **kwargs)
-        # The first block of rows is what depth 1 read; the head of depth 0 reads the normed one.
-        return torch.cat([hidden_states, states[hidden_states.shape[0] :]], dim=0)
+        if main is source:
+            return states
+        # The first block of rows is what depth 1 read; the head of depth 0 reads the normed one, or its own branch.
+        return torch.cat([main, states[main.shape[0] :]], dim=0)
 
     def head_weight(self) -> Tensor:
         """The output weight of this stage, [v_padded/tp, h]: its own, or the embedding when tied."""

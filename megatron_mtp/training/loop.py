@@ -24,6 +24,7 @@ from megatron_mtp.training.guards.faults import Action, FaultWatch, decide, poli
 from megatron_mtp.training.guards.preemption import Decision, StepBoundary
 from megatron_mtp.training.guards.repeats import Repeats
 from megatron_mtp.training.guards.watchdog import Watchdog
+from megatron_mtp.training.measurements import Measurements
 from megatron_mtp.training.optimizer import apply_schedules
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run
@@ -51,6 +52,8 @@ class Trainer:
         watch: judges losses and gradient of each step.
         watchdog: gets a heartbeat before everything that may take long.
         callbacks: called in this order at each event.
+        throughput: turns times into rates.
+        measurements: what is measured in some steps only.
     """
 
     run: Run
@@ -62,6 +65,7 @@ class Trainer:
     watchdog: Watchdog
     callbacks: list[Callback]
     throughput: Throughput
+    measurements: Measurements
     spikes: Repeats = field(default_factory=Repeats)
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
     is_preempted: bool = False
@@ -93,8 +97,8 @@ class Trainer:
         while decision.leave is None and (end is None or state.consumed_samples < end):
             self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
             with record_function("data"):
-                batch = next(batches)
-            if self._step(batch) == "roll back":
+                batch, data_s = next(batches)
+            if self._step(batch, data_s) == "roll back":
                 batches.close()
                 self._roll_back(batch)
                 batches = self._batches()
@@ -103,8 +107,8 @@ class Trainer:
         batches.close()
         return decision
 
-    def _batches(self) -> Generator[GlobalBatch]:
-        """The batches of the steps to come."""
+    def _batches(self) -> Generator[tuple[GlobalBatch, float]]:
+        """The batches of the steps to come, each with the seconds that the slowest rank waited for its data."""
         return agreed(self.run.data.train(self.state.data_position), self.run.device.torch_device)
 
     def _start(self) -> Decision:
@@ -166,14 +170,20 @@ class Trainer:
             self._save(reason)
             self.saver.finalize(blocking=True)
 
-    def _step(self, batch: GlobalBatch) -> Action:
-        """One step, counted and recorded unless the run goes back because of it."""
+    def _step(self, batch: GlobalBatch, data_s: float) -> Action:
+        """One step, counted and recorded unless the run goes back because of it.
+
+        Args:
+            data_s: seconds that the batch was waited for.
+        """
         cfg, state, engine = self.run.cfg, self.state, self.run.engine
         self.watchdog.beat(f"iteration {state.iteration + 1}: the step")
         started = time.perf_counter()
         resolved, samples = self.run.resolved, state.consumed_samples
         rate = apply_schedules(engine.optimizer, resolved.learning_rate, resolved.weight_decay, samples)
         loss_factor = resolved.loss_factor.at(state.consumed_tokens)
+        loss_scale = float(engine.optimizer.get_loss_scale())
+        self.measurements.begin(state.iteration + 1)
         result = engine.train(batch, loss_factor, self.watch)
         elapsed_s = time.perf_counter() - started
 
@@ -185,6 +195,7 @@ class Trainer:
             return "roll back"
         state.advance(len(batch.sample_ids), cfg.model.seq_length)
         state.add_acceptance(result.acceptance_by_depth())
+        measured = self.measurements.read(loss_scale)
         record = step_record(
             self.run,
             state,
@@ -194,7 +205,7 @@ class Trainer:
             loss_factor=loss_factor,
             elapsed_s=elapsed_s,
             rates=self.throughput.rates(len(batch.sample_ids), elapsed_s),
-            saving=self.saver.metrics(),
+            extra=measured | self.saver.metrics() | {"perf/data_ms": data_s * 1e3},
         )
         record.metrics = self._call("on_step_end", result, taken=built_in_names(record))
         self.recorder.step(record)

@@ -35,6 +35,7 @@ from megatron_mtp.training.guards.out_of_memory import explained_out_of_memory
 from megatron_mtp.training.guards.preemption import SignalWatch, StepBoundary
 from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.loop import Trainer
+from megatron_mtp.training.measurements import Measurements
 from megatron_mtp.training.run_facts import run_facts
 from megatron_mtp.training.saving import Saver
 from megatron_mtp.training.setup import Run, build, join_groups, leave_groups
@@ -145,6 +146,7 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
         watchdog=watchdog,
         callbacks=callbacks,
         throughput=Throughput.of(cfg, run.resolved.world_size, run.device.name),
+        measurements=Measurements(run.resolved, run.engine.chunks, run.groups, device),
     )
     try:
         with signals:  # before it there is nothing to save, and SIGTERM ends the process

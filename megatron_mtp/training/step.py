@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -35,12 +36,14 @@ class StepResult(BatchMetrics):
         grad_norm: norm of the gradient before clipping; None where it was not computed.
         num_zeros: zeros in the gradient, if they are counted.
         fault: what is wrong with the step.
+        update_s: seconds that this rank took for the norm of the gradient and the update; None: there was none.
     """
 
     updated: bool = False
     grad_norm: float | None = None
     num_zeros: int | None = None
     fault: Fault | None = None
+    update_s: float | None = None
 
     @property
     def has_nan(self) -> bool:
@@ -96,11 +99,13 @@ class Engine:
             fault = watch.of_gradient(norm) or fault
             return watch.lets_pass(fault)
 
+        began = time.perf_counter()
         with record_function("update"):
             updated, norm, num_zeros = guarded_step(self.optimizer, permits)
+        update_s = time.perf_counter() - began
         if updated and fault is None:
             watch.remember(losses, norm)
-        return StepResult(**found, updated=updated, grad_norm=norm, num_zeros=num_zeros, fault=fault)
+        return StepResult(**found, updated=updated, grad_norm=norm, num_zeros=num_zeros, fault=fault, update_s=update_s)
 
     def forward_backward(self, batch: GlobalBatch, loss_factor: float) -> BatchMetrics:
         """Leaves the gradients of the total, reduced over all ranks, in the gradient buffers."""

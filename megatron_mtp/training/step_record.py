@@ -21,17 +21,19 @@ def step_record(
     loss_factor: float,
     elapsed_s: float,
     rates: Rates,
-    saving: dict[str, float],
+    extra: dict[str, float],
 ) -> StepRecord:
     """The record of a step that `state` counts already.
 
     Args:
         batch_size: samples of the global batch.
         loss_factor: lambda.
-        saving: metrics of checkpoints since the last step.
+        extra: other metrics of the step, by name.
     """
     num_depths = run.engine.objective.num_depths
-    extra = result.acceptance_rates() | saving
+    extra = result.acceptance_rates() | run.engine.gradients.times_ms() | extra
+    if result.update_s is not None:
+        extra["perf/update_ms"] = result.update_s * 1e3
     for name, count in zip(loss_names(num_depths), result.depth_counts.tolist(), strict=True):
         extra[f"{name.removesuffix(' loss')}/num_targets"] = count
     if num_depths:

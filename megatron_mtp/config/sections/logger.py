@@ -24,6 +24,8 @@ class LoggerConfig(Section):
     """Folder of TensorBoard events; None: off."""
     tensorboard_log_interval: int = knob(1, ge=1, le=MAX_STEPS)
     """Steps between TensorBoard, W&B and JSONL records."""
+    health_interval: int | None = knob(10, ge=1, le=MAX_STEPS)
+    """Steps between measurements of MTP's share of the gradient and of the loads of experts; None: never."""
     wandb_project: str | None = None
     """Weights & Biases project; None: off."""
     wandb_exp_name: str | None = None

@@ -24,6 +24,8 @@ from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.metrics import BatchMetrics
 
 SHOWN = 3
+BEGUN, DONE, REDUCED = range(3)
+"""Moments of a step: before its first pass, this rank's own gradients are complete, they are reduced."""
 
 
 class GradientWatch:
@@ -45,11 +47,10 @@ class GradientWatch:
         self.readers: list[Callable[[], None]] = []
         """Called in each step when the gradients are reduced, before they are scaled, clipped or applied."""
         self._norms: Tensor | None = None
-        self._started = self._done = 0.0
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._clocks = [0.0, 0.0, 0.0]
+        self._events: list[torch.cuda.Event] = []
         if next(chunks[0].parameters()).device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            self._events = first, last
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
 
     @property
     def own_s(self) -> float:
@@ -57,26 +58,41 @@ class GradientWatch:
 
         On a GPU it is device time; read it only after the step's losses.
         """
-        if self._events is not None:
-            return float(self._events[0].elapsed_time(self._events[1])) / 1e3
-        return self._done - self._started
+        return self._between(BEGUN, DONE)
+
+    def times_ms(self) -> dict[str, float]:
+        """Times of the last step on this rank in ms, read as `own_s`.
+
+        `perf/forward_backward_ms` is that of `own_s`, `perf/reduction_ms` that of bringing the gradients of all ranks
+        together. With `overlap_grad_reduce` most of that happens in the first one.
+        """
+        spans = {"perf/forward_backward_ms": (BEGUN, DONE), "perf/reduction_ms": (DONE, REDUCED)}
+        return {name: self._between(*span) * 1e3 for name, span in spans.items()}
+
+    def _between(self, first: int, last: int) -> float:
+        if self._events:
+            return float(self._events[first].elapsed_time(self._events[last])) / 1e3
+        return self._clocks[last] - self._clocks[first]
+
+    def _mark(self, moment: int) -> None:
+        self._clocks[moment] = time.perf_counter()
+        if self._events:
+            self._events[moment].record()
 
     def begin(self) -> None:
         """Starts the notes of a step."""
-        self._norms, self._started = None, time.perf_counter()
-        if self._events is not None:
-            self._events[0].record()
+        self._norms = None
+        self._mark(BEGUN)
 
     def around(self, finalize: Callable[..., None]) -> Callable[..., None]:
         """Wraps Megatron-Core's hook that reduces gradients."""
 
         def noted(*arguments: Any, **options: Any) -> None:
-            self._done = time.perf_counter()
-            if self._events is not None:
-                self._events[1].record()
+            self._mark(DONE)
             if not self.is_overlapped:
                 self._note()
             finalize(*arguments, **options)
+            self._mark(REDUCED)
             for read in self.readers:
                 read()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
@@ -12,20 +13,26 @@ from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.data.prefetch import Prefetcher
 from megatron_mtp.errors import DataError, LostDataError
 
+MAX_WAIT_US = 2**31 - 1
+"""What fits the collective's int32: 36 minutes."""
 
-def agreed(batches: Prefetcher[GlobalBatch], device: torch.device) -> Generator[GlobalBatch]:
+
+def agreed(batches: Prefetcher[GlobalBatch], device: torch.device) -> Generator[tuple[GlobalBatch, float]]:
     """The same batches; an error in the data of one rank is raised on every rank. Each batch is a collective.
 
     Args:
         batches: closed when the generator ends or is closed.
         device: where collectives keep their tensors.
 
+    Yields:
+        (batch, seconds that the slowest rank waited until it had its part of it).
+
     Raises:
         LostDataError: on every rank, before the same batch: some rank cannot read it.
     """
-    with closing(agreed_with(batches, device, tuple)) as pairs:
-        for batch, _ in pairs:
-            yield batch
+    with closing(_agreed(batches, device, tuple)) as found:
+        for batch, _, wait_s in found:
+            yield batch, wait_s
 
 
 def agreed_with(
@@ -36,21 +43,31 @@ def agreed_with(
     Args:
         noticed: what this rank has noticed, one flag for each question; the same questions on every rank.
     """
+    with closing(_agreed(batches, device, noticed)) as found:
+        for batch, flags, _ in found:
+            yield batch, flags
+
+
+def _agreed(
+    batches: Prefetcher[GlobalBatch], device: torch.device, noticed: Callable[[], Sequence[bool]]
+) -> Generator[tuple[GlobalBatch, list[bool], float]]:
     with closing(batches):
         while True:
-            problem, batch = "", None
+            problem, batch, began = "", None, time.perf_counter()
             try:
                 batch = next(batches, None)
             except DataError as error:
                 problem = str(error)
-            flags = torch.tensor([bool(problem), *noticed()], dtype=torch.int, device=device)
+            wait_us = min(int((time.perf_counter() - began) * 1e6), MAX_WAIT_US)
+            flags = torch.tensor([wait_us, bool(problem), *noticed()], dtype=torch.int, device=device)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            has_problem, *found = map(bool, flags.tolist())
+            wait_us, *flag_values = flags.tolist()
+            has_problem, *found = map(bool, flag_values)
             if has_problem:
                 raise LostDataError(_problems(problem))
             if batch is None:
                 return
-            yield batch, found
+            yield batch, found, wait_us / 1e6
 
 
 def _problems(own: str) -> str:
