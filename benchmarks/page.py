@@ -30,6 +30,7 @@ RUNS: dict[str, list[str]] = {
     "step_moe": ["step", "--kind", "moe", "--depths", "1", "--no-memory"],
     "head": ["head"],
     "loop": ["loop"],
+    "monitoring": ["monitoring"],
     "start": ["start"],
     "prepare": ["prepare", "--rounds", "6"],
     "load": ["load"],

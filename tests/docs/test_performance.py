@@ -37,6 +37,7 @@ def test_the_list_is_printed():
 SHORT = {
     "head": ["--tokens", "64", "--vocab", "512", "--rounds", "6"],
     "loop": ["--rounds", "6"],
+    "monitoring": ["--rounds", "6", "--small"],
     "start": ["--rounds", "6"],
     "prepare": ["--megabytes", "1", "--rounds", "6"],
     "load": ["--sets", "3", "--documents", "200", "--rounds", "6"],
