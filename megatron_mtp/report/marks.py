@@ -12,13 +12,14 @@ KINDS = {
     "fault": "fault",
     "warning": "sign",
     "recovery": "recovery",
+    "autotune": "autotune",
     "rollback": "rollback",
     "start": "restart",
     "phase": "phase",
 }
 """Kind of a record -> what the report calls it."""
-SIGNS_AND_FAULTS = ("warning", "recovery", "fault")
-"""Kinds of lines that say how the run is."""
+SIGNS_AND_FAULTS = ("warning", "recovery", "fault", "autotune")
+"""Kinds of lines that say how the run is, and what was done about it."""
 MOST = 100
 """Marks of one kind that are drawn; the tables have all."""
 

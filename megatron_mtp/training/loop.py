@@ -14,6 +14,7 @@ from megatron_mtp.config.blend import set_label
 from megatron_mtp.data.batch import GlobalBatch
 from megatron_mtp.errors import LostDataError, StoppedEvaluationError
 from megatron_mtp.observe.recorder import Recorder
+from megatron_mtp.training.autotune import LossFactorTuner
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore
 from megatron_mtp.training.callbacks.events import call_event
@@ -54,6 +55,7 @@ class Trainer:
         callbacks: called in this order at each event.
         throughput: turns times into rates.
         measurements: what is measured in some steps only.
+        tuner: changes the loss factor; None: it is the schedule's.
     """
 
     run: Run
@@ -66,6 +68,7 @@ class Trainer:
     callbacks: list[Callback]
     throughput: Throughput
     measurements: Measurements
+    tuner: LossFactorTuner | None = None
     spikes: Repeats = field(default_factory=Repeats)
     evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
     is_preempted: bool = False
@@ -181,7 +184,7 @@ class Trainer:
         started = time.perf_counter()
         resolved, samples = self.run.resolved, state.consumed_samples
         rate = apply_schedules(engine.optimizer, resolved.learning_rate, resolved.weight_decay, samples)
-        loss_factor = resolved.loss_factor.at(state.consumed_tokens)
+        loss_factor = resolved.loss_factor.at(state.consumed_tokens) * (self.tuner.scale if self.tuner else 1.0)
         loss_scale = float(engine.optimizer.get_loss_scale())
         self.measurements.begin(state.iteration + 1)
         result = engine.train(batch, loss_factor, self.watch)
@@ -196,6 +199,8 @@ class Trainer:
         state.advance(len(batch.sample_ids), cfg.model.seq_length)
         state.add_acceptance(result.acceptance_by_depth())
         measured = self.measurements.read(loss_scale)
+        if self.tuner and (changed := self.tuner.step(state.iteration, result.named_losses() | measured)):
+            self.recorder.message(changed, kind="autotune", iteration=state.iteration)
         record = step_record(
             self.run,
             state,
@@ -236,6 +241,8 @@ class Trainer:
         """Goes back to the last checkpoint; the data continues after this batch."""
         self.saver.roll_back(len(batch.sample_ids))
         restore(self.callbacks, self.state)
+        if self.tuner:
+            self.tuner.load_state_dict(self.state.health.get("autotune", {}))
         self.recorder.roll_back(self.state.iteration, self.state.health.get("signs"))
 
     def _evaluate(self) -> bool:
@@ -277,6 +284,8 @@ class Trainer:
         self._call("on_save")
         if signs := self.recorder.state().get("signs"):  # on the rank that writes
             self.state.health["signs"] = signs
+        if self.tuner:
+            self.state.health["autotune"] = self.tuner.state_dict()
         self.state.callbacks |= {callback.name: kept for callback in self.callbacks if (kept := callback.state_dict())}
         if self.saver.save(reason):
             self.boundary.saved()

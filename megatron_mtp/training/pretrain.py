@@ -22,6 +22,7 @@ from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.observe.signs import built_in_signs, signs_after_warmup
 from megatron_mtp.parallel.resolve import resolve
+from megatron_mtp.training.autotune import LossFactorTuner
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore
 from megatron_mtp.training.callbacks.configured import configured_callbacks
@@ -147,6 +148,7 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
         callbacks=callbacks,
         throughput=Throughput.of(cfg, run.resolved.world_size, run.device.name),
         measurements=Measurements(run.resolved, run.engine.chunks, run.groups, device),
+        tuner=_tuner(run, state),
     )
     try:
         with signals:  # before it there is nothing to save, and SIGTERM ends the process
@@ -169,6 +171,16 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
         logger.info("left after iteration %d: %s", state.iteration, trainer.stop_reason)
     exit_code = cfg.dist.preempted_exit_code if trainer.is_preempted else 0
     return Summary(state, trainer.evaluations, dict(recorder.places), exit_code, trainer.stop_reason)
+
+
+def _tuner(run: Run, state: TrainState) -> LossFactorTuner | None:
+    """What changes the loss factor, if anything does, as it was when the checkpoint was written."""
+    kept = state.health.pop("autotune", {})
+    if not run.cfg.train.mtp_autotune:
+        return None
+    tuner = LossFactorTuner(run.resolved.depths.count)
+    tuner.load_state_dict(kept)
+    return tuner
 
 
 def _end_text(trainer: Trainer) -> str:

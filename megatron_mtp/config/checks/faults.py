@@ -32,6 +32,9 @@ def fault_problems(cfg: RunConfig) -> list[Problem]:
 
 def _policy_problems(cfg: RunConfig) -> list[Problem]:
     ckpt, problems = cfg.checkpoint, []
+    if cfg.train.mtp_autotune and not cfg.model.mtp_num_layers:
+        rule = "with {model.mtp_num_layers=} there is no MTP loss whose factor could be changed"
+        problems.append(problem(cfg, "train.mtp_autotune", rule))
     for name in (f"train.{name}" for name in ("on_nan", "on_spike") if getattr(cfg.train, name) == "rollback"):
         if ckpt.save is None or not (ckpt.save_interval or ckpt.save_interval_mins):
             rule = (

@@ -46,6 +46,8 @@ class TrainConfig(Section):
     """A spike is this many standard deviations above the mean of the last spike_window good steps."""
     spike_window: int = knob(128, ge=4, le=1_000_000, resume="curve")
     """Good steps that a spike is compared with. Spikes are detected once half of them exist."""
+    mtp_autotune: bool = knob(False, resume="curve")
+    """Lower or raise the MTP loss factor when health signs ask for it, by a fixed rule (docs/monitoring.md)."""
     skip_limit: int = knob(10, ge=1, le=MAX_STEPS, resume="free")
     """Steps skipped in a row after which the run stops."""
     rollback_limit: int = knob(3, ge=0, le=1_000_000, resume="free")
