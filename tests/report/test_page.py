@@ -18,8 +18,10 @@ import pytest
 from megatron_mtp.cli.main import main
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.jsonl import read_metrics
+from megatron_mtp.observe.run_log import open_log
 from megatron_mtp.report.charts import charts
 from megatron_mtp.report.curves import BUCKETS, Curve, reduced
+from megatron_mtp.report.marks import marks
 from megatron_mtp.report.page import names, open_runs, page, write_report
 from megatron_mtp.report.traces import measured_step
 from tests.report.logs import LOGS, LogWriter, long_log
@@ -231,6 +233,21 @@ def test_a_log_of_few_metrics_and_one_of_nothing_are_shown(tmp_path: Path):
     assert [axis["key"] for axis in found.data["axes"]] == ["iteration"]
     nothing = report(LogWriter(tmp_path / "nothing").path)
     assert not nothing.data["charts"]
+
+
+def test_signs_that_begin_and_end_are_in_the_table_and_marked_in_the_curves(tmp_path: Path):
+    log = LogWriter(tmp_path / "run").start().steps(1, 40)
+    for kind, step in (("warning", 20), ("recovery", 30), ("autotune", 35)):
+        log.line(kind, step, text=f"iteration {step}: text of {kind}")
+    found = report(log.path)
+    rows = found.tables["Health signs and faults"][1:]
+    assert [[row[0], *row[2:]] for row in rows] == [
+        ["20", "sign", "text of warning"],
+        ["30", "recovery", "text of recovery"],
+        ["35", "autotune", "text of autotune"],
+    ]
+    kinds = [mark.kind for mark in marks(open_log(log.path))]
+    assert kinds == ["sign", "recovery", "autotune"]
 
 
 def test_text_of_a_run_cannot_break_the_page(tmp_path: Path):

@@ -18,6 +18,9 @@ from tests.report.logs import LOGS, LogWriter
 
 pytestmark = pytest.mark.unit
 
+CHANGES = (("warning", 20, "mtp_1 loss rose"), ("recovery", 30, "it is over"), ("autotune", 35, "halved"))
+"""Kind, iteration and text of lines."""
+
 
 @pytest.mark.parametrize("name", LOGS)
 def test_a_screen_is_plain_text_of_80_columns(tmp_path: Path, name: str):
@@ -44,6 +47,18 @@ def test_a_screen_says_what_the_log_says(tmp_path: Path):
     assert "back to iteration 20, 10 steps again" in text
     assert "0:00:" not in text  # nothing is left of a run that has ended
     assert "0:00:11 left" in "\n".join(screen(open_log(LOGS["going_on"](tmp_path).path), time.time()))  # 60 x 199 ms
+
+
+def test_signs_that_begin_and_end_and_what_was_done_are_shown(tmp_path: Path):
+    log = LogWriter(tmp_path / "run").start().steps(1, 40)
+    for kind, step, text in CHANGES:
+        log.line(kind, step, text=f"iteration {step}: {text}")
+    shown = screen(open_log(log.path), time.time())
+    assert [line.split(maxsplit=1) for line in shown[-3:]] == [
+        ["20", "sign: mtp_1 loss rose"],
+        ["30", "recovery: it is over"],
+        ["35", "autotune: halved"],
+    ]
 
 
 def test_a_small_curve_shows_its_shape_and_what_is_not_finite():
