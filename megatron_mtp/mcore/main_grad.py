@@ -69,6 +69,24 @@ class _Products:
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
 
 
+def accumulate(weight: Any, total_input: Tensor, grad_output: Tensor) -> Tensor | None:
+    """Adds the gradient of a linear layer's weight to its `main_grad`.
+
+    Args:
+        weight: [out, in], of a chunk for which `add_in_place` was called.
+        total_input: [n, in].
+        grad_output: [n, out].
+
+    Returns:
+        What the layer gives to autograd for it. DDP's hook runs only for a gradient, and ignores the content of this.
+    """
+    _Products.wgrad_gemm_accum_fp32(total_input, grad_output, weight.main_grad)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
 class InPlaceEmbedding(VocabParallelEmbedding):
     """Megatron-Core's embedding, whose gradient has the rows of the tokens only once `adds_in_place` is set."""
 

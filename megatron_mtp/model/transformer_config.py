@@ -15,6 +15,7 @@ from megatron_mtp.config.knob import Transfer, mcore_fields
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.model.dtypes import TORCH_DTYPES
 from megatron_mtp.parallel.resolve import ResolvedRun
+from megatron_mtp.parallel.shape import has_grouped_experts
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}
 
@@ -58,7 +59,7 @@ def transformer_config(run: ResolvedRun, *, use_te: bool, device_type: str) -> T
     }
     fields |= _communication(interleaved=layout.vp > 1, on_gpu=device_type == "cuda")
     if model.num_moe_experts:
-        fields["moe_grouped_gemm"] = use_te if model.moe_grouped_gemm is None else model.moe_grouped_gemm
+        fields["moe_grouped_gemm"] = has_grouped_experts(model, use_te=use_te, is_cpu=device_type == "cpu")
     fields |= {name: _engine_value(name, deepcopy(value)) for name, value in model.mcore.items()}
     config_class = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
     config = config_class(**fields)

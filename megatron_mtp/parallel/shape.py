@@ -8,6 +8,8 @@ from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.filled import filled
+from megatron_mtp.config.mcore.rules import unfit_for_grouped_mm
+from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.grid import RankGrid
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, mtp_dense_width
@@ -21,6 +23,19 @@ def default_logits_chunk(num_tokens: float, logit_bytes: int) -> int:
     Smaller chunks than MIN_LOGITS_CHUNK would make slow products, larger ones than MAX_LOGITS_CHUNK gain nothing.
     """
     return max(MIN_LOGITS_CHUNK, min(MAX_LOGITS_CHUNK, int(num_tokens // logit_bytes)))
+
+
+def has_grouped_experts(model: ModelConfig, *, use_te: bool, is_cpu: bool) -> bool:
+    """Whether all local experts of a finalized model share one grouped product; see model.moe_grouped_gemm.
+
+    The default is what is faster: on a CPU torch's grouped product is a loop over the experts too, after a copy of
+    their weights (docs/decisions.md, "Experts without Transformer Engine").
+    """
+    if model.num_moe_experts is None:
+        return False
+    if model.moe_grouped_gemm is not None:
+        return model.moe_grouped_gemm
+    return use_te or not (is_cpu or unfit_for_grouped_mm(model))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

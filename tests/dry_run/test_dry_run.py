@@ -115,7 +115,7 @@ def test_what_needs_transformer_engine_is_left_out_and_noted():
 
 
 def test_the_same_on_a_cpu_would_fail_at_launch():
-    run = make("tiny_moe", "model.moe_grouped_gemm=true dist.device=cpu")
+    run = make("tiny_moe", "model.mcore.fp8=e4m3 dist.device=cpu")
     assert "Transformer Engine" in str(dry_run(run).problems[0])
 
 

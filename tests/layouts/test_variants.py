@@ -28,6 +28,23 @@ def parallel_heads(cfg: ConfigContainer) -> None:
     cfg.model.mtp_variant = "parallel"
 
 
+def grouped(cfg: ConfigContainer) -> None:
+    cfg.model.moe_grouped_gemm = True
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("moe", "tp=2,sp=1,ep=2,etp=2"),
+        pytest.param("moe", "ep=2", marks=pytest.mark.slow),
+        pytest.param("mla_moe", "tp=2,sp=1,ep=2,etp=1", marks=pytest.mark.slow),
+        pytest.param("mla_moe", "pp=2,ep=2", marks=pytest.mark.slow),
+    ],
+)
+def test_grouped_products(compared, model, layout):
+    assert compared(model, layout, change=grouped).faults() == []
+
+
 @pytest.mark.parametrize(
     ("model", "layout"),
     [

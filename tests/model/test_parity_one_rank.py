@@ -85,6 +85,7 @@ CASES = {
         documents=True,
     ),
     "moe_seq_aux": Case(replace(MOE, moe=replace(SOFTMAX, seq_aux_coeff=0.1)), documents=True),
+    "moe_biases": Case(replace(MOE, bias=True)),
     "moe_dense_depths": Case(replace(MOE, mtp_ffn_size=40)),
     "moe_dense_repeated_depths": Case(replace(MLA_MOE, mtp_ffn_size=40, mtp_repeated=True)),
     "mla_dense": Case(replace(MLA_MOE, moe=None, moe_layers=None)),

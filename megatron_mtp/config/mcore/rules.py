@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_mtp.config.base import RENAMED
 from megatron_mtp.config.coerce import MisfitError, check, field_types
+from megatron_mtp.config.filled import filled
 from megatron_mtp.config.mcore_table import MCORE_FIELDS, MCORE_VERSION
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import ModelConfig
@@ -142,11 +143,30 @@ def torch_backend_problems(model: ModelConfig) -> list[Problem]:
             rule = f"{feature} needs Transformer Engine, and the backend is torch ({{model.backend=}})"
             remedy = "Remove it, or use model.backend = 'transformer_engine' on a GPU."
             problems.append(refusal(model, f"model.mcore.{name}", rule, remedy))
-    if model.moe_grouped_gemm:
-        rule = "grouped matrix products need Transformer Engine, and the backend is torch ({model.backend=})"
+    if model.moe_grouped_gemm and (unfit := unfit_for_grouped_mm(model)):
         remedy = "Leave it unset (each backend then uses its own best form)."
-        problems.append(refusal(model, "model.moe_grouped_gemm", rule, remedy))
+        problems.append(refusal(model, "model.moe_grouped_gemm", unfit, remedy))
+    if "moe_act" in (model.recompute_modules or ()):
+        rule = "'moe_act' needs Transformer Engine, and the backend is torch ({model.backend=})"
+        problems.append(refusal(model, "model.recompute_modules", rule, "Use 'moe'."))
     return problems
+
+
+GROUPED_MM_MULTIPLE = 8
+"""Numbers in 16 bytes of bf16: `torch.nn.functional.grouped_mm` takes rows that are multiples of 16 bytes."""
+
+
+def unfit_for_grouped_mm(model: ModelConfig) -> str | None:
+    """The rule of torch's grouped product that a model breaks, or None."""
+    if model.num_moe_experts is None:
+        return None
+    width = filled(model.moe_ffn_hidden_size) // model.expert_tensor_parallel_size
+    if model.hidden_size % GROUPED_MM_MULTIPLE or width % GROUPED_MM_MULTIPLE:
+        return (
+            "torch's grouped product takes widths that are multiples of 8: {model.hidden_size=}, and "
+            "{model.moe_ffn_hidden_size=} over {model.expert_tensor_parallel_size=}"
+        )
+    return None
 
 
 def without_transformer_engine(model: ModelConfig) -> tuple[ModelConfig, list[str]]:

@@ -160,7 +160,8 @@ class ModelConfig(Section):
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = knob("alltoall", mcore="moe", resume="free")
     """How tokens are sent to their experts. flex (DeepEP, HybridEP) is not supported; refused by name."""
     moe_grouped_gemm: bool | None = knob(None, mcore="own", resume="free")
-    """One grouped matrix product for all local experts (transformer_engine backend); None: where the backend has it."""
+    """One grouped matrix product for all local experts. None: with Transformer Engine, and with the torch backend on a
+    GPU where widths are multiples of 8."""
 
     # ---- multi-token prediction ----
     mtp_num_layers: Derived[int] = knob(None, ge=0, le=1000, mcore="own")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -15,13 +17,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_mtp.model.torch_backend.attention import TorchCoreAttention
+from megatron_mtp.model.torch_backend.experts import TorchExperts
 from megatron_mtp.model.torch_backend.gated_delta_net import ExactGatedDeltaNet, PlainNorm
 from megatron_mtp.model.torch_backend.mla import ExactMLASelfAttention
 from megatron_mtp.model.torch_backend.norm import TorchNorm
 
 
 class TorchSpecProvider(LocalSpecProvider):
-    """Megatron-Core's linear layers and experts, with our norms and core attention."""
+    """Megatron-Core's linear layers, with our norms, core attention and experts."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type[TorchNorm]:
         """One class for every norm; the config says which."""
@@ -30,6 +33,11 @@ class TorchSpecProvider(LocalSpecProvider):
     def core_attention(self) -> type[TorchCoreAttention]:
         """Attention of projected queries, keys and values."""
         return TorchCoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> partial[TorchExperts]:
+        """The experts of one rank, with their products in one call or one by one."""
+        submodules = super().grouped_mlp_modules(moe_use_grouped_gemm).keywords["submodules"]
+        return partial(TorchExperts, submodules=submodules, is_grouped=moe_use_grouped_gemm)
 
 
 def build_layer_spec(config: TransformerConfig, is_moe: bool, *, is_linear: bool = False) -> ModuleSpec:
@@ -60,7 +68,11 @@ def build_layer_spec(config: TransformerConfig, is_moe: bool, *, is_linear: bool
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=provider.layer_norm(),
-            mlp=get_mlp_module_spec_for_backend(provider, num_experts=config.num_moe_experts if is_moe else None),
+            mlp=get_mlp_module_spec_for_backend(
+                provider,
+                num_experts=config.num_moe_experts if is_moe else None,
+                moe_grouped_gemm=config.moe_grouped_gemm,
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=renames,
         ),

@@ -12,7 +12,7 @@ from functools import cache
 
 from megatron_mtp.config.filled import filled
 from megatron_mtp.parallel.planner.assume import NOTHING, Assumptions
-from megatron_mtp.parallel.shape import RunShape
+from megatron_mtp.parallel.shape import RunShape, has_grouped_experts
 
 ROUTER_BYTES = 22
 """For each token and expert: scores, maps, indices."""
@@ -208,6 +208,15 @@ class Activations:
         weight = rows * model.hidden_size * (4 if self.item == 4 else 4 + self.item)
         return max(widest, logits + weight + states * model.hidden_size * self.item)
 
+    @property
+    def _joint_experts(self) -> float:
+        """Experts whose weights are held at once beside the parameters: torch's grouped product reads a copy of all and
+        makes all gradients."""
+        model = self.model
+        if self.uses_te or not has_grouped_experts(model, use_te=False, is_cpu=self.is_cpu):
+            return 1.0
+        return 2.0 * filled(model.num_moe_experts) / model.expert_model_parallel_size
+
     def _layer_gradients(self, kind: str) -> float:
         """Gradients that live at once in a layer's backward pass: of the residual stream, and of the widest product."""
         model, tp = self.model, self.model.tensor_model_parallel_size
@@ -216,6 +225,8 @@ class Activations:
         if "moe" in kind:
             etp, width = self.shape.grid.expert_tp, filled(model.moe_ffn_hidden_size)
             inner = self.tokens * model.moe_router_topk * (width + model.hidden_size * etp) / tp
-            weight = model.hidden_size * max(width / etp, (model.moe_shared_expert_intermediate_size or 0) / tp)
+            weight = model.hidden_size * max(
+                width / etp * self._joint_experts, (model.moe_shared_expert_intermediate_size or 0) / tp
+            )
         factor = 4 if model.gated_linear_unit else 2
         return 3 * self.stream + (factor * inner + (2 if model.gated_linear_unit else 1) * weight) * self.item

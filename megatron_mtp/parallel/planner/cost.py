@@ -146,13 +146,14 @@ class _Estimate(Rates):
         """Routed experts: products or weights' traffic, whichever takes longer; permutation; and the shared expert. The
         exchanges are not counted.
 
-        Without grouped products (Transformer Engine's) local experts run one after another, each with its own launches
-        and as narrow as its tokens are few.
+        Without grouped products the products of local experts run one after another, each as narrow as its tokens are
+        few. torch's grouped product reads a copy of all weights that is made for it.
         """
         model, machine = self.model, self.machine
         routed, width = self.routed * self.assume.busiest_rank, filled(model.moe_ffn_hidden_size)
         flops = 2 * model.hidden_size * width * self.matrices * routed
-        weights = self.traffic(layer_parameters(model, Shards.of(model), True).expert * self.num_bytes)
+        held = layer_parameters(model, Shards.of(model), True).expert * self.num_bytes
+        weights = self.traffic(held)
         side, launch = float(min(model.hidden_size, width)), 2 * machine.launch_ms
         if not self.is_grouped:
             local = filled(model.num_moe_experts) / model.expert_model_parallel_size
@@ -161,6 +162,8 @@ class _Estimate(Rates):
         compute = max(self.linear(flops, side, is_grouped=self.is_grouped), weights)
         num_bytes = routed * self.num_bytes * (8 * model.hidden_size + 3 * width)
         num_bytes += self.tokens / self.shards * self.num_bytes * 6 * model.hidden_size
+        if self.is_grouped and not self.uses_te:
+            num_bytes += 2 * held
         time = self.both(compute, num_bytes, 0.0, launch)
         outputs = model.hidden_size + (self.matrices - 1) * width
         time = time + self.quantized(routed * (model.hidden_size + width), routed * outputs)

@@ -6,7 +6,7 @@ from megatron_mtp.config.machines import Machine
 from megatron_mtp.parallel.planner.assume import Assumptions
 from megatron_mtp.parallel.planner.links import Links
 from megatron_mtp.parallel.planner.part_costs import ZERO, PartTime
-from megatron_mtp.parallel.shape import RunShape
+from megatron_mtp.parallel.shape import RunShape, has_grouped_experts
 
 
 class Rates:
@@ -71,8 +71,11 @@ class Rates:
     @property
     def is_grouped(self) -> bool:
         """Whether all local experts share one grouped product."""
-        if self.model.moe_grouped_gemm is not None:
-            return self.model.moe_grouped_gemm
+        return has_grouped_experts(self.model, use_te=self.uses_te, is_cpu=self.machine.is_cpu)
+
+    @property
+    def uses_te(self) -> bool:
+        """Whether the modules are assumed to be Transformer Engine's."""
         return not (self.machine.is_cpu or self.model.backend == "torch")
 
 
