@@ -21,9 +21,10 @@ from megatron_mtp.checkpoint.content import Content, optimizer_scalars
 from megatron_mtp.checkpoint.directory import LOCK_NAME, RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
 from megatron_mtp.checkpoint.manifest import Evaluation, Manifest
+from megatron_mtp.checkpoint.new_layers import NewLayers
 from megatron_mtp.checkpoint.preflight import check_unused, tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
-from megatron_mtp.checkpoint.resuming import load_newest
+from megatron_mtp.checkpoint.resuming import Found, load_newest
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.checkpoint.writer import (
     BackgroundWrite,
@@ -90,6 +91,7 @@ class Checkpointer:
         self._tokenizer = tokenizer_fingerprint(cfg) if is_writer else None
         self._data = list(data_fingerprints(cfg).values()) if is_writer else []
         self._lock: Lock | None = None  # on rank 0
+        self._new_layers: NewLayers | None = None
         if self.directory:
             steps = self._open_directory()
             while run_on_rank_0(lambda: next(steps, True)) is None:  # short rounds: no rank waits long in a collective
@@ -138,11 +140,11 @@ class Checkpointer:
         if load is None:
             return False
         load_optim = self.cfg.checkpoint.load_optim
-        loaded = load_newest(self.cfg, load, chunks, optimizer, self.groups.dp_cp, load_optim=load_optim)
+        loaded = self._load_newest(load, chunks, optimizer, load_optim=load_optim)
         if loaded is None:
             return False
         found, saved = loaded
-        train_state.restore(saved)
+        self._restore(train_state, saved)
         self.last_complete = found.manifest.iteration
         if self.directory and found.path.parent.resolve() == self.directory.path.resolve():
             self._went_to(found.manifest.iteration)
@@ -157,14 +159,30 @@ class Checkpointer:
             CheckpointError: on every rank: there is no complete one.
         """
         path = self._run_directory.path
-        loaded = load_newest(self.cfg, path, chunks, optimizer, self.groups.dp_cp, load_optim=True)
+        loaded = self._load_newest(path, chunks, optimizer, load_optim=True)
         if loaded is None:
             raise CheckpointError(f"checkpoint.save = {path}: holds no checkpoint to go back to.")
         found, saved = loaded
-        train_state.restore(saved)
+        self._restore(train_state, saved)
         self._went_to(found.manifest.iteration)
         if self.rank == 0:
             logger.info("went back to %s", found.path)
+
+    def _load_newest(
+        self, path: str | Path, chunks: list[nn.Module], optimizer: MegatronOptimizer, *, load_optim: bool
+    ) -> tuple[Found, dict[str, Any]] | None:
+        layers = self._keep_new_layers(chunks)
+        return load_newest(self.cfg, path, chunks, optimizer, self.groups.dp_cp, layers, load_optim=load_optim)
+
+    def _keep_new_layers(self, chunks: list[nn.Module]) -> NewLayers:
+        """Made at the first load, before anything changes the chunks."""
+        if self._new_layers is None:
+            self._new_layers = NewLayers(self.cfg, chunks)
+        return self._new_layers
+
+    def _restore(self, train_state: TrainState, saved: dict[str, Any]) -> None:
+        train_state.restore(saved)
+        train_state.keep_depths(self.cfg.model.mtp_num_layers)
 
     def _went_to(self, iteration: int) -> None:
         """The run continues from this checkpoint in checkpoint.save; newer ones are damaged."""
@@ -189,7 +207,7 @@ class Checkpointer:
         if pretrained is None:
             return
         folder = run_on_rank_0(lambda: checkpoint_folder(pretrained))
-        load_model_weights(folder, chunks, self.groups.dp_cp)
+        load_model_weights(folder, chunks, self.groups.dp_cp, self._keep_new_layers(chunks))
         optimizer.reload_model_params()
         if self.rank == 0:
             logger.info("started from the weights of %s", folder)

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mtp.checkpoint.depth_change import DepthChange
 from megatron_mtp.config.coerce import field_types
-from megatron_mtp.config.depths import distinct_layers
 from megatron_mtp.config.knob import Resume, resume_rule
 from megatron_mtp.config.sections import RunConfig
 
@@ -46,12 +46,13 @@ def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, 
         defaults: of this version; a field that one side lacks is taken at its default.
     """
     refusals, changes = [], []
+    depths = _depth_change(saved, present)
     for section in sorted(set(saved) | set(present)):
         ours, theirs = present.get(section) or {}, saved.get(section) or {}
         for name in sorted(set(ours) | set(theirs)):
             default = (defaults.get(section) or {}).get(name, _ABSENT)
             old, new = theirs.get(name, default), ours.get(name, default)
-            if same(section, name, old, new):
+            if same(section, name, old, new) or (section == "model" and depths.leaves_open(name)):
                 continue
             text = f"{section}.{name} = {_show(new)}: the checkpoint was saved with {_show(old)}"
             rule = _rule(section, name)
@@ -60,37 +61,39 @@ def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, 
             elif rule == "fixed":
                 advice = _ADVICE.get((section, name), "It cannot change within a run.")
                 refusals.append(f"{text}. {advice}")
-    refusals += _pair_refusals(saved, present)
+    refusals += depths.refusals() + _pair_refusals(saved, present)
     return ConfigDifferences(refusals, changes)
+
+
+def _depth_change(saved: dict[str, Any], present: dict[str, Any]) -> DepthChange:
+    return DepthChange.between(saved.get("model") or {}, present.get("model") or {})
 
 
 # Fixed fields that may still differ when only the weights are loaded.
 _MAY_DIFFER = frozenset({"seq_length"})
 
 
-def compare_weights(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Why weights of one config do not fit the model of another, one sentence each. Arguments as `compare`."""
+def compare_weights(
+    saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any], *, layers_may_change: bool = False
+) -> list[str]:
+    """Why weights of one config do not fit the model of another, one sentence each.
+
+    Args:
+        saved, present, defaults: as `compare`.
+        layers_may_change: MTP layers may be added by model.mtp_new_layers_init, or dropped.
+    """
     ours, theirs, default = present["model"], saved.get("model") or {}, defaults["model"]
-    refusals = []
-    # One stored layer may be a first depth, or what is applied at every depth.
-    same_layers = _stored_mtp_layers(ours) == _stored_mtp_layers(default | theirs)
-    for name in sorted((set(ours) | set(theirs)) - (_MTP_COUNT if same_layers else set())):
+    depths = _depth_change(saved, present)
+    refusals = depths.refusals() if layers_may_change else []
+    if not layers_may_change and depths.old != depths.new:
+        new, old = depths.new, depths.old
+        refusals.append(f"model.mtp_num_layers: the weights hold {old} MTP layers, and the model has {new}.")
+    for name in sorted(set(ours) | set(theirs)):
         old, new = theirs.get(name, default.get(name, _ABSENT)), ours.get(name, default.get(name, _ABSENT))
-        may_change = _rule("model", name) != "fixed" or name in _MAY_DIFFER
+        may_change = _rule("model", name) != "fixed" or name in _MAY_DIFFER or depths.leaves_open(name)
         if not may_change and not same("model", name, old, new):
-            advice = _MTP_ADVICE if name == "mtp_num_layers" else ""
-            refusals.append(f"model.{name} = {_show(new)}: the weights are of a model with {_show(old)}.{advice}")
+            refusals.append(f"model.{name} = {_show(new)}: the weights are of a model with {_show(old)}.")
     return refusals
-
-
-def _stored_mtp_layers(model: dict[str, Any]) -> int:
-    return distinct_layers(model["mtp_num_layers"], model["mtp_use_repeated_layer"])
-
-
-_MTP_COUNT = frozenset({"mtp_num_layers", "mtp_use_repeated_layer"})
-_MTP_ADVICE = (
-    " Importing a model makes new MTP layers: megatron-mtp convert import --mtp-depths N --mtp-init last_layer."
-)
 
 
 def same(section: str, name: str, old: Any, new: Any) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtp.checkpoint.compat import ConfigDifferences, compare, compare_weights
+from megatron_mtp.checkpoint.depth_change import DepthChange
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, resume_candidates, split_name, why_empty
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest, read_manifest
 from megatron_mtp.config import ConfigContainer
@@ -21,6 +22,7 @@ from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.data.tokenizer import configured_tokenizer
 from megatron_mtp.errors import CheckpointError, ConfigError
+from megatron_mtp.parallel.params import linear_pattern
 
 BRANCH = (
     "For a branch of another run that restarts by itself, copy the folder of its checkpoint (iter_...) into a new "
@@ -106,6 +108,7 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
         raise CheckpointError(f"{path}: is not part of the checkpoint, so the run it belongs to is unknown.")
     saved = read_saved_config(path)
     comparison = compare(saved, to_dict(cfg), to_dict(ConfigContainer()))
+    comparison.refusals.extend(_copy_refusals(cfg, saved))
     tokenizer = tokenizer_fingerprint(cfg)
     if tokenizer != manifest.tokenizer:
         comparison.refusals.append(
@@ -122,6 +125,17 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
         else:
             comparison.changes.append(text)
     return comparison
+
+
+def _copy_refusals(cfg: ConfigContainer, saved: dict[str, dict[str, Any]]) -> list[str]:
+    """Why the trunk's last layer cannot become an MTP layer."""
+    change = DepthChange.between(saved.get("model") or {}, to_dict(cfg)["model"])
+    if not change.has_new or change.init != "last_layer" or not linear_pattern(cfg.model)[-1]:
+        return []
+    return [
+        "model.mtp_new_layers_init = last_layer: the trunk's last layer has linear attention, and an MTP layer has "
+        "full attention. Use fresh, or last_depth where the checkpoint has an MTP layer."
+    ]
 
 
 def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
@@ -167,7 +181,8 @@ def check_pretrained(cfg: ConfigContainer) -> None:
     folder = checkpoint_folder(cfg.checkpoint.pretrained_checkpoint)
     path = folder / CONFIG_NAME
     saved = read_saved_config(path)
-    refusals = compare_weights(saved, to_dict(cfg), to_dict(ConfigContainer()))
+    refusals = compare_weights(saved, to_dict(cfg), to_dict(ConfigContainer()), layers_may_change=True)
+    refusals += _copy_refusals(cfg, saved)
     known, present = read_manifest(folder).tokenizer, tokenizer_fingerprint(cfg)
     if known is not None and present is not None and known != present:
         refusals.append(f"tokenizer.tokenizer_model = {cfg.tokenizer.tokenizer_model!r}: is another tokenizer.")

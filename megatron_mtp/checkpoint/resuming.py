@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mtp.checkpoint.agreement import describe_error, gather_lists, raise_any, run_on_rank_0
 from megatron_mtp.checkpoint.changes import free_changes, rate_change
-from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX, Content
+from megatron_mtp.checkpoint.content import COMMON_KEY, OPTIMIZER_PREFIX, Content, LoadPlan
+from megatron_mtp.checkpoint.depth_change import DepthChange
 from megatron_mtp.checkpoint.directory import RunDirectory, resume_candidates, split_name
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
+from megatron_mtp.checkpoint.new_layers import NewLayers, read_without
 from megatron_mtp.checkpoint.preflight import check_missing, compare_with_run, read_saved_config, refusal_text
 from megatron_mtp.checkpoint.random_state import RNG_KEY, restore_random_state
 from megatron_mtp.checkpoint.train_state import read_train_state
@@ -29,7 +31,7 @@ from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
-from megatron_mtp.mcore.optimizer import copy_master_weights_to_model
+from megatron_mtp.mcore.optimizer import copy_master_weights_to_model, set_master_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ def load_newest(
     chunks: list[nn.Module],
     optimizer: MegatronOptimizer,
     dp_cp_group: ProcessGroup,
+    new_layers: NewLayers,
     *,
     load_optim: bool,
 ) -> tuple[Found, dict[str, Any]] | None:
@@ -70,6 +73,7 @@ def load_newest(
 
     Args:
         path: checkpoint.load or checkpoint.save; `RUN@which` is that one checkpoint.
+        new_layers: starts MTP layers that the checkpoint lacks.
         load_optim: with optimizer state.
 
     Returns:
@@ -83,7 +87,8 @@ def load_newest(
     for found in complete_checkpoints(cfg, path, damaged):
         try:
             # A failed attempt leaves nothing behind: the next one fills everything again.
-            return found, load_checkpoint(cfg, found, chunks, optimizer, dp_cp_group, load_optim=load_optim)
+            state = load_checkpoint(cfg, found, chunks, optimizer, dp_cp_group, new_layers, load_optim=load_optim)
+            return found, state
         except UnreadableError as error:
             _skip(found.manifest.iteration, [str(error)], damaged)
     return None
@@ -161,12 +166,14 @@ def load_checkpoint(
     chunks: list[nn.Module],
     optimizer: MegatronOptimizer,
     dp_cp_group: ProcessGroup,
+    new_layers: NewLayers,
     *,
     load_optim: bool,
 ) -> dict[str, Any]:
     """Fills model, optimizer and random state from a checkpoint, whatever layout saved it.
 
     Args:
+        new_layers: starts MTP layers that the checkpoint lacks.
         load_optim: with optimizer state.
 
     Returns:
@@ -180,7 +187,7 @@ def load_checkpoint(
     state: dict[str, Any] = {}
     try:
         state, scalars = read_train_state(found.path, found.manifest)
-        _load(cfg, found, chunks, optimizer, dp_cp_group, scalars, load_optim)
+        _load(cfg, found, chunks, optimizer, dp_cp_group, new_layers, scalars, load_optim)
     except UnreadableError as failure:
         error = failure
     except MegatronMTPError as failure:
@@ -198,22 +205,40 @@ def _load(
     chunks: list[nn.Module],
     optimizer: MegatronOptimizer,
     dp_cp_group: ProcessGroup,
+    new_layers: NewLayers,
     scalars: dict[str, Any],
     load_optim: bool,
 ) -> None:
     saved = read_saved_config(found.path / CONFIG_NAME)
     same_place = found.manifest.world_size == dist.get_world_size() and _place(saved) == _place(to_dict(cfg))
+    change = new_layers.change_from(saved)
     content = Content(chunks, optimizer if load_optim else None, dp_cp_group)
     plan = content.for_loading(with_random_state=same_place)
-    check_keys(found.path, plan.requested_keys(), load_optim)
-    loaded = read_shards(plan.state, found.path)
+    loaded = read_plan(plan, found.path, change, load_optim)
     plan.adopt(loaded, scalars)
+    added = new_layers.fill(change, found.path, scalars["step"] if load_optim else None)
     if not load_optim:
         optimizer.reload_model_params()
-    elif saved["precision"]["dtype"] != cfg.precision.dtype:
-        copy_master_weights_to_model(content.singles(), chunks)
+    else:
+        set_master_weights(content.singles(), added)
+        if saved["precision"]["dtype"] != cfg.precision.dtype:
+            copy_master_weights_to_model(content.singles(), chunks)
     if same_place:
         restore_random_state(loaded[RNG_KEY])
+
+
+def read_plan(plan: LoadPlan, folder: Path, change: DepthChange, load_optim: bool) -> dict[str, Any]:
+    """The tensors that a plan asks for, after a comparison with all that are stored; new MTP layers are zeros.
+
+    Raises:
+        UnreadableError: on every rank: a file cannot be read.
+        CheckpointError: the checkpoint and the model do not hold the same.
+    """
+    requested = {key for key in plan.requested_keys() if not change.is_new(key)}
+    check_keys(folder, requested, load_optim, change.is_dropped)
+    if not change.has_new:
+        return read_shards(plan.state, folder)
+    return read_without(plan.state, change.is_new, lambda state: read_shards(state, folder))
 
 
 def read_shards(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
@@ -229,8 +254,12 @@ def read_shards(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
         raise UnreadableError(f"{folder}: cannot be read ({describe_error(failure)}).") from failure
 
 
-def check_keys(path: Path, requested: set[str], load_optim: bool) -> None:
-    """Compares what all ranks request with what the checkpoint holds, both ways: nothing is skipped silently."""
+def check_keys(path: Path, requested: set[str], load_optim: bool, is_dropped: Callable[[str], bool]) -> None:
+    """Compares what all ranks request with what the checkpoint holds, both ways: nothing is skipped silently.
+
+    Args:
+        is_dropped: whether a stored key is left out on purpose.
+    """
     wanted = set(gather_lists(sorted(requested))) - {RNG_KEY}
     stored = {key.split("/shard_")[0] for key in read_metadata(path).state_dict_metadata} - {RNG_KEY, COMMON_KEY}
     if not load_optim:
@@ -241,7 +270,7 @@ def check_keys(path: Path, requested: set[str], load_optim: bool) -> None:
         )
     if missing := wanted - stored:
         raise CheckpointError(f"{path}: lacks {_some(missing)}, which the model needs.")
-    if surplus := stored - wanted:
+    if surplus := {key for key in stored - wanted if not is_dropped(key)}:
         raise CheckpointError(f"{path}: holds {_some(surplus)}, which the model does not have.")
 
 

@@ -104,6 +104,14 @@ class TrainState:
                 raise ValueError(f"acceptance counter {name!r} has {len(old)} depths, but {len(new)} were added")
             self.acceptance[name] = [int(a) + int(b) for a, b in zip(old, new, strict=True)]
 
+    def keep_depths(self, num_depths: int) -> None:
+        """Acceptance counters of depths that are new start at zero; those of dropped depths are dropped.
+
+        Example: {"label_hits": [15, 6]} with three depths is {"label_hits": [15, 6, 0]}.
+        """
+        for name, counts in self.acceptance.items():
+            self.acceptance[name] = (counts + [0] * num_depths)[:num_depths]
+
     def accepted_over_run(self) -> list[float]:
         """`mtp_k/accepted` of each depth 1..D over all steps of the run so far; 0 where no slot counts."""
         counts = zip(self.acceptance.get("chain_hits", []), self.acceptance.get("chain_valid", []), strict=False)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from megatron_mtp.config.sections import ModelConfig
 
+MTP_BLOCK = "transformer_layer."
+"""Name of an MTP layer's transformer layer in Megatron-Core's checkpoints, whatever its module is called."""
+
 
 def distinct_layers(num_depths: int, is_repeated: bool) -> int:
     """MTP layers that exist: one for each depth, or one for all depths if it is repeated (`mtp_use_repeated_layer`)."""

@@ -18,12 +18,12 @@ from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.depths import MTP_BLOCK, Depths
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.hf_config import hf_config_dict, model_config_from_hf
 from megatron_mtp.convert.hf_families import canonical, find_family
 from megatron_mtp.convert.inventory import Inventory, check_inventory
-from megatron_mtp.convert.links import MTP_BLOCK, TensorLink, duplicates, links, new_depth_links
+from megatron_mtp.convert.links import TensorLink, duplicates, links, new_depth_links
 from megatron_mtp.convert.names import EMBEDDING, HEAD
 from megatron_mtp.convert.quantization import block_of
 from megatron_mtp.convert.report import Report

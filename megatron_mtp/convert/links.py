@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mtp.config.depths import Depths
+from megatron_mtp.config.depths import MTP_BLOCK, Depths
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.convert.dimensions import features, sizes
@@ -25,9 +25,6 @@ from megatron_mtp.convert.names import (
 )
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.parallel.params import linear_pattern, moe_pattern, mtp_dense_width, padded_vocab_size
-
-MTP_BLOCK = "transformer_layer."
-"""Name of an MTP layer's transformer layer in Megatron-Core's checkpoints, whatever its module is called."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from megatron.core.optimizer import (
     distrib_optimizer,
 )
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import local_multi_tensor_scale
@@ -245,6 +246,22 @@ def _scale_in_place(_: int, noop_flag: object, tensor_lists: list[list[torch.Ten
     sources, targets = tensor_lists
     assert all(source is target for source, target in zip(sources, targets, strict=True))
     torch._foreach_mul_(targets, scale)
+
+
+def set_master_weights(singles: list[MegatronOptimizer], parameters: set[torch.nn.Parameter]) -> None:
+    """Sets the fp32 master weights of some parameters of the model to these parameters."""
+    for single in singles:
+        if isinstance(single, DistributedOptimizer):
+            for parameter in single.model_param_group_index_map.keys() & parameters:
+                group, place = single.model_param_group_index_map[parameter]
+                held = single._get_model_param_range_map(parameter)["param"]
+                shard = parameter.detach().view(-1)[held.start : held.end]
+                single.optimizer.param_groups[group]["params"][place].detach().copy_(shard)
+        elif isinstance(single, Float16OptimizerWithFloat16Params):
+            pairs = zip(single.float16_groups, single.fp32_from_float16_groups, strict=True)
+            for model, main in (pair for groups in pairs for pair in zip(*groups, strict=True)):
+                if model in parameters:
+                    main.detach().copy_(model.detach())
 
 
 def copy_master_weights_to_model(singles: list[MegatronOptimizer], chunks: list[DistributedDataParallel]) -> None:

@@ -37,30 +37,31 @@ def fill_initial_weights(chunks: list[nn.Module], *, seed: int, std: float, num_
     with torch.no_grad():
         for chunk in chunks:
             for shard in sharded_tensors(chunk):
-                is_matrix = len(shard.global_shape) - shard.prepend_axis_num >= 2
-                if shard.key.endswith(DECAY):
-                    shard.data.copy_(torch.log(1 + 15 * _draw_uniform(shard, seed)))
-                elif CONVOLUTION in shard.key:
-                    shard.data.copy_((2 * _draw_uniform(shard, seed) - 1) / math.sqrt(shard.data.shape[-1]))
-                elif is_matrix and shard.data.is_floating_point():
-                    shard.data.copy_(_draw(shard, seed) * std_of(shard.key, std, num_layers))
+                if is_drawn(shard):
+                    shard.data.copy_(initial_values(shard, seed=seed, std=std, num_layers=num_layers))
 
 
-def _draw(shard: ShardedTensor, seed: int) -> Tensor:
-    """Standard normal values of this shard."""
-    return _draw_shard(shard, seed, torch.randn)
+def is_drawn(shard: ShardedTensor) -> bool:
+    """Whether a tensor starts from random numbers; others keep the constants they were built with."""
+    is_matrix = len(shard.global_shape) - shard.prepend_axis_num >= 2 and shard.data.is_floating_point()
+    return is_matrix or shard.key.endswith(DECAY) or CONVOLUTION in shard.key
 
 
-def _draw_uniform(shard: ShardedTensor, seed: int) -> Tensor:
-    """Values of this shard, uniform from 0 to 1."""
-    return _draw_shard(shard, seed, torch.rand)
+def initial_values(shard: ShardedTensor, *, seed: int, std: float, num_layers: int) -> Tensor:
+    """Values in fp32 of a shard that starts from random numbers. Arguments as `fill_initial_weights`."""
+    if shard.key.endswith(DECAY):
+        return torch.log(1 + 15 * _draw_shard(shard, seed, torch.rand))
+    if CONVOLUTION in shard.key:
+        return (2 * _draw_shard(shard, seed, torch.rand) - 1) / math.sqrt(shard.data.shape[-1])
+    return _draw_shard(shard, seed, torch.randn) * std_of(shard.key, std, num_layers)
 
 
 def _draw_shard(shard: ShardedTensor, seed: int, draw: Callable[..., Tensor]) -> Tensor:
     lead = shard.prepend_axis_num
     size = shard.data.shape[-len(shard.global_shape) + lead :]
-    box = draw_box(shard.key, shard.global_shape, shard.global_offset, size, lead, seed, draw)
-    return box.reshape(shard.data.shape).to(shard.data.dtype)
+    return draw_box(shard.key, shard.global_shape, shard.global_offset, size, lead, seed, draw).reshape(
+        shard.data.shape
+    )
 
 
 def std_of(key: str, std: float, num_layers: int) -> float:

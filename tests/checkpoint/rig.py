@@ -77,6 +77,10 @@ def make_config(values: dict[str, Any], world_size: int, directory: str | None =
     return cfg.finalize(world_size)
 
 
+Losses = list[list[float]]
+"""For each step the losses of depths 0..D, nats per token."""
+
+
 class Rig:
     """One rank's run, the checkpointer and the train state."""
 
@@ -165,6 +169,22 @@ def resumed(values: dict[str, Any], steps: int, directory: str) -> Any:
         start = run.state.iteration
         run.steps(steps - start)
         return start, run.weights()
+
+
+def real_steps(run: Run, state: TrainState, count: int) -> Losses:
+    """Steps with data and gradients as the training loop takes them; the losses of every depth."""
+    resolved, found = run.resolved, []
+    batches = run.data.train(state.data_position)
+    for _ in range(count):
+        batch = next(batches)
+        apply_schedules(run.engine.optimizer, resolved.learning_rate, resolved.weight_decay, state.consumed_samples)
+        factor = resolved.loss_factor.at(state.consumed_tokens)
+        result = run.engine.train(batch, factor)
+        assert result.updated
+        state.advance(len(batch.sample_ids), run.cfg.model.seq_length)
+        found.append(result.losses)
+    batches.close()
+    return found
 
 
 def differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -33,9 +33,8 @@ def compare(changes: dict[str, object], saved: dict[str, object] | None = None) 
         "model.hidden_size",
         "model.vocab_size",
         "model.seq_length",
-        "model.mtp_num_layers",
         "model.mtp_variant",
-        "model.mtp_use_repeated_layer",
+        "model.mtp_hidden_source",
         "model.num_moe_experts",
         "model.rotary_base",
         "model.mcore",
@@ -51,7 +50,7 @@ def compare(changes: dict[str, object], saved: dict[str, object] | None = None) 
     ],
 )
 def test_what_cannot_change_is_refused_by_name(path):
-    comparison = compare({path: "other"})
+    comparison = compare({path: "other"}, saved={"model.mtp_num_layers": 1})
     assert len(comparison.refusals) == 1
     assert comparison.refusals[0].startswith(f"{path} = 'other': the checkpoint was saved with ")
     assert not comparison.changes
@@ -121,9 +120,9 @@ def test_a_vocabulary_not_yet_read_from_the_tokenizer_is_not_compared():
 
 def test_a_field_that_one_side_lacks_is_taken_at_its_default():
     saved, present = asdict(ConfigContainer()), asdict(ConfigContainer())
-    del saved["model"]["mtp_variant"]
+    del saved["model"]["qk_layernorm"]
     assert compat.compare(saved, present, DEFAULTS).refusals == []
-    present["model"]["mtp_variant"] = "parallel"
+    present["model"]["qk_layernorm"] = True
     assert len(compat.compare(saved, present, DEFAULTS).refusals) == 1
 
 
@@ -154,19 +153,56 @@ def weight_refusals(saved: dict[str, object], present: dict[str, object]) -> lis
     return compat.compare_weights(sides[0], sides[1], DEFAULTS)
 
 
+NAMES = ("mtp_num_layers", "mtp_use_repeated_layer", "mtp_new_layers_init")
+
+
+def depth_fields(*values: object) -> dict[str, object]:
+    return dict(zip(NAMES, values, strict=False))
+
+
 @pytest.mark.parametrize(
     ("saved", "present", "fits"),
     [
         ((1, False), (3, True), True),  # a drafter of three steps from a first depth
         ((3, True), (1, False), True),
         ((3, True), (2, True), True),
-        ((2, False), (2, True), False),  # which of the two?
+        ((2, False), (2, True), False),
         ((1, False), (2, False), False),
         ((0, False), (1, True), False),
     ],
 )
 def test_one_mtp_layer_may_become_a_repeated_one(saved, present, fits):
-    names = ("mtp_num_layers", "mtp_use_repeated_layer")
-    refusals = weight_refusals(dict(zip(names, saved, strict=True)), dict(zip(names, present, strict=True)))
+    refusals = weight_refusals(depth_fields(*saved), depth_fields(*present))
     assert (not refusals) == fits
-    assert fits or any("makes new MTP layers" in text for text in refusals) or "mtp_use_repeated_layer" in refusals[0]
+    assert fits or refusals[0].startswith("model.mtp_num_layers: the weights hold ")
+
+
+def in_model(*values: object) -> dict[str, object]:
+    return {f"model.{name}": value for name, value in depth_fields(*values).items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "present", "start"),
+    [
+        ((1,), (2,), "model.mtp_num_layers = 2: the checkpoint holds 1 MTP layer. Say how"),
+        ((0,), (1, True), "model.mtp_num_layers = 1: the checkpoint holds no MTP layers. Say how"),
+        ((2, True), (2, False), "model.mtp_num_layers = 2: the checkpoint holds 1 MTP layer. Say how"),
+        ((0,), (1, False, "last_depth"), "model.mtp_num_layers = 1: the checkpoint holds no MTP layers, so"),
+        ((1,), (2, False, "last_depth"), None),
+        ((0,), (2, False, "fresh"), None),
+        ((1,), (3, True), None),
+        ((3,), (1,), None),
+        ((2,), (2, True), None),
+    ],
+)
+def test_depths_are_added_by_a_stated_rule_and_dropped_with_a_report(saved, present, start):
+    found = compare(in_model(*present), saved=in_model(*saved))
+    assert [text for text in found.refusals if not text.startswith(str(start))] == []
+    assert bool(found.refusals) == (start is not None)
+    assert found.changes
+
+
+def test_the_form_of_mtp_layers_is_free_where_the_checkpoint_has_none():
+    form = {"model.mtp_variant": "parallel", "model.mtp_layer_mlp": "dense"}
+    assert compare({**in_model(2, False, "fresh"), **form}).refusals == []
+    assert len(compare({**in_model(2, False, "fresh"), **form}, saved=in_model(1)).refusals) == 2

@@ -13,11 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mtp.checkpoint import Checkpointer
-from megatron_mtp.training.optimizer import apply_schedules
-from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
 from tests.checkpoint.four_layouts import LAYOUTS, MODELS, SavedRuns, every_case
-from tests.checkpoint.rig import make_config
+from tests.checkpoint.rig import Losses, make_config, real_steps
 from tests.harness.runs import opened
 
 SAVED_AT, STEPS = 3, 5
@@ -26,24 +24,6 @@ TOLERANCE = 1e-5
 REAL = {"optimizer.clip_grad": 1.0, "dataset.prefetch_steps": 0}
 FAST = [("moe", "m|L", "ep2+pp2")]
 
-Losses = list[list[float]]
-
-
-def train(run: Run, state: TrainState, count: int) -> Losses:
-    """Steps as the training loop takes them; the losses of every depth."""
-    resolved, found = run.resolved, []
-    batches = run.data.train(state.data_position)
-    for _ in range(count):
-        batch = next(batches)
-        apply_schedules(run.engine.optimizer, resolved.learning_rate, resolved.weight_decay, state.consumed_samples)
-        factor = resolved.loss_factor.at(state.consumed_tokens)
-        result = run.engine.train(batch, factor)
-        assert result.updated
-        state.advance(len(batch.sample_ids), run.cfg.model.seq_length)
-        found.append(result.losses)
-    batches.close()
-    return found
-
 
 def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
     """Of the steps after SAVED_AT: of a run that saves there and trains on, or of one that resumes there."""
@@ -51,13 +31,13 @@ def losses(values: dict[str, Any], directory: str, saves: bool) -> Losses:
         engine, state = run.engine, TrainState()
         checkpointer = Checkpointer(run.cfg, run.groups)
         if saves:
-            train(run, state, SAVED_AT)
+            real_steps(run, state, SAVED_AT)
             checkpointer.save(engine.chunks, engine.optimizer, state)
         else:
             assert checkpointer.resume(engine.chunks, engine.optimizer, state)
             assert state.iteration == SAVED_AT
         checkpointer.release()
-        return train(run, state, STEPS)
+        return real_steps(run, state, STEPS)
 
 
 @pytest.fixture(scope="module")

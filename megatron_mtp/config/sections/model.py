@@ -164,8 +164,13 @@ class ModelConfig(Section):
     GPU where widths are multiples of 8."""
 
     # ---- multi-token prediction ----
-    mtp_num_layers: Derived[int] = knob(None, ge=0, le=1000, mcore="own")
-    """D, the number of prediction depths in addition to the next token; 0 or None: no MTP."""
+    mtp_num_layers: Derived[int] = knob(None, ge=0, le=1000, mcore="own", resume="curve")
+    """D, the number of prediction depths in addition to the next token; 0 or None: no MTP. A resume with more adds
+    layers by mtp_new_layers_init, one with fewer drops the last ones; everything else goes on."""
+    mtp_new_layers_init: Literal["fresh", "last_layer", "last_depth"] | None = knob(None, resume="free")
+    """How MTP layers start that the checkpoint lacks. fresh: as in a new model. last_layer: transformer layer and final
+    norm are copies of the trunk's last ones; input norms, projection and a feed-forward block of mtp_layer_mlp are
+    fresh. last_depth: a copy of the checkpoint's last MTP layer. None: a checkpoint with fewer layers is refused."""
     mtp_loss_scaling_factor: float | str = knob(0.1, ge=0, le=100, resume="curve")
     """lambda in total = main + lambda / D * sum_k w_k L_k. A number, steps in tokens ("0.3@0,0.1@10T"), or
     "linear:0.3->0.1@10T"."""
@@ -180,7 +185,7 @@ class ModelConfig(Section):
     None: as in the trunk's last layer."""
     mtp_ffn_hidden_size: int | None = knob(None, ge=1, le=MAX_WIDTH)
     """Width of that block with mtp_layer_mlp = dense; None: ffn_hidden_size."""
-    mtp_use_repeated_layer: bool = knob(False, mcore="same")
+    mtp_use_repeated_layer: bool = knob(False, mcore="same", resume="curve")
     """One set of MTP weights applied D times (Nemotron-3)."""
     mtp_detach_heads: bool = knob(False, mcore="same", resume="curve")
     """MTP losses do not reach the trunk, the embedding and the head."""
