@@ -78,6 +78,16 @@ def parse_blend(value: Any) -> Blend:
     return Blend(tuple(prefixes), tuple(float(number) for number in numbers if number is not None))
 
 
+def training_blend(dataset: DatasetConfig) -> Blend | None:
+    """The blend of the training data; None: mock data.
+
+    Raises:
+        ValueError: as `parse_blend`.
+    """
+    value = dataset.blend if dataset.blend_per_split is None else dataset.blend_per_split[0]
+    return None if value is None else parse_blend(value)
+
+
 def _weight(item: Any) -> float | None:
     """The number of `item`, which may be text; None: it is none."""
     if isinstance(item, bool) or not isinstance(item, int | float | str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from megatron_mtp.config.blend import SPLITS, parse_split
 from megatron_mtp.data.data_file import StoredTable
 from megatron_mtp.data.files import cached_array
+from megatron_mtp.data.fim import NUM_SENTINELS, FillInTheMiddle
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.randomness import derive_key, permute
 from megatron_mtp.data.source import Sample, document_starts
@@ -50,6 +52,7 @@ class Corpus:
         which: name of the split, used in messages and in the random order.
         eod: end-of-document id; the next token starts a document, as the first token of each stored document does.
         targets: a data set of the same lengths with 0 where a token is no target; None: every token is a target.
+        fim: rearranges some of the documents; None: all stay as they are stored.
 
     Raises:
         DataError: the split is too small for one sample, or `targets` has other lengths.
@@ -64,7 +67,9 @@ class Corpus:
         eod: int,
         seed: int,
         targets: IndexedReader | None = None,
+        fim: FillInTheMiddle | None = None,
     ):
+        self.fim = fim
         self.reader, self.documents, self.which, self.targets = reader, documents, which, targets
         if targets is not None and not _same_lengths(targets, reader):
             raise DataError(
@@ -73,7 +78,7 @@ class Corpus:
             )
         self.seq_length, self.eod, self.seed = seq_length, eod, seed
         self.name = f"{Path(reader.prefix).name}:{which}"
-        self.num_tokens = reader.count_tokens(*documents)
+        self.num_tokens = reader.count_tokens(*documents) + self._num_sentinels()
         self.num_samples = (self.num_tokens - 1) // seq_length
         if self.num_samples < 1:
             raise DataError(
@@ -85,6 +90,21 @@ class Corpus:
         self._index: np.ndarray | StoredTable | None = None
         self._begins = np.empty(0, np.int64)
         """Row 1 of the index at every _STRIDE-th column."""
+
+    def _num_sentinels(self) -> int:
+        """Tokens that fill-in-the-middle adds at least: a cut inside a token may add more, which the last remainder
+        takes, so that the number of samples is known without reading."""
+        if self.fim is None:
+            return 0
+        count = 0
+        for begin, end in self._blocks(*self.documents):
+            count += int(self.fim.chosen(np.arange(begin, end), self.reader.lengths(begin, end)).sum())
+        return NUM_SENTINELS * count
+
+    @staticmethod
+    def _blocks(first: int, last: int) -> Iterator[tuple[int, int]]:
+        for begin in range(first, last, _BLOCK_DOCUMENTS):
+            yield begin, min(begin + _BLOCK_DOCUMENTS, last)
 
     def build_index(self, path_to_cache: str | None) -> None:
         """Builds the order of the documents and their first tokens, or loads them from the cache.
@@ -127,7 +147,8 @@ class Corpus:
             order, begins = index[0, slice(begin, end)], index[1, slice(begin, end + 1)]
             if order.min() < first or order.max() >= last:
                 return False
-            if not np.array_equal(np.diff(begins), lengths[order - first]):
+            stored, present = lengths[order - first], np.diff(begins)
+            if not (np.array_equal(stored, present) if self.fim is None else self.fim.fits(order, stored, present)):
                 return False
             kept.append(begins[:-1:_STRIDE].copy())
         self._begins = np.concatenate(kept)
@@ -151,18 +172,30 @@ class Corpus:
         first, last = self._find(begin), self._find(end - 1) + 1
         order, begins = self._index[0, slice(first, last)], self._index[1, slice(first, last + 1)]
         tokens, starts = np.empty(end - begin, np.int64), np.zeros(end - begin, bool)
-        is_target = None if self.targets is None else np.empty(end - begin, bool)
-        parts = zip(order.tolist(), begins[:-1].tolist(), begins[1:].tolist(), strict=True)
-        for document, document_begin, document_end in parts:
+        is_target = None if self.targets is None and self.fim is None else np.ones(end - begin, bool)
+        drawn = np.zeros(len(order), bool) if self.fim is None else self.fim.drawn(order)
+        parts = zip(order.tolist(), begins[:-1].tolist(), begins[1:].tolist(), drawn.tolist(), strict=True)
+        for document, document_begin, document_end, is_drawn in parts:
             low, high = max(begin, document_begin), min(end, document_end)
             if low >= high:
                 continue  # an empty document
             place, offset, length = slice(low - begin, high - begin), low - document_begin, high - low
-            tokens[place] = self.reader.read(document, offset, length)
-            if self.targets is not None and is_target is not None:
-                is_target[place] = self.targets.read(document, offset, length)
+            are_targets: np.ndarray | None
+            if self.fim is not None and is_drawn and (stored := self._stored_length(document)) > 1:
+                read_targets = None if self.targets is None else self.targets.read
+                tokens[place], are_targets = self.fim.read(
+                    document, stored, offset, length, self.reader.read, read_targets
+                )
+            else:
+                tokens[place] = self.reader.read(document, offset, length)
+                are_targets = None if self.targets is None else self.targets.read(document, offset, length)
+            if is_target is not None and are_targets is not None:
+                is_target[place] = are_targets
             starts[place.start] |= offset == 0
         return Sample(tokens, starts | document_starts(tokens, self.eod), is_target)
+
+    def _stored_length(self, document: int) -> int:
+        return int(self.reader.lengths(document, document + 1)[0])
 
     def _make_index(self) -> np.ndarray:
         """int64 [2, n+1]: documents in their random order (last entry unused), and the index of their first tokens."""
@@ -173,14 +206,20 @@ class Corpus:
         for begin in range(0, count, _BLOCK_DOCUMENTS):
             block = np.arange(begin, min(begin + _BLOCK_DOCUMENTS, count))
             index[0, block] = first + permute(block, count, key)
-        np.cumsum(self.reader.lengths(first, last)[index[0, :-1] - first], out=index[1, 1:])
+        lengths: np.ndarray = self.reader.lengths(first, last)
+        if self.fim is not None:
+            blocks = ((np.arange(*block), self.reader.lengths(*block)) for block in self._blocks(first, last))
+            added = [self.fim.added(documents, stored, self.reader.read) for documents, stored in blocks]
+            lengths = lengths + np.concatenate(added)
+        np.cumsum(lengths[index[0, :-1] - first], out=index[1, 1:])
         return index
 
     def _cache_key(self) -> int:
         """A hash of everything that the index depends on; the sequence length is not part of it."""
         files = [Path(f"{self.reader.prefix}{ending}").resolve() for ending in (".bin", ".idx")]
         state = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-        return derive_key("index 1", *state, *self.documents, self.seed, self.name)
+        fim = [] if self.fim is None else self.fim.cache_parts()
+        return derive_key("index 1", *state, *self.documents, self.seed, self.name, *fim)
 
 
 def _same_lengths(one: IndexedReader, other: IndexedReader) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mtp.config import ConfigContainer
@@ -10,12 +11,13 @@ from megatron_mtp.config.sections import DatasetConfig
 from megatron_mtp.data.blend import BlendedSource
 from megatron_mtp.data.corpus import Corpus, split_range
 from megatron_mtp.data.files import sampled_hash
+from megatron_mtp.data.fim import FillInTheMiddle, TokenCutter, find_sentinels
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.mock import MockSource
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.source import SampleSource
-from megatron_mtp.data.tokenizer import configured_tokenizer, end_of_document, resolve_vocab_size
-from megatron_mtp.errors import DataError
+from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, end_of_document, resolve_vocab_size
+from megatron_mtp.errors import ConfigError, DataError
 
 
 def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, dict[str, SampleSource]]:
@@ -84,8 +86,37 @@ class _Opener:
         self.fingerprint = None if tokenizer is None or tokenizer.kind == "null" else tokenizer.fingerprint()
         self.mask_suffix, data = cfg.dataset.loss_mask_suffix, cfg.dataset
         self.masks_by_eod = data.eod_mask_loss or data.reset_attention_mask or data.reset_position_ids
+        self.fim = self._fim(cfg, tokenizer) if data.fim_rate else None
         self.problems: list[str] = []
         self.readers: dict[str, IndexedReader | None] = {}
+
+    def _fim(self, cfg: ConfigContainer, tokenizer: Tokenizer | None) -> Callable[[str], FillInTheMiddle | None]:
+        """Training prefix -> how its documents are rearranged."""
+        data, sentinels = cfg.dataset, find_sentinels(cfg.dataset, tokenizer)
+        if max(sentinels) >= self.vocab_size:
+            raise ConfigError(
+                f"dataset.fim_rate = {data.fim_rate:g}: a sentinel has the id {max(sentinels)}, outside the "
+                f"{self.vocab_size} ids of the model (model.vocab_size). Raise model.vocab_size, or name others in "
+                "dataset.fim_tokens."
+            )
+        cutter = TokenCutter(tokenizer) if data.fim_cut == "character" and tokenizer is not None else None
+
+        def rule(prefix: str) -> FillInTheMiddle | None:
+            name = Path(prefix).name
+            if data.fim_prefixes is not None and name not in data.fim_prefixes:
+                return None
+            return FillInTheMiddle(
+                rate=data.fim_rate,
+                spm_rate=data.fim_spm_rate,
+                sentinels=sentinels,
+                eod=self.eod,
+                seed=self.seed,
+                name=name,
+                cutter=cutter,
+                has_sentinel_loss=data.fim_sentinel_loss,
+            )
+
+        return rule
 
     def mock(self, which: str) -> MockSource:
         return MockSource(self.vocab_size, self.seq_length, self.eod, self.seed, which)
@@ -102,7 +133,8 @@ class _Opener:
                 return None
             documents = (0, len(reader)) if split is None else split_range(split, which, len(reader))
             targets = IndexedReader(f"{prefix}{self.mask_suffix}") if self.mask_suffix else None
-            return Corpus(reader, documents, which, self.seq_length, self.eod, self.seed, targets)
+            fim = self.fim(prefix) if self.fim is not None and which == SPLITS[0] else None
+            return Corpus(reader, documents, which, self.seq_length, self.eod, self.seed, targets, fim)
         except DataError as error:
             self.problems.append(str(error))
             return None

@@ -66,6 +66,10 @@ class Tokenizer(Protocol):
         """Text of ids; bytes that are not UTF-8 become replacement characters."""
         ...
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a token by its name in the vocabulary, such as `<|endoftext|>`; None: there is none."""
+        ...
+
     def fingerprint(self) -> str:
         """A hash of the tokenizer's contents; equal for equal tokenizers, wherever their files are."""
         ...
@@ -151,6 +155,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._fast.decode(ids, skip_special_tokens=False)
 
+    def token_id(self, name: str) -> int | None:
+        found: int | None = self._fast.token_to_id(name)
+        return found
+
     def fingerprint(self) -> str:
         return _hash(self.kind, self._content.encode())
 
@@ -178,6 +186,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return str(self._processor.decode(ids))
+
+    def token_id(self, name: str) -> int | None:
+        found = int(self._processor.piece_to_id(name))
+        return found if self._processor.id_to_piece(found) == name else None  # an unknown name gets the unknown id
 
     def fingerprint(self) -> str:
         return _hash(self.kind, self._content)
@@ -217,6 +229,9 @@ class TiktokenTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode([id_ for id_ in ids if id_ in self._known])  # a file may leave ids out
 
+    def token_id(self, name: str) -> int | None:
+        return self.eod if name == "<|endoftext|>" else self._ranks.get(name.encode())
+
     def fingerprint(self) -> str:
         ranks = sorted((rank, token.hex()) for token, rank in self._ranks.items())
         return _hash(self.kind, json.dumps(ranks).encode())
@@ -232,6 +247,9 @@ class BytesTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(id_ for id_ in ids if id_ < 256).decode("utf-8", errors="replace")
+
+    def token_id(self, name: str) -> int | None:
+        return ord(name) if len(name) == 1 and ord(name) < 128 else None
 
     def fingerprint(self) -> str:
         return _hash(self.kind, b"")
@@ -254,6 +272,9 @@ class NullTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
+
+    def token_id(self, name: str) -> int | None:
+        return int(name) if name.isdecimal() and len(name) < 11 and int(name) < self.vocab_size else None
 
     def fingerprint(self) -> str:
         return _hash(self.kind, str(self.vocab_size).encode())

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
-from megatron_mtp.config.blend import MAIN_LABEL, SPLITS, is_mock, parse_blend, parse_split, valid_names
+from megatron_mtp.config.blend import (
+    MAIN_LABEL,
+    SPLITS,
+    is_mock,
+    parse_blend,
+    parse_split,
+    training_blend,
+    valid_names,
+)
 from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.problem import problem, refusal
@@ -31,7 +41,37 @@ def data_problems(cfg: RunConfig) -> list[Problem]:
         problems.append(problem(cfg, "dataset.loss_mask_suffix", rule, "Set one of them to null or False."))
     blends, splits = _blend_problems(cfg), _split_problems(cfg)
     once = [] if blends or splits else _once_problems(cfg)
-    return problems + blends + splits + once + _tokenizer_problems(cfg)
+    named = [] if blends else _fim_problems(cfg)
+    return problems + blends + splits + once + named + _tokenizer_problems(cfg)
+
+
+def _unknown_names(cfg: RunConfig, field: str, given: Iterable[str]) -> list[Problem]:
+    names = _training_names(cfg)
+    if not (unknown := sorted(set(given) - set(names))):
+        return []
+    rule = "{unknown}: no such file name among the training prefixes ({names})"
+    return [problem(cfg, field, rule, unknown=", ".join(unknown), names=", ".join(names))]
+
+
+def _training_names(cfg: RunConfig) -> list[str]:
+    """File names of the training prefixes."""
+    blend = training_blend(cfg.dataset)
+    return [] if blend is None else [PurePath(prefix).name for prefix in blend.prefixes]
+
+
+def _fim_problems(cfg: RunConfig) -> list[Problem]:
+    """Fill-in-the-middle; needs blends that can be read."""
+    data, problems = cfg.dataset, []
+    tokens = data.fim_tokens
+    if tokens is not None and (len(set(tokens)) != 3 or len(tokens) != 3):
+        rule = "must name three different tokens, those before prefix, suffix and middle"
+        problems.append(problem(cfg, "dataset.fim_tokens", rule))
+    if data.fim_rate and is_mock(data):
+        rule = "mock data has no documents to rearrange"
+        problems.append(problem(cfg, "dataset.fim_rate", rule, "Give a dataset.blend, or set it to 0."))
+    elif data.fim_prefixes is not None:
+        problems += _unknown_names(cfg, "dataset.fim_prefixes", data.fim_prefixes)
+    return problems
 
 
 def _once_problems(cfg: RunConfig) -> list[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.knob import Derived, knob
@@ -38,6 +38,18 @@ class DatasetConfig(Section):
     """Attention stays within a document, and no depth predicts across its end."""
     reset_position_ids: bool = False
     """Positions start at 0 again at each document."""
+    fim_rate: float = knob(0.0, ge=0, le=1)
+    """Share of the training documents that are rearranged for fill-in-the-middle (docs/data.md); DeepSeek-V3: 0.1."""
+    fim_spm_rate: float = knob(0.0, ge=0, le=1)
+    """Share of these with the suffix first (SPM); the others have the prefix first (PSM)."""
+    fim_tokens: list[str] | None = None
+    """The tokenizer's names of the sentinels before prefix, suffix and middle; None: the first known names it has."""
+    fim_cut: Literal["character", "token"] = "character"
+    """Cuts lie between characters, where the tokenizer can spell the pieces of a token, or between tokens only."""
+    fim_prefixes: list[str] | None = None
+    """File names of the training prefixes whose documents are rearranged, such as those of code; None: all."""
+    fim_sentinel_loss: bool = True
+    """Sentinels are targets, as in the published runs; False: no depth has a loss on them."""
     mock: bool = False
     """Random tokens that repeat with a pattern, made from rng.seed; no files needed."""
     prefetch_steps: int = knob(2, ge=0, le=1000, resume="free")
