@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mtp.config.quantity import read_number
+from megatron_mtp.config.knob import INT64_MAX
+from megatron_mtp.config.quantity import parse_quantity, read_number
 from megatron_mtp.config.sections import DatasetConfig
+from megatron_mtp.errors import ConfigError, Problem
 
 SPLITS = ("train", "valid", "test")
 MAIN_LABEL = "validation"
@@ -86,6 +88,40 @@ def training_blend(dataset: DatasetConfig) -> Blend | None:
     """
     value = dataset.blend if dataset.blend_per_split is None else dataset.blend_per_split[0]
     return None if value is None else parse_blend(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The most that a run draws from a source: a number of tokens, or of its epochs."""
+
+    tokens: int | None = None
+    epochs: float | None = None
+
+    @classmethod
+    def parse(cls, value: int | str) -> Budget:
+        """Reads "20B" or 5000 as tokens, and "4 epochs" or "0.5 epochs" as epochs.
+
+        Raises:
+            ConfigError: it is neither, or not above 0.
+        """
+        rule = 'must be a number of tokens such as "20B" or of epochs such as "4 epochs", above 0'
+        words = value.split() if isinstance(value, str) else []
+        try:
+            if len(words) == 2 and words[1] in ("epoch", "epochs"):
+                budget = cls(epochs=read_number(words[0], float))
+            else:
+                budget = cls(tokens=parse_quantity(value))
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(Problem(value=value, rule=rule)) from error
+        if not 0 < (budget.tokens or budget.epochs or 0) < INT64_MAX:
+            raise ConfigError(Problem(value=value, rule=rule))
+        return budget
+
+    def samples(self, num_samples: int, seq_length: int) -> int:
+        """Samples of `seq_length` tokens within the budget, of a source with `num_samples`."""
+        if self.tokens is not None:
+            return self.tokens // seq_length
+        return int((self.epochs or 0.0) * num_samples)
 
 
 def _weight(item: Any) -> float | None:

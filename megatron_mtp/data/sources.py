@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.blend import SPLITS, Blend, is_mock, parse_blend, valid_names
+from megatron_mtp.config.blend import SPLITS, Blend, Budget, is_mock, parse_blend, valid_names
 from megatron_mtp.config.sections import DatasetConfig
 from megatron_mtp.data.blend import BlendedSource
 from megatron_mtp.data.corpus import Corpus, split_range
@@ -87,6 +87,7 @@ class _Opener:
         self.mask_suffix, data = cfg.dataset.loss_mask_suffix, cfg.dataset
         self.masks_by_eod = data.eod_mask_loss or data.reset_attention_mask or data.reset_position_ids
         self.fim = self._fim(cfg, tokenizer) if data.fim_rate else None
+        self.budgets = data.budgets or {}
         self.problems: list[str] = []
         self.readers: dict[str, IndexedReader | None] = {}
 
@@ -124,7 +125,21 @@ class _Opener:
     def blend(self, blend: Blend, which: str, split: str | None) -> BlendedSource:
         """The mixture, without the corpora that have problems."""
         corpora = [corpus for prefix in blend.prefixes if (corpus := self._corpus(prefix, which, split))]
-        return BlendedSource(corpora, blend.weights, self.seed)
+        limits = None if which != SPLITS[0] or not self.budgets else [self._limit(corpus) for corpus in corpora]
+        return BlendedSource(corpora, blend.weights, self.seed, limits)
+
+    def _limit(self, corpus: Corpus) -> int | None:
+        """Samples that the run draws from a training corpus at most; None: any number."""
+        name = Path(corpus.reader.prefix).name
+        if name not in self.budgets:
+            return None
+        limit = Budget.parse(self.budgets[name]).samples(corpus.num_samples, self.seq_length)
+        if not limit:
+            self.problems.append(
+                f"dataset.budgets.{name} = {self.budgets[name]}: is less than one sample of {self.seq_length} tokens "
+                "(model.seq_length). Raise it, or leave the data set out of the blend."
+            )
+        return limit
 
     def _corpus(self, prefix: str, which: str, split: str | None) -> Corpus | None:
         try:

@@ -15,7 +15,7 @@ class CorpusUse:
 
     Args:
         num_documents, num_tokens, num_samples: of its split.
-        share: of the draws.
+        share: of the draws, while no corpus has used up its budget (dataset.budgets).
         epochs: how often each sample is drawn on average; None: the run has no length in samples.
     """
 
@@ -31,6 +31,7 @@ def corpus_uses(source: SampleSource, num_draws: int | None) -> list[CorpusUse]:
     """What `num_draws` draws take from each corpus of a source; empty for mock data."""
     if not isinstance(source, BlendedSource):
         return []
+    drawn = [None] * len(source.corpora) if num_draws is None else source.expected_draws(num_draws)
     return [
         CorpusUse(
             prefix=corpus.reader.prefix,
@@ -38,9 +39,9 @@ def corpus_uses(source: SampleSource, num_draws: int | None) -> list[CorpusUse]:
             num_tokens=corpus.num_tokens,
             num_samples=corpus.num_samples,
             share=share,
-            epochs=None if num_draws is None else num_draws * share / corpus.num_samples,
+            epochs=None if draws is None else draws / corpus.num_samples,
         )
-        for corpus, share in zip(source.corpora, source.shares, strict=True)
+        for corpus, share, draws in zip(source.corpora, source.shares, drawn, strict=True)
     ]
 
 

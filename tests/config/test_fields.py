@@ -80,7 +80,7 @@ def test_a_value_outside_its_range_is_refused(section, name):
 
 NO_PATHS = {
     "checkpoint": ("best_metric",),
-    "dataset": ("split", "fim_tokens", "fim_prefixes"),
+    "dataset": ("split", "budgets", "fim_tokens", "fim_prefixes"),
     "dist": ("hardware",),
     "logger": ("wandb_project", "wandb_exp_name", "wandb_entity", "wandb_group", "wandb_tags", "wandb_notes"),
     "model": ("mcore", "mtp_loss_scaling_factor", "mtp_variant", "pipeline_model_parallel_layout", "recompute_modules"),

@@ -7,7 +7,9 @@ from megatron_mtp.config.blend import Blend, parse_blend
 from megatron_mtp.data.blend import BlendedSource, draw
 from megatron_mtp.data.corpus import Corpus
 from megatron_mtp.data.indexed import IndexedReader
-from megatron_mtp.errors import ConfigError
+from megatron_mtp.data.sources import open_sources
+from megatron_mtp.data.uses import corpus_uses
+from megatron_mtp.errors import ConfigError, DataError
 from megatron_mtp.recipes import get_recipe
 from tests.data.corpora import write_corpus
 
@@ -59,11 +61,12 @@ def test_what_is_no_blend_is_refused(value):
         cfg.finalize()
 
 
-def webster(weights, count):
+def webster(weights, count, limits=None):
     """Plain definition: at each moment the data set with the earliest due draw, the first one in a tie."""
     taken, out = [0] * len(weights), []
     for _ in range(count):
         due = [(taken[i] + 0.5) / weight for i, weight in enumerate(weights)]
+        due = [float("inf") if limits and limits[i] == taken[i] else time for i, time in enumerate(due)]
         i = due.index(min(due))
         out.append((i, taken[i]))
         taken[i] += 1
@@ -74,6 +77,67 @@ def webster(weights, count):
 def test_draws_of_any_window_are_the_definitions(weights, first, count):
     sets, draws = draw(np.arange(first, first + count), weights)
     assert list(zip(sets.tolist(), draws.tolist(), strict=True)) == webster(weights, first + count)[first:]
+
+
+@given(weights_lists, st.data(), st.integers(0, 150), st.integers(1, 40))
+def test_a_budget_ends_draws_and_the_others_take_the_place(weights, data, first, count):
+    limits = [data.draw(st.none() | st.integers(0, 60)) for _ in weights[1:]] + [None]
+    sets, draws = draw(np.arange(first, first + count), weights, limits)
+    assert list(zip(sets.tolist(), draws.tolist(), strict=True)) == webster(weights, first + count, limits)[first:]
+
+
+def test_what_a_run_draws_within_budgets():
+    weights, limits, n = [3.0, 1.0, 2.0], [60, None, 500], 3000
+    sets, _ = draw(np.arange(n), weights, limits)
+    counted = np.bincount(sets, minlength=3)
+    assert counted.tolist() == [60, 2440, 500]
+    far, _ = draw(np.arange(10**12, 10**12 + 5), weights, limits)
+    assert far.tolist() == [1] * 5
+    source = BlendedSource([], weights, 1, limits)
+    assert source.expected_draws(n) == pytest.approx(counted, abs=1)
+    early = np.bincount(draw(np.arange(300), weights, limits)[0], minlength=3)
+    assert early.tolist() == pytest.approx([60, 80, 160], abs=1)
+    assert source.expected_draws(300) == pytest.approx(early, abs=1)
+
+
+def write_pair(tmp_path):
+    for name, documents in (("web", 50), ("code", 10)):
+        write_corpus(tmp_path / name, [50] * documents, vocab_size=100)
+    cfg = get_recipe("tiny_dense")
+    cfg.dataset.update(blend=[[str(tmp_path / "web"), str(tmp_path / "code")], [1, 1]], mock=False, split="1,0,0")
+    cfg.tokenizer.update(tokenizer_type="null", vocab_size=100)
+    cfg.model.update(vocab_size=100, seq_length=10)
+    return cfg
+
+
+@pytest.mark.parametrize(("budget", "samples"), [("2 epochs", 98), ("0.5 epochs", 24), (305, 30), ("1K", 100)])
+def test_budgets_are_of_tokens_or_epochs(tmp_path, budget, samples):
+    cfg = write_pair(tmp_path)
+    cfg.dataset.budgets = {"code": budget}
+    train, _ = open_sources(cfg.finalize(1), 100)
+    assert [corpus.num_samples for corpus in train.corpora] == [249, 49]
+    sets, _ = draw(np.arange(2000), train.weights, train.limits)
+    assert np.bincount(sets).tolist() == [2000 - samples, samples]
+    assert corpus_uses(train, 2000)[1].epochs == pytest.approx(samples / 49)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({"cod": "1B"}, r"dataset\.budgets = .*cod: no such file name among the training prefixes \(web, code\)"),
+        ({"web": "1B", "code": "1B"}, r"dataset\.budgets = .*one training prefix must have no budget"),
+        ({"code": "2 epoch s"}, r"dataset\.budgets\.code = '2 epoch s': must be a number of tokens"),
+        ({"code": "-1 epochs"}, r"dataset\.budgets\.code = '-1 epochs': must be a number of tokens"),
+        ({"code": 0}, r"dataset\.budgets\.code = 0: must be a number of tokens"),
+        ({"code": "nan epochs"}, r"dataset\.budgets\.code = 'nan epochs': must be"),
+        ({"code": 5}, r"dataset\.budgets\.code = 5: is less than one sample of 10 tokens"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused_by_name(tmp_path, budgets, message):
+    cfg = write_pair(tmp_path)
+    cfg.dataset.budgets = budgets
+    with pytest.raises((ConfigError, DataError), match=message):
+        open_sources(cfg.finalize(1), 100)
 
 
 @given(weights_lists)

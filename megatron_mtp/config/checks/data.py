@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
 from megatron_mtp.config.blend import (
     MAIN_LABEL,
     SPLITS,
+    Budget,
     is_mock,
     parse_blend,
     parse_split,
@@ -20,7 +22,7 @@ from megatron_mtp.config.derive import BYTES_VOCAB_SIZE
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import RunConfig
-from megatron_mtp.errors import Problem
+from megatron_mtp.errors import ConfigError, Problem
 
 
 def data_problems(cfg: RunConfig) -> list[Problem]:
@@ -41,8 +43,26 @@ def data_problems(cfg: RunConfig) -> list[Problem]:
         problems.append(problem(cfg, "dataset.loss_mask_suffix", rule, "Set one of them to null or False."))
     blends, splits = _blend_problems(cfg), _split_problems(cfg)
     once = [] if blends or splits else _once_problems(cfg)
-    named = [] if blends else _fim_problems(cfg)
+    named = [] if blends else _fim_problems(cfg) + _budget_problems(cfg)
     return problems + blends + splits + once + named + _tokenizer_problems(cfg)
+
+
+def _budget_problems(cfg: RunConfig) -> list[Problem]:
+    """Budgets of sources; needs blends that can be read."""
+    budgets, problems = cfg.dataset.budgets, []
+    if not budgets:
+        return []
+    problems += _unknown_names(cfg, "dataset.budgets", budgets)
+    if not problems and set(_training_names(cfg)) <= set(budgets):
+        rule = "one training prefix must have no budget, to take the place of those that are used up"
+        remedy = "Leave one out; the length of the run is train.train_tokens."
+        problems.append(problem(cfg, "dataset.budgets", rule, remedy))
+    for name, value in budgets.items():
+        try:
+            Budget.parse(value)
+        except ConfigError as error:
+            problems += [replace(found, fields=(f"dataset.budgets.{name}",)) for found in error.problems]
+    return problems
 
 
 def _unknown_names(cfg: RunConfig, field: str, given: Iterable[str]) -> list[Problem]:

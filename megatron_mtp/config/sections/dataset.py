@@ -20,6 +20,9 @@ class DatasetConfig(Section):
     no blend_per_split): mock data."""
     blend_per_split: list[Any] | None = knob(None, is_path=True)
     """One blend for each of train, validation, test (None where validation or test is absent)."""
+    budgets: dict[str, int | str] | None = None
+    """The most that the run draws from some training prefixes: file name -> tokens ("20B") or epochs ("4 epochs"). Once
+    it is used up, the other prefixes take its place by their weights."""
     split: str | None = "9999,8,2"
     """Shares of train, validation and test within each prefix of `blend`; 0 for validation: only `valid_sets` are
     evaluated."""
