@@ -42,6 +42,7 @@ RECIPES: dict[str, str] = {
     "glm45_air": "glm.glm45:glm45_air_pretrain_config",
     "deepseek_v2_lite": "deepseek.deepseek_v2:deepseek_v2_lite_pretrain_config",
     "deepseek_v3": "deepseek.deepseek_v3:deepseek_v3_pretrain_config",
+    "deepseek_v3_whole": "deepseek.deepseek_v3:deepseek_v3_whole_pretrain_config",
     "moonlight_16b_a3b": "moonshot.moonlight:moonlight_16b_a3b_pretrain_config",
     "kimi_k2": "moonshot.moonlight:kimi_k2_pretrain_config",
 }

@@ -87,6 +87,12 @@ PUBLISHED: dict[str, Published] = {
         active=Figure(text="37B", counted="without input embedding"),
         source="arXiv 2412.19437, abstract",
     ),
+    "deepseek_v3_whole": Published(
+        gpus=1024,
+        total=Figure(text="671B"),
+        active=Figure(text="37B", counted="without input embedding"),
+        source="arXiv 2412.19437, abstract",
+    ),
     "moonlight_16b_a3b": Published(
         gpus=8,
         total=Figure(text="15.29B", counted="without embeddings"),

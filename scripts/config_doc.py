@@ -9,9 +9,8 @@ import textwrap
 from dataclasses import fields
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.coerce import field_types
-from megatron_mtp.config.container import ConfigContainer
-from megatron_mtp.config.knob import range_of, resume_rule
+from megatron_mtp.config.knob import phase_rule, range_of, resume_rule
+from megatron_mtp.config.sections import section_types
 from scripts.markdown import formatted
 
 HEAD = """\
@@ -30,19 +29,22 @@ prints the resolved config with hints.
 
 The column *range* holds the numbers that a field accepts, as an interval; items of a list are checked one by one. The
 column *resume* says what may change when a run resumes from a checkpoint: *free* fields may, *curve* fields may and
-change the loss curve from there on (reported), *fixed* fields may not.
+change the loss curve from there on (reported), *fixed* fields may not. The column *phase* says what a phase of the run
+may do with the field ([phases.md](phases.md)): set it (*free*), set it and so begin a learning-rate schedule
+(*schedule*), a growth of the global batch (*batch*) or an order of the training data (*data*) of its own, or not set it
+(*fixed*).
 """
 
 
 def render() -> str:
     """The text of docs/config.md."""
     parts = [HEAD]
-    for name, section in field_types(ConfigContainer).items():
+    for name, section in section_types().items():
         parts.append(f"\n## {name}\n\n{_plain(inspect.getdoc(section))}\n\n")
-        parts.append("| field | type | default | range | resume | meaning |\n|---|---|---|---|---|---|\n")
+        parts.append("| field | type | default | range | resume | phase | meaning |\n|---|---|---|---|---|---|---|\n")
         meanings = field_docs(section)
         defaults = section()
-        for field in fields(section):
+        for field in fields(section):  # type: ignore[arg-type]  # each section is a dataclass
             limits = range_of(section, field.name)
             cells = (
                 f"`{field.name}`",
@@ -50,6 +52,7 @@ def render() -> str:
                 f"`{getattr(defaults, field.name)!r}`",
                 "" if limits is None else f"`{limits}`",
                 resume_rule(section, field.name),
+                phase_rule(section, field.name),
                 meanings[field.name],
             )
             parts.append("| " + " | ".join(_cell(cell) for cell in cells) + " |\n")

@@ -20,9 +20,9 @@ from megatron_mtp.checkpoint.agreement import describe_error, first_value_of_any
 from megatron_mtp.checkpoint.content import Content, optimizer_scalars
 from megatron_mtp.checkpoint.directory import LOCK_NAME, RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
-from megatron_mtp.checkpoint.manifest import Evaluation, Manifest
+from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Evaluation, Manifest
 from megatron_mtp.checkpoint.new_layers import NewLayers
-from megatron_mtp.checkpoint.preflight import check_unused, tokenizer_fingerprint
+from megatron_mtp.checkpoint.preflight import check_unused, read_saved_config, tokenizer_fingerprint
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import Found, load_newest
 from megatron_mtp.checkpoint.train_state import TrainState
@@ -36,6 +36,7 @@ from megatron_mtp.checkpoint.writer import (
     write_shared_files,
 )
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.phases import BASE
 from megatron_mtp.data.lock import Lock
 from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.errors import CheckpointError
@@ -65,7 +66,7 @@ class Checkpointer:
 
     Args:
         cfg: finalized.
-        groups: process groups of the layout.
+        groups: process groups of the layout; empty ones, where `enter` follows before anything is read or saved.
         device: where collectives keep their tensors.
 
     Raises:
@@ -75,12 +76,15 @@ class Checkpointer:
 
     def __init__(self, cfg: ConfigContainer, groups: ProcessGroupCollection, device: torch.device | str = "cpu"):
         self.cfg, self.groups, self.device = cfg, groups, torch.device(device)
+        self.phase = BASE
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.directory = RunDirectory(cfg.checkpoint.save) if cfg.checkpoint.save else None
         self.last_saved: int | None = None
         """Iteration of the newest checkpoint that this process saved, is saving, or resumed from."""
         self.last_complete: int | None = None
         """Iteration of the newest complete checkpoint that this process saved or resumed from."""
+        self.resumed_config: dict[str, dict[str, Any]] | None = None
+        """Config in the checkpoint that was loaded last; None: there was none."""
         self.last_stall_s = 0.0
         """Seconds for which the last save kept the training step waiting."""
         self.last_save_s = 0.0
@@ -88,6 +92,7 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self._buffers = KeptBuffers() if cfg.checkpoint.async_save else None
         is_writer = self.directory is not None and self.rank == 0
+        self._is_writer = is_writer
         self._tokenizer = tokenizer_fingerprint(cfg) if is_writer else None
         self._data = list(data_fingerprints(cfg).values()) if is_writer else []
         self._lock: Lock | None = None  # on rank 0
@@ -124,6 +129,14 @@ class Checkpointer:
         for name in self._run_directory.clear_remains():
             logger.info("removed %s, the remains of a save that did not finish", path / name)
 
+    def enter(self, cfg: ConfigContainer, groups: ProcessGroupCollection, phase: str) -> None:
+        """From now on checkpoints are of this phase, with its config and layout; no save may be under way."""
+        assert self._pending is None, "a save is under way"
+        self.cfg, self.groups, self.phase = cfg, groups, phase
+        self._new_layers = None  # they are of the chunks that are built next
+        self._buffers = KeptBuffers() if cfg.checkpoint.async_save else None  # the shards have other shapes
+        self._data = list(data_fingerprints(cfg).values()) if self._is_writer else []
+
     # ---- resuming ----
 
     def resume(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> bool:
@@ -144,6 +157,7 @@ class Checkpointer:
         if loaded is None:
             return False
         found, saved = loaded
+        self.resumed_config = read_saved_config(found.path / CONFIG_NAME)
         self._restore(train_state, saved)
         self.last_complete = found.manifest.iteration
         if self.directory and found.path.parent.resolve() == self.directory.path.resolve():
@@ -158,21 +172,32 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank: there is no complete one.
         """
+        path = self.load_own(chunks, optimizer, train_state)
+        if self.rank == 0:
+            logger.info("went back to %s", path)
+
+    def load_own(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> Path:
+        """Restores everything from the newest complete checkpoint of checkpoint.save and returns its folder.
+
+        Raises:
+            CheckpointError: on every rank: there is no complete one.
+        """
         path = self._run_directory.path
         loaded = self._load_newest(path, chunks, optimizer, load_optim=True)
         if loaded is None:
-            raise CheckpointError(f"checkpoint.save = {path}: holds no checkpoint to go back to.")
+            raise CheckpointError(f"checkpoint.save = {path}: holds no checkpoint to go on from.")
         found, saved = loaded
+        self.resumed_config = read_saved_config(found.path / CONFIG_NAME)
         self._restore(train_state, saved)
         self._went_to(found.manifest.iteration)
-        if self.rank == 0:
-            logger.info("went back to %s", found.path)
+        return found.path
 
     def _load_newest(
         self, path: str | Path, chunks: list[nn.Module], optimizer: MegatronOptimizer, *, load_optim: bool
     ) -> tuple[Found, dict[str, Any]] | None:
         layers = self._keep_new_layers(chunks)
-        return load_newest(self.cfg, path, chunks, optimizer, self.groups.dp_cp, layers, load_optim=load_optim)
+        groups, phase = self.groups.dp_cp, self.phase
+        return load_newest(self.cfg, path, chunks, optimizer, groups, layers, load_optim=load_optim, phase=phase)
 
     def _keep_new_layers(self, chunks: list[nn.Module]) -> NewLayers:
         """Made at the first load, before anything changes the chunks."""

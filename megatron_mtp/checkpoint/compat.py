@@ -12,16 +12,11 @@ from typing import Any
 
 from megatron_mtp.checkpoint.depth_change import DepthChange
 from megatron_mtp.config.coerce import field_types
-from megatron_mtp.config.knob import Resume, resume_rule
-from megatron_mtp.config.sections import RunConfig
+from megatron_mtp.config.knob import Resume, phase_rule, resume_rule
+from megatron_mtp.config.sections import section_types
 
 # What to do instead, where there is something better than going back.
 _ADVICE = {
-    (
-        "train",
-        "global_batch_size",
-    ): "The data order depends on it; plan the growth with train.rampup_batch_size from the start.",
-    ("train", "rampup_batch_size"): "The data order depends on it.",
     ("rng", "seed"): "The data order depends on it.",
     ("ddp", "use_distributed_optimizer"): "The two optimizers keep their master weights under different names.",
 }
@@ -37,17 +32,20 @@ class ConfigDifferences:
     changes: list[str]
 
 
-def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any]) -> ConfigDifferences:
-    """Compares two resolved configs as nested dicts.
+def compare(
+    saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any], *, phase_begins: bool = False
+) -> ConfigDifferences:
+    """Compares two resolved configs as nested dicts. Phases are not compared: each of their configs stands alone.
 
     Args:
         saved: of the checkpoint.
         present: of the run that wants to resume; where model.vocab_size is None it is not known yet and not compared.
         defaults: of this version; a field that one side lacks is taken at its default.
+        phase_begins: `present` is of a phase that begins with the resume: what a phase may set may change.
     """
     refusals, changes = [], []
     depths = _depth_change(saved, present)
-    for section in sorted(set(saved) | set(present)):
+    for section in sorted((set(saved) | set(present)) - {"phases"}):
         ours, theirs = present.get(section) or {}, saved.get(section) or {}
         for name in sorted(set(ours) | set(theirs)):
             default = (defaults.get(section) or {}).get(name, _ABSENT)
@@ -56,11 +54,10 @@ def compare(saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, 
                 continue
             text = f"{section}.{name} = {_show(new)}: the checkpoint was saved with {_show(old)}"
             rule = _rule(section, name)
-            if rule == "curve":
+            if rule == "curve" or (phase_begins and _may_set(section, name)):
                 changes.append(f"{text}.")
             elif rule == "fixed":
-                advice = _ADVICE.get((section, name), "It cannot change within a run.")
-                refusals.append(f"{text}. {advice}")
+                refusals.append(f"{text}. {_advice(section, name)}")
     refusals += depths.refusals() + _pair_refusals(saved, present)
     return ConfigDifferences(refusals, changes)
 
@@ -74,13 +71,19 @@ _MAY_DIFFER = frozenset({"seq_length"})
 
 
 def compare_weights(
-    saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any], *, layers_may_change: bool = False
+    saved: dict[str, Any],
+    present: dict[str, Any],
+    defaults: dict[str, Any],
+    *,
+    layers_may_change: bool = False,
+    phase_begins: bool = False,
 ) -> list[str]:
     """Why weights of one config do not fit the model of another, one sentence each.
 
     Args:
         saved, present, defaults: as `compare`.
         layers_may_change: MTP layers may be added by model.mtp_new_layers_init, or dropped.
+        phase_begins: as `compare`.
     """
     ours, theirs, default = present["model"], saved.get("model") or {}, defaults["model"]
     depths = _depth_change(saved, present)
@@ -91,6 +94,7 @@ def compare_weights(
     for name in sorted(set(ours) | set(theirs)):
         old, new = theirs.get(name, default.get(name, _ABSENT)), ours.get(name, default.get(name, _ABSENT))
         may_change = _rule("model", name) != "fixed" or name in _MAY_DIFFER or depths.leaves_open(name)
+        may_change |= phase_begins and _may_set("model", name)
         if not may_change and not same("model", name, old, new):
             refusals.append(f"model.{name} = {_show(new)}: the weights are of a model with {_show(old)}.")
     return refusals
@@ -140,8 +144,20 @@ def _dtype_refusals(saved: dict[str, Any], present: dict[str, Any]) -> list[str]
 
 
 def _rule(section: str, name: str) -> Resume:
-    kind = field_types(RunConfig).get(section)
+    kind = section_types().get(section)
     return "fixed" if kind is None else resume_rule(kind, name)
+
+
+def _advice(section: str, name: str) -> str:
+    if _may_set(section, name):
+        return f"A phase may change it: phases.NAME.{section}.{name} and checkpoint.enter_phase=NAME (docs/phases.md)."
+    return _ADVICE.get((section, name), "It cannot change within a run.")
+
+
+def _may_set(section: str, name: str) -> bool:
+    """Whether a phase may set the field."""
+    kind = section_types().get(section)
+    return kind is not None and name in field_types(kind) and phase_rule(kind, name) != "fixed"
 
 
 def _show(value: Any) -> str:

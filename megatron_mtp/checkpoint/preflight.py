@@ -15,8 +15,11 @@ from megatron_mtp.checkpoint.compat import ConfigDifferences, compare, compare_w
 from megatron_mtp.checkpoint.depth_change import DepthChange
 from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder, resume_candidates, split_name, why_empty
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest, read_manifest
+from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.blend import parse_blend
 from megatron_mtp.config.derive import WHEN_NULL
+from megatron_mtp.config.phases import BASE
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.config.yaml_text import load_yaml
 from megatron_mtp.data.sources import data_fingerprints
@@ -43,11 +46,12 @@ class ResumePoint:
     """Config changes that are allowed and change the loss curve."""
 
 
-def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
+def check_run_directory(cfg: ConfigContainer, phase: str = BASE) -> ResumePoint | None:
     """Where `cfg` resumes; None: a fresh start. Large files are not read here, their checksums are compared at resume.
 
     Args:
         cfg: finalized.
+        phase: name of the phase that it is for; see `progress.find_phase`.
 
     Raises:
         CheckpointError: `save` cannot be written or holds another run; `load` holds no complete checkpoint, or
@@ -58,15 +62,15 @@ def check_run_directory(cfg: ConfigContainer) -> ResumePoint | None:
         _check_writable(save)
         check_unused(cfg)
     if load is None:
-        check_pretrained(cfg)
+        check_pretrained(cfg, phase)
         return None
     directory, iterations = resume_candidates(load)
     manifest, damaged = directory.newest_listed(iterations)
     if manifest is None:
         check_missing(cfg, damaged)
-        check_pretrained(cfg)
+        check_pretrained(cfg, phase)
         return None
-    comparison = compare_with_run(cfg, directory, manifest)
+    comparison = compare_with_run(cfg, directory, manifest, phase)
     if comparison.refusals:
         raise CheckpointError(refusal_text(load, manifest.iteration, comparison))
     return ResumePoint(manifest.iteration, manifest.consumed_samples, damaged, comparison.changes)
@@ -97,8 +101,13 @@ def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
         )
 
 
-def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> ConfigDifferences:
+def compare_with_run(
+    cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest, phase: str = BASE
+) -> ConfigDifferences:
     """Compares `cfg` with the config in a checkpoint whose small files have been verified.
+
+    Args:
+        phase: name of the phase that `cfg` is for.
 
     Raises:
         CheckpointError: the checkpoint holds no config.
@@ -107,7 +116,8 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
     if CONFIG_NAME not in (entry.name for entry in manifest.files):
         raise CheckpointError(f"{path}: is not part of the checkpoint, so the run it belongs to is unknown.")
     saved = read_saved_config(path)
-    comparison = compare(saved, to_dict(cfg), to_dict(ConfigContainer()))
+    begins = phase != saved_phase(path.parent, manifest)
+    comparison = compare(saved, to_dict(cfg), to_dict(ConfigContainer()), phase_begins=begins)
     comparison.refusals.extend(_copy_refusals(cfg, saved))
     tokenizer = tokenizer_fingerprint(cfg)
     if tokenizer != manifest.tokenizer:
@@ -115,7 +125,7 @@ def compare_with_run(cfg: ConfigContainer, directory: RunDirectory, manifest: Ma
             f"tokenizer.tokenizer_model = {cfg.tokenizer.tokenizer_model!r}: is another tokenizer ({tokenizer}) than "
             f"the checkpoint's ({manifest.tokenizer}). It cannot change within a run."
         )
-    for (prefix, now), then in zip(data_fingerprints(cfg).items(), manifest.data, strict=False):
+    for prefix, now, then in _known_data(cfg, saved, manifest, is_same_order=not begins):
         if now == then:
             continue
         text = f"dataset.blend: the files of {prefix} hold other data than those that the checkpoint was trained on."
@@ -136,6 +146,30 @@ def _copy_refusals(cfg: ConfigContainer, saved: dict[str, dict[str, Any]]) -> li
         "model.mtp_new_layers_init = last_layer: the trunk's last layer has linear attention, and an MTP layer has "
         "full attention. Use fresh, or last_depth where the checkpoint has an MTP layer."
     ]
+
+
+def _known_data(
+    cfg: ConfigContainer, saved: dict[str, Any], manifest: Manifest, *, is_same_order: bool
+) -> list[tuple[str, str, str]]:
+    """(prefix, fingerprint, that in the checkpoint) of the training data of `cfg` that the checkpoint knows too."""
+    present = data_fingerprints(cfg)
+    if is_same_order:
+        return [(prefix, now, then) for (prefix, now), then in zip(present.items(), manifest.data, strict=False)]
+    dataset = saved.get("dataset") or {}
+    blend = dataset.get("blend") or (dataset.get("blend_per_split") or [None])[0]
+    names = [os.path.basename(prefix) for prefix in parse_blend(blend).prefixes] if blend else []
+    then = dict(zip(names, manifest.data, strict=False))
+    return [(p, now, then[os.path.basename(p)]) for p, now in present.items() if os.path.basename(p) in then]
+
+
+def saved_phase(folder: Path, manifest: Manifest) -> str:
+    """Name of the phase that a checkpoint was saved in.
+
+    Raises:
+        CheckpointError: its train state is damaged.
+    """
+    phases = read_train_state(folder, manifest)[0].get("phases")
+    return phases[-1]["name"] if phases else BASE
 
 
 def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
@@ -169,8 +203,11 @@ def tokenizer_fingerprint(cfg: ConfigContainer) -> str | None:
     return None if tokenizer is None else tokenizer.fingerprint()
 
 
-def check_pretrained(cfg: ConfigContainer) -> None:
+def check_pretrained(cfg: ConfigContainer, phase: str = BASE) -> None:
     """Checks that checkpoint.pretrained_checkpoint, if it is set, holds weights of this model.
+
+    Args:
+        phase: name of the phase with which the run begins.
 
     Raises:
         CheckpointError: there are none, or the model or the tokenizer is another.
@@ -181,7 +218,8 @@ def check_pretrained(cfg: ConfigContainer) -> None:
     folder = checkpoint_folder(cfg.checkpoint.pretrained_checkpoint)
     path = folder / CONFIG_NAME
     saved = read_saved_config(path)
-    refusals = compare_weights(saved, to_dict(cfg), to_dict(ConfigContainer()), layers_may_change=True)
+    comparison = {"layers_may_change": True, "phase_begins": phase != BASE}
+    refusals = compare_weights(saved, to_dict(cfg), to_dict(ConfigContainer()), **comparison)
     refusals += _copy_refusals(cfg, saved)
     known, present = read_manifest(folder).tokenizer, tokenizer_fingerprint(cfg)
     if known is not None and present is not None and known != present:

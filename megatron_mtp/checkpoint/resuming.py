@@ -24,11 +24,18 @@ from megatron_mtp.checkpoint.depth_change import DepthChange
 from megatron_mtp.checkpoint.directory import RunDirectory, resume_candidates, split_name
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
 from megatron_mtp.checkpoint.new_layers import NewLayers, read_without
-from megatron_mtp.checkpoint.preflight import check_missing, compare_with_run, read_saved_config, refusal_text
+from megatron_mtp.checkpoint.preflight import (
+    check_missing,
+    compare_with_run,
+    read_saved_config,
+    refusal_text,
+    saved_phase,
+)
 from megatron_mtp.checkpoint.random_state import RNG_KEY, restore_random_state
 from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.phases import BASE
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
 from megatron_mtp.mcore.optimizer import copy_master_weights_to_model, set_master_weights
@@ -68,6 +75,7 @@ def load_newest(
     new_layers: NewLayers,
     *,
     load_optim: bool,
+    phase: str = BASE,
 ) -> tuple[Found, dict[str, Any]] | None:
     """Loads the newest complete checkpoint of a run directory; None where a fresh start is allowed.
 
@@ -75,6 +83,7 @@ def load_newest(
         path: checkpoint.load or checkpoint.save; `RUN@which` is that one checkpoint.
         new_layers: starts MTP layers that the checkpoint lacks.
         load_optim: with optimizer state.
+        phase: name of the phase that `cfg` is for.
 
     Returns:
         The checkpoint and its train state.
@@ -84,7 +93,7 @@ def load_newest(
             config, or it cannot be loaded. Weights may be partly loaded; the process must not continue to train.
     """
     damaged: list[str] = []
-    for found in complete_checkpoints(cfg, path, damaged):
+    for found in complete_checkpoints(cfg, path, damaged, phase):
         try:
             # A failed attempt leaves nothing behind: the next one fills everything again.
             state = load_checkpoint(cfg, found, chunks, optimizer, dp_cp_group, new_layers, load_optim=load_optim)
@@ -94,7 +103,9 @@ def load_newest(
     return None
 
 
-def complete_checkpoints(cfg: ConfigContainer, path: str | Path, damaged: list[str]) -> Iterator[Found]:
+def complete_checkpoints(
+    cfg: ConfigContainer, path: str | Path, damaged: list[str], phase: str = BASE
+) -> Iterator[Found]:
     """The complete checkpoints of a run directory, newest first; ends where a fresh start is allowed.
 
     Every byte is compared with the manifest before any file is parsed, each rank reading its share. Rank 0 checks the
@@ -103,6 +114,7 @@ def complete_checkpoints(cfg: ConfigContainer, path: str | Path, damaged: list[s
     Args:
         path: checkpoint.load or checkpoint.save.
         damaged: the problems of all that are skipped are added to it.
+        phase: name of the phase that `cfg` is for.
 
     Raises:
         CheckpointError: on every rank: no checkpoint is left, or the newest one that is complete is of a run with
@@ -112,7 +124,7 @@ def complete_checkpoints(cfg: ConfigContainer, path: str | Path, damaged: list[s
     for iteration in run_on_rank_0(lambda: resume_candidates(path)[1]):
         manifest, problems = _examine(directory, iteration)
         if manifest is not None and not problems:
-            run_on_rank_0(partial(_check_config, cfg, directory, manifest))
+            run_on_rank_0(partial(_check_config, cfg, directory, manifest, phase))
             yield Found(directory.final_path(iteration), manifest)
         else:
             _skip(iteration, problems, damaged)
@@ -147,14 +159,16 @@ def _examine(directory: RunDirectory, iteration: int) -> tuple[Manifest | None, 
     return manifest, problems or run_on_rank_0(partial(check_contents, manifest))
 
 
-def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest) -> None:
-    comparison = compare_with_run(cfg, directory, manifest)
+def _check_config(cfg: ConfigContainer, directory: RunDirectory, manifest: Manifest, phase: str) -> None:
+    comparison = compare_with_run(cfg, directory, manifest, phase)
     if comparison.refusals:
         raise CheckpointError(refusal_text(str(directory.path), manifest.iteration, comparison))
+    if phase != saved_phase(directory.final_path(manifest.iteration), manifest):
+        return  # the line about the phase says what changes
     for change in comparison.changes:
         logger.warning("the curve changes from iteration %d on: %s", manifest.iteration, change)
     saved = read_saved_config(directory.final_path(manifest.iteration) / CONFIG_NAME)
-    if jump := rate_change(saved, cfg, manifest.consumed_samples):
+    if phase == BASE and (jump := rate_change(saved, cfg, manifest.consumed_samples)):
         logger.warning("%s", jump)
     if free := free_changes(saved, to_dict(cfg)):
         logger.info("changed since the checkpoint, without effect on the curve: %s", ", ".join(free))

@@ -1,7 +1,7 @@
 """What must survive a restart besides weights, optimizer and random numbers: one small dataclass of plain numbers.
 
-Learning rate, weight decay and loss factor are not in it: they are functions of `consumed_samples`. So is the data
-position, except for `passed_over_samples`.
+Learning rate, weight decay and loss factor are not in it: they are functions of the position and of where the phases
+have begun. So is the data position, except for `passed_over_samples`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import reprlib
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_mtp.checkpoint.manifest import TRAIN_STATE_NAME, Manifest, is_count
+from megatron_mtp.config.timeline import Position
 from megatron_mtp.errors import CheckpointError
 
 
@@ -28,6 +29,18 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(c, list) and all(map(is_count, c)) for c in value.values())
 
 
+def _are_phases(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(phase, dict)
+        and set(phase) == {"name", "changes", *_PLACE}
+        and isinstance(phase["name"], str)
+        and isinstance(phase["changes"], dict)
+        and all(is_count(phase[key]) for key in _PLACE)
+        for phase in value
+    )
+
+
+_PLACE = tuple(one.name for one in fields(Position))
 # What each value must be when it comes out of a file.
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "int": is_count,
@@ -37,8 +50,10 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "str | None": lambda value: isinstance(value, str | None),
     "dict[str, list[int]]": _are_counts,
     "dict[str, Any]": lambda value: isinstance(value, dict),
+    "list[dict[str, Any]]": _are_phases,
 }
 _WORDS = {"int": "int of at least 0", "float": "float of at least 0", "dict[str, list[int]]": "lists of counts"}
+_WORDS["list[dict[str, Any]]"] = "phases, each with name, iteration, samples, tokens, data and changes"
 _REQUIRED = ("iteration", "consumed_samples", "consumed_tokens")
 """Every release saved them. Other fields came later, and a checkpoint may lack them."""
 
@@ -52,7 +67,7 @@ class TrainState:
     consumed_samples: int = 0
     """Samples of all steps done; every schedule and the data order depend on it."""
     consumed_tokens: int = 0
-    """consumed_samples * seq_length."""
+    """Sum over all phases of samples * seq_length."""
     skipped_iterations: int = 0
     """Steps whose update was skipped (fp16 overflow or a policy for bad numbers)."""
     nan_iterations: int = 0
@@ -71,6 +86,9 @@ class TrainState:
     """Lowest validation loss that checkpoint.best_metric names, nats per token; None: not evaluated yet."""
     best_metric: str | None = None
     """checkpoint.best_metric when that was found."""
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    """History of `cfg.phases`: each phase that has begun, with its place (see `config.timeline.Position`) and changes,
+    "section.field" -> [value before, value in it]."""
     has_open_evaluation: bool = False
     """The evaluation after this iteration was not over when this was saved: a signal came. A resume repeats it."""
     acceptance: dict[str, list[int]] = field(default_factory=dict)
@@ -86,6 +104,22 @@ class TrainState:
     def data_position(self) -> int:
         """Samples of the data order that were trained on or skipped."""
         return self.consumed_samples + self.passed_over_samples
+
+    @property
+    def position(self) -> Position:
+        """How far the run is."""
+        return Position(self.iteration, self.consumed_samples, self.consumed_tokens, self.data_position)
+
+    @property
+    def begun(self) -> list[tuple[str, Position]]:
+        """Name and place of each phase that has begun, in order."""
+        return [(phase["name"], Position(**{key: phase[key] for key in _PLACE})) for phase in self.phases]
+
+    def begin_phase(self, name: str, changes: dict[str, list[Any]]) -> None:
+        """Adds a phase that begins here to the history. What losses and gradients were before it says nothing of them
+        in it: the watch for spikes starts again."""
+        self.phases.append({"name": name, "changes": changes, **asdict(self.position)})
+        self.health.pop("spikes", None)
 
     def advance(self, samples: int, seq_length: int) -> None:
         """Counts one step of `samples` samples."""

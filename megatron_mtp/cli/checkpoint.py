@@ -69,6 +69,7 @@ def list_(run: Run, json: Json = False) -> None:
 def show(checkpoint: One, json: Json = False) -> None:
     """Show what one checkpoint holds, and what wrote it."""
     from megatron_mtp.checkpoint.stored import StoredWeights
+    from megatron_mtp.checkpoint.train_state import read_train_state
 
     stored = StoredWeights(Path(checkpoint), verify=False)
     counts: dict[str, dict[str, int]] = {"mtp": {"tensors": 0, "values": 0}, "main": {"tensors": 0, "values": 0}}
@@ -79,6 +80,7 @@ def show(checkpoint: One, json: Json = False) -> None:
     dtypes = sorted({str(stored.dtype(key)).removeprefix("torch.") for key in stored.tensors})
     data = {"folder": str(stored.folder), **_as_row(stored.manifest), "weights": counts, "dtypes": dtypes}
     data |= {"also": stored.left_out, "versions": stored.manifest.versions, "world_size": stored.manifest.world_size}
+    data["phases"] = read_train_state(stored.folder, stored.manifest)[0].get("phases", [])
     if json:
         typer.echo(json_format.dumps(data, indent=2))
         return
@@ -94,6 +96,8 @@ def show(checkpoint: One, json: Json = False) -> None:
         "size": f"{_size(data['bytes'])} in {len(stored.manifest.files)} files",
         "versions": ", ".join(f"{name} {version}" for name, version in stored.manifest.versions.items()) or "unknown",
     }
+    if data["phases"]:
+        lines["phases"] = ", ".join(f"{phase['name']} from iteration {phase['iteration']}" for phase in data["phases"])
     for name, text in lines.items():
         typer.echo(f"  {name:<11} {text}".rstrip())
         for line in _loss_lines({"": losses}) if name == "validation" and losses else ():

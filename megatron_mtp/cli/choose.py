@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.errors import ConfigError, Problem, nearest
 
 Recipe = Annotated[
     str,
@@ -67,6 +67,25 @@ def choose_config(
             once.setdefault(absolute(name), name)
         cfg.train.callbacks = list(once.values())
     return cfg
+
+
+def phase_of(cfg: ConfigContainer, name: str | None) -> ConfigContainer:
+    """The config of one phase of a run, not finalized and without phases; None: of what is before them.
+
+    Raises:
+        ConfigError: the config is wrong, or has no such phase.
+    """
+    from megatron_mtp.config.phase_configs import before_phases, phase_configs
+
+    if name is None:
+        return before_phases(cfg)
+
+    found = {overlay.name: present for overlay, present in phase_configs(cfg.copy().finalize())}
+    if name not in found:
+        rule = f"there is no such phase.{nearest(name, found)}"
+        known = f"Phases: {', '.join(found)}." if found else "The config has no phases."
+        raise ConfigError(Problem(fields=("--phase",), value=name, rule=rule, remedy=known))
+    return found[name]
 
 
 def open_vocabulary(cfg: ConfigContainer) -> str | None:

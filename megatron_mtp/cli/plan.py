@@ -68,9 +68,11 @@ def plan(
     """Plan the pipeline: the fastest split, with the time and memory of each stage. Needs no device.
 
     With the layout "auto" it searches for the fastest split; another layout is planned as it is. --compare adds splits.
+    Of a run with phases each is planned.
     """
     from megatron_mtp.parallel.planner.assume import read_assumptions
     from megatron_mtp.plan.compare import default_devices, make_plans
+    from megatron_mtp.plan.phases import PhasePlan, phase_plans, refuse_search
     from megatron_mtp.plan.report import as_data, as_text, overlay
     from megatron_mtp.plan.training import read_budget
 
@@ -83,14 +85,22 @@ def plan(
     costs = {"mtbf_hours": mtbf_hours, "save_s": save_s, "restart_s": restart_s, "price": price, "watts": watts}
     budget = read_budget(tokens, **costs)
     options = (cfg, devices, hardware, profile, memory, compare or (), assumptions, budget, or_devices or ())
+    phases: list[PhasePlan] = []
     if search:
+        refuse_search(cfg)
         from rich.console import Console
 
         with Console(stderr=True).status("searching") as status:
             plans = make_plans(*options, search=True, top=top, report=status.update)
     else:
         plans = make_plans(*options)
-    typer.echo(json_format.dumps(as_data(recipe, plans), indent=2) if json else as_text(recipe, plans))
+        if profile is None:  # it is measured for one config
+            later = (plans.world_size, hardware, None, memory, (), assumptions)
+            phases = phase_plans(plans, lambda present: make_plans(present, *later))
+    if json:
+        typer.echo(json_format.dumps(as_data(recipe, plans, phases), indent=2))
+    else:
+        typer.echo(as_text(recipe, plans, phases))
     if write is not None:
         write_file(write, overlay(recipe, plans), "--write")
     if picture is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -43,9 +44,9 @@ def pretrain(
     """Train a model. Under torchrun it joins the job; otherwise it runs as one process, or as --nproc of them."""
     cfg = choose_config(recipe, config, overrides, callback)
     if dry_run:
-        from megatron_mtp.config.checks.parallel import minimum_world_size
+        from megatron_mtp.config.phase_configs import fewest_processes
 
-        processes = world_size or nproc or minimum_world_size(cfg.model)
+        processes = world_size or nproc or fewest_processes(cfg.copy().finalize())
         cfg.copy().finalize(processes)  # before torch is imported
         check_named_callbacks(cfg)
         return _dry_run(cfg, processes, hardware=hardware, json=json)
@@ -72,7 +73,7 @@ def pretrain(
 
 
 def _dry_run(cfg: ConfigContainer, world_size: int, *, hardware: str | None, json: bool) -> None:
-    """Builds every distinct rank without memory or messages and prints what it holds.
+    """Builds every distinct rank without memory or messages and prints what it holds, for each phase of the run.
 
     Args:
         cfg: unfinalized, checked for `world_size`.
@@ -86,21 +87,36 @@ def _dry_run(cfg: ConfigContainer, world_size: int, *, hardware: str | None, jso
     limit_gib = find_machine(hardware, "--hardware").memory_gib if hardware else None
     from rich.console import Console
 
+    from megatron_mtp.config.timeline import Timeline
     from megatron_mtp.dry_run.build import dry_run
     from megatron_mtp.dry_run.table import as_dict, print_dry_run
-    from megatron_mtp.parallel.resolve import resolve
+    from megatron_mtp.parallel.resolve import resolve_phase
     from megatron_mtp.training.pretrain import prepare_config
 
     cfg = prepare_config(cfg, world_size)
+    timeline = Timeline.of(cfg)
     with Console(stderr=True).status("starting") as status:
-        found = dry_run(resolve(cfg, world_size), limit_gib, status.update)
+        runs = [resolve_phase(timeline, index, world_size) for index in range(len(timeline.phases))]
+        everything = [dry_run(run, limit_gib, status.update) for run in runs]
+    first, *later = everything
+    names = [phase.name for phase in timeline.phases]
+    problems = list(first.problems)
+    for name, found in zip(names[1:], later, strict=True):
+        problems += [replace(one, where=f"phases.{name}") for one in found.problems if one not in first.problems]
     if json:
-        typer.echo(json_format.dumps(as_dict(found, cfg), indent=2, default=str))
-        if found.problems:  # the report holds them: no second JSON object
-            typer.echo(message(ConfigError(found.problems)), err=True)
+        data = as_dict(first, cfg)
+        if later:
+            pairs = zip(names[1:], later, runs[1:], strict=True)
+            data["phases"] = [{"name": name, **as_dict(found, run.cfg)} for name, found, run in pairs]
+        typer.echo(json_format.dumps(data, indent=2, default=str))
+        if problems:  # the report holds them: no second JSON object
+            typer.echo(message(ConfigError(problems)), err=True)
             raise typer.Exit(ConfigError.exit_code)
         return
     typer.echo(cfg.to_yaml())
-    print_dry_run(found, Console())
-    if found.problems:
-        raise ConfigError(found.problems)
+    for name, found in zip(names, everything, strict=True):
+        if later:
+            typer.echo(f"phase {name}")
+        print_dry_run(found, Console())
+    if problems:
+        raise ConfigError(problems)

@@ -35,7 +35,7 @@ def show(
     a hint. The output is YAML for --config.
     """
     from megatron_mtp.config.hints import hints
-    from megatron_mtp.parallel.card import WIDTH, render, run_rows
+    from megatron_mtp.parallel.card import WIDTH, phase_facts, phase_rows, render, run_rows
     from megatron_mtp.parallel.facts import facts
     from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.recipes import get_recipe
@@ -54,9 +54,11 @@ def show(
     if json:
         found = {**facts(sized), "layout": run.layout.string}
         data = {"recipe": recipe, **found, "changes": changes, "hints": advice, "config": cfg.to_dict()}
+        if cfg.phases:
+            data["phases"] = phase_facts(run.timeline)
         typer.echo(json_format.dumps(data, indent=2))
         return
-    rows = [("recipe", recipe), *run_rows(run, is_size_open=world_size is None)]
+    rows = [("recipe", recipe), *run_rows(run, is_size_open=world_size is None), *phase_rows(run)]
     _comment(render(rows, WIDTH - len("# ")).splitlines())
     typer.echo(_diff_text(changes) if diff else _config_text(cfg, changes))
     _comment([f"hint: {hint}" for hint in advice])
@@ -65,10 +67,10 @@ def show(
 def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Fields whose values differ: "section.field" -> {"recipe": ..., "here": ...}."""
     return {
-        f"{section}.{name}": {"recipe": before[section][name], "here": value}
+        f"{section}.{name}": {"recipe": before[section].get(name), "here": values.get(name)}
         for section, values in after.items()
-        for name, value in values.items()
-        if before[section][name] != value
+        for name in {**values, **before[section]}  # only phases may be missing
+        if before[section].get(name) != values.get(name)
     }
 
 
@@ -92,6 +94,8 @@ def _config_text(cfg: ConfigContainer, changes: dict[str, dict[str, Any]]) -> st
             change = changes.get(f"{section}.{name}")
             note = f"  # recipe: {_inline(change['recipe'])}" if change else ""
             lines.append(f"  {name}: {_inline(value)}{note}")
+    missing = [path for path in changes if path.startswith("phases.") and changes[path]["here"] is None]
+    lines += [f"  {path.removeprefix('phases.')}: null  # of the recipe, taken away" for path in missing]
     return "\n".join(lines)
 
 

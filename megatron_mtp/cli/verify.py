@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config
+from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config, phase_of
 
 
 def verify(
@@ -23,6 +23,7 @@ def verify(
             "Default: one layout for each parallelism that the model can use."
         ),
     ] = None,
+    phase: Annotated[str | None, typer.Option(help="Name of a phase of the run. Default: what is before them.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
 ) -> None:
     """Check that parallel layouts compute what one rank computes: the loss of every depth and every gradient.
@@ -35,7 +36,7 @@ def verify(
     from megatron_mtp.verify.run import verify as run
 
     # Mistakes are reported before torch is imported or a process starts.
-    comparison = prepare(choose_config(recipe, config, overrides), layouts)
+    comparison = prepare(phase_of(choose_config(recipe, config, overrides), phase), layouts)
     console = Console(stderr=True)
     console.print(f"shrunk for this machine: {', '.join(comparison.changes)}", markup=False, highlight=False)
     total = 1 + len(comparison.layouts)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from megatron_mtp.config.frozen import frozen, refuse_change
-from megatron_mtp.config.knob import Resume, per_class
+from megatron_mtp.config.knob import PhaseRule, Resume, per_class
 from megatron_mtp.errors import ConfigError, cut, nearest
 
 # Fields that are gone, with the reason. A config file may still name them; they are ignored.
@@ -72,6 +72,8 @@ class Section:
     SECTION: ClassVar[str]
     RESUME: ClassVar[Resume] = "fixed"
     """What a resume may do with fields that do not say it themselves."""
+    PHASE: ClassVar[PhaseRule] = "fixed"
+    """What a phase may do with fields that do not say it themselves."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = _names(type(self))

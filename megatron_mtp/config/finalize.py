@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.checks.data import data_problems
@@ -15,7 +15,10 @@ from megatron_mtp.config.coerce import MisfitError, check, field_types
 from megatron_mtp.config.derive import derive, read_token_counts
 from megatron_mtp.config.knob import broken_rule, range_of
 from megatron_mtp.config.mcore.rules import mcore_problems
-from megatron_mtp.config.sections import RunConfig
+from megatron_mtp.config.phase_configs import overlaid
+from megatron_mtp.config.phases import read_phases
+from megatron_mtp.config.sections import RunConfig, section_types
+from megatron_mtp.config.timeline import Timeline
 from megatron_mtp.errors import ConfigError, Problem, UnsupportedError
 
 
@@ -33,7 +36,7 @@ def finalize[C: RunConfig](cfg: C, world_size: int | None = None) -> C:
             combinations that are not built.
     """
     trial = cfg.copy()
-    if problems := find_problems(trial, world_size):
+    if problems := find_problems(trial, world_size) or _phase_problems(trial, world_size):
         raise (UnsupportedError if all(found.is_refusal for found in problems) else ConfigError)(problems)
     if not cfg.is_frozen:
         _take_over(cfg, trial)
@@ -48,7 +51,7 @@ def find_problems(trial: RunConfig, world_size: int | None = None) -> list[Probl
     can run; what they find with that field is left out.
     """
     misfits = _type_problems(trial)
-    if any(not isinstance(getattr(trial, name), kind) for name, kind in field_types(RunConfig).items()):
+    if any(not isinstance(getattr(trial, name), kind) for name, kind in section_types().items()):
         return misfits
     unread = read_token_counts(trial)
     misfits += unread + _value_problems(trial)
@@ -72,9 +75,26 @@ def find_problems(trial: RunConfig, world_size: int | None = None) -> list[Probl
     return sorted(unique.values(), key=lambda problem: problem.is_refusal)
 
 
+def _phase_problems(cfg: RunConfig, world_size: int | None) -> list[Problem]:
+    """What is wrong with the phases of a config that is right without them. Mistakes in their form come first."""
+    _, problems = read_phases(cfg)
+    if problems or not cfg.phases:
+        return problems
+    seen: set[str] = set()
+    for overlay, trial, misfits in overlaid(cfg):
+        found = [problem for problem in misfits or find_problems(trial, world_size) if str(problem) not in seen]
+        seen |= set(map(str, found))
+        problems += [replace(problem, where=f"phases.{overlay.name}") for problem in found]
+    for field in ("save_optim", "load_optim"):
+        if not getattr(cfg.checkpoint, field):
+            rule, remedy = "a run with phases goes on from its checkpoints, optimizer included", "Set it to True."
+            problems.append(Problem(fields=(f"checkpoint.{field}",), value=False, rule=rule, remedy=remedy))
+    return problems or Timeline.of(cfg).problems()
+
+
 def _type_problems(cfg: RunConfig) -> list[Problem]:
     problems = []
-    for name, kind in field_types(RunConfig).items():
+    for name, kind in section_types().items():
         section = getattr(cfg, name)
         if not isinstance(section, kind):
             problems.append(Problem(fields=(name,), value=section, rule=f"must be a {kind.__name__}"))
@@ -93,7 +113,7 @@ def _value_problems(cfg: RunConfig, are_derived: bool = False) -> list[Problem]:
     """Values that break the rules of their own field; entries of a mapping are reported and removed one by one."""
     problems = []
     remedy = "It follows from other fields: change those, or set it." if are_derived else ""
-    for name, kind in field_types(RunConfig).items():
+    for name, kind in section_types().items():
         section = getattr(cfg, name)
         for field_name in field_types(kind):
             value = getattr(section, field_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_mtp.config.blend import is_mock
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.sections import ModelConfig, RunConfig
+from megatron_mtp.config.timeline import Timeline
 
 USUAL_FACTOR = (0.05, 0.3)
 """DeepSeek-V3, GLM-4.5, MiMo and Nemotron-3 train with 0.1 to 0.3."""
@@ -19,7 +20,19 @@ def hints(cfg: RunConfig) -> list[str]:
     if is_mock(cfg.dataset):
         found.append("dataset: mock data is used; set dataset.blend to train on text.")
     if cfg.checkpoint.save is None:
-        found.append("checkpoint.save is not set: nothing will be saved.")
+        text = "no phase can begin, and the run is refused" if cfg.phases else "nothing will be saved"
+        found.append(f"checkpoint.save is not set: {text}.")
+    return found + _phase_hints(cfg)
+
+
+def _phase_hints(cfg: RunConfig) -> list[str]:
+    if not cfg.phases:
+        return []
+    timeline = Timeline.of(cfg)
+    end, found = timeline.end_samples(), []
+    for phase in timeline.phases[1:]:
+        if end is not None and phase.start.samples >= end:
+            found.append(f"phases.{phase.name}: the run ends before it begins (step {phase.start.iteration:,}).")
     return found
 
 

@@ -23,6 +23,10 @@ own: converted in model/transformer_config.py."""
 Resume = Literal["free", "curve", "fixed"]
 """What may change when a run resumes. free: the run computes the same; curve: the loss curve changes from there on,
 which is reported; fixed: resuming with another value is refused."""
+PhaseRule = Literal["fixed", "free", "schedule", "batch", "data"]
+"""What a phase of `cfg.phases` may do with a field. fixed: it may not set it; free: it may. A phase that sets one of
+the others begins something of its own: schedule: learning rate and weight decay; batch: the growth of the global batch;
+data: the order of the training data."""
 INT64_MAX = 2**63 - 1
 MAX_WIDTH = 10**7
 """Widths and numbers of heads."""
@@ -127,6 +131,7 @@ def knob(
     is_written: bool = False,
     mcore: Transfer | None = None,
     resume: Resume | None = None,
+    phase: PhaseRule | None = None,
 ) -> Any:
     """A field of a section with the facts about it; the string below the field says what it means.
 
@@ -137,9 +142,11 @@ def knob(
         is_written: the run writes to these paths; otherwise it only reads them.
         mcore: how Megatron-Core's config gets it; None: it does not.
         resume: None: as the section says.
+        phase: what a phase may do with it; None: as the section says.
     """
     limits = None if gt is ge is lt is le is None else Range(gt, ge, lt, le)
-    metadata = {"range": limits, "is_path": is_path, "is_written": is_written, "mcore": mcore, "resume": resume}
+    metadata: dict[str, Any] = {"range": limits, "is_path": is_path, "is_written": is_written, "mcore": mcore}
+    metadata |= {"resume": resume, "phase": phase}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -181,6 +188,12 @@ def broken_rule(section: type, name: str, value: Any) -> str | None:
 def resume_rule(section: type, name: str) -> Resume:
     """What a resume may do with a field. A field that no version knows any more follows the section's rule."""
     rule: Resume = _facts(section).get(name, {}).get("resume") or getattr(section, "RESUME")  # noqa: B009
+    return rule
+
+
+def phase_rule(section: type, name: str) -> PhaseRule:
+    """What a phase may do with a field."""
+    rule: PhaseRule = _facts(section)[name].get("phase") or getattr(section, "PHASE")  # noqa: B009
     return rule
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_mtp.config.base import Section
 from megatron_mtp.config.coerce import MisfitError, check, field_types
+from megatron_mtp.config.phases import merged_phases, phase_data
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.config.serialize import fitted, merge, read_text, section_of
 from megatron_mtp.errors import ConfigError, Problem, shown
@@ -31,7 +32,8 @@ def apply_yaml(cfg: RunConfig, path: str | Path) -> None:
 def apply_overrides(cfg: RunConfig, arguments: list[str]) -> None:
     """Applies `model.num_layers=8` and the like; values are YAML, `None` and `null` both mean no value.
 
-    A name below a mapping sets one of its entries: `model.mcore.attention_softmax_in_fp32=true`.
+    A name below a mapping sets one of its entries: `model.mcore.attention_softmax_in_fp32=true`. A phase is a mapping
+    too: `phases.long.start_tokens=10B phases.long.model.seq_length=32768`; null removes one, or all of them.
 
     Raises:
         ConfigError: every problem in all arguments.
@@ -39,6 +41,9 @@ def apply_overrides(cfg: RunConfig, arguments: list[str]) -> None:
     problems: list[Problem] = []
     for argument in arguments:
         try:
+            if argument.split("=")[0].split(".")[0].strip() == "phases":
+                _set_phases(cfg, argument)
+                continue
             section, name, value = _parse(cfg, argument)
             setattr(section, name, value)
         except ConfigError as error:
@@ -70,6 +75,20 @@ def _parse(cfg: RunConfig, argument: str) -> tuple[Section, str, Any]:
             raise ConfigError(f"{shown(argument)}: {keys[0]}.{keys[1]} holds no names.")
         return section, keys[1], fitted(section, keys[1], {".".join(keys[2:]): value})
     return section, keys[1], fitted(section, keys[1], value, raw)
+
+
+def _set_phases(cfg: RunConfig, argument: str) -> None:
+    from megatron_mtp.config.yaml_text import load_yaml
+
+    path, equals, raw = argument.partition("=")
+    keys = path.strip().split(".")
+    if not equals:
+        example = "phases.long.start_tokens=10B or phases.long.model.seq_length=32768"
+        raise ConfigError(f"{shown(argument)}: an override of a phase is written as {example}.")
+    data = phase_data(keys[1:], None if raw == "None" else load_yaml(raw, argument), raw)
+    cfg.phases, problems = merged_phases(cfg.phases, data)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _holds_names(wanted: Any) -> bool:

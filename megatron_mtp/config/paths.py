@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_mtp.config.blend import parse_blend
 from megatron_mtp.config.knob import is_path, is_written
-from megatron_mtp.config.sections import DatasetConfig, RunConfig
+from megatron_mtp.config.phase_configs import phase_configs
+from megatron_mtp.config.sections import DatasetConfig, RunConfig, section_types
 
 DATA_ENDINGS = (".bin", ".idx")
 
@@ -47,10 +48,12 @@ class RunPath:
 
 
 def run_paths(cfg: RunConfig) -> list[RunPath]:
-    """Every path of a finalized config, each once for each field."""
-    found = list(_data_paths(cfg.dataset, has_validation=bool(cfg.validation.eval_iters)))
-    for section_field in fields(cfg):
-        section = getattr(cfg, section_field.name)
+    """Every path of a finalized config, those of its phases too, each once for each field."""
+    found: list[RunPath] = []
+    for one in (cfg, *(present for _, present in phase_configs(cfg))):
+        found += _data_paths(one.dataset, has_validation=bool(one.validation.eval_iters))
+    for owner in section_types():
+        section = getattr(cfg, owner)
         for field in fields(section):
             value = getattr(section, field.name)
             if isinstance(value, str) and is_path(type(section), field.name) and field.name != "loss_mask_suffix":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.quantity import parse_quantity
@@ -72,35 +72,41 @@ class BatchSchedule:
         return position + (steps - step) * self.global_batch_size
 
 
-def run_length_samples(cfg: RunConfig) -> int | None:
-    """Samples after which the run ends: the earliest end of its iterations, samples and tokens.
+class Lengths(Protocol):
+    """Turns lengths since the start of a schedule into its clock, which is samples of the length at its start."""
 
-    None: the run ends by wall-clock time only.
-    """
-    ends = [
-        _samples(cfg, iters=cfg.train.train_iters),
-        _samples(cfg, samples=cfg.train.train_samples),
-        _samples(cfg, tokens=cfg.train.train_tokens),
-    ]
-    return min((end for end in ends if end is not None), default=None)
+    def of_iterations(self, iterations: int) -> float:
+        """The clock after some steps."""
+
+    def of_samples(self, samples: int) -> float:
+        """The clock after some samples, of whatever length."""
+
+    def of_tokens(self, tokens: int) -> float:
+        """The clock after some tokens, rounded up."""
+
+    def iterations_at(self, clock: float) -> int:
+        """Steps until the clock is reached."""
+
+    def end_of_run(self) -> float | None:
+        """The clock at the end of the run; None: it ends by wall-clock time only."""
 
 
-def _samples(
-    cfg: RunConfig, *, iters: int | None = None, samples: int | None = None, tokens: int | str | None = None
-) -> int | None:
-    """One length in samples: whichever of the three is given (0 counts as given only if all others are absent too)."""
+def _clock(
+    lengths: Lengths, *, iters: int | None = None, samples: int | None = None, tokens: int | str | None = None
+) -> float | None:
+    """One length on the clock: whichever of the three is given; 0 is not given."""
     if iters:
-        return BatchSchedule.of(cfg.train).consumed_after(iters)
+        return lengths.of_iterations(iters)
     if samples:
-        return samples
+        return lengths.of_samples(samples)
     if tokens and (count := parse_quantity(tokens)):
-        return -(-count // cfg.model.seq_length)
+        return lengths.of_tokens(count)
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """Learning rate after some samples; lengths in samples.
+    """Learning rate after some samples; lengths in samples, which are tokens over a fixed length in runs with phases.
 
     Linear warmup from `init` to the peak, then the decay to `min_lr`, which holds from `decay` on. WSD holds the peak
     until its last `wsd_decay` samples. `constant` and a warmup that is longer than the decay never use the decay.
@@ -110,12 +116,12 @@ class LearningRate:
     min_lr: float
     init: float
     warmup: float
-    decay: int
+    decay: float
     style: str
-    wsd_decay: int = 0
+    wsd_decay: float = 0
     wsd_style: str = "minus_sqrt"
 
-    def __call__(self, consumed_samples: int, max_lr: float | None = None, min_lr: float | None = None) -> float:
+    def __call__(self, consumed_samples: float, max_lr: float | None = None, min_lr: float | None = None) -> float:
         """The rate of the step that starts after `consumed_samples`; a parameter group may have its own bounds."""
         max_lr = self.max_lr if max_lr is None else max_lr
         min_lr = self.min_lr if min_lr is None else min_lr
@@ -129,7 +135,7 @@ class LearningRate:
             return max(min_lr, max_lr * float(max(self.warmup, 1) ** 0.5) / float(max(consumed_samples, 1) ** 0.5))
         return min_lr + self._share_left(consumed_samples) * (max_lr - min_lr)
 
-    def _share_left(self, consumed_samples: int) -> float:
+    def _share_left(self, consumed_samples: float) -> float:
         """1 at the start of the decay, 0 at its end."""
         if self.style == "WSD":
             start = self.decay - self.wsd_decay
@@ -154,10 +160,10 @@ class WeightDecay:
 
     start: float
     end: float
-    length: int
+    length: float
     style: str
 
-    def __call__(self, consumed_samples: int, start: float | None = None, end: float | None = None) -> float:
+    def __call__(self, consumed_samples: float, start: float | None = None, end: float | None = None) -> float:
         """The value of the step that starts after `consumed_samples`, with a parameter group's own ends, if any."""
         start = self.start if start is None else start
         end = self.end if end is None else end
@@ -169,22 +175,26 @@ class WeightDecay:
         return start + share * (end - start)
 
 
-def learning_rate(cfg: RunConfig) -> LearningRate:
-    """The learning-rate schedule of a finalized config."""
+def learning_rate(cfg: RunConfig, lengths: Lengths) -> LearningRate:
+    """The learning-rate schedule of a finalized config.
+
+    Args:
+        lengths: since the start of the schedule.
+    """
     scheduler, optimizer = cfg.scheduler, cfg.optimizer
-    decay = _samples(
-        cfg,
+    decay = _clock(
+        lengths,
         iters=scheduler.lr_decay_iters,
         samples=scheduler.lr_decay_samples,
         tokens=scheduler.lr_decay_tokens,
     )
-    decay = decay or run_length_samples(cfg)
+    decay = decay or lengths.end_of_run()
     warmup: float | None
     if decay is not None and scheduler.lr_warmup_fraction is not None:
         warmup = scheduler.lr_warmup_fraction * decay
     else:
-        warmup = _samples(
-            cfg,
+        warmup = _clock(
+            lengths,
             iters=scheduler.lr_warmup_iters,
             samples=scheduler.lr_warmup_samples,
             tokens=scheduler.lr_warmup_tokens,
@@ -196,30 +206,29 @@ def learning_rate(cfg: RunConfig) -> LearningRate:
         warmup=warmup or 0,
         decay=decay or 0,
         style=scheduler.lr_decay_style,
-        wsd_decay=_wsd_decay(cfg, decay),
+        wsd_decay=_wsd_decay(cfg, lengths, decay),
         wsd_style=scheduler.lr_wsd_decay_style,
     )
 
 
-def _wsd_decay(cfg: RunConfig, decay: int | None) -> int:
+def _wsd_decay(cfg: RunConfig, lengths: Lengths, decay: float | None) -> float:
     """Samples of WSD's last phase; 0 for other styles. In iterations it is counted back from the end of the decay."""
     scheduler = cfg.scheduler
     if scheduler.lr_decay_style != "WSD":
         return 0
     if scheduler.lr_wsd_decay_iters and decay is not None:
         # The last iterations of a ramped run hold more samples than the first ones.
-        schedule = BatchSchedule.of(cfg.train)
-        start = max(0, schedule.step_at(decay) - scheduler.lr_wsd_decay_iters)
-        return decay - schedule.consumed_after(start)
-    return filled(_samples(cfg, samples=scheduler.lr_wsd_decay_samples, tokens=scheduler.lr_wsd_decay_tokens))
+        start = max(0, lengths.iterations_at(decay) - scheduler.lr_wsd_decay_iters)
+        return decay - lengths.of_iterations(start)
+    return filled(_clock(lengths, samples=scheduler.lr_wsd_decay_samples, tokens=scheduler.lr_wsd_decay_tokens))
 
 
-def weight_decay(cfg: RunConfig) -> WeightDecay:
-    """The weight-decay schedule of a finalized config; it moves over the complete run."""
+def weight_decay(cfg: RunConfig, lengths: Lengths) -> WeightDecay:
+    """The weight-decay schedule of a finalized config; it moves over the complete run. Arguments as `learning_rate`."""
     scheduler, default = cfg.scheduler, cfg.optimizer.weight_decay
     return WeightDecay(
         start=default if scheduler.start_weight_decay is None else scheduler.start_weight_decay,
         end=default if scheduler.end_weight_decay is None else scheduler.end_weight_decay,
-        length=run_length_samples(cfg) or 0,
+        length=lengths.end_of_run() or 0,
         style=scheduler.weight_decay_incr_style,
     )

@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_mtp.config.base import REMOVED, RENAMED, Section, unknown_field
 from megatron_mtp.config.coerce import MisfitError, check, coerce, field_types
-from megatron_mtp.config.sections import RunConfig
+from megatron_mtp.config.phases import merged_phases
+from megatron_mtp.config.sections import RunConfig, section_types
 from megatron_mtp.errors import ConfigError, Problem, cut, nearest
 
 
@@ -69,7 +70,12 @@ def merge(cfg: RunConfig, data: Any, origin: str) -> None:
         raise ConfigError(f"{origin}: must be a mapping of sections, such as `model: {{num_layers: 8}}`.")
     changes: list[tuple[Section, str, Any]] = []
     problems = too_many_names(origin, data, field_types(RunConfig))
+    phases: dict[str, Any] | None = None
     for section_name, values in ({} if problems else data).items():
+        if section_name == "phases":
+            phases, wrong = merged_phases(cfg.phases, values)
+            problems += wrong
+            continue
         try:
             section = section_of(cfg, str(section_name))
         except ConfigError as error:
@@ -90,6 +96,8 @@ def merge(cfg: RunConfig, data: Any, origin: str) -> None:
         raise ConfigError(problems)
     for section, name, value in changes:
         setattr(section, name, value)
+    if phases is not None:
+        cfg.phases = phases
 
 
 def too_many_names(owner: str, given: dict[str, Any], known: Iterable[str]) -> list[Problem]:
@@ -128,7 +136,7 @@ def section_of(cfg: RunConfig, name: str) -> Section:
     Raises:
         ConfigError: there is none; the message names the section of a field with that name, or the nearest section.
     """
-    sections = field_types(RunConfig)
+    sections = section_types()
     if name in sections:
         section: Section = getattr(cfg, name)
         return section

@@ -142,11 +142,15 @@ class DataModule:
                 found[name] = corpus_uses(source, self._cfg.validation.eval_iters * self._eval_global)
         return found
 
-    def train(self, consumed_samples: int = 0) -> Prefetcher[GlobalBatch]:
-        """An endless stream of global batches that starts after `consumed_samples`."""
+    def train(self, consumed_samples: int = 0, since_ramp: int | None = None) -> Prefetcher[GlobalBatch]:
+        """An endless stream of global batches that starts after `consumed_samples` of the order of the data.
+
+        Args:
+            since_ramp: samples since the batch schedule began; None: it began with the order of the data.
+        """
         build = self.builder(self._train, self._cfg.train.micro_batch_size).build
         return self._stream(
-            build(step, positions) for step, positions in batch_positions(self.schedule, consumed_samples)
+            build(step, positions) for step, positions in batch_positions(self.schedule, consumed_samples, since_ramp)
         )
 
     def valid(self, name: str = "valid") -> Prefetcher[GlobalBatch]:

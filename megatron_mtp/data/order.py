@@ -14,13 +14,20 @@ from megatron_mtp.config.schedules import BatchSchedule
 from megatron_mtp.data.randomness import derive_key, permute
 
 
-def batch_positions(schedule: BatchSchedule, consumed_samples: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (step, positions int64 [global batch]) endlessly, from `consumed_samples` on."""
-    step, position = schedule.step_at(consumed_samples), consumed_samples
+def batch_positions(
+    schedule: BatchSchedule, consumed_samples: int = 0, since_ramp: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (step, positions int64 [global batch]) endlessly, from `consumed_samples` on.
+
+    Args:
+        since_ramp: samples since the batch schedule began; None: it began with the order of the data.
+    """
+    position, clock = consumed_samples, consumed_samples if since_ramp is None else since_ramp
+    step = schedule.step_at(clock)
     while True:
-        size = schedule.size_at(position)
+        size = schedule.size_at(clock)
         yield step, np.arange(position, position + size)
-        step, position = step + 1, position + size
+        step, position, clock = step + 1, position + size, clock + size
 
 
 def local_positions(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:

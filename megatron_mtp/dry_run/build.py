@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from megatron_mtp.checkpoint.preflight import check_run_directory
+from megatron_mtp.checkpoint.progress import find_phase, read_progress
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.mcore.rules import torch_backend_problems, without_transformer_engine
 from megatron_mtp.config.units import GIB
@@ -105,6 +106,18 @@ class DryRun:
     notes: list[str] = field(default_factory=list)
 
 
+def _check_folders(run: ResolvedRun) -> None:
+    """Checks the folders of checkpoints, where this is the phase in which the run would go on.
+
+    Raises:
+        CheckpointError: it would be refused.
+    """
+    whole = run.timeline.cfg
+    timeline, index = find_phase(whole, read_progress(whole.checkpoint.load))
+    if timeline.phases[index].name == run.phase.name:
+        check_run_directory(run.cfg, run.phase.name)
+
+
 def dry_run(
     run: ResolvedRun, memory_limit_gib: float | None = None, report: Callable[[str], None] = lambda _: None
 ) -> DryRun:
@@ -119,7 +132,7 @@ def dry_run(
     predicted = count_parameters(cfg.model).total
     found = DryRun(world_size=world_size, layout=layout.string, predicted_parameters=predicted)
     report("opening data and folders")
-    found.problems += _found_problems(check_data, cfg) + _found_problems(check_run_directory, cfg)
+    found.problems += _found_problems(check_data, cfg) + _found_problems(lambda _: _check_folders(run), cfg)
     if cfg.dist.device == "cpu":
         found.problems += torch_backend_problems(cfg.model)
     planned = [predict_memory(run, layout, stage) for stage in range(layout.pp)]

@@ -64,7 +64,7 @@ def read_metrics(path: str | Path, kind: str = "step", name: str | None = None) 
 
     Args:
         path: metrics.jsonl.
-        kind: `step`, `evaluation`, `warning`, `recovery`, `fault`, `message`, `start`, `start card` or `end`.
+        kind: `step`, `evaluation`, `warning`, `recovery`, `fault`, `phase`, `message`, `start`, `start card` or `end`.
         name: with `evaluation`, only this validation set.
 
     Returns:
@@ -87,10 +87,13 @@ def is_dropped(old: dict[str, Any], line: dict[str, Any]) -> bool:
     """Whether the `start` or `rollback` record `line` makes an earlier record void.
 
     A run that starts at n repeats everything after n; what it writes at n (an evaluation) is new as well. A fresh run
-    drops all. A fault stays after the rollback that it caused: the batch is skipped, so it is not reported again.
+    drops all. A fault stays after the rollback that it caused: the batch is skipped, so it is not reported again. A
+    phase that began at n begins there again with a start, and not with a rollback.
     """
     if line["kind"] == "start" and line["iteration"] == 0:
         return True
+    if old["kind"] == "phase" and line["kind"] == "start":
+        return bool(old["iteration"] >= line["iteration"])
     return old["iteration"] > line["iteration"] and not (line["kind"] == "rollback" and old["kind"] == "fault")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_mtp.config.container import ConfigContainer
+from megatron_mtp.config.sections import section_types
 from megatron_mtp.config.yaml_text import dump_yaml
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.console import evaluation_line, perplexity, step_line
@@ -239,11 +240,11 @@ class Recorder:
 
 def _hparams(cfg: ConfigContainer) -> dict[str, float | str]:
     """Numbers, flags and texts of the config that differ from their defaults, by "section.field"."""
-    defaults = ConfigContainer().to_dict()
+    defaults, given = ConfigContainer().to_dict(), cfg.to_dict()
     return {
         f"{section}.{name}": value
-        for section, values in cfg.to_dict().items()
-        for name, value in values.items()
+        for section in section_types()
+        for name, value in given[section].items()
         if value != defaults[section][name] and isinstance(value, int | float | str)
     }
 

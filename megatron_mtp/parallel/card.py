@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from megatron_mtp.config.schedules import BatchSchedule
+from megatron_mtp.config import ConfigContainer
+from megatron_mtp.config.loss_factor import LossFactor
+from megatron_mtp.config.schedules import BatchSchedule, learning_rate
+from megatron_mtp.config.timeline import Phase, ScheduleClock, Timeline
 from megatron_mtp.config.units import GIB
+from megatron_mtp.errors import shown
 from megatron_mtp.parallel.facts import facts, short_count, short_layout, short_parallel
 from megatron_mtp.parallel.params import count_parameters
 from megatron_mtp.parallel.planner.auto_layout import machine_of
 from megatron_mtp.parallel.planner.stage_memory import MemoryModel
-from megatron_mtp.parallel.resolve import ResolvedRun
+from megatron_mtp.parallel.resolve import ResolvedRun, resolve_phase
 
 WIDTH = 80
 LABEL_WIDTH = 12
+MAX_VALUE = 24
+"""Characters of a value that a phase sets and that is shown."""
 Row = tuple[str, str]
 """A label and what stands beside it; a line break in the text stays one."""
 
@@ -53,6 +60,27 @@ def run_rows(run: ResolvedRun, *, is_cpu: bool | None = None, is_size_open: bool
     if cfg.model.vocab_size is not None:
         rows.append(("memory", _memory_text(run, is_cpu)))
     return rows
+
+
+def phase_rows(run: ResolvedRun) -> list[Row]:
+    """What each phase that is to come holds: batch, parallel sizes and planned memory."""
+    rows = []
+    for index in range(run.phase_index + 1, len(run.timeline.phases)):
+        phase = resolve_phase(run.timeline, index, run.world_size)
+        train, sizes = phase.cfg.train, short_parallel(facts(phase.cfg)["parallel"])
+        text = f"{phase.phase.name}: {train.global_batch_size:,} samples of {phase.cfg.model.seq_length:,} tokens, "
+        text += f"{sizes if sizes != 'none' else 'no model parallelism'}, dp {phase.grid.dp_size}"
+        if phase.cfg.model.vocab_size is not None:
+            text += f"; {_memory_text(phase, None)}"
+        rows.append(("phases", text))
+    return rows
+
+
+def phase_facts(timeline: Timeline[ConfigContainer]) -> list[dict[str, Any]]:
+    """Where each phase begins and what it sets, as plain data."""
+    return [
+        {"name": phase.name, **asdict(phase.start), "changes": list(phase.changes)} for phase in timeline.phases[1:]
+    ]
 
 
 def _model_rows(run: ResolvedRun) -> list[Row]:
@@ -122,49 +150,79 @@ class Milestone:
 
 
 def milestones(run: ResolvedRun) -> list[Milestone]:
-    """Where learning rate, batch size and MTP loss factor change, and where the run ends, in order."""
-    batch, end = BatchSchedule.of(run.cfg.train), run.length_samples
-    found = [(0, _start(run, batch)), *_rate_changes(run), *_factor_changes(run)]
-    if batch.rampup is not None:
-        found.append((batch.rampup[2], f"the global batch has grown to {batch.global_batch_size:,}"))
+    """Where phases begin, where learning rate, batch size and loss factor change, and where the run ends, in order."""
+    timeline, end = run.timeline, run.length_samples
+    found = [(0, _start(timeline))]
+    for index, phase in enumerate(timeline.phases):
+        later = [after.start.samples for after in timeline.phases[index + 1 :]]
+        inside = _rate_changes(timeline, index) if phase.schedule_from == index else []
+        own = [after.start.samples for after in timeline.phases[index + 1 :] if after.schedule_from != index]
+        found += [(samples, what) for samples, what in inside if not own or samples < own[0]]
+        if index:
+            found.append((phase.start.samples, f"phase {phase.name} begins: {_changes_text(timeline, index)}"))
+        ramp = phase.cfg.train.rampup_batch_size
+        if phase.batch_from == index and ramp is not None:
+            full = phase.start.samples + ramp[2]
+            found.append((full, f"the global batch has grown to {phase.cfg.train.global_batch_size:,}"))
+        changes = _factor_changes(timeline, phase)
+        found += [(samples, what) for samples, what in changes if not later or samples < later[0]]
     if end is not None:
-        found.append((end, f"the run ends: {end:,} samples, {short_count(end * run.cfg.model.seq_length)} tokens"))
+        found.append((end, f"the run ends: {end:,} samples, {short_count(timeline.tokens_at(end))} tokens"))
     ordered = sorted(found, key=lambda change: change[0])
     return [
-        Milestone(samples, batch.step_at(samples), what, is_beyond=end is not None and samples > end)
+        Milestone(samples, timeline.iteration_at(samples), what, is_beyond=end is not None and samples > end)
         for samples, what in ordered
     ]
 
 
-def _start(run: ResolvedRun, batch: BatchSchedule) -> str:
-    factor = f", loss factor {run.loss_factor.at(0):g}" if run.depths.count else ""
+def _start(timeline: Timeline[ConfigContainer]) -> str:
+    base = timeline.phases[0].cfg
+    rate = learning_rate(base, ScheduleClock(timeline, 0))(0)
+    factor = LossFactor.parse(base.model.mtp_loss_scaling_factor).at(0)
+    batch = BatchSchedule.of(base.train)
+    text = f", loss factor {factor:g}" if base.model.mtp_num_layers else ""
     size = f", global batch {batch.size_at(0):,}" if batch.rampup is not None else ""
-    return f"learning rate {run.learning_rate(0):g}{factor}{size}"
+    return f"learning rate {rate:g}{text}{size}"
 
 
-def _rate_changes(run: ResolvedRun) -> list[tuple[int, str]]:
-    """(samples, what changes) of the learning rate."""
-    rate, found = run.learning_rate, []
+def _rate_changes(timeline: Timeline[ConfigContainer], index: int) -> list[tuple[int, str]]:
+    """(samples, what changes) of the learning-rate schedule that begins with a phase."""
+    clock = ScheduleClock(timeline, index)
+    rate, found = learning_rate(timeline.phases[index].cfg, clock), []
     warmup = int(rate.warmup)
     if warmup:
-        found.append((warmup, f"warmup ends at {rate.max_lr:g}"))
+        found.append((clock.samples_at(warmup), f"warmup ends at {rate.max_lr:g}"))
     if rate.style == "constant" or warmup >= rate.decay:
         return found
     start = rate.decay - rate.wsd_decay if rate.style == "WSD" else warmup
     shape = f"{rate.style}, {rate.wsd_style}" if rate.style == "WSD" else rate.style
     return [
         *found,
-        (start, f"decay starts ({shape})"),
-        (rate.decay, f"decay ends at {run.learning_rate(rate.decay):g}"),
+        (clock.samples_at(start), f"decay starts ({shape})"),
+        (clock.samples_at(rate.decay), f"decay ends at {rate(rate.decay):g}"),
     ]
 
 
-def _factor_changes(run: ResolvedRun) -> list[tuple[int, str]]:
-    """(samples, what changes) of the MTP loss factor."""
-    factor, found = run.loss_factor, []
-    if not run.depths.count:
+def _factor_changes(timeline: Timeline[ConfigContainer], phase: Phase[ConfigContainer]) -> list[tuple[int, str]]:
+    """(samples, what changes) of the MTP loss factor after the start of a phase."""
+    factor, found = LossFactor.parse(phase.cfg.model.mtp_loss_scaling_factor), []
+    if not phase.cfg.model.mtp_num_layers:
         return []
     for tokens, value in list(zip(factor.tokens, factor.factors, strict=True))[1:]:
         verb = "reaches" if factor.is_linear else "becomes"
-        found.append((-(-tokens // run.cfg.model.seq_length), f"the loss factor {verb} {value:g}"))
+        if tokens > phase.start.tokens:
+            found.append((timeline.samples_at_tokens(tokens), f"the loss factor {verb} {value:g}"))
     return found
+
+
+def _changes_text(timeline: Timeline[ConfigContainer], index: int) -> str:
+    """What a phase sets: short values with their fields, long ones by the name of the field."""
+    phase, texts = timeline.phases[index], []
+    for field in phase.changes:
+        section, name = field.split(".", 1)
+        value = getattr(getattr(phase.cfg, section), name)
+        is_short = value is not None and len(shown(value)) <= MAX_VALUE
+        texts.append(f"{field} {shown(value)}" if is_short else field)
+    if phase.schedule_from == index:
+        texts.append(f"learning rate {learning_rate(phase.cfg, ScheduleClock(timeline, index))(0):g}")
+    return ", ".join(texts) or "nothing changes"

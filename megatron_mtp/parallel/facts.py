@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.checks.parallel import minimum_world_size
+from megatron_mtp.config.phase_configs import fewest_processes
 from megatron_mtp.parallel.params import ParameterCount, count_parameters
 
 CPU_LIMIT = 300_000_000
@@ -31,7 +31,7 @@ def facts(cfg: ConfigContainer) -> dict[str, Any]:
             "expert": model.expert_model_parallel_size,
             "expert_tensor": model.expert_tensor_parallel_size,
         },
-        "processes": minimum_world_size(model),
+        "processes": fewest_processes(cfg),
         "devices": "CPU or GPU" if count is not None and count.total <= CPU_LIMIT else "GPU",
     }
 

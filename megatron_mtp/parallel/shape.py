@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.container import ConfigContainer
 from megatron_mtp.config.depths import Depths
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.mcore.rules import unfit_for_grouped_mm
+from megatron_mtp.config.phase_configs import fewest_processes
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import DTYPE_BYTES
 from megatron_mtp.parallel.grid import RankGrid
@@ -61,7 +61,7 @@ class RunShape:
     @classmethod
     def of(cls, cfg: ConfigContainer, world_size: int | None = None) -> RunShape:
         """The shape of a config that is finalized for `world_size`; None: the fewest that hold one replica."""
-        size = minimum_world_size(cfg.model) if world_size is None else world_size
+        size = fewest_processes(cfg) if world_size is None else world_size
         return RunShape(
             cfg=cfg,
             world_size=size,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.machines import Machine, find_machine
+from megatron_mtp.config.phase_configs import before_phases, fewest_processes
 from megatron_mtp.config.sections import ModelConfig
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, PlanError, Problem
@@ -158,7 +158,7 @@ def smallest_world(cfg: ConfigContainer) -> int:
     Raises:
         ConfigError: the config is wrong for any number of processes.
     """
-    return minimum_world_size(cfg.copy().finalize().model)
+    return fewest_processes(cfg.copy().finalize())
 
 
 def _choose(planner: Planner, limit: float | None) -> tuple[Plan, SplitChoice | None]:
@@ -206,7 +206,7 @@ def _nearest_fit(planner: Planner, limit: float | None) -> str:
 
 
 def _peak_after(planner: Planner, in_model: dict[str, Any], in_train: dict[str, Any]) -> float | None:
-    cfg = planner.shape.cfg.copy()
+    cfg = before_phases(planner.shape.cfg)
     cfg.model.update(**in_model)
     cfg.train.update(**in_train)
     cfg.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from megatron_mtp.config.sections import ModelConfig
@@ -11,6 +13,8 @@ from megatron_mtp.config.yaml_text import dump_yaml
 from megatron_mtp.parallel.facts import short_count, short_layout
 from megatron_mtp.parallel.planner.planner import Plan
 from megatron_mtp.plan.compare import Plans
+from megatron_mtp.plan.phases import HEADER as PHASE_HEADER
+from megatron_mtp.plan.phases import PhasePlan, phase_data, phase_rows
 from megatron_mtp.plan.training_report import DEPTH_HEADER, depth_rows, training_cells, training_lines
 from megatron_mtp.profile.noise import noise_of_notes
 
@@ -21,8 +25,12 @@ OVERLAY_FIELDS = (
 ).split()
 
 
-def as_text(recipe: str, plans: Plans) -> str:
-    """Plans as text for a terminal."""
+def as_text(recipe: str, plans: Plans, phases: Sequence[PhasePlan] = ()) -> str:
+    """Plans as text for a terminal.
+
+    Args:
+        phases: of the run, the first of them with `plans`; empty: it has none.
+    """
     chosen = plans.chosen
     profile = plans.profile
     source = (
@@ -52,6 +60,15 @@ def as_text(recipe: str, plans: Plans) -> str:
         lines += ["", *_table(header, search_rows(plans, header))]
     if plans.training is not None:
         lines += ["", *training_lines(plans), "", *_table(DEPTH_HEADER, depth_rows(plans))]
+    for before, one in pairwise(phases):
+        later = one.plans.chosen
+        if later == before.plans.chosen:
+            lines += ["", f"phase {one.phase.name}, from step {one.phase.start.iteration:,} on: the same plan"]
+            continue
+        lines += ["", f"phase {one.phase.name}, from step {one.phase.start.iteration:,} on: {later.layout.string}"]
+        lines += ["", *_table(STAGE_HEADER, stage_rows(later)), "", step_line(later)]
+    if phases:
+        lines += ["", *_table(PHASE_HEADER, phase_rows(phases))]
     return "\n".join(lines)
 
 
@@ -160,8 +177,8 @@ def reason(plans: Plans) -> str:
     return f"{text}{gain}, and no legal split that fits is {more}faster under these part times."
 
 
-def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
-    """Plans as plain data."""
+def as_data(recipe: str, plans: Plans, phases: Sequence[PhasePlan] = ()) -> dict[str, Any]:
+    """Plans as plain data. Arguments as `as_text`."""
     data: dict[str, Any] = {
         "recipe": recipe,
         "devices": plans.world_size,
@@ -179,6 +196,8 @@ def as_data(recipe: str, plans: Plans) -> dict[str, Any]:
         data["budget"], data["training"] = asdict(plans.budget), asdict(plans.training)
         found = {one.depths: one.plan for one in plans.depths}
         data["depths"] = {depths: plan and plan_data(plan) for depths, plan in found.items()}
+    if phases:
+        data["phases"] = phase_data(phases, plan_data)
     if plans.candidates:
         data["search"] = [
             {
@@ -223,6 +242,6 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table; words are aligned to the left, numbers to the right."""
     cells = [[name.replace("_", " ") for name in header], *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    sides = ["<" if name in ("split", "holds", "layout") else ">" for name in header]
+    sides = ["<" if name in ("split", "holds", "layout", "phase") else ">" for name in header]
     forms = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
     return ["  ".join(map(format, row, forms)).rstrip() for row in cells]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_mtp.config.machines import Machine
+from megatron_mtp.config.phase_configs import before_phases
 from megatron_mtp.config.quantity import parse_quantity
 from megatron_mtp.errors import ConfigError, PlanError, Problem
 from megatron_mtp.parallel.layout import PipelineLayout
@@ -207,7 +208,7 @@ def depth_costs(planner: Planner, limit_bytes: float | None) -> list[DepthCost]:
 
 
 def _with_depths(planner: Planner, depths: int, limit_bytes: float | None) -> Plan:
-    cfg = planner.shape.cfg.copy()
+    cfg = before_phases(planner.shape.cfg)
     cfg.model.update(mtp_num_layers=depths, mtp_depth_weights=None, pipeline_model_parallel_layout="auto")
     if depths < 2:
         cfg.model.mtp_use_repeated_layer = False

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.parallel import minimum_world_size
 from megatron_mtp.config.filled import filled
+from megatron_mtp.config.phase_configs import before_phases
 from megatron_mtp.config.sections import CheckpointConfig
 from megatron_mtp.device.process_group import cores_per_rank
 from megatron_mtp.device.worker_pool import WorkerPool
@@ -38,7 +39,7 @@ def profile_config(cfg: ConfigContainer) -> ConfigContainer:
     Returns:
         Finalized for one model-parallel block, `block_size` ranks.
     """
-    trial, block = cfg.copy(), block_size(cfg)
+    trial, block = before_phases(cfg), block_size(cfg)
     model = trial.model
     kinds = list(zip(linear_pattern(model), moe_pattern(model), strict=True))
     distinct = [kind for kind in dict.fromkeys(kinds) if kind != kinds[-1]]

@@ -75,17 +75,29 @@ class Trainer:
     """The process left because of a signal and is to be started again."""
     stop_reason: str | None = None
     """Why the run left before its end; None: it did not."""
+    ends_phase: bool = False
+    """`train` returned since the next phase begins here; the checkpoint with which it does is complete."""
+
+    def close(self) -> None:
+        """Ends the threads that read data."""
+        self.run.data.close()
 
     def train(self) -> None:
-        """Trains to the end of the run, or to where this process is to leave.
+        """Trains to the end of the phase or of the run, or to where this process is to leave.
 
         Raises:
+            NotSavedError: on every rank: the checkpoint with which the next phase begins cannot be saved.
             LostDataError: on every rank, after a checkpoint: some rank can no longer read its data.
             NumericsError: on every rank: the numbers are bad and the policy is to stop.
             ReplicaError: on every rank: replicas of the weights differ.
         """
         try:
-            decision = self._end(self._train_steps(self._start()))
+            decision = self._train_steps(self._start())
+            self.ends_phase = decision.leave is None and not self._is_complete()
+            if self.ends_phase:
+                self._end_phase()
+                return
+            decision = self._end(decision)
             self.is_preempted, self.stop_reason = decision.is_preempted, decision.leave
         except LostDataError:  # between two steps
             if self.state.iteration:
@@ -95,9 +107,9 @@ class Trainer:
 
     def _train_steps(self, decision: Decision) -> Decision:
         """Trains until the run has its length or all ranks decide to leave, which they may have done before."""
-        state, end = self.state, self.run.resolved.length_samples
+        state = self.state
         batches = self._batches()
-        while decision.leave is None and (end is None or state.consumed_samples < end):
+        while decision.leave is None and not self._is_over():
             self.watchdog.beat(f"iteration {state.iteration + 1}: the next batch")
             with record_function("data"):
                 batch, data_s = next(batches)
@@ -110,17 +122,33 @@ class Trainer:
         batches.close()
         return decision
 
+    def _is_complete(self) -> bool:
+        """Whether the run has its length."""
+        end = self.run.resolved.length_samples
+        return end is not None and self.state.consumed_samples >= end
+
+    def _is_over(self) -> bool:
+        """Whether the run has its length, or the next phase begins."""
+        begins, at = self.run.resolved.phase.begins, self.state.position
+        return self._is_complete() or (begins is not None and begins.is_reached(at.iteration, at.samples, at.tokens))
+
     def _batches(self) -> Generator[tuple[GlobalBatch, float]]:
         """The batches of the steps to come, each with the seconds that the slowest rank waited for its data."""
-        return agreed(self.run.data.train(self.state.data_position), self.run.device.torch_device)
+        resolved, read = self.run.resolved, self.state.data_position
+        batches = self.run.data.train(read - resolved.data_start, read - resolved.batch_start)
+        return agreed(batches, self.run.device.torch_device)
 
     def _start(self) -> Decision:
         """Evaluates and saves before the first step of a run, where the config asks for it.
 
-        A resumed run first repeats what follows a step, if a signal came in the evaluation of the last one.
+        A resumed run first repeats what follows a step, if a signal came in the evaluation of the last one. Signals
+        that came while a phase was built are noticed here.
         """
         cfg, state, decision = self.run.cfg, self.state, Decision()
         self._call("on_train_start")
+        if self.ends_phase:
+            self.ends_phase = False
+            return self._decide()
         if state.iteration > 0:
             return self._evaluate_and_save() if state.has_open_evaluation else decision
         state.has_open_evaluation = False
@@ -149,6 +177,28 @@ class Trainer:
             self._save(decision.save)
         self.saver.finalize()
         return decision
+
+    def _end_phase(self) -> None:
+        """Saves the checkpoint with which the next phase begins."""
+        reason = f"end of phase {self.run.resolved.phase.name}"
+        self._tell(self.spikes.end())
+        self._save_the_end(reason)
+        self.saver.check_end(reason)
+
+    def enter(
+        self,
+        run: Run,
+        saver: Saver,
+        watch: FaultWatch,
+        throughput: Throughput,
+        measurements: Measurements,
+        tuner: LossFactorTuner | None,
+    ) -> None:
+        """Goes on in another phase with the next call of `train`."""
+        self.run, self.saver, self.watch, self.throughput = run, saver, watch, throughput
+        self.measurements, self.tuner = measurements, tuner
+        self.boundary.follow(run.cfg)
+        self.spikes = Repeats()
 
     def _end(self, decision: Decision) -> Decision:
         """What follows the last step. SIGTERM during the last evaluation is a preemption: a resume repeats it."""
@@ -182,8 +232,9 @@ class Trainer:
         cfg, state, engine = self.run.cfg, self.state, self.run.engine
         self.watchdog.beat(f"iteration {state.iteration + 1}: the step")
         started = time.perf_counter()
-        resolved, samples = self.run.resolved, state.consumed_samples
-        rate = apply_schedules(engine.optimizer, resolved.learning_rate, resolved.weight_decay, samples)
+        resolved = self.run.resolved
+        clock = resolved.clock.at(state.consumed_samples, state.consumed_tokens)
+        rate = apply_schedules(engine.optimizer, resolved.learning_rate, resolved.weight_decay, clock)
         loss_factor = resolved.loss_factor.at(state.consumed_tokens) * (self.tuner.scale if self.tuner else 1.0)
         loss_scale = float(engine.optimizer.get_loss_scale())
         self.measurements.begin(state.iteration + 1)

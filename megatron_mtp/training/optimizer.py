@@ -119,9 +119,10 @@ def set_hooks(
 
 
 def apply_schedules(
-    optimizer: Any, learning_rate: LearningRate, weight_decay: WeightDecay, consumed_samples: int
+    optimizer: Any, learning_rate: LearningRate, weight_decay: WeightDecay, consumed_samples: float
 ) -> float:
-    """Sets learning rate and weight decay of every parameter group for the step that starts after `consumed_samples`.
+    """Sets learning rate and weight decay of every parameter group for the step that starts after `consumed_samples`,
+    as the clock of the schedules counts them.
 
     Megatron-Core's groups carry `max_lr`, `min_lr`, `start_wd`, `end_wd`, `lr_mult` and `wd_mult` where they differ.
     Groups without parameters are set too: a rank may hold none of the default group's.

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mtp.checkpoint import Checkpointer
 from megatron_mtp.checkpoint.preflight import check_run_directory
+from megatron_mtp.checkpoint.progress import find_phase, read_progress
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.checks.faults import watchdog_timeout_s
 from megatron_mtp.config.filled import filled
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
-from megatron_mtp.device.process_group import env_rank, job_size
-from megatron_mtp.errors import cut
+from megatron_mtp.device.process_group import env_rank, init_distributed, job_size
+from megatron_mtp.errors import DataError, cut
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.observe.recorder import Recorder, RunInfo
 from megatron_mtp.observe.signs import built_in_signs, signs_after_warmup
-from megatron_mtp.parallel.resolve import resolve
+from megatron_mtp.parallel.resolve import ResolvedRun, resolve_phase
 from megatron_mtp.training.autotune import LossFactorTuner
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.callbacks.base import restore
@@ -37,9 +39,10 @@ from megatron_mtp.training.guards.preemption import SignalWatch, StepBoundary
 from megatron_mtp.training.guards.watchdog import Watchdog
 from megatron_mtp.training.loop import Trainer
 from megatron_mtp.training.measurements import Measurements
+from megatron_mtp.training.phases import Begun, PhaseBuilder, check_phases
 from megatron_mtp.training.run_facts import run_facts
 from megatron_mtp.training.saving import Saver
-from megatron_mtp.training.setup import Run, build, join_groups, leave_groups
+from megatron_mtp.training.setup import Run, leave_groups
 from megatron_mtp.training.start_card import log_repeats, start_card
 from megatron_mtp.training.state import TrainState
 from megatron_mtp.training.throughput import Throughput
@@ -90,24 +93,52 @@ def pretrain(
 
     While it trains in the main thread, it catches SIGTERM and SIGUSR1: see `guards.preemption`.
     """
-    resolved = resolve(prepare_config(cfg, job_size()), job_size())
-    check_data(resolved.cfg)
-    check_run_directory(resolved.cfg)
-    callbacks = check_callbacks([*configured_callbacks(resolved.cfg), *callbacks])
+    cfg = prepare_config(cfg, job_size())
+    resolved = check_start(cfg)
+    callbacks = check_callbacks([*configured_callbacks(cfg), *callbacks])
     setup_logging(env_rank())
-    watchdog = Watchdog(watchdog_timeout_s(resolved.cfg), env_rank(), resolved.world_size)
+    watchdog = Watchdog(watchdog_timeout_s(cfg), env_rank(), resolved.world_size)
     try:
-        with explained_out_of_memory(resolved, env_rank()):
-            device, groups = join_groups(resolved)
-            checkpointer = Checkpointer(resolved.cfg, groups, device.torch_device)  # refuses before much is built
-            try:
-                run = build(resolved, device, groups, watchdog.around(forward_step or default_forward_step))
-                with watchdog:  # the groups have made the store that it needs
-                    return _train(run, checkpointer, recipe, callbacks, watchdog)
-            finally:
-                checkpointer.release()
+        device = init_distributed(cfg.dist)
+        # Refuses before much is built. The run that it waits for may go on to another phase, so the groups come later.
+        checkpointer = Checkpointer(resolved.cfg, ProcessGroupCollection(), device.torch_device)
+        try:
+            forward_step = watchdog.around(forward_step or default_forward_step)
+            builder = PhaseBuilder(cfg, device, checkpointer, forward_step)
+            state = TrainState()
+            begun = builder.first(state)
+            with watchdog:  # the groups have made the store that it needs
+                return _train(builder, begun, state, recipe, callbacks, watchdog)
+        finally:
+            checkpointer.release()
     finally:
         leave_groups()
+
+
+def check_start(cfg: ConfigContainer) -> ResolvedRun:
+    """Checks everything that can be known of a run before anything is written: data, folders and layout of each phase.
+
+    Args:
+        cfg: finalized for this job, with its vocabulary size.
+
+    Returns:
+        The phase in which the run begins or goes on.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, PlanError: a phase cannot run.
+    """
+    check_phases(cfg)
+    timeline, index = find_phase(cfg, read_progress(cfg.checkpoint.load))
+    resolved = [resolve_phase(timeline, one, job_size()) for one in range(index, len(timeline.phases))]
+    for one in resolved:
+        try:
+            check_data(one.cfg)
+        except DataError as error:
+            if one.phase_index == 0:
+                raise
+            raise DataError(f"phases.{one.phase.name}: {error}") from error
+    check_run_directory(resolved[0].cfg, resolved[0].phase.name)
+    return resolved[0]
 
 
 def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContainer:
@@ -118,23 +149,22 @@ def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContai
     return cfg.finalize(world_size)
 
 
-def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Callback], watchdog: Watchdog) -> Summary:
-    cfg, device = run.cfg, run.device.torch_device
+def _train(
+    builder: PhaseBuilder, begun: Begun, state: TrainState, recipe: str, callbacks: list[Callback], watchdog: Watchdog
+) -> Summary:
+    run, cfg, checkpointer = begun.run, builder.cfg, builder.checkpointer
+    device = run.device.torch_device
     _warn_of_memory(run)
     check_nodes(cfg, device)
-    state = TrainState()
-    if checkpointer.resume(run.engine.chunks, run.engine.optimizer, state):
+    if begun.is_resumed:
         logger.info("so far: %s", state.totals())
         end = run.resolved.length_samples
         if end is not None and state.consumed_samples >= end:
             text = "the run is complete: nothing is left to train. To go on raise train.%s; to evaluate it use `%s`"
             logger.info(text, _length_field(cfg), "megatron-mtp evaluate")
-    else:
-        checkpointer.start_from_pretrained(run.engine.chunks, run.engine.optimizer)
     restore(callbacks, state)
-    recorder = _recorder(run, state, recipe, callbacks)
-    recorder.message(start_card(run, recipe, state.iteration), kind="start card")
-    log_repeats(run.data)
+    recorder = _recorder(cfg, run, state, recipe, callbacks)
+    _announce(begun, recorder, recipe, state)
     signals = SignalWatch(watchdog.shorten_timeout, state.iteration)
     saver = Saver(run, state, checkpointer)
     trainer = Trainer(
@@ -142,26 +172,33 @@ def _train(run: Run, checkpointer: Checkpointer, recipe: str, callbacks: list[Ca
         state=state,
         recorder=recorder,
         saver=saver,
-        boundary=StepBoundary(cfg, signals, device),
-        watch=FaultWatch(cfg.train, state),
+        boundary=StepBoundary(run.cfg, signals, device),
+        watch=FaultWatch(run.cfg.train, state),
         watchdog=watchdog,
         callbacks=callbacks,
-        throughput=Throughput.of(cfg, run.resolved.world_size, run.device.name),
+        throughput=Throughput.of(run.cfg, run.resolved.world_size, run.device.name),
         measurements=Measurements(run.resolved, run.engine.chunks, run.groups, device),
         tuner=_tuner(run, state),
     )
+    del run, saver, begun  # the trainer's are those of the present phase
     try:
         with signals:  # before it there is nothing to save, and SIGTERM ends the process
-            trainer.train()
+            while True:
+                with explained_out_of_memory(trainer.run.resolved, env_rank()):
+                    trainer.train()
+                if not trainer.ends_phase:
+                    break
+                watchdog.beat(f"iteration {state.iteration}: building the next phase")
+                _announce(_go_on(builder, trainer), recorder, recipe, state)
         recorder.end(_end_text(trainer))
     except Exception as error:  # whatever it was, the log says so before it is raised again
         recorder.end(f"ended by {type(error).__name__}: {cut(str(error))}")
         raise
     finally:
-        for close in [callback.close for callback in callbacks] + [recorder.close, checkpointer.close, run.data.close]:
+        for close in [callback.close for callback in callbacks] + [recorder.close, checkpointer.close, trainer.close]:
             close()
     logger.info("in total: %s", state.totals())
-    saver.check_end(trainer.stop_reason)
+    trainer.saver.check_end(trainer.stop_reason)
     if trainer.is_preempted:  # torchrun's own exit code does not show it
         came = "to another rank" if signals.came_after is None else f"after iteration {signals.came_after}"
         saved = "a" if checkpointer.last_saved == state.iteration else "no"
@@ -183,6 +220,32 @@ def _tuner(run: Run, state: TrainState) -> LossFactorTuner | None:
     return tuner
 
 
+def _go_on(builder: PhaseBuilder, trainer: Trainer) -> Begun:
+    """Builds the next phase and hands it to the trainer."""
+    state = trainer.state
+    begun = builder.next(trainer.run, state)
+    run = begun.run
+    _warn_of_memory(run)
+    trainer.enter(
+        run,
+        Saver(run, state, builder.checkpointer),
+        FaultWatch(run.cfg.train, state),
+        Throughput.of(run.cfg, run.resolved.world_size, run.device.name),
+        Measurements(run.resolved, run.engine.chunks, run.groups, run.device.torch_device),
+        _tuner(run, state),
+    )
+    return begun
+
+
+def _announce(begun: Begun, recorder: Recorder, recipe: str, state: TrainState) -> None:
+    """The table with which this process, or a phase, starts."""
+    run = begun.run
+    if begun.text is not None:
+        recorder.message(begun.text, kind="phase", iteration=state.iteration)
+    recorder.message(start_card(run, recipe, state.iteration), kind="start card", iteration=state.iteration)
+    log_repeats(run.data)
+
+
 def _end_text(trainer: Trainer) -> str:
     """How a run ended, for its records."""
     if trainer.is_preempted:
@@ -196,23 +259,28 @@ def _length_field(cfg: ConfigContainer) -> str:
     return next(name for name in names if getattr(cfg.train, name) is not None)
 
 
-def _recorder(run: Run, state: TrainState, recipe: str, callbacks: list[Callback]) -> Recorder:
-    """Opens the records of the run, or continues those of the run that it resumes."""
+def _recorder(cfg: ConfigContainer, run: Run, state: TrainState, recipe: str, callbacks: list[Callback]) -> Recorder:
+    """Opens the records of the run, or continues those of the run that it resumes.
+
+    Args:
+        cfg: with all phases.
+        run: of the present phase.
+    """
     info = RunInfo(
         recipe=recipe,
         iteration=state.iteration,
-        train_iters=run.cfg.train.train_iters,
+        train_iters=cfg.train.train_iters,
         world_size=run.resolved.world_size,
         device=run.device.name,
-        config=to_dict(run.cfg),
+        config=to_dict(run.cfg) | {"phases": to_dict(cfg)["phases"]},
         extra=run_facts(run.resolved, is_cpu=not run.device.is_cuda) if dist.get_rank() == 0 else {},
     )
     signs = built_in_signs(run.resolved.depths.count)
-    signs |= signs_after_warmup(filled(run.cfg.model.vocab_size), run.resolved.learning_rate.warmup)
+    signs |= signs_after_warmup(filled(cfg.model.vocab_size), run.resolved.learning_rate.warmup)
     for callback in callbacks:
         signs |= callback.health_signs()
     kept = {"wandb_run_id": state.wandb_run_id, "signs": state.health.get("signs", {})}
-    recorder = Recorder(run.cfg, info, dist.get_rank() == 0, kept, signs)
+    recorder = Recorder(cfg, info, dist.get_rank() == 0, kept, signs)
     state.wandb_run_id = recorder.state().get("wandb_run_id")
     return recorder
 

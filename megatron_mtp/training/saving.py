@@ -128,8 +128,15 @@ class Saver:
         state, engine = self._state, self._run.engine
         end = state.data_position + samples
         kept = {name: getattr(state, name) for name in KEPT}
+        phases = state.phases
         self.finalize(blocking=True)
         self._checkpointer.roll_back(engine.chunks, engine.optimizer, state)
+        if phases and state.iteration < phases[-1]["iteration"]:
+            raise CheckpointError(
+                f"the checkpoint with which phase {phases[-1]['name']} began is damaged, and iteration "
+                f"{state.iteration} is of the phase before. Start the run again: it goes on there."
+            )
+        state.phases = phases  # the phase may have begun at this checkpoint, which was saved before it did
         for name, value in kept.items():
             setattr(state, name, value)
         state.rollbacks, state.skips_in_row = kept["rollbacks"] + 1, 0

@@ -17,6 +17,7 @@ from megatron_mtp.data.loader import DataModule, DataPlacement, build_data
 from megatron_mtp.device.process_group import destroy_distributed, init_distributed
 from megatron_mtp.device.select import Device
 from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
+from megatron_mtp.mcore.optimizer import single_optimizers
 from megatron_mtp.model.build import build_model
 from megatron_mtp.model.sharded import unwrap
 from megatron_mtp.objective.objective import Objective
@@ -62,12 +63,33 @@ class Run:
         self.data.close()
         destroy_model_parallel()
 
+    def drop(self) -> None:
+        """Gives back the memory of model, gradients and optimizer, whoever still refers to them, for another run."""
+        engine = self.engine
+        models = [unwrap(chunk) for chunk in engine.chunks]
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        tensors = [*parameters, *(buffer for model in models for buffer in model.buffers())]
+        tensors += [parameter.main_grad for parameter in parameters if hasattr(parameter, "main_grad")]
+        for single in single_optimizers(engine.optimizer):
+            for state in single.optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+            tensors += [parameter for group in single.optimizer.param_groups for parameter in group["params"]]
+        for tensor in tensors:
+            if (storage := tensor.untyped_storage()).resizable():
+                storage.resize_(0)
+        del self.engine, self.data
+
 
 def join_groups(run: ResolvedRun) -> tuple[Device, ProcessGroupCollection]:
     """Joins the job, makes the process groups of the layout and seeds every random number generator."""
-    cfg = run.cfg
-    device = init_distributed(cfg.dist)
+    device = init_distributed(run.cfg.dist)
     groups = make_groups(run)
+    seed_generators(run.cfg, groups)
+    return device, groups
+
+
+def seed_generators(cfg: ConfigContainer, groups: ProcessGroupCollection) -> None:
+    """Seeds every random number generator of this rank for its place in the layout."""
     seed = cfg.rng.seed
     random.seed(seed)
     np.random.seed(seed)
@@ -75,7 +97,6 @@ def join_groups(run: ResolvedRun) -> tuple[Device, ProcessGroupCollection]:
     seed_dropout(seed, pp_rank=groups.pp.rank())
     if cfg.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    return device, groups
 
 
 def make_groups(run: ResolvedRun) -> ProcessGroupCollection:

@@ -29,8 +29,10 @@ def start_card(run: Run, recipe: str, iteration: int) -> str:
     resolved, is_cpu = run.resolved, not run.device.is_cuda
     title = f"{recipe or 'this run'} on {resolved.world_size} x {run.device.name}"
     title += f", from iteration {iteration:,}" if iteration else ""
-    uses = run.data.uses(resolved.length_samples)
+    uses = run.data.uses(resolved.order_samples)
     rows: list[Row] = [("run", title), *run_rows(resolved, is_cpu=is_cpu)]
+    if resolved.phase_index:
+        rows.insert(1, ("phase", resolved.phase.name))
     if (planned := resolved.planned) is not None and planned.machine.name not in run.device.name.lower():
         text = f"the layout is planned for {planned.machine.name}, and this device is {run.device.name}: set "
         rows.append(("note", f"{text}dist.hardware, or measure with `megatron-mtp profile` for `plan --profile`"))

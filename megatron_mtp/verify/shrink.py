@@ -96,6 +96,7 @@ def _shrink_run(small: ConfigContainer, full: ConfigContainer, sizes: _Sizes) ->
     small.validation.update(eval_micro_batch_size=None, eval_global_batch_size=None)
     small.train.train_iters, small.train.train_samples, small.train.train_tokens = 1, None, None
     small.train.rampup_batch_size = None
+    small.phases = {}  # `phase_of` has chosen one
     small.train.micro_batch_size = sizes.micro_batch_size
     small.train.global_batch_size = sizes.global_batch_size
     small.optimizer.optimizer = "adam"

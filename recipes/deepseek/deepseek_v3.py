@@ -11,6 +11,7 @@ def deepseek_v3_pretrain_config() -> ConfigContainer:
     TP=2 with sequence parallelism, PP=16, EP=64.
 
     The last 167B tokens of the report, at a constant 7.3e-6, are not part of the schedule: they run at 2.2e-5.
+    `deepseek_v3_whole` has them, and the extension to long context.
 
     Sources: arXiv 2412.19437, section 4.2 (dimensions, learning rate, batch sizes, loss factor, balancing) and 2.2
     (MTP); parallel sizes, Megatron-Bridge 067f987d recipes/deepseek/h100/deepseek_v3.py.
@@ -56,3 +57,41 @@ def _set_training(cfg: ConfigContainer) -> None:
     cfg.scheduler.update(lr_decay_tokens="14.3T", lr_wsd_decay_style="cosine", lr_wsd_decay_tokens="4.3T")
     cfg.validation.eval_interval = 2000
     cfg.checkpoint.save_interval = 2000
+
+
+def deepseek_v3_whole_pretrain_config() -> ConfigContainer:
+    """The whole published pretraining of DeepSeek-V3 in phases: `deepseek_v3` at 4K, the end of its schedule, then 1000
+    steps at 32K and 1000 at 128K with YaRN.
+
+    14.3T tokens: the balancing bias is no longer updated. 14.633T: a constant 7.3e-6, which stays. 14.8T: 32K context,
+    batch 1920. 14.863T: 128K, batch 480. Both long phases recompute all layers and shard the sequence.
+
+    Sources: arXiv 2412.19437, sections 4.2 and 4.3; YaRN's mscale, config.json of the released weights. The parallel
+    sizes of the long phases are not published; those here fit the devices of the first phase.
+    """
+    cfg = deepseek_v3_pretrain_config()
+    extension = 1000 * 1920 * 32768  # tokens of each long phase: 480 * 131072 is as much
+    cfg.train.train_tokens = 14_800_000_000_000 + 2 * extension
+    constant = {"lr_decay_style": "constant", "lr_decay_tokens": None, "lr_wsd_decay_tokens": None}
+    yarn = {"rope_type": "yarn", "rotary_scaling_factor": 40.0, "original_max_position_embeddings": 4096}
+    yarn |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    cfg.phases = {
+        "balanced": {"start_tokens": "14.3T", "model": {"moe_router_bias_update_rate": 0.0}},
+        "last": {
+            "start_tokens": "14.633T",
+            "optimizer": {"lr": 7.3e-6, "min_lr": 7.3e-6},
+            "scheduler": {**constant, "lr_warmup_tokens": 0},
+        },
+        "context_32k": {
+            "start_tokens": "14.8T",
+            "model": {"seq_length": 32768, "context_parallel_size": 4, **yarn, **full},
+            "train": {"global_batch_size": 1920, "rampup_batch_size": None},
+        },
+        "context_128k": {
+            "start_tokens": 14_800_000_000_000 + extension,
+            "model": {"seq_length": 131072, "context_parallel_size": 16},
+            "train": {"global_batch_size": 480},
+        },
+    }
+    return cfg

@@ -56,6 +56,17 @@ def test_what_cannot_change_is_refused_by_name(path):
     assert not comparison.changes
 
 
+@pytest.mark.parametrize("path", ["model.seq_length", "dataset.blend", "train.global_batch_size", "model.rotary_base"])
+def test_what_a_phase_may_change_is_refused_with_the_way_and_may_change_where_one_begins(path):
+    section = path.split(".")[0]
+    way = f"A phase may change it: phases.NAME.{path} and checkpoint.enter_phase=NAME"
+    assert way in compare({path: "other"}).refusals[0]
+    present = {**DEFAULTS, section: {**DEFAULTS[section], path.split(".")[1]: "other"}}
+    assert compat.compare(DEFAULTS, present, DEFAULTS, phase_begins=True).refusals == []
+    changed = {**present, "model": {**present["model"], "num_layers": "other"}}
+    assert len(compat.compare(DEFAULTS, changed, DEFAULTS, phase_begins=True).refusals) == 1
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -35,6 +35,7 @@ def test_every_field_survives_json():
         floating_point_operations=1e24,
         best_validation_loss=0.1,
         best_metric="docs/lm loss",
+        phases=[{"name": "long", "iteration": 5, "samples": 2, "tokens": 8, "data": 3, "changes": {"a.b": [1, 2]}}],
         has_open_evaluation=True,
         acceptance={"matches_target": [2**63, 1]},
         wandb_run_id="abc",

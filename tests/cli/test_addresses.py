@@ -17,8 +17,8 @@ pytestmark = pytest.mark.unit
 # Parameters whose text is no path of data or checkpoints; everything else must refuse an address.
 NO_PATHS = set(
     """account after assume callback claim compare container_image container_mounts env family hardware image
-    json_key layouts max_tokens namespace node_selector num_draft overrides partition prompt prompt_ids pull_secret
-    recipe resource sbatch secret shares srun stop time tokens tree words""".split()
+    json_key layouts max_tokens namespace node_selector num_draft overrides partition phase prompt prompt_ids
+    pull_secret recipe resource sbatch secret shares srun stop time tokens tree words""".split()
 )
 
 

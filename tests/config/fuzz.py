@@ -27,6 +27,7 @@ from megatron_mtp.config.hints import hints
 from megatron_mtp.config.loss_factor import LossFactor
 from megatron_mtp.config.mcore_table import MCORE_FIELDS
 from megatron_mtp.config.overrides import apply_overrides, apply_yaml
+from megatron_mtp.config.sections import section_types
 from megatron_mtp.config.yaml_text import dump_inline
 from megatron_mtp.errors import MegatronMTPError
 from megatron_mtp.parallel.facts import facts
@@ -38,7 +39,7 @@ SECONDS, GIB = 5.0, 2
 LONGEST_LINE = 3000
 """Characters of a line of a message."""
 TINY = [name for name in RECIPES if name.startswith("tiny")]
-SECTIONS = field_types(ConfigContainer)
+SECTIONS = section_types()
 FIELDS = [(section, name) for section, kind in SECTIONS.items() for name in field_types(kind)]
 
 NUMBERS: list[Any] = [0, 1, 2, 3, 4, 8, 16, 64, 4096, -1, 0.0, 0.1, 0.5, 1.0, 1e-9, 1e9, -2.5]

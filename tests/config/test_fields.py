@@ -20,13 +20,14 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.coerce import field_types
 from megatron_mtp.config.frozen import FrozenDict, FrozenList
 from megatron_mtp.config.knob import INT64_MAX, Range, is_path, mcore_fields, range_of
+from megatron_mtp.config.sections import section_types
 from megatron_mtp.config.yaml_text import dump_yaml, load_yaml
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.recipes import RECIPES, get_recipe
 
 pytestmark = pytest.mark.unit
 
-SECTIONS = field_types(ConfigContainer)
+SECTIONS = section_types()
 FIELDS = [(section, name) for section, kind in SECTIONS.items() for name in field_types(kind)]
 
 
@@ -79,7 +80,7 @@ def test_a_value_outside_its_range_is_refused(section, name):
 
 
 NO_PATHS = {
-    "checkpoint": ("best_metric",),
+    "checkpoint": ("best_metric", "enter_phase"),
     "dataset": ("split", "budgets", "fim_tokens", "fim_prefixes"),
     "dist": ("hardware",),
     "logger": ("wandb_project", "wandb_exp_name", "wandb_entity", "wandb_group", "wandb_tags", "wandb_notes"),

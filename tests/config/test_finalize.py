@@ -13,6 +13,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.coerce import field_types
 from megatron_mtp.config.hints import hints
 from megatron_mtp.config.overrides import apply_overrides
+from megatron_mtp.config.sections import section_types
 from megatron_mtp.errors import ConfigError, UnsupportedError
 from megatron_mtp.recipes import RECIPES, get_recipe
 
@@ -371,12 +372,7 @@ def test_mtp_off_has_no_mtp_hints():
     assert not any("mtp" in hint for hint in hints(finalized("tiny_dense", "model.mtp_num_layers=0")))
 
 
-FIELDS = [
-    (section, name)
-    for section, kind in field_types(ConfigContainer).items()
-    for name in field_types(kind)
-    if name != "mcore"
-]
+FIELDS = [(section, name) for section, kind in section_types().items() for name in field_types(kind) if name != "mcore"]
 NUMBERS = [0, 1, 2, 3, 7, 64, -1, 0.0, 0.5, -2.5, math.nan, math.inf]
 TEXTS = ["", "x", "10B", "auto", "rope", "none"]
 OTHERS = [None, True, False, [], [1, 1], [2, 2, 2, 2], [["a"], None], {}, {"a": ["b"]}, object()]

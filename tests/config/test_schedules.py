@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mtp.config import ConfigContainer, schedules
-from megatron_mtp.config.schedules import BatchSchedule
+from megatron_mtp.config.schedules import BatchSchedule, LearningRate, WeightDecay
+from megatron_mtp.config.timeline import ScheduleClock, Timeline
 from megatron_mtp.training.optimizer import apply_schedules
 
 pytestmark = pytest.mark.unit
@@ -58,8 +59,16 @@ def megatron_values(
     return values
 
 
+def learning_rate(cfg: ConfigContainer) -> LearningRate:
+    return schedules.learning_rate(cfg, ScheduleClock(Timeline.of(cfg), 0))
+
+
+def weight_decay(cfg: ConfigContainer) -> WeightDecay:
+    return schedules.weight_decay(cfg, ScheduleClock(Timeline.of(cfg), 0))
+
+
 def our_values(cfg: ConfigContainer, groups: list[dict], sizes: list[int]) -> list[list[tuple[float, float]]]:
-    lr, wd = schedules.learning_rate(cfg), schedules.weight_decay(cfg)
+    lr, wd = learning_rate(cfg), weight_decay(cfg)
     values, consumed = [], 0
     for size in sizes:
         apply_schedules(SimpleNamespace(param_groups=groups), lr, wd, consumed)
@@ -112,7 +121,7 @@ def test_samples_and_tokens_give_the_curve_of_iterations():
 
 def test_tokens_may_be_written_in_words():
     cfg = make_config(lr_decay_style="linear", lr_decay_tokens="10K")
-    assert schedules.learning_rate(cfg).decay == -(-10_000 // 128)
+    assert learning_rate(cfg).decay == -(-10_000 // 128)
 
 
 def test_iterations_go_through_the_batch_ramp():
@@ -121,7 +130,7 @@ def test_iterations_go_through_the_batch_ramp():
     schedule = BatchSchedule.of(cfg.train)
     sizes = [size for size, _ in zip(iter_sizes(schedule), range(40), strict=False)]
     assert len(set(sizes)) == 4, "the ramp was not walked"
-    lr = schedules.learning_rate(cfg)
+    lr = learning_rate(cfg)
     assert lr.warmup == sum(sizes[:3])
     assert lr.decay == sum(sizes)
     assert lr.wsd_decay == sum(sizes[-4:])
@@ -159,7 +168,7 @@ def test_run_length(train, samples):
     cfg = make_config()
     for name, value in train.items():
         setattr(cfg.train, name, value)
-    assert schedules.run_length_samples(cfg) == samples
+    assert Timeline.of(cfg).end_samples() == samples
 
 
 def test_a_warmup_longer_than_the_run_warms_up_to_the_end():
@@ -179,7 +188,7 @@ def test_a_warmup_longer_than_the_run_warms_up_to_the_end():
     st.integers(0, 300),
 )
 def test_the_rate_stays_between_its_bounds(style, warmup, decay, wsd, consumed):
-    lr = schedules.LearningRate(
+    lr = LearningRate(
         max_lr=1.0,
         min_lr=0.1,
         init=0.1,
@@ -198,9 +207,7 @@ def test_apply_fills_tensor_rates_and_returns_the_default_rate():
     cfg = make_config(lr_decay_style="constant")
     tensor = torch.zeros(())
     groups = [{"lr": tensor, "lr_mult": 0.5}]
-    logged = apply_schedules(
-        SimpleNamespace(param_groups=groups), schedules.learning_rate(cfg), schedules.weight_decay(cfg), 0
-    )
+    logged = apply_schedules(SimpleNamespace(param_groups=groups), learning_rate(cfg), weight_decay(cfg), 0)
     assert groups[0]["lr"] is tensor
     assert tensor.item() == pytest.approx(5e-4)
     assert logged == 1e-3

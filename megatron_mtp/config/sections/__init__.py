@@ -10,7 +10,7 @@ from megatron_mtp.config.sections.optimizer import OptimizerConfig
 from megatron_mtp.config.sections.precision import PrecisionConfig
 from megatron_mtp.config.sections.profiling import ProfilingConfig
 from megatron_mtp.config.sections.rng import RNGConfig
-from megatron_mtp.config.sections.run import RunConfig
+from megatron_mtp.config.sections.run import RunConfig, section_types
 from megatron_mtp.config.sections.scheduler import SchedulerConfig
 from megatron_mtp.config.sections.tokenizer import TokenizerConfig
 from megatron_mtp.config.sections.train import TrainConfig
@@ -32,4 +32,5 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "ValidationConfig",
+    "section_types",
 ]

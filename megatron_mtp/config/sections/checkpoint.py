@@ -21,16 +21,19 @@ class CheckpointConfig(Section):
     load: str | None = knob(None, is_path=True, is_written=True)
     """Folder to resume from: its newest complete checkpoint. If it equals `save`, an empty or absent folder starts
     a new run."""
+    enter_phase: str | None = None
+    """Name of a phase of `phases` that begins where this start resumes, wherever its own start is, unless it has begun
+    already; None: each phase begins at its start."""
     pretrained_checkpoint: str | None = knob(None, is_path=True)
     """Weights to start from if there is nothing to resume: a run directory or checkpoint folder, such as `convert
     import` writes. The optimizer and all counters start from zero."""
-    save_interval: int | None = knob(None, ge=1, le=MAX_STEPS)
+    save_interval: int | None = knob(None, ge=1, le=MAX_STEPS, phase="free")
     """Steps between checkpoints; None: only at the end."""
     save_optim: bool = True
     """Save optimizer state."""
     load_optim: bool = True
     """Load optimizer state."""
-    save_interval_mins: float | None = knob(None, gt=0, le=YEAR_MINUTES)
+    save_interval_mins: float | None = knob(None, gt=0, le=YEAR_MINUTES, phase="free")
     """Minutes between checkpoints, 120 for 2 hours, in addition to save_interval; None: only by steps."""
     most_recent_k: int = knob(-1, ge=-1, le=1_000_000)
     """Number of checkpoints to keep; -1: all."""

@@ -17,11 +17,11 @@ class DDPConfig(Section):
 
     use_distributed_optimizer: bool = True
     """Shards optimizer state over data-parallel ranks (ZeRO-1)."""
-    overlap_grad_reduce: bool = knob(False, resume="free")
+    overlap_grad_reduce: bool = knob(False, resume="free", phase="free")
     """Reduce gradients while the backward pass runs."""
-    overlap_param_gather: bool = knob(False, resume="free")
+    overlap_param_gather: bool = knob(False, resume="free", phase="free")
     """Gather updated weights while the next forward pass runs; needs the distributed optimizer."""
-    bucket_size: int | None = knob(None, ge=1, le=2**40, resume="free")
+    bucket_size: int | None = knob(None, ge=1, le=2**40, resume="free", phase="free")
     """Parameters in one communication bucket; None: Megatron's rule."""
     check_for_nan_in_grad: bool = knob(False, resume="free")
     """Stop at a NaN in a local gradient before it is reduced."""

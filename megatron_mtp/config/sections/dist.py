@@ -36,7 +36,7 @@ class DistConfig(Section):
     """Exit code after SIGTERM and its checkpoint, on which launchers restart the job."""
     preemption_grace_s: int = knob(300, ge=1, le=86_400)
     """Seconds between SIGTERM and SIGKILL, 5 minutes by default; `megatron-mtp launch` writes it into the scripts."""
-    use_tp_pp_dp_mapping: bool = False
+    use_tp_pp_dp_mapping: bool = knob(False, phase="free")
     """Rank order tp-cp-ep-pp-dp in place of tp-cp-ep-dp-pp."""
     num_threads: int | None = knob(None, ge=1, le=10_000)
     """CPU threads of each rank; None: cores divided by local ranks on a CPU, torch's choice on a GPU."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar
 
 from megatron_mtp.config.base import Section
+from megatron_mtp.config.knob import knob
 from megatron_mtp.config.sections.checkpoint import CheckpointConfig
 from megatron_mtp.config.sections.dataset import DatasetConfig
 from megatron_mtp.config.sections.ddp import DDPConfig
@@ -42,3 +44,13 @@ class RunConfig(Section):
     dist: DistConfig = field(default_factory=DistConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    phases: dict[str, dict[str, Any]] = knob({})
+    """Name of a phase -> where it begins (`start_iters`, `start_samples` or `start_tokens`) and the fields that it
+    sets, section by section; in the order in which they begin (docs/phases.md)."""
+
+
+@cache
+def section_types() -> dict[str, type[Section]]:
+    """The class of each section, by its name."""
+    found: dict[str, Any] = {one.name: one.default_factory for one in fields(RunConfig)}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Section)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import MAX_STEPS, MAX_TOKENS, Resume, knob
+from megatron_mtp.config.knob import MAX_STEPS, MAX_TOKENS, PhaseRule, Resume, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,6 +15,7 @@ class SchedulerConfig(Section):
 
     SECTION: ClassVar[str] = "scheduler"
     RESUME: ClassVar[Resume] = "curve"
+    PHASE: ClassVar[PhaseRule] = "schedule"
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """Shape of the decay."""

@@ -43,7 +43,8 @@ class Callback:
         return type(self).__name__
 
     def on_train_start(self, run: Run, state: TrainState) -> None:
-        """Called once: model, state and callbacks are restored; this process has done no step."""
+        """Called before the first step of this process, with model, state and callbacks restored, and again where a
+        phase begins: `run` is then another one, and whatever was kept of the run before is of no more use."""
 
     def on_step_end(self, run: Run, state: TrainState, result: StepResult) -> Metrics | None:
         """Called when a step is counted in `state`, before it is recorded or saved.

@@ -29,7 +29,11 @@ class Profiler(ConfiguredCallback):
         return cls(cfg.profiling) if cfg.profiling.use_pytorch_profiler else None
 
     def on_train_start(self, run: Run, state: TrainState) -> None:
-        """Starts the profiler's own count of steps, where this rank is to be profiled and the steps are to come."""
+        """Starts the profiler's own count of steps, where this rank is to be profiled and the steps are to come.
+
+        A trace ends with a phase, and another one begins where steps are left.
+        """
+        self.close()
         options, rank, done = self._options, dist.get_rank(), state.iteration
         if rank not in options.profile_ranks or done >= options.profile_step_end:
             return
@@ -61,3 +65,4 @@ class Profiler(ConfiguredCallback):
             self._ranges.close()
         if self._profile is not None:
             self._profile.stop()
+        self._ranges = self._profile = None

@@ -86,6 +86,10 @@ class StepBoundary:
         self._train, self._checkpoint, self.signals, self._device = cfg.train, cfg.checkpoint, signals, device
         self._started_s = self._saved_s = time.monotonic()
 
+    def follow(self, cfg: ConfigContainer) -> None:
+        """Decides by the config of another phase from now on; the clocks go on."""
+        self._train, self._checkpoint = cfg.train, cfg.checkpoint
+
     def saved(self) -> None:
         """A checkpoint was written: save_interval_mins counts from now on."""
         self._saved_s = time.monotonic()
