@@ -140,7 +140,8 @@ def compare_with_run(
 def _copy_refusals(cfg: ConfigContainer, saved: dict[str, dict[str, Any]]) -> list[str]:
     """Why the trunk's last layer cannot become an MTP layer."""
     change = DepthChange.between(saved.get("model") or {}, to_dict(cfg)["model"])
-    if not change.has_new or change.init != "last_layer" or not linear_pattern(cfg.model)[-1]:
+    is_copy = change.has_new and cfg.model.mtp_new_layers_init == "last_layer"
+    if not is_copy or not linear_pattern(cfg.model)[-1]:
         return []
     return [
         "model.mtp_new_layers_init = last_layer: the trunk's last layer has linear attention, and an MTP layer has "

@@ -52,6 +52,9 @@ def find_sentinels(dataset: DatasetConfig, tokenizer: Tokenizer | None) -> tuple
     for names in KNOWN_TOKENS if dataset.fim_tokens is None else (tuple(dataset.fim_tokens),):
         first, second, third = (tokenizer.token_id(name) for name in names)
         if first is not None and second is not None and third is not None:
+            if tokenizer.eod in (first, second, third):
+                rule = "one of them ends documents (the tokenizer's end-of-document token)"
+                raise ConfigError(Problem(fields=("dataset.fim_tokens",), value=list(names), rule=rule))
             return first, second, third
     if dataset.fim_tokens is None:
         raise ConfigError(

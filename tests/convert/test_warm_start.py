@@ -161,4 +161,4 @@ def test_weights_of_another_model_are_refused(trunk, tmp_path):
     cfg.finalize(2)
     with pytest.raises(CheckpointError, match=r"hidden_size = 64: the weights are of a model with 32") as refusal:
         check_pretrained(cfg)
-    assert "convert import --mtp-depths" in str(refusal.value)
+    assert "model.mtp_new_layers_init = fresh, last_layer" in str(refusal.value)

@@ -257,11 +257,11 @@ def test_two_documents_in_one_sequence_are_refused(tmp_path):
 
 
 def config(tmp_path, **changes):
-    write_corpus(tmp_path / "code", [50] * 20, vocab_size=99)
+    write_corpus(tmp_path / "code", [50] * 20, vocab_size=99, eod=103)
     cfg = get_recipe("tiny_dense")
     cfg.dataset.update(blend=[str(tmp_path / "code")], mock=False, fim_rate=0.5, split="1,0,0")
-    cfg.tokenizer.update(tokenizer_type="null", vocab_size=103)
-    cfg.model.update(vocab_size=103, seq_length=16)
+    cfg.tokenizer.update(tokenizer_type="null", vocab_size=104)
+    cfg.model.update(vocab_size=104, seq_length=16)
     for path, value in changes.items():
         section, name = path.split("__")
         setattr(getattr(cfg, section), name, value)
@@ -273,6 +273,7 @@ def config(tmp_path, **changes):
     [
         ({}, r"dataset\.fim_rate = 0\.5: the tokenizer \(null\) knows none of the usual sentinels"),
         ({"dataset__fim_tokens": ["100", "101", "500"]}, r"dataset\.fim_tokens = .* \(null\) has no token 500"),
+        ({"dataset__fim_tokens": ["100", "101", "103"]}, r"dataset\.fim_tokens = .* one of them ends documents"),
         ({"dataset__fim_tokens": ["100", "101"]}, r"dataset\.fim_tokens = .* three different tokens"),
         ({"dataset__fim_tokens": ["100", "101", "101"]}, r"dataset\.fim_tokens = .* three different tokens"),
         ({"dataset__fim_rate": 1.5}, r"dataset\.fim_rate = 1\.5: must be at least 0 and at most 1"),

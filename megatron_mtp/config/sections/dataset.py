@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from megatron_mtp.config.base import Section
-from megatron_mtp.config.knob import Derived, knob
+from megatron_mtp.config.knob import MAX_TOKENS, Derived, knob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class DatasetConfig(Section):
     no blend_per_split): mock data."""
     blend_per_split: list[Any] | None = knob(None, is_path=True, phase="data")
     """One blend for each of train, validation, test (None where validation or test is absent)."""
-    budgets: dict[str, int | str] | None = knob(None, phase="data")
+    budgets: dict[str, int | str] | None = knob(None, gt=0, le=MAX_TOKENS, phase="data")
     """The most that the run draws from some training prefixes: file name -> tokens ("20B") or epochs ("4 epochs"). Once
     it is used up, the other prefixes take its place by their weights."""
     split: str | None = knob("9999,8,2", phase="data")
