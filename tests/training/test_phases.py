@@ -24,7 +24,7 @@ from megatron_mtp.training.gpt_step import forward_step
 from tests.data.corpora import write_corpus
 
 pytestmark = pytest.mark.dist
-STEPS = 9
+STEPS = 10
 TIMED = ("time", "perf/", "checkpoint/")
 """Metrics that measure time; they differ from run to run."""
 PHASES: dict[str, dict[str, Any]] = {
@@ -34,6 +34,7 @@ PHASES: dict[str, dict[str, Any]] = {
         "model": {"seq_length": 256, "rope_type": "yarn", "rotary_scaling_factor": 4.0, "mscale_all_dim": 1.0},
     },
     "batch": {"start_iters": 7, "train": {"global_batch_size": 8, "micro_batch_size": 2}},
+    "deeper": {"start_iters": 8, "model": {"mtp_num_layers": 2, "mtp_new_layers_init": "last_depth"}},
 }
 
 
@@ -45,7 +46,7 @@ def config(folder: Path, name: str) -> ConfigContainer:
     cfg = get_recipe("tiny_mla_moe")
     cfg.model.update(num_layers=2, moe_layer_freq=[0, 1], hidden_size=32, ffn_hidden_size=64, num_moe_experts=4)
     cfg.model.update(moe_ffn_hidden_size=32, moe_shared_expert_intermediate_size=32, vocab_size=128, seq_length=64)
-    cfg.model.update(original_max_position_embeddings=64, hidden_dropout=0.1)
+    cfg.model.update(original_max_position_embeddings=64, hidden_dropout=0.1, mtp_num_layers=1)
     cfg.model.update(moe_router_num_groups=None, moe_router_group_topk=None)
     cfg.tokenizer.vocab_size = 100
     cfg.train.update(train_iters=STEPS, global_batch_size=4, micro_batch_size=1)
@@ -107,7 +108,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> ConfigContainer:
 
 
 def test_a_run_that_is_stopped_at_each_border_and_between_them_is_the_run_that_was_not(whole: ConfigContainer):
-    for end in (3, 4, 5, 7, STEPS):
+    for end in (3, 4, 5, 7, 8, STEPS):
         cfg = config(Path(whole.checkpoint.save).parent, "parts")
         cfg.train.exit_interval = end
         assert pretrain(cfg).state.iteration == end
@@ -120,12 +121,13 @@ def test_a_run_that_is_stopped_at_each_border_and_between_them_is_the_run_that_w
 
 def test_counters_schedule_and_history(whole: ConfigContainer):
     steps = curves(whole)
-    assert [step["batch-size"] for step in steps] == [4] * 7 + [8] * 2
-    assert [step["consumed-samples"] for step in steps] == [4, 8, 12, 16, 20, 24, 28, 36, 44]
-    lengths = [64] * 5 + [256] * 4
+    assert [step["batch-size"] for step in steps] == [4] * 7 + [8] * 3
+    assert [step["consumed-samples"] for step in steps] == [4, 8, 12, 16, 20, 24, 28, 36, 44, 52]
+    lengths = [64] * 5 + [256] * 5
     tokens = [sum(4 * (2 if i >= 7 else 1) * lengths[i] for i in range(n + 1)) for n in range(STEPS)]
     assert [step["consumed-tokens"] for step in steps] == tokens
-    assert [step["mtp/loss_scaling_factor"] for step in steps] == [0.1] * 3 + [0.3] * 6
+    assert [step["mtp/loss_scaling_factor"] for step in steps] == [0.1] * 3 + [0.3] * 7
+    assert ["mtp_2 loss" in step for step in steps] == [False] * 8 + [True] * 2
     # One cosine over the tokens of the whole run, after a warmup of two steps.
     for before, step in zip([0, *tokens], steps, strict=False):
         share = (before - 512) / (tokens[-1] - 512)
@@ -136,10 +138,11 @@ def test_counters_schedule_and_history(whole: ConfigContainer):
         ("mix", 3, 12, 768),
         ("long", 5, 20, 1280),
         ("batch", 7, 28, 3328),
+        ("deeper", 8, 36, 5376),
     ]
     assert history[1]["changes"]["model.seq_length"] == [64, 256]
     lines = curves(whole, "phase")
-    assert [one["iteration"] for one in lines] == [3, 5, 7]
+    assert [one["iteration"] for one in lines] == [3, 5, 7, 8]
     assert lines[2]["text"] == (
         "phase batch begins after iteration 7, 3,328 tokens: train.global_batch_size 4 -> 8, "
         "train.micro_batch_size 1 -> 2"
@@ -147,13 +150,13 @@ def test_counters_schedule_and_history(whole: ConfigContainer):
 
 
 def test_the_memory_of_a_phase_is_given_back_before_the_next_one_trains(whole: ConfigContainer):
-    assert [len(kept) > 100 for kept in MODELS.kept] == [True] * 4
-    assert MODELS.bytes == [0, 0, 0]
+    assert [len(kept) > 100 for kept in MODELS.kept] == [True] * 5
+    assert MODELS.bytes == [0] * 4
 
 
 def test_a_checkpoint_of_a_phase_holds_the_config_of_the_phase(whole: ConfigContainer):
     directory = RunDirectory(whole.checkpoint.save)
-    assert directory.iterations() == [9, 7, 5, 3]
+    assert directory.iterations() == [10, 8, 7, 5, 3]
     saved = ConfigContainer.from_yaml(directory.final_path(7) / "config.yaml")
     assert (saved.model.seq_length, saved.model.rope_type, saved.train.global_batch_size) == (256, "yarn", 4)
     assert saved.phases == {}
@@ -163,7 +166,8 @@ def test_a_checkpoint_of_a_phase_holds_the_config_of_the_phase(whole: ConfigCont
 def test_checkpoint_show_lists_the_phases(whole: ConfigContainer, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["checkpoint", "show", f"{whole.checkpoint.save}@{STEPS}"])
-    assert "phases      mix from iteration 3, long from iteration 5, batch from iteration 7" in capsys.readouterr().out
+    begun = "mix from iteration 3, long from iteration 5, batch from iteration 7, deeper from iteration 8"
+    assert f"phases      {begun}" in capsys.readouterr().out
 
 
 def test_a_run_gets_phases_late_and_enters_one_by_name(tmp_path: Path):
@@ -203,7 +207,7 @@ def test_what_a_phase_may_set_may_not_change_within_it(whole: ConfigContainer):
 def test_a_phase_is_refused_before_anything_is_written(tmp_path: Path):
     cfg = config(tmp_path, "refused")
     cfg.checkpoint.save = cfg.checkpoint.load = None
-    with pytest.raises(ConfigError, match=r"checkpoint\.save = None: .* it has phases: mix, long, batch"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.save = None: .* it has phases: mix, long, batch, deeper"):
         pretrain(cfg)
     cfg = config(tmp_path, "refused")
     cfg.phases["long"]["model"]["seq_length"] = 100_000
@@ -233,4 +237,5 @@ def test_a_rollback_within_a_phase_returns_to_its_start(tmp_path: Path):
         ("mix", 3, 12),
         ("long", 5, 20),
         ("batch", 7, 36),
+        ("deeper", 8, 44),
     ]

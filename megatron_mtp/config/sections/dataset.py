@@ -45,13 +45,13 @@ class DatasetConfig(Section):
     """Share of the training documents that are rearranged for fill-in-the-middle (docs/data.md); DeepSeek-V3: 0.1."""
     fim_spm_rate: float = knob(0.0, ge=0, le=1, phase="data")
     """Share of these with the suffix first (SPM); the others have the prefix first (PSM)."""
-    fim_tokens: list[str] | None = None
+    fim_tokens: list[str] | None = knob(None, phase="data")
     """The tokenizer's names of the sentinels before prefix, suffix and middle; None: the first known names it has."""
-    fim_cut: Literal["character", "token"] = "character"
+    fim_cut: Literal["character", "token"] = knob("character", phase="data")
     """Cuts lie between characters, where the tokenizer can spell the pieces of a token, or between tokens only."""
     fim_prefixes: list[str] | None = knob(None, phase="data")
     """File names of the training prefixes whose documents are rearranged, such as those of code; None: all."""
-    fim_sentinel_loss: bool = True
+    fim_sentinel_loss: bool = knob(True, phase="free")
     """Sentinels are targets, as in the published runs; False: no depth has a loss on them."""
     mock: bool = knob(False, phase="data")
     """Random tokens that repeat with a pattern, made from rng.seed; no files needed."""
