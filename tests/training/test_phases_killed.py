@@ -96,6 +96,7 @@ def test_it_is_one_run_however_often_it_was_stopped_or_killed(tmp_path_factory: 
         run(command, folder / "one.txt")
         names = ("lm loss", "mtp_1 loss", "mtp_2 loss", "grad-norm", "learning-rate", "consumed-tokens")
         for ours, theirs in zip(curves(whole), curves(one), strict=True):
-            assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3), ours
+            expected = {name: theirs[name] for name in names if name in theirs}
+            assert {name: ours.get(name) for name in expected} == pytest.approx(expected, rel=1e-5), ours
     texts = [line["text"] for line in read_metrics(Path(killed.logger.log_dir) / "metrics.jsonl", "phase")]
     assert len(texts) == len(whole.phases)
