@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.loss_factor import LossFactor
-from megatron_mtp.config.schedules import BatchSchedule, learning_rate
+from megatron_mtp.config.schedules import BatchSchedule, LearningRate, learning_rate
 from megatron_mtp.config.timeline import Phase, ScheduleClock, Timeline
 from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import shown
@@ -152,10 +152,10 @@ class Milestone:
 def milestones(run: ResolvedRun) -> list[Milestone]:
     """Where phases begin, where learning rate, batch size and loss factor change, and where the run ends, in order."""
     timeline, end = run.timeline, run.length_samples
-    found = [(0, _start(timeline))]
+    found = [(0, _start(run))]
     for index, phase in enumerate(timeline.phases):
         later = [after.start.samples for after in timeline.phases[index + 1 :]]
-        inside = _rate_changes(timeline, index) if phase.schedule_from == index else []
+        inside = _rate_changes(run, index) if phase.schedule_from == index else []
         own = [after.start.samples for after in timeline.phases[index + 1 :] if after.schedule_from != index]
         found += [(samples, what) for samples, what in inside if not own or samples < own[0]]
         if index:
@@ -164,7 +164,7 @@ def milestones(run: ResolvedRun) -> list[Milestone]:
         if phase.batch_from == index and ramp is not None:
             full = phase.start.samples + ramp[2]
             found.append((full, f"the global batch has grown to {phase.cfg.train.global_batch_size:,}"))
-        changes = _factor_changes(timeline, phase)
+        changes = _factor_changes(run, phase)
         found += [(samples, what) for samples, what in changes if not later or samples < later[0]]
     if end is not None:
         found.append((end, f"the run ends: {end:,} samples, {short_count(timeline.tokens_at(end))} tokens"))
@@ -175,20 +175,32 @@ def milestones(run: ResolvedRun) -> list[Milestone]:
     ]
 
 
-def _start(timeline: Timeline[ConfigContainer]) -> str:
-    base = timeline.phases[0].cfg
-    rate = learning_rate(base, ScheduleClock(timeline, 0))(0)
-    factor = LossFactor.parse(base.model.mtp_loss_scaling_factor).at(0)
+def _rate(run: ResolvedRun, index: int) -> LearningRate:
+    """The learning-rate schedule that begins with a phase."""
+    if index == run.phase.schedule_from:
+        return run.learning_rate
+    return learning_rate(run.timeline.phases[index].cfg, ScheduleClock(run.timeline, index))
+
+
+def _factor(run: ResolvedRun, phase: Phase[ConfigContainer]) -> LossFactor:
+    """The MTP loss factor of a phase."""
+    is_own = phase is run.phase
+    return run.loss_factor if is_own else LossFactor.parse(phase.cfg.model.mtp_loss_scaling_factor)
+
+
+def _start(run: ResolvedRun) -> str:
+    base = run.timeline.phases[0].cfg
+    rate, factor = _rate(run, 0)(0), _factor(run, run.timeline.phases[0]).at(0)
     batch = BatchSchedule.of(base.train)
     text = f", loss factor {factor:g}" if base.model.mtp_num_layers else ""
     size = f", global batch {batch.size_at(0):,}" if batch.rampup is not None else ""
     return f"learning rate {rate:g}{text}{size}"
 
 
-def _rate_changes(timeline: Timeline[ConfigContainer], index: int) -> list[tuple[int, str]]:
+def _rate_changes(run: ResolvedRun, index: int) -> list[tuple[int, str]]:
     """(samples, what changes) of the learning-rate schedule that begins with a phase."""
-    clock = ScheduleClock(timeline, index)
-    rate, found = learning_rate(timeline.phases[index].cfg, clock), []
+    clock = ScheduleClock(run.timeline, index)
+    rate, found = _rate(run, index), []
     warmup = int(rate.warmup)
     if warmup:
         found.append((clock.samples_at(warmup), f"warmup ends at {rate.max_lr:g}"))
@@ -203,15 +215,15 @@ def _rate_changes(timeline: Timeline[ConfigContainer], index: int) -> list[tuple
     ]
 
 
-def _factor_changes(timeline: Timeline[ConfigContainer], phase: Phase[ConfigContainer]) -> list[tuple[int, str]]:
+def _factor_changes(run: ResolvedRun, phase: Phase[ConfigContainer]) -> list[tuple[int, str]]:
     """(samples, what changes) of the MTP loss factor after the start of a phase."""
-    factor, found = LossFactor.parse(phase.cfg.model.mtp_loss_scaling_factor), []
+    factor, found = _factor(run, phase), []
     if not phase.cfg.model.mtp_num_layers:
         return []
     for tokens, value in list(zip(factor.tokens, factor.factors, strict=True))[1:]:
         verb = "reaches" if factor.is_linear else "becomes"
         if tokens > phase.start.tokens:
-            found.append((timeline.samples_at_tokens(tokens), f"the loss factor {verb} {value:g}"))
+            found.append((run.timeline.samples_at_tokens(tokens), f"the loss factor {verb} {value:g}"))
     return found
 
 

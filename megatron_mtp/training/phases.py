@@ -56,27 +56,19 @@ def check_phases(cfg: ConfigContainer) -> None:
         raise ConfigError(Problem(fields=("checkpoint.save",), value=None, rule=rule, remedy=remedy))
 
 
-def resolve_progress(cfg: ConfigContainer, progress: Progress) -> ResolvedRun:
-    """The phase in which a run goes on, resolved for this job.
-
-    Raises:
-        CheckpointError: as `find_phase`. PlanError: its layout breaks a rule.
-    """
-    timeline, index = find_phase(cfg, progress)
-    return resolve_phase(timeline, index, job_size())
-
-
 @dataclass(slots=True)
 class PhaseBuilder:
     """Builds the run of a phase on this rank, which has joined the job, and fills it from the newest checkpoint.
 
     Args:
         cfg: finalized, with all phases.
+        checked: the phases that were resolved for the check before the start.
         checkpointer: of the run; holds the lock of checkpoint.save.
         forward_step: runs one micro-batch through one chunk.
     """
 
     cfg: ConfigContainer
+    checked: list[ResolvedRun]
     device: Device
     checkpointer: Checkpointer
     forward_step: ForwardStep
@@ -100,7 +92,7 @@ class PhaseBuilder:
 
     def _begin(self, state: TrainState, progress: Progress, *, is_own: bool) -> Begun:
         while True:
-            resolved = resolve_progress(self.cfg, progress)
+            resolved = self._resolve(progress)
             with explained_out_of_memory(resolved, env_rank()):
                 run = self._build(resolved)
                 is_resumed = self._load(run, state, is_own=is_own)
@@ -109,6 +101,12 @@ class PhaseBuilder:
                 return Begun(run, is_resumed, self._enter(run, state))
             self._take_down(run)  # the newest checkpoint was damaged, and the one before it is of another phase
             progress = found
+
+    def _resolve(self, progress: Progress) -> ResolvedRun:
+        """The phase in which the run goes on, resolved for this job."""
+        timeline, index = find_phase(self.cfg, progress)
+        known = (one for one in self.checked if (one.timeline, one.phase_index) == (timeline, index))
+        return next(known, None) or resolve_phase(timeline, index, job_size())
 
     def _build(self, resolved: ResolvedRun) -> Run:
         groups = make_groups(resolved)

@@ -94,7 +94,8 @@ def pretrain(
     While it trains in the main thread, it catches SIGTERM and SIGUSR1: see `guards.preemption`.
     """
     cfg = prepare_config(cfg, job_size())
-    resolved = check_start(cfg)
+    checked = check_start(cfg)
+    resolved = checked[0]
     callbacks = check_callbacks([*configured_callbacks(cfg), *callbacks])
     setup_logging(env_rank())
     watchdog = Watchdog(watchdog_timeout_s(cfg), env_rank(), resolved.world_size)
@@ -104,7 +105,7 @@ def pretrain(
         checkpointer = Checkpointer(resolved.cfg, ProcessGroupCollection(), device.torch_device)
         try:
             forward_step = watchdog.around(forward_step or default_forward_step)
-            builder = PhaseBuilder(cfg, device, checkpointer, forward_step)
+            builder = PhaseBuilder(cfg, checked, device, checkpointer, forward_step)
             state = TrainState()
             begun = builder.first(state)
             with watchdog:  # the groups have made the store that it needs
@@ -115,14 +116,14 @@ def pretrain(
         leave_groups()
 
 
-def check_start(cfg: ConfigContainer) -> ResolvedRun:
+def check_start(cfg: ConfigContainer) -> list[ResolvedRun]:
     """Checks everything that can be known of a run before anything is written: data, folders and layout of each phase.
 
     Args:
         cfg: finalized for this job, with its vocabulary size.
 
     Returns:
-        The phase in which the run begins or goes on.
+        The phase in which the run begins or goes on, and those after it.
 
     Raises:
         ConfigError, DataError, CheckpointError, PlanError: a phase cannot run.
@@ -138,7 +139,7 @@ def check_start(cfg: ConfigContainer) -> ResolvedRun:
                 raise
             raise DataError(f"phases.{one.phase.name}: {error}") from error
     check_run_directory(resolved[0].cfg, resolved[0].phase.name)
-    return resolved[0]
+    return resolved
 
 
 def prepare_config(cfg: ConfigContainer, world_size: int | None) -> ConfigContainer:

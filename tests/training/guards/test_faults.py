@@ -41,8 +41,8 @@ class Injection(Callback):
         self.batch_size = run.cfg.train.global_batch_size
         original = data.train
 
-        def noting(consumed: int):
-            for batch in (stream := original(consumed)):
+        def noting(*place: int):
+            for batch in (stream := original(*place)):
                 self.batch = batch.step + 1
                 yield batch
             stream.close()
