@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megatron_mtp.cli.choose import Files, Overrides, Recipe, choose_config, open_vocabulary
+
+if TYPE_CHECKING:
+    from megatron_mtp.plan.compare import Plans
 
 
 def plan(
@@ -72,7 +75,7 @@ def plan(
     """
     from megatron_mtp.parallel.planner.assume import read_assumptions
     from megatron_mtp.plan.compare import default_devices, make_plans
-    from megatron_mtp.plan.phases import PhasePlan, phase_plans, refuse_search
+    from megatron_mtp.plan.phases import phase_plans
     from megatron_mtp.plan.report import as_data, as_text, overlay
     from megatron_mtp.plan.training import read_budget
 
@@ -85,18 +88,13 @@ def plan(
     costs = {"mtbf_hours": mtbf_hours, "save_s": save_s, "restart_s": restart_s, "price": price, "watts": watts}
     budget = read_budget(tokens, **costs)
     options = (cfg, devices, hardware, profile, memory, compare or (), assumptions, budget, or_devices or ())
-    phases: list[PhasePlan] = []
     if search:
-        refuse_search(cfg)
-        from rich.console import Console
-
-        with Console(stderr=True).status("searching") as status:
-            plans = make_plans(*options, search=True, top=top, report=status.update)
+        plans, phases = _searched(options, top), []
     else:
         plans = make_plans(*options)
-        if profile is None:  # it is measured for one config
-            later = (plans.world_size, hardware, None, memory, (), assumptions)
-            phases = phase_plans(plans, lambda present: make_plans(present, *later))
+        later = (plans.world_size, hardware, None, memory, (), assumptions)
+        # A profile is measured for one config.
+        phases = [] if profile else phase_plans(plans, lambda present: make_plans(present, *later))
     if json:
         typer.echo(json_format.dumps(as_data(recipe, plans, phases), indent=2))
     else:
@@ -107,6 +105,18 @@ def plan(
         from megatron_mtp.parallel.planner.picture import draw
 
         write_file(picture, draw(plans.planner, plans.chosen, title=recipe), "--picture")
+
+
+def _searched(options: tuple[Any, ...], top: int) -> Plans:
+    """The best plans over parallel sizes; what is searched is shown on the terminal."""
+    from rich.console import Console
+
+    from megatron_mtp.plan.compare import make_plans
+    from megatron_mtp.plan.phases import refuse_search
+
+    refuse_search(options[0])
+    with Console(stderr=True).status("searching") as status:
+        return make_plans(*options, search=True, top=top, report=status.update)
 
 
 def _check_files(picture: Path | None, write: Path | None, assume: list[str] | None) -> None:

@@ -187,13 +187,13 @@ def broken_rule(section: type, name: str, value: Any) -> str | None:
 
 def resume_rule(section: type, name: str) -> Resume:
     """What a resume may do with a field. A field that no version knows any more follows the section's rule."""
-    rule: Resume = _facts(section).get(name, {}).get("resume") or getattr(section, "RESUME")  # noqa: B009
+    rule: Resume = _facts(section).get(name, {}).get("resume") or getattr(section, "RESUME")  # noqa: B009 -- `type` has none
     return rule
 
 
 def phase_rule(section: type, name: str) -> PhaseRule:
     """What a phase may do with a field."""
-    rule: PhaseRule = _facts(section)[name].get("phase") or getattr(section, "PHASE")  # noqa: B009
+    rule: PhaseRule = _facts(section)[name].get("phase") or getattr(section, "PHASE")  # noqa: B009 -- `type` has none
     return rule
 
 

@@ -236,7 +236,7 @@ class ScheduleClock:
         return since // length if since % length == 0 else since / length
 
     def _until(self, samples: int) -> list[Phase[Any]]:
-        """The phases of the schedule that have begun before so many samples."""
+        """The phases of the schedule that begin before the sample with this number."""
         later = [phase for phase in self.timeline.phases[self.start + 1 :] if phase.start.samples < samples]
         return [self._first, *later]
 

@@ -27,8 +27,8 @@ STALL_NATS, STALL_SHARE = 0.3, 0.1
 """A depth stalls if the main loss has fallen by the first while the loss of the depth fell by less than the second of
 that."""
 LARGEST_SHARE = 0.75
-"""Of the gradient at the trunk's output. Above it MTP moves the trunk three times as much as the main loss does. Four
-heads of equal weight (Gloeckle et al. 2024) stay below it."""
+"""Largest healthy share of MTP in the norm of the gradient at the trunk's output: three times that of the main loss.
+Four heads of equal weight (Gloeckle et al. 2024) stay below it."""
 ACCEPTANCE_FALL, TOP1_FALL = 0.05, 0.01
 """A depth drafts worse if it is accepted this much less often than before, and is itself right this much less often."""
 MEMORISING_NATS = 0.1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from torch import Tensor
@@ -16,6 +16,8 @@ from tests.harness.models import small_config
 if TYPE_CHECKING:  # these import megatron, which takes seconds
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_mtp.data.batch import GlobalBatch
+    from megatron_mtp.data.loader import DataModule
     from megatron_mtp.model.sharded import Part
     from megatron_mtp.parallel.resolve import ResolvedRun
     from megatron_mtp.training.setup import Run
@@ -33,6 +35,19 @@ def opened(cfg: ConfigContainer) -> Iterator[Run]:
         yield run
     finally:
         run.release()
+
+
+def call_before_each_batch(data: DataModule, call: Callable[[GlobalBatch], None]) -> None:
+    """Calls a function with every training batch before the run gets it."""
+    original = data.train
+
+    def train(*place: Any) -> Iterator[GlobalBatch]:
+        for batch in (stream := original(*place)):
+            call(batch)
+            yield batch
+        stream.close()
+
+    data.train = train
 
 
 @contextmanager

@@ -195,7 +195,9 @@ def test_router_losses_are_not_watched():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rising_mtp_loss_is_reported(seed: int):
-    curve = lambda t: (4 - t / 1000, 4.3 - min(t, 400) / 1000 + max(t - 400, 0) / 1000)  # noqa: E731
+    def curve(t: int) -> tuple[float, float]:
+        return 4 - t / 1000, 4.3 - min(t, 400) / 1000 + max(t - 400, 0) / 1000
+
     events = watch(curve, 1200, seed=seed)
     at = begun(events)["mtp rises: mtp_1"]
     assert 480 <= at <= 1000  # 0.1 nat above its lowest at step 500, then the noise must be exceeded

@@ -1,5 +1,7 @@
-"""Each health sign is provoked in a real run and reported within 50 steps under its name, once, across a crash and a
-resume.
+"""Runs that are harmed: the health sign is reported within 50 steps under its name, once, across a crash and a resume.
+
+Not provoked by a run: `mtp stalls`, `worse than chance` and `one token` (on made-up curves in
+`tests/observe/test_health.py`); slow ranks are provoked in `tests/training/guards/test_watchdog.py`.
 
 Every run is healthy for some steps and saves; what harms it begins right after. The healthy part is trained once for
 each recipe.
@@ -10,6 +12,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +33,7 @@ from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training import gpt_step
 from megatron_mtp.training.callbacks import Callback
+from tests.harness.runs import call_before_each_batch
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -203,17 +209,7 @@ class SlowData(Harm):
     """Every batch comes late."""
 
     def start(self, run: Any) -> None:
-        original = run.data.train
-
-        def late(position: int) -> Any:
-            stream = original(position)
-            for batch in stream:
-                if self.is_on:
-                    time.sleep(0.05)
-                yield batch
-            stream.close()
-
-        run.data.train = late
+        call_before_each_batch(run.data, lambda _: time.sleep(0.05 if self.is_on else 0.0))
 
 
 def harmed(folder: Path, data: dict[str, str], harm: Harm, recipe: str = "tiny_dense", **fields: Any) -> list[Any]:
@@ -270,6 +266,28 @@ def test_a_sign_is_reported_within_50_steps_once(
     begun = [at for name, begins, at in found if name == sign and begins]
     assert len(begun) == 1, found
     assert onset < begun[0] <= onset + WITHIN, found
+
+
+def test_a_sign_is_reported_once_over_a_kill(tmp_path: Path, data: dict[str, str], healthy: Callable[[str], Path]):
+    folder, onset = tmp_path / "run", HEALTHY["tiny_dense"]
+    shutil.copytree(healthy("tiny_dense"), folder)
+    cfg = config(folder, data)
+    cfg.model.mtp_loss_scaling_factor = 100.0
+    file = tmp_path / "run.yaml"
+    cfg.to_yaml(file)
+    command = [sys.executable, "-m", "megatron_mtp", "pretrain", "tiny_dense", "--config", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(read_metrics(folder / "metrics.jsonl", "step")) < onset + 65:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    found = signs_of(folder)
+    begun = [at for name, begins, at in found if name == "main overshadowed" and begins]
+    assert len(begun) == 1, found
+    assert onset < begun[0] <= onset + WITHIN, found
+    assert len(read_metrics(folder / "metrics.jsonl", "step")) == cfg.train.train_iters
 
 
 def test_memorising_is_reported(tmp_path: Path, data: dict[str, str]):

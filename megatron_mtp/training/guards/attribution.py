@@ -50,6 +50,7 @@ class GradientWatch:
         self._clocks = [0.0, 0.0, 0.0]
         self._events: list[torch.cuda.Event] = []
         if next(chunks[0].parameters()).device.type == "cuda":
+            # torch's Event has no types.
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
 
     @property

@@ -20,6 +20,7 @@ from megatron_mtp.training import gpt_step
 from megatron_mtp.training.callbacks import Callback
 from megatron_mtp.training.guards.faults import Fault, FaultWatch, decide
 from megatron_mtp.training.state import TrainState
+from tests.harness.runs import call_before_each_batch
 from tests.training.test_pretrain import tiny
 
 SLOW = pytest.mark.slow
@@ -37,17 +38,9 @@ class Injection(Callback):
         self.depth, self.value, self.steps, self.batch = depth, value, steps, None
 
     def on_train_start(self, run: Any, state: Any) -> None:
-        engine, data = run.engine, run.data
+        engine = run.engine
         self.batch_size = run.cfg.train.global_batch_size
-        original = data.train
-
-        def noting(*place: int):
-            for batch in (stream := original(*place)):
-                self.batch = batch.step + 1
-                yield batch
-            stream.close()
-
-        data.train = noting
+        call_before_each_batch(run.data, lambda batch: setattr(self, "batch", batch.step + 1))
         if self.depth is None:
             weight = dict(engine.chunks[0].named_parameters())[self._name(engine)]
             weight.register_hook(lambda gradient: gradient * (self.value if self.is_bad else 1.0))
