@@ -26,7 +26,7 @@ COMPUTED = frozenset(
 WITHOUT_EFFECT = frozenset(
     """init_method_std attention_dropout hidden_dropout moe_router_bias_update_rate moe_router_load_balancing_type
     moe_aux_loss_coeff moe_z_loss_coeff moe_expert_capacity_factor mtp_loss_scaling_factor mtp_depth_weights
-    mtp_detach_heads mtp_freeze_trunk logits_chunk_tokens logits_z_loss_coeff
+    mtp_detach_heads mtp_freeze_trunk mtp_new_layers_init logits_chunk_tokens logits_z_loss_coeff
     tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size virtual_pipeline_model_parallel_size
     pipeline_model_parallel_layout context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
     moe_token_dispatcher_type moe_grouped_gemm recompute_granularity recompute_method recompute_num_layers
