@@ -30,8 +30,8 @@ from megatron_mtp.checkpoint.manifest import (
     read_manifest,
 )
 from megatron_mtp.checkpoint.train_state import read_train_state
-from megatron_mtp.config.address import ADDRESS_RULE, is_address
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.address import ADDRESS_RULE, is_address
 
 logger = logging.getLogger(__name__)
 

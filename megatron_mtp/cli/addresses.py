@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from megatron_mtp.config.address import ADDRESS_RULE, is_address
 from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.storage.address import ADDRESS_RULE, is_address
 
 TEXT_PATHS = frozenset(
     "checkpoint checkpoints data logs mount name out output prefix prefixes sets source tokenizer".split()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from megatron_mtp.config.address import ADDRESS_RULE, is_address
+from megatron_mtp.storage.address import ADDRESS_RULE, is_address
 
 Transfer = Literal["same", "mla", "moe", "own"]
 """How Megatron-Core's config gets the field. same: under its own name; mla, moe: the same, for such models only;

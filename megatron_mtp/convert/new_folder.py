@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mtp.config.address import ADDRESS_RULE, is_address
 from megatron_mtp.errors import ConversionError
+from megatron_mtp.storage.address import ADDRESS_RULE, is_address
 
 
 def check_new_folder(path: str | Path) -> Path:
