@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_mtp.cli.addresses import accepts_addresses
 from megatron_mtp.cli.choose import Files, Overrides, choose_config
+from megatron_mtp.storage.address import is_address
 
 if TYPE_CHECKING:
     from megatron_mtp.config import ConfigContainer
     from megatron_mtp.data.merging import Written
+    from megatron_mtp.data.object_file import ObjectCache
     from megatron_mtp.data.tokenizer import Tokenizer
 
 data = typer.Typer(no_args_is_help=True, help="Look at prepared data, check it, merge and split it.")
@@ -27,6 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
 @data.command()
+@accepts_addresses("source")
 def show(
     source: Annotated[str, typer.Argument(metavar="RECIPE|PREFIX", help="A run's recipe, or one data set.")],
     overrides: Overrides = None,
@@ -41,17 +45,24 @@ def show(
     It is made by the rules of the run: model.seq_length, dataset.eod_mask_loss, dataset.loss_mask_suffix and so on. For
     a PREFIX, give tokenizer.tokenizer_type=... tokenizer.tokenizer_model=... to see text in place of ids.
     """
+    from megatron_mtp.data.object_file import scratch_cache
+
+    prefix = _without_ending(source)
+    with scratch_cache([prefix]) as cache:
+        if is_address(prefix) or Path(f"{prefix}.idx").exists():
+            cfg = _config_of(prefix, cache)
+        else:
+            _check_recipe(source, prefix)
+            cfg = choose_config(source, None, None)
+        _change(cfg, config, overrides)
+        _show(cfg, prefix, sample, depths=depths)
+
+
+def _show(cfg: ConfigContainer, prefix: str, sample: int, *, depths: bool) -> None:
     from megatron_mtp.data.loader import DataPlacement, build_data
     from megatron_mtp.data.looking import Marks, as_table, as_text, header
     from megatron_mtp.data.tokenizer import configured_tokenizer, resolve_vocab_size
 
-    prefix = _without_ending(source)
-    if Path(f"{prefix}.idx").exists():
-        cfg = _config_of(prefix)
-    else:
-        _check_recipe(source, prefix)
-        cfg = choose_config(source, None, None)
-    _change(cfg, config, overrides)
     _only_training(cfg)
     if cfg.model.vocab_size is None:
         cfg.model.vocab_size = resolve_vocab_size(cfg)
@@ -75,11 +86,14 @@ def show(
 
 
 @data.command()
+@accepts_addresses("prefixes")
 def info(prefixes: Prefixes, json: Json = False) -> None:
     """Print what data sets hold: documents, tokens, type, tokenizer, lengths of the documents."""
     from megatron_mtp.data.information import describe
+    from megatron_mtp.data.object_file import scratch_cache
 
-    rows = [describe(prefix) for prefix in _names(prefixes)]
+    with scratch_cache(prefixes) as cache:
+        rows = [describe(prefix, cache) for prefix in _names(prefixes)]
     if json:
         typer.echo(json_format.dumps(rows, indent=2))
         return
@@ -88,20 +102,23 @@ def info(prefixes: Prefixes, json: Json = False) -> None:
 
 
 @data.command()
+@accepts_addresses("prefixes")
 def check(prefixes: Prefixes) -> None:
     """Compare .bin and .idx files with the checksums that `prepare` recorded. Reads all of them."""
     from megatron_mtp.data.check import check_files
+    from megatron_mtp.data.object_file import scratch_cache
     from megatron_mtp.errors import DataError
 
     problems = []
-    for prefix in _names(prefixes):
-        try:
-            found = check_files(prefix)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        outcome = "checksums match" if found.has_checksums else "index and sizes fit; no checksums were recorded"
-        typer.echo(f"{prefix}: {found.num_documents:,} documents, {found.num_tokens:,} tokens, {outcome}")
+    with scratch_cache(prefixes) as cache:
+        for prefix in _names(prefixes):
+            try:
+                found = check_files(prefix, cache)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            outcome = "checksums match" if found.has_checksums else "index and sizes fit; no checksums were recorded"
+            typer.echo(f"{prefix}: {found.num_documents:,} documents, {found.num_tokens:,} tokens, {outcome}")
     if problems:
         raise DataError("\n".join(problems))
 
@@ -166,7 +183,7 @@ def _report(written: Written) -> None:
     typer.echo(f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens{note}")
 
 
-def _config_of(prefix: str) -> ConfigContainer:
+def _config_of(prefix: str, cache: ObjectCache | None) -> ConfigContainer:
     """A config that trains on all of one data set, with the tokenizer where its sidecar is enough to open it."""
     import numpy as np
 
@@ -175,7 +192,10 @@ def _config_of(prefix: str) -> ConfigContainer:
 
     cfg = choose_config("tiny_dense", None, None)
     cfg.dataset.update(mock=False, blend=[prefix], blend_per_split=None, split="1,0,0")
-    reader, sidecar = IndexedReader(prefix), Sidecar.load(prefix)
+    if cache is not None:
+        gib = cache.blocks.limit / 2**30
+        cfg.dataset.update(object_storage_cache_path=str(cache.folder), object_storage_cache_gib=gib)
+    reader, sidecar = IndexedReader(prefix, cache), Sidecar.load(prefix)
     cfg.model.vocab_size = 1 + int(np.iinfo(reader.dtype).max) if sidecar is None else sidecar.vocab_size
     if sidecar is not None and sidecar.tokenizer_type == "bytes":
         cfg.tokenizer.tokenizer_type = "bytes"
@@ -213,7 +233,7 @@ def _how_to_text(prefix: str) -> str:
     """What to add to the command to see text in place of ids."""
     from megatron_mtp.data.sidecar import Sidecar
 
-    sidecar = Sidecar.load(prefix) if Path(f"{prefix}.idx").exists() else None
+    sidecar = Sidecar.load(prefix) if is_address(prefix) or Path(f"{prefix}.idx").exists() else None
     if sidecar is not None and sidecar.tokenizer_type == "null":
         return "token ids: the data was made from ids, without a tokenizer"
     kind = "huggingface" if sidecar is None else sidecar.tokenizer_type

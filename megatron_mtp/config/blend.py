@@ -10,6 +10,7 @@ from megatron_mtp.config.knob import INT64_MAX
 from megatron_mtp.config.quantity import parse_quantity, read_number
 from megatron_mtp.config.sections import DatasetConfig
 from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.storage.address import is_address
 
 SPLITS = ("train", "valid", "test")
 MAIN_LABEL = "validation"
@@ -88,6 +89,16 @@ def training_blend(dataset: DatasetConfig) -> Blend | None:
     """
     value = dataset.blend if dataset.blend_per_split is None else dataset.blend_per_split[0]
     return None if value is None else parse_blend(value)
+
+
+def has_addresses(dataset: DatasetConfig) -> bool:
+    """Whether any prefix, of training or validation data, lies in object storage.
+
+    Raises:
+        ValueError: as `parse_blend`.
+    """
+    blends = [dataset.blend, *(dataset.blend_per_split or ()), *(dataset.valid_sets or {}).values()]
+    return any(is_address(prefix) for blend in blends if blend is not None for prefix in parse_blend(blend).prefixes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from megatron_mtp.storage.address import ADDRESS_RULE, is_address
+from megatron_mtp.storage.address import address_problem, is_address
 
 Transfer = Literal["same", "mla", "moe", "own"]
 """How Megatron-Core's config gets the field. same: under its own name; mla, moe: the same, for such models only;
@@ -129,6 +129,8 @@ def knob(
     le: float | None = None,
     is_path: bool = False,
     is_written: bool = False,
+    is_scratch: bool = False,
+    may_be_address: bool = False,
     mcore: Transfer | None = None,
     resume: Resume | None = None,
     phase: PhaseRule | None = None,
@@ -140,13 +142,16 @@ def knob(
         gt, ge, lt, le: its range, see `Range`.
         is_path: its texts, also in a list or mapping, name files or folders.
         is_written: the run writes to these paths; otherwise it only reads them.
+        is_scratch: what it writes there may be lost with the machine.
+        may_be_address: they may be addresses of object storage, such as s3://bucket/run.
         mcore: how Megatron-Core's config gets it; None: it does not.
         resume: None: as the section says.
         phase: what a phase may do with it; None: as the section says.
     """
     limits = None if gt is ge is lt is le is None else Range(gt, ge, lt, le)
     metadata: dict[str, Any] = {"range": limits, "is_path": is_path, "is_written": is_written, "mcore": mcore}
-    metadata |= {"resume": resume, "phase": phase}
+    metadata |= {"may_be_address": may_be_address, "resume": resume, "phase": phase}
+    metadata |= {"is_scratch": is_scratch}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -168,6 +173,16 @@ def is_written(section: type, name: str) -> bool:
     return bool(_facts(section)[name].get("is_written"))
 
 
+def is_scratch(section: type, name: str) -> bool:
+    """Whether what the run writes to the paths of a field may be lost with the machine."""
+    return bool(_facts(section)[name].get("is_scratch"))
+
+
+def may_be_address(section: type, name: str) -> bool:
+    """Whether a field takes addresses of object storage."""
+    return bool(_facts(section)[name].get("may_be_address"))
+
+
 def broken_rule(section: type, name: str, value: Any) -> str | None:
     """The rule of the field's range or kind that `value` breaks."""
     limits = range_of(section, name) or Range()
@@ -180,8 +195,10 @@ def broken_rule(section: type, name: str, value: Any) -> str | None:
         return "must hold no NUL character"
     if is_path(section, name) and "" in texts:
         return "must not be empty; leave it unset, or name a file or folder"
-    if is_path(section, name) and any(map(is_address, texts)):
-        return ADDRESS_RULE
+    if is_path(section, name):
+        is_accepted = may_be_address(section, name)
+        problems = (address_problem(text, is_accepted=is_accepted) for text in texts if is_address(text))
+        return next((problem for problem in problems if problem), None)
     return None
 
 

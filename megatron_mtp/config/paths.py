@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mtp.config.blend import parse_blend
-from megatron_mtp.config.knob import is_path, is_written
+from megatron_mtp.config.knob import is_path, is_scratch, is_written
 from megatron_mtp.config.phase_configs import phase_configs
 from megatron_mtp.config.sections import DatasetConfig, RunConfig, section_types
+from megatron_mtp.storage.address import is_address
 
 DATA_ENDINGS = (".bin", ".idx")
 
@@ -24,16 +25,18 @@ class RunPath:
         field: "section.field" that names it.
         path: as the field says it; of data, the prefix.
         is_written: the run writes there.
+        is_scratch: what it writes may be lost with the machine.
         endings: the files at `path` end with these; ("",): the path itself.
     """
 
     field: str
     path: str
     is_written: bool = False
+    is_scratch: bool = False
     endings: tuple[str, ...] = ("",)
 
     def missing(self, path: str | None = None) -> list[str]:
-        """The files that this machine does not see.
+        """The files that this machine does not see; none of an address.
 
         Args:
             path: where this machine has it; None: under the same path.
@@ -43,7 +46,7 @@ class RunPath:
         return [
             f"{place}{end}"
             for end in self.endings
-            if not (Path(f"{place}{end}").exists() or Path(whole + end).exists())
+            if not is_address(place) and not (Path(f"{place}{end}").exists() or Path(whole + end).exists())
         ]
 
 
@@ -58,7 +61,8 @@ def run_paths(cfg: RunConfig) -> list[RunPath]:
             value = getattr(section, field.name)
             if isinstance(value, str) and is_path(type(section), field.name) and field.name != "loss_mask_suffix":
                 name = f"{section.SECTION}.{field.name}"
-                found.append(RunPath(name, value, is_written(type(section), field.name)))
+                kind, key = type(section), field.name
+                found.append(RunPath(name, value, is_written(kind, key), is_scratch(kind, key)))
     return list(dict.fromkeys(found))
 
 

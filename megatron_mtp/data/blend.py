@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -89,6 +89,7 @@ class BlendedSource:
         self.weights = list(weights) if weights is not None else [corpus.num_samples for corpus in corpora]
         self._first_id = np.cumsum([0] + [corpus.num_samples for corpus in corpora])
         self.num_samples = int(self._first_id[-1])
+        self._is_remote = any(corpus.is_remote for corpus in self.corpora)
 
     def build_indices(self, path_to_cache: str | None) -> None:
         """Builds the index of each corpus or loads it from the cache. Call it before `read`."""
@@ -118,6 +119,11 @@ class BlendedSource:
             corpus, mine = self.corpora[i], sets == i
             ids[mine] = self._first_id[i] + epoch_samples(draws[mine], corpus.num_samples, self.seed, corpus.name)
         return ids
+
+    def will_read(self, sample_ids: Iterable[int]) -> None:
+        for sample_id in sample_ids if self._is_remote else ():
+            corpus, sample = self._find(sample_id)
+            corpus.will_read(sample)
 
     def read(self, sample_id: int) -> Sample:
         corpus, sample = self._find(sample_id)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_mtp.data.indexed import IndexedReader
+from megatron_mtp.data.object_file import ObjectCache
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.errors import DataError
 
@@ -25,28 +24,21 @@ class Checked:
     has_checksums: bool
 
 
-def check_files(prefix: str) -> Checked:
+def check_files(prefix: str, cache: ObjectCache | None = None) -> Checked:
     """Reads `<prefix>.bin` and `.idx` completely.
+
+    Args:
+        cache: for an address.
 
     Raises:
         DataError: a file is missing or damaged, or is not the one that the sidecar describes.
     """
-    reader, sidecar = IndexedReader(prefix), Sidecar.load(prefix)
+    reader, sidecar = IndexedReader(prefix, cache), Sidecar.load(prefix)
     problems = [] if sidecar is None else sidecar.mismatches(reader)
-    recorded = {} if sidecar is None else {".bin": sidecar.bin_sha256, ".idx": sidecar.idx_sha256}
-    for ending, checksum in recorded.items():
-        if checksum and not problems and _sha256(Path(f"{prefix}{ending}")) != checksum:
-            problems.append(
-                f"{prefix}{ending}: its checksum is not the one in {prefix}.json. Copy or prepare it again."
-            )
+    recorded = [] if sidecar is None else [sidecar.idx_sha256, sidecar.bin_sha256]
+    for file, checksum in zip(reader.files, recorded, strict=False):
+        if checksum and not problems and file.sha256() != checksum:
+            problems.append(f"{file.name}: its checksum is not the one in {prefix}.json. Copy or prepare it again.")
     if problems:
         raise DataError("\n".join(problems))
-    return Checked(len(reader), reader.count_tokens(0, len(reader)), bool(recorded) and all(recorded.values()))
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    return Checked(len(reader), reader.count_tokens(0, len(reader)), bool(recorded) and all(recorded))

@@ -110,9 +110,10 @@ class Corpus:
         """Builds the order of the documents and their first tokens, or loads them from the cache.
 
         Args:
-            path_to_cache: folder; None: next to the prefix, or in memory if that folder cannot be written.
+            path_to_cache: folder; None: next to the prefix (of an address: beside its blocks in the cache), or in
+                memory if that folder cannot be written.
         """
-        folder = Path(path_to_cache or f"{self.reader.prefix}_cache")
+        folder = Path(path_to_cache) if path_to_cache else self.reader.cache_folder
         path = folder / f"{Path(self.reader.prefix).name}-{self.which}-{self._cache_key():016x}.npy"
         remedy = "Delete it, and it is built again."
         try:
@@ -161,25 +162,44 @@ class Corpus:
         begins = self._index[1, slice(column, column + _STRIDE)]
         return column + int(np.searchsorted(begins, token, side="right")) - 1
 
+    def will_read(self, sample: int) -> None:
+        """Announces a `read` of data in object storage, which then takes less time. Returns at once."""
+        readers = [reader for reader in (self.reader, self.targets) if reader is not None]
+        for document, offset, length, is_drawn in self._pieces(sample) if self.is_remote else ():
+            for reader in readers:
+                reader.will_read(document, *((0, None) if is_drawn else (offset, length)))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is worthwhile to announce a `read`."""
+        return self.reader.is_remote
+
+    def _pieces(self, sample: int) -> Iterator[tuple[int, int, int, bool]]:
+        """Document, first token in it, number of tokens, and whether the document is rearranged if it can be."""
+        assert self._index is not None, "build_index was not called"
+        begin, end = sample * self.seq_length, (sample + 1) * self.seq_length + 1
+        first, last = self._find(begin), self._find(end - 1) + 1
+        order, begins = self._index[0, slice(first, last)], self._index[1, slice(first, last + 1)]
+        drawn = np.zeros(len(order), bool) if self.fim is None else self.fim.drawn(order)
+        parts = zip(order.tolist(), begins[:-1].tolist(), begins[1:].tolist(), drawn.tolist(), strict=True)
+        for document, document_begin, document_end, is_drawn in parts:
+            low, high = max(begin, document_begin), min(end, document_end)
+            if low < high:  # not an empty document
+                yield document, low - document_begin, high - low, is_drawn
+
     def read(self, sample: int) -> Sample:
         """Tokens [sample * s, sample * s + s + 1) of the shuffled documents.
 
         Raises:
             DataError: a file was truncated or deleted, or cannot be read.
         """
-        assert self._index is not None, "build_index was not called"
-        begin, end = sample * self.seq_length, (sample + 1) * self.seq_length + 1
-        first, last = self._find(begin), self._find(end - 1) + 1
-        order, begins = self._index[0, slice(first, last)], self._index[1, slice(first, last + 1)]
-        tokens, starts = np.empty(end - begin, np.int64), np.zeros(end - begin, bool)
-        is_target = None if self.targets is None and self.fim is None else np.ones(end - begin, bool)
-        drawn = np.zeros(len(order), bool) if self.fim is None else self.fim.drawn(order)
-        parts = zip(order.tolist(), begins[:-1].tolist(), begins[1:].tolist(), drawn.tolist(), strict=True)
-        for document, document_begin, document_end, is_drawn in parts:
-            low, high = max(begin, document_begin), min(end, document_end)
-            if low >= high:
-                continue  # an empty document
-            place, offset, length = slice(low - begin, high - begin), low - document_begin, high - low
+        size = self.seq_length + 1
+        tokens, starts = np.empty(size, np.int64), np.zeros(size, bool)
+        is_target = None if self.targets is None and self.fim is None else np.ones(size, bool)
+        filled = 0
+        for document, offset, length, is_drawn in self._pieces(sample):
+            place = slice(filled, filled + length)
+            filled += length
             are_targets: np.ndarray | None
             if self.fim is not None and is_drawn and (stored := self._stored_length(document)) > 1:
                 read_targets = None if self.targets is None else self.targets.read
@@ -216,8 +236,7 @@ class Corpus:
 
     def _cache_key(self) -> int:
         """A hash of everything that the index depends on; the sequence length is not part of it."""
-        files = [Path(f"{self.reader.prefix}{ending}").resolve() for ending in (".bin", ".idx")]
-        state = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        state = [file.state for file in reversed(self.reader.files)]
         fim = [] if self.fim is None else self.fim.cache_parts()
         return derive_key("index 1", *state, *self.documents, self.seed, self.name, *fim)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -21,7 +20,6 @@ from megatron_mtp.errors import DataError
 logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SAY_AFTER_S = 10.0
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def stat_file(path: Path) -> os.stat_result:
@@ -37,26 +35,6 @@ def stat_file(path: Path) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return status
-
-
-def sampled_hash(paths: Iterable[Path]) -> str:
-    """A hash of the sizes of files and of blocks that are spread evenly over each.
-
-    It is quick at any size, and the same wherever the files lie. Data that was prepared again from other text has
-    another one; not every changed byte is noticed.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        size = stat_file(path).st_size
-        digest.update(f"{size}\n".encode())
-        with path.open("rb") as file:
-            for n in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * n // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
 
 
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:

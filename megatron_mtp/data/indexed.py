@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from megatron_mtp.data.data_file import DataFile
+from megatron_mtp.data.object_file import ObjectCache, open_file
 from megatron_mtp.errors import DataError
+from megatron_mtp.storage.address import is_address
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -37,7 +39,12 @@ class IndexedReader:
     Every entry of the index is checked when it is opened: a damaged one would give wrong samples without an error.
     Neither file is kept in memory; see `data_file`.
 
+    Args:
+        prefix: path or address.
+        cache: for addresses; None: they are refused.
+
     Attributes:
+        files: the index and the tokens.
         dtype: of the stored tokens.
         bin_size: bytes of `<prefix>.bin`.
         idx_size: bytes of `<prefix>.idx`.
@@ -48,15 +55,16 @@ class IndexedReader:
             each method, if it can no longer be read.
     """
 
-    def __init__(self, prefix: str):
-        self.prefix = prefix
-        self._idx, self._bin = _open(Path(f"{prefix}.idx")), _open(Path(f"{prefix}.bin"))
+    def __init__(self, prefix: str, cache: ObjectCache | None = None):
+        self.prefix, self._cache = prefix, cache if is_address(prefix) else None
+        self._idx, self._bin = (_open(f"{prefix}{ending}", cache) for ending in (".idx", ".bin"))
+        self.files = self._idx, self._bin
         self.idx_size, self.bin_size = self._idx.size, self._bin.size
         self.dtype, self._count, documents = self._read_header(self._idx)
         end = _HEADER.size + len(self) * 12 + documents * 8
         if self.idx_size not in (end, end + len(self)):  # multimodal files hold one more byte for each sequence
             raise DataError(
-                f"{self._idx.path}: holds {self.idx_size} bytes, but {len(self)} sequences and {documents} document "
+                f"{self._idx.name}: holds {self.idx_size} bytes, but {len(self)} sequences and {documents} document "
                 f"marks take {end}. The file is truncated or damaged: copy or prepare it again."
             )
         self.is_plain = self.idx_size == end and documents == len(self) + 1
@@ -64,8 +72,8 @@ class IndexedReader:
         self._check_documents(documents)
         if self.bin_size != expected:
             raise DataError(
-                f"{self._bin.path}: holds {self.bin_size} bytes, but {self._idx.path.name} describes {expected}. The "
-                "file is truncated or belongs to another index: copy or prepare it again."
+                f"{self._bin.name}: holds {self.bin_size} bytes, but {PurePosixPath(self._idx.name).name} describes "
+                f"{expected}. The file is truncated or belongs to another index: copy or prepare it again."
             )
 
     def _check_sequences(self) -> int:
@@ -80,7 +88,7 @@ class IndexedReader:
             if wrong.any():
                 at = int(np.argmax(wrong))
                 raise DataError(
-                    f"{self._idx.path}: is damaged at sequence {begin + at} (length {lengths[at]}, offset "
+                    f"{self._idx.name}: is damaged at sequence {begin + at} (length {lengths[at]}, offset "
                     f"{offsets[at]}): each offset must be the sum of the lengths before it. Copy or prepare it again."
                 )
             end = int(ends[-1])
@@ -93,7 +101,7 @@ class IndexedReader:
             block = self._idx.array(place, min(_BLOCK + 1, count - begin), _INT64)  # one more: neighbours of two blocks
             if block[0] < 0 or block[-1] > len(self) or (block[1:] < block[:-1]).any():
                 raise DataError(
-                    f"{self._idx.path}: its document index is damaged after entry {begin}: it must rise from 0 to "
+                    f"{self._idx.name}: its document index is damaged after entry {begin}: it must rise from 0 to "
                     f"{len(self)}. Copy or prepare it again."
                 )
 
@@ -101,21 +109,31 @@ class IndexedReader:
     def _read_header(file: DataFile) -> tuple[np.dtype, int, int]:
         if file.size < _HEADER.size:
             raise DataError(
-                f"{file.path}: holds {file.size} bytes, fewer than its {_HEADER.size} byte header. Copy or prepare it "
+                f"{file.name}: holds {file.size} bytes, fewer than its {_HEADER.size} byte header. Copy or prepare it "
                 "again."
             )
         magic, version, code, count, documents = _HEADER.unpack(file.read(0, _HEADER.size))
         if magic != _MAGIC or version != 1 or code not in _DTYPES:
             raise DataError(
-                f"{file.path}: is not a Megatron index (magic {magic!r}, version {version}, dtype code {code}). "
+                f"{file.name}: is not a Megatron index (magic {magic!r}, version {version}, dtype code {code}). "
                 "dataset.blend names prefixes of .bin/.idx files that `megatron-mtp prepare` or Megatron-LM wrote."
             )
         if count == 0:
-            raise DataError(f"{file.path}: describes no documents. Prepare it again from text that has some.")
+            raise DataError(f"{file.name}: describes no documents. Prepare it again from text that has some.")
         return np.dtype(_DTYPES[code]), count, documents
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is worthwhile to announce a `read`."""
+        return self._bin.is_remote
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder on this machine for what is worked out from the files."""
+        return Path(f"{self.prefix}_cache") if self._cache is None else self._cache.folder / "indices"
 
     def lengths(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Tokens in each of the sequences [first, last), int32; None: to the last one."""
@@ -135,10 +153,19 @@ class IndexedReader:
 
     def read(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """`length` tokens of a sequence from `offset` on (None: to its end), as stored."""
+        begin, length = self._place(sequence, offset, length)
+        return self._bin.array(begin, length, self.dtype)
+
+    def will_read(self, sequence: int, offset: int = 0, length: int | None = None) -> None:
+        """Announces a `read`, which then takes less time. Returns at once."""
+        begin, length = self._place(sequence, offset, length)
+        self._bin.will_read(begin, length * self.dtype.itemsize)
+
+    def _place(self, sequence: int, offset: int, length: int | None) -> tuple[int, int]:
+        """First byte, and number of tokens."""
         if length is None:
             length = int(self.lengths(sequence, sequence + 1)[0]) - offset
-        begin = int(self._offsets(sequence, sequence + 1)[0]) + offset * self.dtype.itemsize
-        return self._bin.array(begin, length, self.dtype)
+        return int(self._offsets(sequence, sequence + 1)[0]) + offset * self.dtype.itemsize, length
 
 
 class IndexedWriter:
@@ -187,14 +214,14 @@ class IndexedWriter:
         return len(lengths), int(ends[-1]) if len(ends) else 0
 
 
-def _open(path: Path) -> DataFile:
+def _open(name: str, cache: ObjectCache | None) -> DataFile:
     try:
-        file = DataFile(path, "Copy or prepare it again, and start the run again.")
+        file = open_file(name, "Copy or prepare it again, and start the run again.", cache)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Data sets are named by their prefix, without .bin or .idx; "
+            f"{name}: cannot be read ({error.strerror}). Data sets are named by their prefix, without .bin or .idx; "
             "relative ones start from the working directory."
         ) from error
     if file.size == 0:
-        raise DataError(f"{path}: is empty (0 bytes). Copy or prepare it again.")
+        raise DataError(f"{name}: is empty (0 bytes). Copy or prepare it again.")
     return file

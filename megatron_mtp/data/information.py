@@ -7,19 +7,23 @@ from typing import Any
 import numpy as np
 
 from megatron_mtp.data.indexed import IndexedReader
+from megatron_mtp.data.object_file import ObjectCache
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.errors import DataError
 
 PERCENTILES = {"min": 0, "10 %": 10, "median": 50, "90 %": 90, "99 %": 99, "max": 100}
 
 
-def describe(prefix: str) -> dict[str, Any]:
+def describe(prefix: str, cache: ObjectCache | None = None) -> dict[str, Any]:
     """Documents, tokens, type, tokenizer (None: there is no sidecar), and tokens of a document: mean and percentiles.
+
+    Args:
+        cache: for an address.
 
     Raises:
         DataError: the files are missing or damaged, or the sidecar is not theirs.
     """
-    reader, sidecar = IndexedReader(prefix), Sidecar.load(prefix)
+    reader, sidecar = IndexedReader(prefix, cache), Sidecar.load(prefix)
     if sidecar is not None and (problems := sidecar.mismatches(reader)):
         raise DataError("\n".join(problems))
     tokens = reader.lengths()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from megatron_mtp.data.blend import BlendedSource
 from megatron_mtp.data.order import batch_positions, local_positions
 from megatron_mtp.data.prefetch import Prefetcher
 from megatron_mtp.data.source import Sample, SampleSource
-from megatron_mtp.data.sources import open_sources
+from megatron_mtp.data.sources import object_cache, open_sources
 from megatron_mtp.data.tokenizer import resolve_vocab_size
 from megatron_mtp.data.uses import CorpusUse, corpus_uses
 from megatron_mtp.errors import DataError
@@ -60,6 +61,7 @@ class BatchBuilder:
         sample_ids[: len(positions)] = self.source.sample_ids(positions)
         places = local_positions(size, self.micro_batch_size, self.placement.dp_rank, self.placement.dp_size)
         filler = int(sample_ids[0])
+        self.source.will_read(sample_id for sample_id in sample_ids[places].flat if sample_id != NO_SAMPLE)
         micro_batches = [
             make_micro_batch([self._sample(int(sample_ids[place]), filler) for place in row], self.rules)
             for row in places
@@ -119,7 +121,9 @@ class DataModule:
         validation = cfg.validation
         self._eval_micro = validation.eval_micro_batch_size or cfg.train.micro_batch_size
         self._eval_global = validation.eval_global_batch_size or cfg.train.global_batch_size
-        self._train, self._valid = open_sources(cfg, vocab_size)
+        self._cache_scope = ExitStack()
+        cache = self._cache_scope.enter_context(object_cache(cfg.dataset))
+        self._train, self._valid = open_sources(cfg, vocab_size, cache)
         for source in (self._train, *self._valid.values()):
             if isinstance(source, BlendedSource):
                 source.build_indices(cfg.dataset.path_to_cache)
@@ -193,6 +197,7 @@ class DataModule:
         for stream in self._open:
             stream.close()
         self._open.clear()
+        self._cache_scope.close()
 
     def builder(self, source: SampleSource, micro_batch_size: int) -> BatchBuilder:
         """A builder of this rank's batches by the rules of the run; `verify` passes its own source."""

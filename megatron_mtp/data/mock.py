@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from megatron_mtp.data.randomness import derive_key, permute, uniform
@@ -34,6 +36,9 @@ class MockSource:
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         return np.asarray(positions, np.int64)
+
+    def will_read(self, sample_ids: Iterable[int]) -> None:
+        pass
 
     def read(self, sample_id: int) -> Sample:
         n = self.seq_length + 1

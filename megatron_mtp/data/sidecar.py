@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mtp.data.files import stat_file, write_atomically
 from megatron_mtp.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from megatron_mtp.errors import DataError
+from megatron_mtp.storage.place import place
 
 _TYPES = {"str": str, "int": int, "bool": bool, "list[str]": list}
 
@@ -40,14 +41,15 @@ class Sidecar:
 
     @classmethod
     def load(cls, prefix: str) -> Sidecar | None:
-        """Reads `<prefix>.json`; None if it does not exist.
+        """Reads `<prefix>.json`, of a path or an address; None if it does not exist.
 
         Raises:
             DataError: it cannot be read.
         """
-        path = Path(f"{prefix}.json")
+        path = place(f"{prefix}.json")
         try:
-            stat_file(path)
+            if isinstance(path, Path):
+                stat_file(path)
             values = json.loads(path.read_bytes())
             optional = {f.name for f in fields(cls) if f.default is not MISSING or f.default_factory is not MISSING}
             given = {f.name: values[f.name] for f in fields(cls) if f.name not in optional or f.name in values}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,10 @@ class SampleSource(Protocol):
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """Ids, int64 [n], of the samples at these positions. A sample that is drawn twice keeps its id."""
+        ...
+
+    def will_read(self, sample_ids: Iterable[int]) -> None:
+        """Announces samples that `read` is called for, which saves time where they come from another machine."""
         ...
 
     def read(self, sample_id: int) -> Sample:

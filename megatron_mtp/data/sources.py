@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from megatron_mtp.config import ConfigContainer
-from megatron_mtp.config.blend import SPLITS, Blend, Budget, is_mock, parse_blend, valid_names
+from megatron_mtp.config.blend import SPLITS, Blend, Budget, has_addresses, is_mock, parse_blend, valid_names
 from megatron_mtp.config.sections import DatasetConfig
 from megatron_mtp.data.blend import BlendedSource
 from megatron_mtp.data.corpus import Corpus, split_range
-from megatron_mtp.data.files import sampled_hash
+from megatron_mtp.data.data_file import sampled_hash
 from megatron_mtp.data.fim import FillInTheMiddle, TokenCutter, find_sentinels
 from megatron_mtp.data.indexed import IndexedReader
 from megatron_mtp.data.mock import MockSource
+from megatron_mtp.data.object_file import ObjectCache, open_file
 from megatron_mtp.data.sidecar import Sidecar
 from megatron_mtp.data.source import SampleSource
 from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, end_of_document, resolve_vocab_size
 from megatron_mtp.errors import ConfigError, DataError
 
+GIB = 2**30
 
-def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, dict[str, SampleSource]]:
+
+def open_sources(
+    cfg: ConfigContainer, vocab_size: int, cache: ObjectCache | None = None
+) -> tuple[SampleSource, dict[str, SampleSource]]:
     """The training source, and the validation sources by name (`valid_names`); none if validation.eval_iters is 0.
 
     Blends are opened and checked; their indices are not built yet (`BlendedSource.build_indices`).
 
+    Args:
+        cache: of data in object storage, see `object_cache`.
+
     Raises:
         DataError: lists every problem with the files, one on a line.
     """
-    opener = _Opener(cfg, vocab_size)
+    opener = _Opener(cfg, vocab_size, cache)
     named = cfg.dataset.valid_sets or {}
     sources: dict[str, SampleSource] = {}
     for name in (SPLITS[0], *(valid_names(cfg.dataset) if cfg.validation.eval_iters else ())):
@@ -38,22 +47,24 @@ def open_sources(cfg: ConfigContainer, vocab_size: int) -> tuple[SampleSource, d
             sources[name] = opener.mock(name)
         else:
             sources[name] = opener.blend(*_main_blend(cfg.dataset, name))
-    if opener.problems:
-        raise DataError("\n".join(dict.fromkeys(opener.problems)))
+    if problems := opener.problems + opener.cache_problems():
+        raise DataError("\n".join(dict.fromkeys(problems)))
     return sources.pop(SPLITS[0]), sources
 
 
 def check_data(cfg: ConfigContainer) -> None:
-    """Opens all the data of a run to find mistakes. Needs no torch, and builds and writes nothing.
+    """Opens all the data of a run to find mistakes. Needs no torch, and builds and writes nothing, but for the cache of
+    data in object storage.
 
     Raises:
         DataError: lists every problem with the files, one on a line.
     """
-    open_sources(cfg, resolve_vocab_size(cfg))
+    with object_cache(cfg.dataset) as cache:
+        open_sources(cfg, resolve_vocab_size(cfg), cache)
 
 
 def data_fingerprints(cfg: ConfigContainer) -> dict[str, str]:
-    """Prefix -> hash of its files, for the training data in the order of the blend; see `files.sampled_hash`.
+    """Prefix -> hash of its files, for the training data in the order of the blend; see `data_file.sampled_hash`.
 
     Empty for mock data, and where a file cannot be read: `check_data` says which.
     """
@@ -63,9 +74,29 @@ def data_fingerprints(cfg: ConfigContainer) -> dict[str, str]:
     suffixes = [""] if cfg.dataset.loss_mask_suffix is None else ["", cfg.dataset.loss_mask_suffix]
     endings = [f"{suffix}{ending}" for suffix in suffixes for ending in (".bin", ".idx")]
     try:
-        return {prefix: sampled_hash(Path(f"{prefix}{ending}") for ending in endings) for prefix in blend.prefixes}
-    except OSError:
+        with object_cache(cfg.dataset) as cache:
+            return {
+                prefix: sampled_hash(open_file(f"{prefix}{ending}", "", cache) for ending in endings)
+                for prefix in blend.prefixes
+            }
+    except (OSError, DataError):
         return {}
+
+
+@contextmanager
+def object_cache(dataset: DatasetConfig) -> Iterator[ObjectCache | None]:
+    """The cache of a run's data in object storage; None: it has no such data.
+
+    Raises:
+        DataError: its folder cannot be written.
+    """
+    if not has_addresses(dataset):
+        yield None
+        return
+    assert dataset.object_storage_cache_path is not None, "finalize asks for it"
+    cache = ObjectCache(Path(dataset.object_storage_cache_path), int(dataset.object_storage_cache_gib * GIB))
+    with closing(cache):
+        yield cache
 
 
 def _main_blend(dataset: DatasetConfig, which: str) -> tuple[Blend, str, str | None]:
@@ -78,7 +109,7 @@ def _main_blend(dataset: DatasetConfig, which: str) -> tuple[Blend, str, str | N
 class _Opener:
     """Opens sources, each file once, and collects their problems."""
 
-    def __init__(self, cfg: ConfigContainer, vocab_size: int):
+    def __init__(self, cfg: ConfigContainer, vocab_size: int, cache: ObjectCache | None):
         self.vocab_size, self.seed = vocab_size, cfg.rng.seed
         self.seq_length = cfg.model.seq_length
         tokenizer = configured_tokenizer(cfg)
@@ -90,6 +121,7 @@ class _Opener:
         self.budgets = data.budgets or {}
         self.problems: list[str] = []
         self.readers: dict[str, IndexedReader | None] = {}
+        self.cache, self.index_bytes = cache, 0
 
     def _fim(self, cfg: ConfigContainer, tokenizer: Tokenizer | None) -> Callable[[str], FillInTheMiddle | None]:
         """Training prefix -> how its documents are rearranged."""
@@ -147,7 +179,7 @@ class _Opener:
             if reader is None:
                 return None
             documents = (0, len(reader)) if split is None else split_range(split, which, len(reader))
-            targets = IndexedReader(f"{prefix}{self.mask_suffix}") if self.mask_suffix else None
+            targets = self._opened(f"{prefix}{self.mask_suffix}") if self.mask_suffix else None
             fim = self.fim(prefix) if self.fim is not None and which == SPLITS[0] else None
             return Corpus(reader, documents, which, self.seq_length, self.eod, self.seed, targets, fim)
         except DataError as error:
@@ -158,8 +190,23 @@ class _Opener:
         """The open files; None if they are damaged, which is recorded the first time."""
         if prefix not in self.readers:
             self.readers[prefix] = None
-            reader = self.readers[prefix] = IndexedReader(prefix)
+            reader = self.readers[prefix] = self._opened(prefix)
             if sidecar := Sidecar.load(prefix):
                 eod = self.eod if self.masks_by_eod else None
                 self.problems += sidecar.problems(reader, self.vocab_size, self.fingerprint, eod)
         return self.readers[prefix]
+
+    def _opened(self, prefix: str) -> IndexedReader:
+        reader = IndexedReader(prefix, self.cache)
+        self.index_bytes += reader.idx_size if reader.is_remote else 0
+        return reader
+
+    def cache_problems(self) -> list[str]:
+        """Whether the cache has room for tokens beside the indices, which are in use all the time."""
+        if self.cache is None or 2 * self.index_bytes <= self.cache.blocks.limit:
+            return []
+        return [
+            f"dataset.object_storage_cache_gib = {self.cache.blocks.limit / GIB:g}: the indices (.idx) of the data in "
+            f"object storage take {self.index_bytes / GIB:.3g} GiB, and may take half of the cache. Raise it to at "
+            f"least {2 * self.index_bytes / GIB:.3g}."
+        ]

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from megatron_mtp.config.paths import RunPath, run_paths
 from megatron_mtp.errors import ConfigError, Problem
 from megatron_mtp.launch.job import Job, same_path
+from megatron_mtp.storage.address import is_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def path_problems(job: Job, view: View) -> list[Problem]:
         if not PurePosixPath(path.path).is_absolute():
             rule = "must be absolute; nodes do not share a working directory"
             problems.append(Problem(fields=(path.field,), value=path.path, rule=rule))
-        elif path.is_written and not view.is_kept(path.path):
+        elif path.is_written and not path.is_scratch and not view.is_kept(path.path):
             rule = "is on the container's own disk and would be lost with it"
             remedy = f"Mount a shared file system there with {view.option}, or name a folder on one."
             problems.append(Problem(fields=(path.field,), value=path.path, rule=rule, remedy=remedy))
@@ -115,6 +116,6 @@ def path_hints(job: Job, view: View) -> Iterator[str]:
 
 def _paths(job: Job) -> list[RunPath]:
     """The paths of a job; its script's are known to the script alone."""
-    found = [] if job.script is not None else run_paths(job.cfg)
+    found = [] if job.script is not None else [path for path in run_paths(job.cfg) if not is_address(path.path)]
     # Without --logs they lie beside checkpoint.save, as do the metrics.
     return [*found, RunPath("--logs", job.log_folder, is_written=True)] if job.log_folder else found

@@ -223,6 +223,18 @@ WARNINGS = (
         "Look at the disk if it comes again; after several attempts the run saves and ends with code 2.",
     ),
     Trouble(
+        "the block is downloaded again",
+        "data/block_cache.py",
+        "A block in the cache of data in object storage has another size than it was written with.",
+        "Look at the disk of `dataset.object_storage_cache_path` if it comes again.",
+    ),
+    Trouble(
+        "The cache of object storage is limited to",
+        "data/block_cache.py",
+        "The disk of `dataset.object_storage_cache_path` is full, so the cache became smaller and more is downloaded.",
+        "Make room, or lower `dataset.object_storage_cache_gib`.",
+    ),
+    Trouble(
         "the index stays in memory; set dataset.path_to_cache",
         "data/corpus.py",
         "The folder of the data cannot be written, so the order of its documents is not kept on disk.",

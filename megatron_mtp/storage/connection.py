@@ -31,6 +31,8 @@ ANSWER_ATTEMPTS = 5
 """How often an object is read whose bytes break off."""
 CONNECT_S, ANSWER_S = 10.0, 60.0
 """Seconds to connect, and without a byte from the server, after which a request has failed."""
+CONNECTIONS = 32
+"""Requests of one process at a time; more of them wait."""
 PART_BYTES = 50 << 20
 """Size of the parts in which objects are written. S3 takes 10,000 parts: 488 GiB for each rank's file."""
 
@@ -61,7 +63,8 @@ def _driver(scheme: str, bucket: str, pid: int) -> AbstractFileSystem:
     if scheme == "s3":
         retries = {"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS}
         timeouts = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S}
-        options |= {"config_kwargs": {"retries": retries, **timeouts}, "default_block_size": PART_BYTES}
+        config = {"retries": retries, "max_pool_connections": CONNECTIONS, **timeouts}
+        options |= {"config_kwargs": config, "default_block_size": PART_BYTES}
     try:
         fs, _ = fsspec.url_to_fs(f"{scheme}://{bucket}/", **options)
     except ImportError as error:

@@ -6,6 +6,7 @@ all, and replaces an earlier one of its name at once. Every error is an OSError,
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -19,6 +20,8 @@ from typing import IO, Any, cast
 from megatron_mtp.storage.address import address_text, split_address
 from megatron_mtp.storage.connection import PART_BYTES, CutError, again, connect, plain_error
 
+_MARKS = ("ETag", "etag", "generation", "created")
+"""What drivers call the mark of an object's version; `memory` has the time alone."""
 READ_BYTES = 16 << 20
 """Bytes of one request by `open`."""
 
@@ -101,6 +104,19 @@ class RemotePath:
             FileNotFoundError: nothing is there.
         """
         return _as_stat(self._fs.info(self._key))
+
+    @_plainly
+    def version(self) -> tuple[int, str]:
+        """Size of an object in bytes, and a text that is another one once the object was replaced.
+
+        Raises:
+            FileNotFoundError: no object is there.
+        """
+        info = self._fs.info(self._key)
+        if info["type"] == "directory":
+            raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
+        mark = next((info[key] for key in _MARKS if info.get(key)), "")
+        return info["size"], str(mark)
 
     def exists(self) -> bool:
         """Whether an object or folder is there."""

@@ -5,7 +5,7 @@ The data package makes micro-batches of them as it does of a run's data, so `ver
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,9 @@ class ArraySource:
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         return positions
+
+    def will_read(self, sample_ids: Iterable[int]) -> None:
+        pass
 
     def read(self, sample_id: int) -> Sample:
         is_target = np.concatenate([[True], self.base_mask[sample_id] != 0])

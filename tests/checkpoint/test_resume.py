@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mtp.checkpoint.manifest import read_manifest
-from megatron_mtp.data.files import sampled_hash
+from megatron_mtp.data.data_file import LocalFile, sampled_hash
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore.optimizer import copy_master_weights_to_model, single_optimizers
 from megatron_mtp.training.state import TrainState
@@ -259,7 +259,7 @@ def test_the_manifest_knows_the_data(ranks, tmp_path):
     data = {"dataset.mock": False, "dataset.blend": [[str(tmp_path / "text")], None], "validation.eval_iters": 0}
     ranks(2).run(save_only, {**DENSE, **data}, 1, str(tmp_path / "run"))
     known = read_manifest(tmp_path / "run" / "iter_0000001").data
-    assert known == [sampled_hash([tmp_path / "text.bin", tmp_path / "text.idx"])]
+    assert known == [sampled_hash(LocalFile(tmp_path / f"text{end}", "") for end in (".bin", ".idx"))]
 
 
 def test_weights_are_of_the_step_even_if_they_are_gathered_later(ranks, tmp_path):

@@ -55,6 +55,29 @@ def micro_batch(prefix: str, sample: int):
     return build_data(cfg.finalize(), DataPlacement(), 2).look(sample)
 
 
+def test_data_in_object_storage_is_shown_and_checked(prefix: str, call, s3, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for path in Path(prefix).parent.glob("*.*"):
+        (s3.place("corpus") / path.name).write_bytes(path.read_bytes())
+    there, show = s3.address("corpus/out_text_document"), ["--sample", "3", "--depths", *FIELDS]
+    assert call("show", there, *show).replace(there, prefix) == call("show", prefix, *show)
+    assert call("info", f"{there}.idx").replace(there, prefix) == call("info", prefix)
+    assert call("check", there).replace(there, prefix) == call("check", prefix)
+    content = Path(f"{prefix}.bin").read_bytes()
+    (s3.place("corpus") / "out_text_document.bin").write_bytes(content[::-1])
+    assert f"{there}.bin: its checksum is not the one in" in call("check", there, code=2)
+    assert f"{there}x.idx: cannot be read (no such object)" in call("info", f"{there}x", code=2)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [("merge", "all"), ("split",)])
+def test_commands_that_write_data_take_no_address(command: tuple[str, ...], call, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "must be a path on a mounted file system" in call(*command, "s3://bucket/web", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("sample", [0, 5])
 def test_the_table_is_the_micro_batch(prefix: str, call, sample: int):
     out = call("show", prefix, "--sample", str(sample), "--depths", *FIELDS, "dataset.loss_mask_suffix=_mask")

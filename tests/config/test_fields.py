@@ -19,7 +19,7 @@ import megatron_mtp
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.coerce import field_types
 from megatron_mtp.config.frozen import FrozenDict, FrozenList
-from megatron_mtp.config.knob import INT64_MAX, Range, is_path, mcore_fields, range_of
+from megatron_mtp.config.knob import INT64_MAX, Range, is_path, may_be_address, mcore_fields, range_of
 from megatron_mtp.config.sections import section_types
 from megatron_mtp.config.yaml_text import dump_yaml, load_yaml
 from megatron_mtp.errors import ConfigError
@@ -119,6 +119,9 @@ def test_every_path_is_declared_as_one():
     [("s3://bucket/x", "mounted"), ("HDFS://x", "mounted"), ("a\0b", "NUL"), ("", "must not be empty")],
 )
 def test_what_is_no_path_of_a_file_system_is_refused(section, name, text, words):
+    if text.startswith("s3:") and may_be_address(SECTIONS[section], name):
+        text = "s3://"  # names no bucket
+        words = "bucket"
     cfg = get_recipe("tiny_dense")
     setattr(getattr(cfg, section), name, with_text(field_types(SECTIONS[section])[name], text))
     with pytest.raises(ConfigError) as caught:

@@ -12,7 +12,7 @@ from tests.config.test_fields import PATHS
 
 pytestmark = pytest.mark.unit
 WRITTEN = {"checkpoint.save", "checkpoint.load", "logger.log_dir", "logger.tensorboard_dir", "logger.wandb_save_dir"}
-WRITTEN |= {"dataset.path_to_cache", "profiling.profile_dir"}
+WRITTEN |= {"dataset.path_to_cache", "dataset.object_storage_cache_path", "profiling.profile_dir"}
 LISTS = {"blend": [0.3, "/x", "0.7", "/y"], "blend_per_split": [["/x"], None, [["/y"], [1.0]]]}
 LISTS["valid_sets"] = {"a": ["/x"], "b": ["/y"]}
 
@@ -26,6 +26,13 @@ def test_every_path_of_the_config_is_found(section: str, name: str):
     found = [path for path in run_paths(cfg) if path.field == field]
     assert [path.path for path in found] == (["/x", "/y"] if name in LISTS else ["/x"])
     assert {path.is_written for path in found} == {field in WRITTEN}
+
+
+def test_an_address_is_missed_on_no_machine():
+    cfg = get_recipe("tiny_dense")
+    cfg.dataset.blend = [0.3, "s3://bucket/x", 0.7, "/y"]
+    there, here = (path for path in run_paths(cfg) if path.field == "dataset.blend")
+    assert (there.missing(), here.missing()) == ([], ["/y.bin", "/y.idx"])
 
 
 def test_a_prefix_stands_for_its_files(tmp_path: Path):

@@ -12,6 +12,7 @@ from megatron_mtp.config.blend import (
     MAIN_LABEL,
     SPLITS,
     Budget,
+    has_addresses,
     is_mock,
     parse_blend,
     parse_split,
@@ -43,8 +44,17 @@ def data_problems(cfg: RunConfig) -> list[Problem]:
         problems.append(problem(cfg, "dataset.loss_mask_suffix", rule, "Set one of them to null or False."))
     blends, splits = _blend_problems(cfg), _split_problems(cfg)
     once = [] if blends or splits else _once_problems(cfg)
-    named = [] if blends else _fim_problems(cfg) + _budget_problems(cfg)
+    named = [] if blends else _fim_problems(cfg) + _budget_problems(cfg) + _cache_problems(cfg)
     return problems + blends + splits + once + named + _tokenizer_problems(cfg)
+
+
+def _cache_problems(cfg: RunConfig) -> list[Problem]:
+    """Whether data in object storage has a place on the local disk; needs blends that can be read."""
+    if cfg.dataset.object_storage_cache_path is not None or not has_addresses(cfg.dataset):
+        return []
+    rule = "data lies in object storage, which is read through a cache on a local disk"
+    remedy = "Name a folder on a disk of each machine; dataset.object_storage_cache_gib bounds its size."
+    return [problem(cfg, "dataset.object_storage_cache_path", rule, remedy)]
 
 
 def _budget_problems(cfg: RunConfig) -> list[Problem]:

@@ -15,10 +15,10 @@ class DatasetConfig(Section):
 
     SECTION: ClassVar[str] = "dataset"
 
-    blend: list[Any] | None = knob(None, is_path=True, phase="data")
+    blend: list[Any] | None = knob(None, is_path=True, may_be_address=True, phase="data")
     """[[prefix, ...], [weight, ...] or None], or a flat list of prefixes, or of weights and prefixes in turn; None (and
-    no blend_per_split): mock data."""
-    blend_per_split: list[Any] | None = knob(None, is_path=True, phase="data")
+    no blend_per_split): mock data. A prefix is a path, or an address such as s3://bucket/corpus/web."""
+    blend_per_split: list[Any] | None = knob(None, is_path=True, may_be_address=True, phase="data")
     """One blend for each of train, validation, test (None where validation or test is absent)."""
     budgets: dict[str, int | str] | None = knob(None, gt=0, le=MAX_TOKENS, phase="data")
     """The most that the run draws from some training prefixes: file name -> tokens ("20B") or epochs ("4 epochs"). Once
@@ -29,8 +29,17 @@ class DatasetConfig(Section):
     seq_length: Derived[int] = knob(None, ge=1, le=2**31, phase="data")
     """Tokens in one sample; None: model.seq_length."""
     path_to_cache: str | None = knob(None, is_path=True, is_written=True, resume="free", phase="free")
-    """Folder for the index files; None: next to each prefix."""
-    valid_sets: dict[str, list[Any]] | None = knob(None, is_path=True, resume="free", phase="free")
+    """Folder for the index files; None: next to each prefix; of an address, in
+    `object_storage_cache_path`."""
+    object_storage_cache_path: str | None = knob(
+        None, is_path=True, is_written=True, is_scratch=True, resume="free", phase="free"
+    )
+    """Folder on a local disk of each machine for blocks of the data whose prefixes are addresses, such as
+    s3://bucket/corpus/web; made if it is absent, and free to be deleted between runs."""
+    object_storage_cache_gib: float = knob(100.0, ge=0.0625, le=2**20, resume="free", phase="free")
+    """GiB of blocks in `object_storage_cache_path`; those used longest ago are deleted. With room for all of the data,
+    each block is downloaded once."""
+    valid_sets: dict[str, list[Any]] | None = knob(None, is_path=True, may_be_address=True, resume="free", phase="free")
     """Validation sets in addition to the main one, or without it: name -> blend. Each is reported under its name."""
     eod_mask_loss: bool = knob(False, phase="free")
     """Targets after an end-of-document token carry no loss."""
