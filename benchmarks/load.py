@@ -41,13 +41,14 @@ def write_data(folder: Path, count: int, documents: int, length: int) -> list[st
     return prefixes
 
 
-def config(prefixes: list[str], cache: Path | None) -> ConfigContainer:
-    """The smallest recipe on these data sets."""
+def config(prefixes: list[str], cache: Path | None, **dataset: Any) -> ConfigContainer:
+    """The smallest recipe on these data sets, with other fields of the section dataset."""
     cfg = get_recipe("tiny_dense")
     cfg.dataset.mock = False
     cfg.dataset.blend = prefixes
     cfg.dataset.prefetch_steps = 0
     cfg.dataset.path_to_cache = str(cache) if cache else None
+    cfg.dataset.update(**dataset)
     cfg.validation.eval_iters = 0
     cfg.checkpoint.save = None
     cfg.dist.device = "cpu"
