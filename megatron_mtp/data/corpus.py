@@ -19,6 +19,7 @@ from megatron_mtp.errors import DataError
 
 logger = logging.getLogger(__name__)
 _BLOCK_DOCUMENTS = 1 << 22  # documents permuted at a time, to bound memory
+_ANNOUNCED_DOCUMENTS = 1 << 10  # documents in object storage whose tokens are requested at a time
 _STRIDE = 512  # documents between those whose first token is kept in memory
 
 
@@ -102,9 +103,17 @@ class Corpus:
         return NUM_SENTINELS * count
 
     @staticmethod
-    def _blocks(first: int, last: int) -> Iterator[tuple[int, int]]:
-        for begin in range(first, last, _BLOCK_DOCUMENTS):
-            yield begin, min(begin + _BLOCK_DOCUMENTS, last)
+    def _blocks(first: int, last: int, size: int = _BLOCK_DOCUMENTS) -> Iterator[tuple[int, int]]:
+        for begin in range(first, last, size):
+            yield begin, min(begin + size, last)
+
+    def _added(self, fim: FillInTheMiddle, first: int, last: int) -> np.ndarray:
+        """Tokens by which the documents [first, last) grow."""
+        documents, stored = np.arange(first, last), self.reader.lengths(first, last)
+        if self.is_remote and fim.cutter is not None:
+            for document in documents[fim.chosen(documents, stored)].tolist():
+                self.reader.will_read(document)
+        return fim.added(documents, stored, self.reader.read)
 
     def build_index(self, path_to_cache: str | None) -> None:
         """Builds the order of the documents and their first tokens, or loads them from the cache.
@@ -228,9 +237,8 @@ class Corpus:
             index[0, block] = first + permute(block, count, key)
         lengths: np.ndarray = self.reader.lengths(first, last)
         if self.fim is not None:
-            blocks = ((np.arange(*block), self.reader.lengths(*block)) for block in self._blocks(first, last))
-            added = [self.fim.added(documents, stored, self.reader.read) for documents, stored in blocks]
-            lengths = lengths + np.concatenate(added)
+            size = _ANNOUNCED_DOCUMENTS if self.is_remote else _BLOCK_DOCUMENTS
+            lengths = lengths + np.concatenate([self._added(self.fim, *b) for b in self._blocks(first, last, size)])
         np.cumsum(lengths[index[0, :-1] - first], out=index[1, 1:])
         return index
 

@@ -60,7 +60,9 @@ class Sidecar:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+            is_hidden = isinstance(error, PermissionError) and not isinstance(path, Path)
+            hint = " Who may not list a bucket (s3:ListBucket) gets this answer for what is missing." * is_hidden
+            raise DataError(f"{path}: cannot be read ({error.strerror}).{hint}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: is not a sidecar of `megatron-mtp prepare` ({error!r}). Prepare the data again."

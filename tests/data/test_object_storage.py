@@ -273,6 +273,13 @@ def test_a_bucket_that_is_missing_is_named(on_s3: str, tmp_path: Path):
         check_data(config("s3://nowhere/corpus", tmp_path / "cache"))
 
 
+def test_a_sidecar_that_may_not_be_read_is_an_error(on_s3: str, s3: Bucket, tmp_path: Path):
+    """It may be there, and say that the tokens are another tokenizer's."""
+    s3.inject(Fault("GET", "a.json", status=403, code="AccessDenied"))
+    with pytest.raises(DataError, match=r"a\.json: cannot be read .*Who may not list a bucket"):
+        check_data(config(on_s3, tmp_path / "cache"))
+
+
 def test_an_index_must_leave_room_for_tokens(address: str, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("megatron_mtp.data.sources.GIB", 2**16)
     with pytest.raises(DataError, match=r"object_storage_cache_gib = 0.0625: the indices .*Raise it to at least"):

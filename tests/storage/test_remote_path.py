@@ -161,6 +161,20 @@ def test_a_driver_that_is_missing_is_named_with_its_extra(monkeypatch):
         place("gs://bucket/run")
 
 
+@pytest.mark.parametrize("kind", ["s3", "memory"])
+def test_the_version_of_an_object_changes_with_it(kind, request):
+    folder = request.getfixturevalue("folder") if kind == "s3" else RemotePath("memory://tests-of-versions/run")
+    (folder / "x").write_bytes(b"12")
+    first = (folder / "x").version()
+    assert first == (folder / "x").version()
+    assert first[0] == 2
+    (folder / "x").write_bytes(b"13")
+    assert (folder / "x").version() != first
+    for missing in (folder / "y", folder):
+        with pytest.raises(FileNotFoundError):
+            missing.version()
+
+
 def test_addresses_and_paths():
     assert place("runs/mine") == Path("runs/mine")
     assert place("memory://tests/x") == RemotePath("memory://tests/x")
