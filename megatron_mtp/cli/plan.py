@@ -75,7 +75,7 @@ def plan(
     """
     from megatron_mtp.parallel.planner.assume import read_assumptions
     from megatron_mtp.plan.compare import default_devices, make_plans
-    from megatron_mtp.plan.phases import phase_plans
+    from megatron_mtp.plan.phases import phase_plans, refuse_phases
     from megatron_mtp.plan.report import as_data, as_text, overlay
     from megatron_mtp.plan.training import read_budget
 
@@ -85,6 +85,8 @@ def plan(
     if devices is None and not search:
         devices = default_devices(recipe, cfg)
     assumptions = read_assumptions(assume or ())
+    for option in [name for name, given in {"--search": search, "--tokens": tokens}.items() if given]:
+        refuse_phases(cfg, option)
     costs = {"mtbf_hours": mtbf_hours, "save_s": save_s, "restart_s": restart_s, "price": price, "watts": watts}
     budget = read_budget(tokens, **costs)
     options = (cfg, devices, hardware, profile, memory, compare or (), assumptions, budget, or_devices or ())
@@ -112,9 +114,7 @@ def _searched(options: tuple[Any, ...], top: int) -> Plans:
     from rich.console import Console
 
     from megatron_mtp.plan.compare import make_plans
-    from megatron_mtp.plan.phases import refuse_search
 
-    refuse_search(options[0])
     with Console(stderr=True).status("searching") as status:
         return make_plans(*options, search=True, top=top, report=status.update)
 

@@ -72,17 +72,18 @@ def _length(timeline: Timeline[ConfigContainer], index: int) -> tuple[int | None
     return timeline.iteration_at(samples) - start.iteration, timeline.tokens_at(samples) - start.tokens
 
 
-def refuse_search(cfg: ConfigContainer) -> None:
-    """Refuses a search over sizes for a run with phases: each phase would get others.
+def refuse_phases(cfg: ConfigContainer, option: str) -> None:
+    """Refuses an option that plans one config for a run with phases: a search of sizes, a training's length and cost.
 
     Raises:
         PlanError: the config has phases.
     """
     if cfg.phases:
-        rule = f"looks for the sizes of one config, and the run has phases: {', '.join(cfg.phases)}"
-        raise PlanError(
-            Problem(fields=("--search",), rule=rule, remedy="Add phases=null to search for the first part.")
+        rule = f"is about one config, and the run has phases: {', '.join(cfg.phases)}"
+        remedy = (
+            "Without it, the table of phases has each one's steps, tokens, days and layout. Add phases=null for the "
         )
+        raise PlanError(Problem(fields=(option,), rule=rule, remedy=remedy + "part before them alone."))
 
 
 def phase_rows(found: Sequence[PhasePlan]) -> list[list[str]]:

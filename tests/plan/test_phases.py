@@ -76,9 +76,16 @@ def test_a_phase_that_does_not_fit_is_named(capsys: pytest.CaptureFixture[str]):
         main(["plan", "tiny_dense", *PHASES, "phases.long.model.seq_length=16384", "--devices", "2", "--memory", "0.2"])
     assert left.value.code == 2
     assert "phases.long: model.pipeline_model_parallel_layout" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["plan", "tiny_dense", *PHASES, "--search", "--devices", "2"])
-    assert "Add phases=null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--search"], ["--tokens", "1B"]], ids=str)
+def test_what_is_about_one_config_is_refused(option: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "tiny_dense", *PHASES, *option, "--devices", "2"])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert option[0] in error
+    assert "Add phases=null" in error
 
 
 def test_show_prints_a_config_that_can_be_used_again(capsys: pytest.CaptureFixture[str]):
