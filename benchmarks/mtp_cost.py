@@ -20,6 +20,7 @@ from benchmarks.timing import Timing, in_turn_with_product, machine, parser, wri
 
 def steps(options: argparse.Namespace) -> tuple[dict[int, Callable[[], object]], dict[int, float]]:
     """Number of depths -> one step of that model, and its GFLOP."""
+    from megatron_mtp.device.host_memory import keep_freed_memory
     from megatron_mtp.parallel.resolve import resolve
     from megatron_mtp.training.gpt_step import forward_step
     from megatron_mtp.training.setup import build, join_groups
@@ -29,6 +30,7 @@ def steps(options: argparse.Namespace) -> tuple[dict[int, Callable[[], object]],
     resolved = {depths: resolve(cfg, 1) for depths, cfg in configs.items()}
     device, groups = join_groups(next(iter(resolved.values())))
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a run does
 
     def make(depths: int) -> Callable[[], object]:
         run = build(resolved[depths], device, groups, forward_step)

@@ -24,10 +24,10 @@ LIMIT_S = 3600
 RUNS: dict[str, list[str]] = {
     "step": ["step", "--depths", "0", "1", "2"],
     "mtp_cost": ["mtp_cost"],
-    "step_512": ["step", "--seq", "512", "--depths", "1", "--no-memory"],
-    "step_2048": ["step", "--seq", "2048", "--depths", "1", "--no-memory"],
-    "step_bf16": ["step", "--dtype", "bf16", "--depths", "1", "--no-memory"],
-    "step_moe": ["step", "--kind", "moe", "--depths", "1", "--no-memory"],
+    "step_512": ["step", "--seq", "512", "--depths", "1"],
+    "step_2048": ["step", "--seq", "2048", "--depths", "1"],
+    "step_bf16": ["step", "--dtype", "bf16", "--depths", "1"],
+    "step_moe": ["step", "--kind", "moe", "--depths", "1"],
     "head": ["head"],
     "loop": ["loop"],
     "monitoring": ["monitoring"],
@@ -54,7 +54,7 @@ def _step(found: dict[str, Any]) -> list[str]:
         ours = depth["timings"]["ours"]["median"]
         for side, timing in depth["timings"].items():
             share = depth["gflop"] / timing["median"] / depth["product_gflops"]
-            peak = f"{depth['peak_gib'][side]:.2f}" if depth["peak_gib"] else "-"
+            peak = f"{depth['peak_gib'][side]:.2f}"
             ratio = timing["median"] / ours
             lines.append(f"| {depth['depths']} | {side} | {seconds(timing)} | {ratio:.2f} | {share:.0%} | {peak} |")
     return lines

@@ -3,11 +3,12 @@
     python -m benchmarks.step                         # dense, s = 1024, D = 0, 1, 2; about 8 minutes on two cores
     python -m benchmarks.step --kind moe --seq 1024 --depths 1 --json step.json
 
-Three sides take turns in one process, on the same tokens: this package; Megatron-Core's local modules with its
-schedule, its MTP layers, its MTP loss and its optimizer; and the same with the core attention alone replaced by torch's
-`scaled_dot_product_attention`. Printed are medians with their intervals, the share of the speed of a matrix product
-that takes its turn with them (by operations of forward and backward pass without recomputation), and the peak of
-memory, each side's in a process of its own. What MTP costs is measured by `python -m benchmarks.mtp_cost`.
+Three sides take turns, each in a process of its own, on the same tokens: this package; Megatron-Core's local modules
+with its schedule, its MTP layers, its MTP loss and its optimizer; and the same with the core attention alone replaced
+by torch's `scaled_dot_product_attention`. "ours, glibc's memory" is this package without `device/host_memory.py`.
+Printed are medians with their intervals, the share of the speed of a matrix product that takes its turn with them (by
+operations of forward and backward pass without recomputation), and each process's peak of resident memory. What MTP
+costs is measured by `python -m benchmarks.mtp_cost`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from benchmarks.timing import in_turn_with_product, machine, parser, write_resul
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.device.memory_meter import peak_resident_bytes
 
-SIDES = ("ours", "engine", "engine, sdpa")
+SIDES = ("ours", "ours, glibc's memory", "engine", "engine, sdpa")
 KINDS: dict[str, tuple[str, ...]] = {
     "dense": (),
     "moe": ("model.num_moe_experts=8", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=1536"),
@@ -81,9 +82,15 @@ class Sides:
 
     def make(self, name: str) -> Callable[[], float]:
         """A function that does one step of a side and returns its main loss."""
+        from megatron_mtp.device.host_memory import keep_freed_memory
+
         if name == "ours":
+            keep_freed_memory()  # as a run does
+        if name.startswith("ours"):
             return lambda: self.run.engine.train(self.batch, self.factor).losses[0]
-        return engine_step(self, with_sdpa=name == "engine, sdpa")
+        step = engine_step(self, with_sdpa=name == "engine, sdpa")
+        self.run.drop()  # its memory is not this side's
+        return step
 
 
 class PlainSDPA(torch.nn.Module):
@@ -174,43 +181,60 @@ def engine_step(sides: Sides, *, with_sdpa: bool) -> Callable[[], float]:
     return step
 
 
-def peak_gib(side: str, arguments: tuple[Any, ...], threads: int) -> float:
-    """Peak resident memory of a process that does three steps of one side."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (side, arguments, threads))
+class SideProcess:
+    """One side in a process of its own; calling it does one step there."""
+
+    def __init__(self, side: str, arguments: tuple[Any, ...], threads: int):
+        self._pipe, other = multiprocessing.get_context("spawn").Pipe()
+        made = multiprocessing.get_context("spawn").Process(target=_serve, args=(other, side, arguments, threads))
+        self._process = made
+        made.start()
+        other.close()
+        self._pipe.recv()
+
+    def __call__(self) -> float:
+        """Does a step and returns its main loss."""
+        self._pipe.send("step")
+        return self._pipe.recv()
+
+    def close(self) -> float:
+        """Ends the process and returns its peak of resident memory in GiB."""
+        self._pipe.send("end")
+        peak = self._pipe.recv()
+        self._process.join()
+        return peak
 
 
-def _peak(side: str, arguments: tuple[Any, ...], threads: int) -> float:
-    sides = Sides(config(*arguments), threads)
-    step = sides.make(side)
-    if side != "ours":
-        sides.run.engine.chunks.clear()
-        sides.run.engine = None  # type: ignore[assignment] # its memory is not this side's
-    for _ in range(3):
-        step()
-    return peak_resident_bytes() / 2**30
+def _serve(pipe: Any, side: str, arguments: tuple[Any, ...], threads: int) -> None:
+    _silence()
+    step = Sides(config(*arguments), threads).make(side)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        pipe.send(step())
+    pipe.send(peak_resident_bytes() / 2**30)
+
+
+def _silence() -> None:
+    warnings.filterwarnings("ignore")  # Megatron-Core's, about packages that none of the sides needs
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def measure(options: argparse.Namespace, depths: int) -> dict[str, Any]:
-    """Timings, losses and memory of all sides at one number of depths."""
+    """Timings and memory of all sides at one number of depths."""
     from megatron_mtp.training.throughput import Throughput
 
     arguments = (options.kind, options.seq, depths, options.dtype, options.layers)
-    sides = Sides(config(*arguments), options.threads)
-    steps = {name: sides.make(name) for name in options.sides}
+    steps = {name: SideProcess(name, arguments, options.threads) for name in options.sides}
     timings, speed = in_turn_with_product(steps, options.rounds, head_size(options))
-    flops = Throughput.of(sides.cfg, 1, "cpu").flops(1)
-    sides.run.close()
-    memory = {} if options.no_memory else {name: peak_gib(name, arguments, options.threads) for name in options.sides}
-    found = {"depths": depths, "gflop": flops / 1e9, "product_gflops": speed, "peak_gib": memory}
-    return found | {"timings": timings}
+    peaks = {name: step.close() for name, step in steps.items()}
+    flops = Throughput.of(config(*arguments), 1, "cpu").flops(1)
+    return {"depths": depths, "gflop": flops / 1e9, "product_gflops": speed, "peak_gib": peaks, "timings": timings}
 
 
 def main() -> None:
     """Prints a table and, with --json, writes all results."""
     options = _parse()
-    warnings.filterwarnings("ignore")  # Megatron-Core's, about packages that none of the sides needs
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    _silence()
     torch.set_num_threads(options.threads)
     described = machine(options.threads)
     print(f"{described['processor']} {described['vector']}, {options.threads} threads, {options.dtype}")
@@ -223,9 +247,9 @@ def main() -> None:
         print(f"D={depths}: a product runs at {speed:.0f} GFLOP/s")
         for name, timing in found["timings"].items():
             share = found["gflop"] / timing.median / speed
-            peak = f"{found['peak_gib'][name]:5.2f}" if found["peak_gib"] else "    -"
+            peak = f"{found['peak_gib'][name]:5.2f}"
             interval = f"[{timing.low:.3f}, {timing.high:.3f}]"
-            print(f"D={depths}  {name:<13} {timing.median:7.3f} {interval:<16} {share:6.1%} {peak}", flush=True)
+            print(f"D={depths}  {name:<21} {timing.median:7.3f} {interval:<16} {share:6.1%} {peak}", flush=True)
     write_results("step", options, described, {"depths": results})
 
 
@@ -237,7 +261,6 @@ def _parse() -> argparse.Namespace:
     made.add_argument("--dtype", choices=DTYPES, default="fp32")
     made.add_argument("--layers", type=int, default=8)
     made.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    made.add_argument("--no-memory", action="store_true", help="leave the peaks of memory out")
     return made.parse_args()
 
 

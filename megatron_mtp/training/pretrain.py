@@ -18,6 +18,7 @@ from megatron_mtp.config.filled import filled
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.data.sources import check_data
 from megatron_mtp.data.tokenizer import resolve_vocab_size
+from megatron_mtp.device.host_memory import keep_freed_memory
 from megatron_mtp.device.process_group import env_rank, init_distributed, job_size
 from megatron_mtp.errors import DataError, cut
 from megatron_mtp.observe.logs import setup_logging
@@ -155,6 +156,8 @@ def _train(
 ) -> Summary:
     run, cfg, checkpointer = begun.run, builder.cfg, builder.checkpointer
     device = run.device.torch_device
+    if not run.device.is_cuda:
+        keep_freed_memory()
     _warn_of_memory(run)
     check_nodes(cfg, device)
     if begun.is_resumed:

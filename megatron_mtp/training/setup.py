@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.loader import DataModule, DataPlacement, build_data
+from megatron_mtp.device.host_memory import return_freed_memory
 from megatron_mtp.device.process_group import destroy_distributed, init_distributed
 from megatron_mtp.device.select import Device
 from megatron_mtp.mcore.groups import destroy_model_parallel, init_model_parallel, seed_dropout
@@ -78,6 +79,7 @@ class Run:
             if (storage := tensor.untyped_storage()).resizable():
                 storage.resize_(0)
         del self.engine, self.data
+        return_freed_memory()
 
 
 def join_groups(run: ResolvedRun) -> tuple[Device, ProcessGroupCollection]:

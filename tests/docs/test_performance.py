@@ -43,7 +43,7 @@ SHORT = {
     "load": ["--sets", "3", "--documents", "200", "--rounds", "6"],
     "checkpoint": ["--hidden", "64", "--rounds", "6"],
     "experts": ["--sizes", "1", "--rounds", "6"],
-    "step": ["--layers", "1", "--seq", "64", "--depths", "0", "1", "2", "--rounds", "6", "--no-memory"],
+    "step": ["--layers", "1", "--seq", "64", "--depths", "0", "1", "2", "--rounds", "6"],
 }
 
 
