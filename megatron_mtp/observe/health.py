@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_mtp.observe.metrics import token_losses
-from megatron_mtp.observe.signs import MEMORISING_NATS, Sign, built_in_signs
+from megatron_mtp.observe.signs import LOOKS, MEMORISING_NATS, Sign, built_in_signs
 from megatron_mtp.observe.trends import Level, Trends, Window, gap_name
 
 EVERY_STEPS = 10
@@ -186,7 +186,7 @@ class HealthMonitor:
         state = self._state(name)
         changes = (text is None) == (state.since is not None)
         state.looks = state.looks + 1 if changes else 0
-        if state.looks < (BEGIN if state.since is None else END):
+        if state.looks < (LOOKS.get(name, BEGIN) if state.since is None else END):
             return []
         return [self._change(name, iteration, text)]
 

@@ -48,6 +48,8 @@ DATA_SHARE = 0.1
 AGREEING, WRONG = 0.98, 0.2
 """Depths that agree with the main prediction at this share of the slots, while it is right at no more than that share,
 predict one token nearly everywhere."""
+LOOKS = {"worse than chance": 3, "one token": 3}
+"""Looks in a row for which these signs must hold: the windows of the first and the last do not overlap."""
 
 
 def mtp_rises(loss: str) -> Sign:
@@ -110,6 +112,23 @@ def mtp_stalls(loss: str) -> Sign:
             f"{old.main.value:.3f} to {now.main.value:.3f}: that depth does not learn. Look whether its "
             "parameters are frozen or left out of the optimizer; raise model.mtp_loss_scaling_factor (0.15 to "
             "0.3) or its entry in model.mtp_depth_weights."
+        )
+
+    return sign
+
+
+def mtp_frozen(depth: str) -> Sign:
+    """The weights of an MTP layer do not change. Its loss need not show it: trunk, embedding and head learn for it."""
+    name = f"{depth}/weight_change"
+
+    def sign(history: Sequence[Window], now: Window) -> str | None:
+        change, rate = now.metrics.get(name), now.metrics.get("learning-rate")
+        if change is None or change.value > 0 or rate is None or not rate.value > 0:
+            return None
+        return (
+            f"the weights of the MTP layer of {depth} stand still ({name} is 0) at a learning rate of "
+            f"{rate.value:.3g}. Look whether its parameters are frozen (requires_grad), left out of the optimizer, "
+            "have a learning rate of 0, or are overwritten by a callback; and whether every update is skipped."
         )
 
     return sign
@@ -230,7 +249,7 @@ def empty_agreement(rates: Mapping[str, float]) -> str | None:
 
 
 def signs_after_warmup(vocab_size: int, warmup_samples: float) -> dict[str, Sign]:
-    """Signs that the model has stopped learning: both look at two windows between which the main loss does not fall.
+    """Signs that the model has stopped learning: both must hold for LOOKS, and the main loss does not fall meanwhile.
 
     Args:
         vocab_size: ids that the model predicts.
@@ -243,9 +262,7 @@ def signs_after_warmup(vocab_size: int, warmup_samples: float) -> dict[str, Sign
             if not history or seen is None or seen.value <= warmup_samples:
                 return None
             earlier = next((old for old in reversed(history) if now.step - old.step >= WINDOW_STEPS), None)
-            if earlier is None or earlier.main.above(now.main) > 0:
-                return None
-            return sign(now) if sign(earlier) else None
+            return None if earlier is None or earlier.main.above(now.main) > 0 else sign(now)
 
         return stays
 
@@ -268,11 +285,12 @@ def signs_after_warmup(vocab_size: int, warmup_samples: float) -> dict[str, Sign
 
 def built_in_signs(num_depths: int) -> dict[str, Sign]:
     """The signs that any run is watched for, by name; those of a depth have it after a colon, as `mtp rises: mtp_1`."""
-    of_depth = {"mtp rises": mtp_rises, "gap widens": gap_widens, "mtp stalls": mtp_stalls}
-    signs = {
-        f"{name}: mtp_{k}": make(f"mtp_{k} loss") for name, make in of_depth.items() for k in range(1, num_depths + 1)
-    }
-    signs |= {f"acceptance falls: mtp_{k}": acceptance_falls(f"mtp_{k}") for k in range(1, num_depths + 1)}
+    of_loss = {"mtp rises": mtp_rises, "gap widens": gap_widens, "mtp stalls": mtp_stalls}
+    of_depth = {"mtp frozen": mtp_frozen, "acceptance falls": acceptance_falls}
+    signs: dict[str, Sign] = {}
+    for depth in [f"mtp_{k}" for k in range(1, num_depths + 1)]:
+        signs |= {f"{name}: {depth}": make(f"{depth} loss") for name, make in of_loss.items()}
+        signs |= {f"{name}: {depth}": make(depth) for name, make in of_depth.items()}
     return signs | {
         "main overshadowed": main_overshadowed,
         "grad norm drifts": grad_norm_drifts,

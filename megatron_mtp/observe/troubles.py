@@ -68,6 +68,13 @@ SIGNS = {
         "Look at `mtp/gradient_share`, `model.mtp_loss_scaling_factor` and `model.mtp_depth_weights`; log the norm of "
         "its gradient with `GradientNorms` (extending.md).",
     ),
+    "mtp frozen": Trouble(
+        "the weights of the MTP layer of ... stand still",
+        "observe/signs.py",
+        "The layer's parameters are frozen, are not in the optimizer, have a learning rate of 0, or a callback "
+        "overwrites them. The losses need not show it: trunk, embedding and head learn for the layer.",
+        "Look at `requires_grad` and the optimizer's parameter groups. If updates are skipped, mend that first.",
+    ),
     "acceptance falls": Trouble(
         "the depth drafts worse than it did",
         "observe/signs.py",

@@ -1,8 +1,9 @@
-"""What is measured in some steps only: MTP's share of the gradient at the trunk's output, and the loads of experts."""
+"""What is measured in some steps only: MTP's share of the trunk's gradient, changes of its weights, experts' loads."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ class Measurements:
         models: list[Any] = [unwrap(chunk) for chunk in chunks]  # MTPModel behind its wrappers
         self._trunks: list[TrunkGradient] = [model.trunk_gradient for model in models if model.mtp_process]
         self._has_mtp = run.depths.count > 0
+        self._layers = mtp_layer_parameters(models, run.depths.distinct)
+        self._squares = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
+        self._norms: list[float] = []
         self._rows = row_names(run)
         self._loads: RouterLoads | None = None
         if self._rows:
@@ -53,12 +57,16 @@ class Measurements:
             trunk.begin(is_on=self._is_on)
         if self._loads is not None:
             self._loads.begin(is_on=self._is_on)
+        for k, parameters in enumerate(self._layers if self._is_on else ()):
+            norms = [torch.linalg.vector_norm(one.detach(), dtype=torch.float64) for one in parameters]
+            self._squares[k] = sum(norm.square() for norm in norms)
 
     def read(self, loss_scale: float) -> dict[str, float]:
         """The metrics of the step that has just been done, the same on every rank; none if it was not measured.
 
         `lm/trunk_gradient`, `mtp/trunk_gradient`: L2 norms of the two parts of d total / d (trunk's output) over the
-        global batch. `mtp/gradient_share`: the second over the sum of both. `moe/max_load_layer_I`,
+        global batch. `mtp/gradient_share`: the second over the sum of both. `mtp_k/weight_change`: by which part the L2
+        norm of the weights of MTP layer k has changed since they were last measured. `moe/max_load_layer_I`,
         `moe/max_load_mtp_layer_K`: tokens of the most loaded expert over the mean of its layer. `moe/max_load`,
         `moe/min_load`: the largest of these, and the smallest load of any expert in the same unit. `moe/largest_share`:
         the largest share of a layer's tokens that one expert gets.
@@ -73,11 +81,14 @@ class Measurements:
             for part, square in enumerate(trunk.squares):
                 if square is not None:
                     found[part] += square.double()
+        found = torch.cat((found, self._squares))
         if self._loads is not None:
             found = torch.cat((found, self._loads.counts.flatten().double()))
         dist.all_reduce(found)
-        squares, counts = found[:2].tolist(), found[2:].tolist()
+        squares, weights, counts = (part.tolist() for part in found.tensor_split((2, 2 + len(self._layers))))
         metrics = gradient_share(*(math.sqrt(s) / (self._scale * loss_scale) for s in squares)) if any(squares) else {}
+        before, self._norms = self._norms, [math.sqrt(square) for square in weights]
+        metrics |= weight_changes(before, self._norms)
         if self._loads is not None:
             experts = self._loads.counts.shape[1]
             layers = {name: counts[row * experts : (row + 1) * experts] for row, name in self._rows.items()}
@@ -93,6 +104,24 @@ def row_names(run: ResolvedRun) -> dict[int, str]:
     if run.mtp_kind == "moe":
         names |= {run.cfg.model.num_layers + k: f"mtp_layer_{k}" for k in range(run.depths.distinct)}
     return names
+
+
+def mtp_layer_parameters(models: Sequence[nn.Module], num_layers: int) -> list[list[nn.Parameter]]:
+    """The parameters on this rank of each of the run's MTP layers; a repeated layer is one."""
+    found: list[list[nn.Parameter]] = [[] for _ in range(num_layers)]
+    for name, parameter in (named for model in models for named in model.named_parameters()):
+        if match := re.match(r"mtp\.layers\.(\d+)\.", name):
+            found[int(match[1])].append(parameter)
+    return found
+
+
+def weight_changes(before: Sequence[float], now: Sequence[float]) -> dict[str, float]:
+    """Metrics of the norms of each MTP layer's weights at two measurements; none at the first one.
+
+    Example: 2.0, then 2.001, are a change of 0.0005.
+    """
+    pairs = zip(before, now, strict=True) if before else ()
+    return {f"mtp_{k}/weight_change": abs(new / old - 1) for k, (old, new) in enumerate(pairs, start=1) if old}
 
 
 def gradient_share(main: float, mtp: float) -> dict[str, float]:

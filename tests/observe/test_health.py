@@ -86,12 +86,14 @@ def record(step: int, source: random.Random, **changed: float) -> dict[str, floa
         "mtp_1/top1_main": 0.5 + source.gauss(0, 0.01),
         "mtp_1/top1_target": 0.30 + source.gauss(0, 0.01),
         "mtp_1/accepted": 0.60 + source.gauss(0, 0.01),
+        "learning-rate": 1e-3,
         "perf/data_ms": 0.5 * math.exp(source.gauss(0, 0.5)),
         "perf/iteration_time_ms": 50 * math.exp(source.gauss(0, 0.1)),
     }
     if step % 10 == 0:
         metrics |= {
             "mtp/gradient_share": 0.2 + source.gauss(0, 0.02),
+            "mtp_1/weight_change": 1e-6 * abs(source.gauss(0, 1)),
             "moe/max_load": 1.8 + source.gauss(0, 0.1),
             "moe/min_load": 0.4 + source.gauss(0, 0.05),
         }
@@ -108,6 +110,7 @@ BAD: dict[str, Callable[[int, float], dict[str, float]]] = {
         "lm loss": falling(t + 100) - 0.03 * min(t - ONSET, 50) + noise,
         "mtp_1 loss": falling(ONSET + 100) + 0.4 + noise,
     },
+    "mtp frozen: mtp_1": lambda t, noise: {"mtp_1/weight_change": 0.0},
     "main overshadowed": lambda t, noise: {"mtp/gradient_share": 0.9 + noise / 10},
     "acceptance falls: mtp_1": lambda t, noise: {"mtp_1/accepted": 0.4 + noise / 10, "mtp_1/top1_target": 0.2},
     "grad norm drifts": lambda t, noise: {"grad-norm": 20 * math.exp(noise)},
@@ -268,7 +271,7 @@ def stepwise(losses: Callable[[int], float], steps: int, warmup: float = 0.0, **
 def test_a_loss_that_stays_above_chance_is_reported_once():
     (event,) = stepwise(lambda t: 6.3 + min(t, 30) / 30, 200)
     assert event.sign == "worse than chance"
-    assert event.text.startswith("iteration 40: lm loss stays at 7.")
+    assert event.text.startswith("iteration 50: lm loss stays at 7.")
     assert "above ln 512 = 6.24" in event.text
     assert "lower optimizer.lr" in event.text
     (event,) = stepwise(lambda t: 7.0, 200, warmup=8 * 95)
@@ -292,7 +295,7 @@ DEAD = {"lm/top1_target": 0.04, "mtp_1/top1_main": 0.9995, "mtp_2/top1_main": 0.
 
 def test_a_model_that_predicts_one_token_is_reported():
     (event,) = stepwise(lambda t: 6.0, 200, **DEAD)
-    assert event.text.startswith("iteration 40: the MTP predictions agree with the main one at 99.0% of the slots")
+    assert event.text.startswith("iteration 50: the MTP predictions agree with the main one at 99.0% of the slots")
     assert "right at 4.0%" in event.text
     assert "means nothing" in event.text
     assert "top1_target" in event.text

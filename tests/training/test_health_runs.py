@@ -1,7 +1,6 @@
 """Runs that are harmed: the health sign is reported within 50 steps under its name, once, across a crash and a resume.
 
-Not provoked by a run: `mtp stalls`, `worse than chance` and `one token` (on made-up curves in
-`tests/observe/test_health.py`); slow ranks are provoked in `tests/training/guards/test_watchdog.py`.
+Slow ranks are provoked in `tests/training/guards/test_watchdog.py`.
 
 Every run is healthy for some steps and saves; what harms it begins right after. The healthy part is trained once for
 each recipe.
@@ -13,6 +12,7 @@ import json
 import math
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +30,7 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.prepare.run import PrepareOptions, prepare
 from megatron_mtp.examples.stdlib_corpus import stdlib_jsonl
 from megatron_mtp.observe.jsonl import read_metrics
+from megatron_mtp.observe.signs import STALL_NATS, STALL_SHARE
 from megatron_mtp.recipes import get_recipe
 from megatron_mtp.training import gpt_step
 from megatron_mtp.training.callbacks import Callback
@@ -137,6 +138,16 @@ class Death(Callback):
             raise RuntimeError("the run dies")
 
 
+class WrongLabels(Harm):
+    """The labels of the MTP depth are those of other tokens."""
+
+    def forward_step(self, context: Any, iterator: Any, model: Any) -> Any:
+        batch = next(iterator)
+        labels = batch.labels.clone()
+        labels[1] = labels[1].roll(37, dims=-1)
+        return super().forward_step(context, iter([replace(batch, labels=labels)]), model)
+
+
 class NaN(Harm):
     """The MTP loss is not a number in five steps."""
 
@@ -175,10 +186,45 @@ class Shaken(Harm):
 class HighRate(Harm):
     """The learning rate is thousands of times too high."""
 
+    rate = 10.0
+
     def between(self, run: Any) -> None:
         if self.is_on:
             for group in run.engine.optimizer.param_groups:
-                group["max_lr"] = 10.0
+                group["max_lr"] = self.rate
+
+
+class TooHigh(HighRate):
+    """The learning rate is a hundred times too high."""
+
+    rate = 1.0
+
+
+class DeadNorm(Harm):
+    """The norms before the head are zero: every logit is."""
+
+    def between(self, run: Any) -> None:
+        if self.is_on:
+            with torch.no_grad():
+                for weight in self.weights("final_layernorm").values():
+                    weight.zero_()
+
+
+class Frozen(Harm):
+    """The MTP layer keeps the weights that it had."""
+
+    def __init__(self, onset: int):
+        super().__init__(onset)
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def between(self, run: Any) -> None:
+        if not self.is_on:
+            return
+        if not self.kept:
+            self.kept = {name: weight.detach().clone() for name, weight in self.weights("mtp.").items()}
+        with torch.no_grad():
+            for name, weight in self.weights("mtp.").items():
+                weight.copy_(self.kept[name])
 
 
 class Steep(Harm):
@@ -236,7 +282,10 @@ CASES: list[tuple[str, type[Harm], str, dict[str, Any]]] = [
     ("not finite", NaN, "tiny_dense", {}),
     ("spikes", Spikes, "tiny_dense", {}),
     ("grad norm drifts", HighRate, "tiny_dense", {}),
+    ("worse than chance", TooHigh, "tiny_dense", {}),
+    ("one token", DeadNorm, "tiny_dense", {}),
     ("grad norm drifts", Steep, "tiny_dense", {}),
+    ("mtp frozen: mtp_1", Frozen, "tiny_dense", {}),
     ("mtp rises: mtp_1", Shaken, "tiny_dense", {}),
     ("acceptance falls: mtp_1", Shaken, "tiny_dense", {}),
     ("gap widens: mtp_1", Shaken, "tiny_dense", {}),
@@ -307,4 +356,33 @@ def test_memorising_is_reported(tmp_path: Path, data: dict[str, str]):
     print(onset, json.dumps(found))
     (begun,) = [at for name, begins, at in found if name == "memorising: validation" and begins]
     assert onset is not None
+    assert onset <= begun <= onset + WITHIN
+
+
+def test_a_depth_that_stalls_is_reported(tmp_path: Path, data: dict[str, str]):
+    """Its labels are wrong from the first step: it learns how frequent tokens are, as the main model does, and no more.
+
+    The onset is where the curve shows it: the main loss has fallen by as much as the sign asks for since a step from
+    which the loss of the depth has not.
+    """
+    cfg = config(tmp_path, data)
+    cfg.train.train_iters = 200
+    harm = WrongLabels(0)
+    with pytest.raises(RuntimeError, match="dies"):
+        pretrain(cfg, harm.forward_step, callbacks=[Death(125)])
+    pretrain(cfg, harm.forward_step)
+    steps = read_metrics(tmp_path / "metrics.jsonl", "step")
+    levels = [
+        [statistics.median(line[name] for line in steps[end - 20 : end]) for name in ("lm loss", "mtp_1 loss")]
+        for end in range(20, 201)
+    ]
+
+    def stalls(now: int) -> bool:
+        falls = [[old - new for old, new in zip(before, levels[now], strict=True)] for before in levels[:now]]
+        return any(main > STALL_NATS and depth < STALL_SHARE * main for main, depth in falls)
+
+    onset = 20 + next(filter(stalls, range(len(levels))))
+    found = signs_of(tmp_path)
+    print(onset, json.dumps(found))
+    (begun,) = [at for name, begins, at in found if name == "mtp stalls: mtp_1" and begins]
     assert onset <= begun <= onset + WITHIN

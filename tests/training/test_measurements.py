@@ -110,6 +110,47 @@ def test_a_frozen_trunk_has_no_gradient_to_share(ranks: Ranks):
     assert found == {}
 
 
+def changes(overrides: tuple[str, ...]) -> list[dict[str, float]]:
+    """Metrics of the weights at three measurements: the first; after the first MTP layer is 1 % larger; unchanged."""
+    from megatron_mtp.model.sharded import unwrap
+    from megatron_mtp.training.measurements import Measurements
+
+    cfg = small_config("tiny_dense", ("logger.health_interval=1", *overrides), dist.get_world_size())
+    with opened(cfg) as run:
+        measurements = Measurements(run.resolved, run.engine.chunks, run.groups, run.engine.device)
+        found = []
+        for iteration in range(3):
+            for chunk in run.engine.chunks if iteration == 1 else []:
+                for name, weight in unwrap(chunk).named_parameters():
+                    if name.startswith("mtp.layers.0."):
+                        weight.data.mul_(1.01)
+            measurements.begin(iteration)
+            run.engine.forward_backward(next(run.data.train(0)), 0.3)
+            metrics = measurements.read(1.0)
+            found.append({name: value for name, value in metrics.items() if name.endswith("weight_change")})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "depths"),
+    [
+        (1, (), 2),
+        (1, ("model.mtp_use_repeated_layer=True",), 1),
+        (2, ("model.pipeline_model_parallel_size=2",), 2),
+        (2, ("model.tensor_model_parallel_size=2",), 2),
+    ],
+    ids=["one", "repeated", "pp=2", "tp=2"],
+)
+def test_a_change_of_an_mtp_layers_weights_is_seen_on_every_rank(
+    ranks: Ranks, size: int, overrides: tuple[str, ...], depths: int
+):
+    for first, second, third in ranks(size).run(changes, overrides):
+        assert first == {}
+        assert second["mtp_1/weight_change"] == pytest.approx(0.01)
+        others = [second[f"mtp_{k}/weight_change"] for k in range(2, depths + 1)]
+        assert [*others, *third.values()] == [0.0] * (depths - 1 + depths)
+
+
 LAYOUTS = {
     "tp=2": ("model.tensor_model_parallel_size=2",),
     "tp=2, sequence parallel": ("model.tensor_model_parallel_size=2", "model.sequence_parallel=True"),
