@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mtp.errors import CheckpointError, InUseError
+from megatron_mtp.storage.connection import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ def run_on_rank_0[T](produce: Callable[[], T]) -> T:
             found[0] = produce()
         except (CheckpointError, InUseError) as error:
             found[1] = error
+        except StorageError as error:
+            found[1] = CheckpointError(str(error))
         except Exception as error:
             logger.exception("unexpected error")
             found[1] = CheckpointError(describe_error(error))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
@@ -24,15 +23,21 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_mtp.checkpoint.content import COMMON_KEY
 from megatron_mtp.checkpoint.manifest import FileEntry
 from megatron_mtp.checkpoint.writer import HashedStream, Written, save_tensor
+from megatron_mtp.storage.place import Place, new_file
 
 FILE_BYTES = 8 << 30
 
 
 @dataclass(slots=True)
 class _File:
+    opened: ExitStack
     raw: io.BufferedWriter
     stream: HashedStream
     name: str
+
+
+class _IncompleteError(Exception):
+    """Ends the block of a file that is not complete."""
 
 
 @dataclass(slots=True)
@@ -44,7 +49,7 @@ class BoxWriter:
         file_bytes: a file that exceeds this is followed by another.
     """
 
-    folder: Path
+    folder: Place
     file_bytes: int = FILE_BYTES
     _file: _File | None = None
     _entries: list[FileEntry] = field(default_factory=list)
@@ -82,7 +87,8 @@ class BoxWriter:
     def close(self) -> None:
         """Closes an open file, which is then not complete."""
         if self._file is not None:
-            self._file.raw.close()
+            with suppress(_IncompleteError):
+                self._file.opened.__exit__(_IncompleteError, _IncompleteError(), None)
 
     def _record(self, index: MetadataIndex, file: _File, start: int) -> None:
         length = file.stream.position - start
@@ -93,14 +99,14 @@ class BoxWriter:
             self._close_file()
         if self._file is None:
             name = f"__0_{len(self._entries)}.distcp"
-            raw = (self.folder / name).open("wb")
-            self._file = _File(raw, HashedStream(raw), name)
+            opened = ExitStack()
+            raw = io.BufferedWriter(cast(Any, opened.enter_context(new_file(self.folder / name))))
+            self._file = _File(opened, raw, HashedStream(raw), name)
         return self._file
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.raw.flush()
-            os.fsync(file.raw.fileno())
-            file.raw.close()
+            file.opened.close()
             self._entries.append(FileEntry(file.name, file.stream.position, file.stream.digest.hexdigest()))

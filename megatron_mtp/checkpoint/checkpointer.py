@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,12 @@ from megatron_mtp.checkpoint.directory import LOCK_NAME, RunDirectory, checkpoin
 from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, keep_with_run
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Evaluation, Manifest
 from megatron_mtp.checkpoint.new_layers import NewLayers
-from megatron_mtp.checkpoint.preflight import check_unused, read_saved_config, tokenizer_fingerprint
+from megatron_mtp.checkpoint.preflight import (
+    check_unused,
+    is_same_directory,
+    read_saved_config,
+    tokenizer_fingerprint,
+)
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import Found, load_newest
 from megatron_mtp.checkpoint.train_state import TrainState
@@ -43,6 +47,7 @@ from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore.kept_buffers import KeptBuffers
 from megatron_mtp.mcore.optimizer import gather_weights
 from megatron_mtp.observe.env import package_versions
+from megatron_mtp.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +165,7 @@ class Checkpointer:
         self.resumed_config = read_saved_config(found.path / CONFIG_NAME)
         self._restore(train_state, saved)
         self.last_complete = found.manifest.iteration
-        if self.directory and found.path.parent.resolve() == self.directory.path.resolve():
+        if is_same_directory(self.cfg.checkpoint.save, str(found.path.parent)):
             self._went_to(found.manifest.iteration)
         if self.rank == 0:
             logger.info("resumed from %s", found.path)
@@ -176,7 +181,7 @@ class Checkpointer:
         if self.rank == 0:
             logger.info("went back to %s", path)
 
-    def load_own(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> Path:
+    def load_own(self, chunks: list[nn.Module], optimizer: MegatronOptimizer, train_state: TrainState) -> Place:
         """Restores everything from the newest complete checkpoint of checkpoint.save and returns its folder.
 
         Raises:
@@ -193,7 +198,7 @@ class Checkpointer:
         return found.path
 
     def _load_newest(
-        self, path: str | Path, chunks: list[nn.Module], optimizer: MegatronOptimizer, *, load_optim: bool
+        self, path: str | Place, chunks: list[nn.Module], optimizer: MegatronOptimizer, *, load_optim: bool
     ) -> tuple[Found, dict[str, Any]] | None:
         layers = self._keep_new_layers(chunks)
         groups, phase = self.groups.dp_cp, self.phase
@@ -214,7 +219,7 @@ class Checkpointer:
         self.last_saved = self.last_complete = iteration
         self._run_directory.replaceable |= {n for n in run_on_rank_0(self._run_directory.iterations) if n > iteration}
 
-    def _keep_files(self, path: Path) -> None:
+    def _keep_files(self, path: Place) -> None:
         try:
             keep_with_run(self.cfg, path)
         except OSError as error:

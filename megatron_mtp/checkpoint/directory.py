@@ -1,25 +1,21 @@
-"""A run directory: one folder for each checkpoint, written under another name and renamed when it is complete.
+"""A run directory: one folder for each checkpoint, which is there whole or not at all.
 
-    iter_0000100/                       complete: its manifest lists every file
-    iter_0000200.partial/               being written, or left over from a process that died
+    iter_0000100/                       complete: its manifest lists every file; see `completion`
     latest_checkpointed_iteration.txt   for people and tools; never read here
 
-Imports neither torch nor megatron.
+It is a folder of this machine, or behind an address. Imports neither torch nor megatron.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import os
 import re
-import shutil
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
+from megatron_mtp.checkpoint.completion import FOLDER, ByManifest, ByRename, Completion, folder_name
 from megatron_mtp.checkpoint.manifest import (
     MANIFEST_NAME,
     SMALL_NAMES,
@@ -31,36 +27,36 @@ from megatron_mtp.checkpoint.manifest import (
 )
 from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.errors import CheckpointError
-from megatron_mtp.storage.address import ADDRESS_RULE, is_address
+from megatron_mtp.storage.place import Place, folders_in, place, replace_durably
+from megatron_mtp.storage.remote_path import RemotePath
 
 logger = logging.getLogger(__name__)
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 LOCK_NAME = "run.lock"
 """Lock file of the process that trains in the directory."""
-_COMPLETE = re.compile(r"iter_(\d{7,})")
-_REMAINS = re.compile(r"iter_\d{7,}\.(partial|replaced|retired)")
 
 
 class RunDirectory:
     """Names, finds, completes and retires the checkpoints of one run."""
 
-    def __init__(self, path: str | Path):
-        if is_address(path):
-            raise CheckpointError(f"{path}: {ADDRESS_RULE}.")
-        self.path = Path(path)
+    def __init__(self, path: str | Place):
+        self.path = place(path)
+        self._completion: Completion = (
+            ByManifest(self.path) if isinstance(self.path, RemotePath) else ByRename(self.path)
+        )
         self.replaceable: set[int] = set()
         """Iterations whose folder `complete` may replace: damaged ones that the run has skipped, and its own that could
         not be completed."""
         self._removal: threading.Thread | None = None
 
-    def final_path(self, iteration: int) -> Path:
+    def final_path(self, iteration: int) -> Place:
         """Folder of a complete checkpoint."""
-        return self.path / f"iter_{iteration:07d}"
+        return self.path / folder_name(iteration)
 
-    def partial_path(self, iteration: int) -> Path:
+    def partial_path(self, iteration: int) -> Place:
         """Folder of a checkpoint that is being written."""
-        return self.path / f"iter_{iteration:07d}.partial"
+        return self._completion.begun_path(iteration)
 
     def iterations(self) -> list[int]:
         """Iterations of all checkpoint folders, newest first, damaged ones included.
@@ -69,13 +65,9 @@ class RunDirectory:
             CheckpointError: the directory exists but cannot be listed.
         """
         try:
-            names = os.listdir(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+            return sorted(self._completion.iterations(), reverse=True)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be listed ({error.strerror}).") from error
-        found = (_COMPLETE.fullmatch(name) for name in names)
-        return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def read(self, iteration: int) -> Manifest:
         """The manifest of a checkpoint whose files are all there at their sizes.
@@ -148,48 +140,36 @@ class RunDirectory:
         found = (damage(directory, entry) for entry in entries[share::num_shares])
         return [problem for problem in found if problem]
 
-    def begin(self, iteration: int) -> Path:
-        """Makes an empty partial folder.
-
-        The run directory must exist. One that vanished is not created again: a checkpoint on the wrong disk is worse
-        than none.
+    def begin(self, iteration: int) -> Place:
+        """Makes an empty folder for the files of a checkpoint, and returns it.
 
         Raises:
+            CheckpointError: there is a checkpoint of that iteration that this run does not know.
             OSError: no permission, no space, or the run directory is gone.
         """
         self.finish_removal()  # its disk space is needed
-        partial = self.partial_path(iteration)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        return partial
+        self._completion.begin(iteration, may_replace=iteration in self.replaceable)
+        return self.partial_path(iteration)
 
-    def complete(self, manifest: Manifest) -> Path:
-        """Writes the manifest into the partial folder, makes all of it durable, and renames it to its final name.
+    def complete(self, manifest: Manifest) -> Place:
+        """Writes the manifest; with it the checkpoint is complete, and durable. Returns its folder.
 
-        An existing folder of that name is replaced if its iteration is `replaceable`.
+        An existing one of that iteration is replaced if it is `replaceable`.
 
         Raises:
-            CheckpointError: there is a folder of that name that this run does not know.
-            OSError: the disk refused.
+            CheckpointError: there is a checkpoint of that iteration that this run does not know.
+            OSError: the storage refused.
         """
-        partial, final = self.partial_path(manifest.iteration), self.final_path(manifest.iteration)
-        write_durably(partial / MANIFEST_NAME, manifest.to_bytes())
-        _sync_directory(partial)
-        replaced = self.path / f"{final.name}.replaced"
-        if final.exists():
-            if manifest.iteration not in self.replaceable:
-                raise CheckpointError(f"{final}: exists already, and this run did not write it")
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-            logger.warning("%s: the damaged checkpoint of this name is replaced", final)
-        self.replaceable.add(manifest.iteration)  # until its name is durable
-        partial.rename(final)
-        _sync_directory(self.path)
-        self.replaceable.discard(manifest.iteration)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._write_latest(manifest.iteration)
-        return final
+        iteration = manifest.iteration
+        is_known = iteration in self.replaceable
+        try:
+            self._completion.complete(iteration, manifest.to_bytes(), may_replace=is_known)
+        except OSError:
+            self.replaceable.add(iteration)  # it may be complete all the same
+            raise
+        self.replaceable.discard(iteration)
+        self._write_latest(iteration)
+        return self.final_path(iteration)
 
     def note_evaluation(self, iteration: int, evaluation: Evaluation) -> None:
         """Writes the losses of an evaluation into the manifest of a complete checkpoint, at once or not at all.
@@ -199,30 +179,20 @@ class RunDirectory:
         """
         manifest = self.read(iteration).with_evaluation(evaluation)
         folder = self.final_path(iteration)
-        new = folder / f".{MANIFEST_NAME}.new"
         try:
-            new.unlink(missing_ok=True)
-            write_durably(new, manifest.to_bytes())
-            new.rename(folder / MANIFEST_NAME)
-            _sync_directory(folder)
+            replace_durably(folder / MANIFEST_NAME, manifest.to_bytes())
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: the losses of the evaluation cannot be written into its manifest ({error.strerror})."
             ) from error
 
     def abandon(self, iteration: int) -> None:
-        """Removes a partial folder. Errors are ignored."""
-        shutil.rmtree(self.partial_path(iteration), ignore_errors=True)
+        """Removes the folder of a checkpoint that was begun. Errors are ignored."""
+        self._completion.abandon(iteration)
 
     def clear_remains(self) -> list[str]:
         """Removes what processes that died left over; only the holder of the lock may do so. Returns the names."""
-        try:
-            names = sorted(name for name in os.listdir(self.path) if _REMAINS.fullmatch(name))
-        except OSError:
-            return []
-        for name in names:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        return names
+        return sorted(self._completion.clear_remains())
 
     def retain(self, most_recent_k: int, keep_every: int | None = None, keep_best: int = 0) -> list[int]:
         """Removes complete checkpoints that no rule keeps, and returns their iterations.
@@ -248,12 +218,8 @@ class RunDirectory:
         return surplus
 
     def retire(self, iterations: Iterable[int]) -> None:
-        """Removes checkpoints: they are renamed at once, so that one that is half removed is not taken for damaged."""
-        retired = []
-        for iteration in iterations:
-            retired.append(self.path / f"iter_{iteration:07d}.retired")
-            self.final_path(iteration).rename(retired[-1])
-        if retired:
+        """Removes checkpoints: at once they are none any more, and a thread deletes their files."""
+        if retired := [self._completion.retire(iteration) for iteration in iterations]:
             self.finish_removal()
             self._removal = threading.Thread(target=_remove, args=(retired,), name="checkpoint-remover", daemon=True)
             self._removal.start()
@@ -266,20 +232,13 @@ class RunDirectory:
 
     def _write_latest(self, iteration: int) -> None:
         """Errors are ignored: nothing here reads the file, and the checkpoint is complete without it."""
-        target = self.path / LATEST_NAME
-        temporary = self.path / f".{LATEST_NAME}.new"
-        try:
-            temporary.unlink(missing_ok=True)
-            write_durably(temporary, f"{iteration}\n".encode())
-            temporary.rename(target)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            replace_durably(self.path / LATEST_NAME, f"{iteration}\n".encode())
 
 
-def _remove(folders: list[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove(removals: list[Callable[[], None]]) -> None:
+    for remove in removals:
+        remove()
 
 
 def by_validation_loss(manifests: Iterable[Manifest]) -> list[Manifest]:
@@ -297,22 +256,22 @@ def deciding_metric(manifests: Iterable[Manifest]) -> str | None:
     return None if newest is None else newest.best_metric
 
 
-def split_name(name: str | Path) -> tuple[Path, str | None]:
+def split_name(name: str | Place) -> tuple[Place, str | None]:
     """`RUN@200`, `RUN@best`, `RUN@latest` and the folder `RUN/iter_0000200` as run directory and choice; any other path
     and None.
 
     >>> split_name("runs/mine@best")
     (PosixPath('runs/mine'), 'best')
     """
-    path, (run, _, which) = Path(name), str(name).rpartition("@")
+    path, (run, _, which) = place(name), str(name).rpartition("@")
     if run and re.fullmatch(r"[0-9]{1,18}|best|latest", which) and not path.exists():
-        return Path(run), which
-    if (folder := _COMPLETE.fullmatch(path.name)) and path.is_dir() and not RunDirectory(path).iterations():
+        return path.with_name(path.name.removesuffix(f"@{which}")), which
+    if (folder := FOLDER.fullmatch(path.name)) and path.is_dir() and not RunDirectory(path).iterations():
         return path.parent, str(int(folder[1]))
     return path, None
 
 
-def resume_candidates(name: str | Path) -> tuple[RunDirectory, list[int]]:
+def resume_candidates(name: str | Place) -> tuple[RunDirectory, list[int]]:
     """The run directory of `RUN` or `RUN@which`, and the iterations that a resume may take, in the order to try them.
 
     Raises:
@@ -323,7 +282,7 @@ def resume_candidates(name: str | Path) -> tuple[RunDirectory, list[int]]:
     return directory, directory.iterations() if which is None else [directory.named(which)]
 
 
-def newest_names(run: str | Path, count: int) -> list[str]:
+def newest_names(run: str | Place, count: int) -> list[str]:
     """The newest checkpoints of a run directory as `RUN@ITERATION`, the oldest of them first.
 
     Raises:
@@ -336,12 +295,12 @@ def newest_names(run: str | Path, count: int) -> list[str]:
     return [f"{run}@{iteration}" for iteration in reversed(iterations)]
 
 
-def why_empty(run: str | Path) -> str:
+def why_empty(run: str | Place) -> str:
     """What to say of a run directory without checkpoints: a mistyped name is another mistake than an empty folder."""
-    return "holds no checkpoint" if os.path.exists(run) else "there is no such directory, so it holds no checkpoint"
+    return "holds no checkpoint" if place(run).exists() else "there is no such directory, so it holds no checkpoint"
 
 
-def checkpoint_folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Place) -> Place:
     """The folder of one checkpoint: `path` itself, `RUN@which`, or the newest one in the run directory `path`.
 
     Only a resume takes an older one by itself: it goes on from there to the same end. Whoever reads weights gets the
@@ -356,7 +315,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     directory = RunDirectory(path)
     iterations = directory.iterations()
     if not iterations:
-        inside = next((folder for folder in sorted(path.glob("*/")) if RunDirectory(folder).iterations()), None)
+        inside = next((folder for folder in folders_in(path) if RunDirectory(folder).iterations()), None)
         hint = "" if inside is None else f" Did you mean {inside}?"
         raise CheckpointError(f"{path}: {why_empty(path)}.{hint}")
     chosen = iterations[0] if which is None else directory.named(which)
@@ -367,27 +326,3 @@ def checkpoint_folder(path: str | Path) -> Path:
             directory.final_path(chosen), problems, None if other is None else directory.final_path(other.iteration)
         )
     return directory.final_path(chosen)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until it is on the disk. An existing link of that name is not followed.
-
-    Raises:
-        FileExistsError: there is a file of that name.
-    """
-    with path.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable. File systems that cannot do it answer EINVAL, which is no error."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

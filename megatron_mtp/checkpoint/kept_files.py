@@ -8,14 +8,19 @@ megatron.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from megatron_mtp.checkpoint.directory import split_name
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.data.tokenizer import Tokenizer, configured_tokenizer, open_tokenizer
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place, files_in
+from megatron_mtp.storage.remote_path import RemotePath
 
 KEPT_FOLDER = "hf"
 HF_CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
@@ -41,8 +46,12 @@ def model_files(folder: Path) -> list[str]:
     ]
 
 
-def copy_files(source: Path, target: Path, names: list[str]) -> list[str]:
+def copy_files(source: Path, target: Place, names: list[str]) -> list[str]:
     """Copies files between folders; makes the second if needed. Returns `names`."""
+    if isinstance(target, RemotePath):
+        for name in names:
+            (target / name).write_bytes((source / name).read_bytes())
+        return names
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, target / name)
@@ -65,7 +74,7 @@ def why_no_text(folder: Path) -> str | None:
     )
 
 
-def keep_with_run(cfg: ConfigContainer, run: Path) -> list[str]:
+def keep_with_run(cfg: ConfigContainer, run: Place) -> list[str]:
     """Copies the run's tokenizer, and the config of the imported model that it starts from, to RUN/hf.
 
     Returns:
@@ -74,29 +83,38 @@ def keep_with_run(cfg: ConfigContainer, run: Path) -> list[str]:
     Raises:
         OSError: a file cannot be copied.
     """
+    if isinstance(run, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="megatron-mtp-kept-") as folder:
+            return copy_files(Path(folder), run / KEPT_FOLDER, _gather(cfg, Path(folder)))
     partial = run / f"{KEPT_FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    names = _gather(cfg, partial)
+    if names:
+        shutil.rmtree(run / KEPT_FOLDER, ignore_errors=True)
+        os.rename(partial, run / KEPT_FOLDER)
+    return names
+
+
+def _gather(cfg: ConfigContainer, folder: Path) -> list[str]:
+    """Copies all that is to be kept to a folder. Returns the names."""
     section, names = cfg.tokenizer, []
     imported = _kept_beside(cfg.checkpoint.pretrained_checkpoint)
     own = Path(section.tokenizer_model) if section.tokenizer_model else None
     if imported is not None:
         # Its tokenizer files only if the run names no other tokenizer.
         is_wanted = set(model_files(imported)) - set(tokenizer_files(imported) if own is not None else [])
-        names += copy_files(imported, partial, sorted(is_wanted))
+        names += copy_files(imported, folder, sorted(is_wanted))
     if own is not None and own.is_dir():
-        names += copy_files(own, partial, model_files(own))
+        names += copy_files(own, folder, model_files(own))
     elif own is not None:
         as_name = own.name
         if section.tokenizer_type == "huggingface":  # what lies beside the file belongs to it
             as_name = "tokenizer.json"
             beside = model_files(own.parent) if own.name == as_name else tokenizer_files(own.parent)
-            names += copy_files(own.parent, partial, [name for name in beside if name != as_name])
-        partial.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(own, partial / as_name)
+            names += copy_files(own.parent, folder, [name for name in beside if name != as_name])
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(own, folder / as_name)
         names.append(as_name)
-    if names:
-        shutil.rmtree(run / KEPT_FOLDER, ignore_errors=True)
-        os.rename(partial, run / KEPT_FOLDER)
     return sorted(set(names))
 
 
@@ -106,16 +124,36 @@ def _kept_beside(checkpoint: str | None) -> Path | None:
         return None
     folder, _ = split_name(checkpoint)
     places = (folder / KEPT_FOLDER, folder.parent / KEPT_FOLDER)
-    return next((place for place in places if place.is_dir()), None)
+    return next((_here(place) for place in places if place.is_dir()), None)
 
 
-def kept_folder(checkpoint: Path) -> Path | None:
-    """The folder with the files that are kept for a checkpoint; None: there are none, as in older runs."""
+def _here(folder: Place) -> Path:
+    """The files of a folder on this machine; of objects, copies that end with the process: a tokenizer opens paths."""
+    return _downloaded(folder) if isinstance(folder, RemotePath) else folder
+
+
+@functools.cache
+def _downloaded(folder: RemotePath) -> Path:
+    copy = Path(tempfile.mkdtemp(prefix="megatron-mtp-kept-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    try:
+        for name in files_in(folder):
+            (copy / name).write_bytes((folder / name).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror}).") from error
+    return copy
+
+
+def kept_folder(checkpoint: Place) -> Path | None:
+    """The folder with the files that are kept for a checkpoint; None: there are none, as in older runs.
+
+    Of a checkpoint behind an address it holds copies, for as long as this process lives.
+    """
     place = checkpoint.parent / KEPT_FOLDER
-    return place if place.is_dir() else None
+    return _here(place) if place.is_dir() else None
 
 
-def kept_tokenizer(cfg: ConfigContainer, checkpoint: Path) -> Path | None:
+def kept_tokenizer(cfg: ConfigContainer, checkpoint: Place) -> Path | None:
     """The run's tokenizer among the kept files, in the form of cfg.tokenizer.tokenizer_model; None: it is not there."""
     place, section = kept_folder(checkpoint), cfg.tokenizer
     if place is None or section.tokenizer_model is None:
@@ -126,7 +164,7 @@ def kept_tokenizer(cfg: ConfigContainer, checkpoint: Path) -> Path | None:
     return found if found.is_file() else None
 
 
-def tokenizer_of(cfg: ConfigContainer, checkpoint: Path, fingerprint: str | None) -> Tokenizer | None:
+def tokenizer_of(cfg: ConfigContainer, checkpoint: Place, fingerprint: str | None) -> Tokenizer | None:
     """The tokenizer of a checkpoint: the kept one, or in older runs the one that the config names. None: it has none.
 
     Args:

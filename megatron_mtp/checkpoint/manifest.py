@@ -6,15 +6,19 @@ parsed to find that out. Imports neither torch nor megatron.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place
+from megatron_mtp.storage.remote_path import RemotePath
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -168,7 +172,7 @@ def _canonical(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Place) -> Manifest:
     """Reads the manifest of a checkpoint directory and checks that every file is there at its size.
 
     Checksums are not compared: `damage` does that, file by file, so that ranks can share the work.
@@ -190,14 +194,18 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(
                 f"{directory / name}: does not belong to this checkpoint and would be read as part of it."
             )
+    try:
+        look = _looking(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed ({error.strerror}).") from error
     for entry in manifest.files:
-        problem = _size_problem(directory, entry)
+        problem = _size_problem(directory, entry, look)
         if problem:
             raise CheckpointError(problem)
     return manifest
 
 
-def read_verified(directory: Path) -> Manifest:
+def read_verified(directory: Place) -> Manifest:
     """`read_manifest`, with every byte compared. For one process that reads a checkpoint alone.
 
     Raises:
@@ -209,7 +217,7 @@ def read_verified(directory: Path) -> Manifest:
     return manifest
 
 
-def damage_error(directory: Path, problems: list[str], older: Path | None = None) -> CheckpointError:
+def damage_error(directory: Place, problems: list[str], older: Place | None = None) -> CheckpointError:
     """The error of a reader that needs this checkpoint and no other.
 
     Args:
@@ -220,9 +228,9 @@ def damage_error(directory: Path, problems: list[str], older: Path | None = None
     return CheckpointError("\n".join([f"{directory}: the checkpoint is damaged. {remedy}", *problems]))
 
 
-def damage(directory: Path, entry: FileEntry) -> str | None:
+def damage(directory: Place, entry: FileEntry) -> str | None:
     """The problem of one file, whose size and checksum are compared with the manifest; None: it is intact."""
-    if problem := _size_problem(directory, entry):
+    if problem := _size_problem(directory, entry, lambda name: (directory / name).stat()):
         return problem
     path = directory / entry.name
     try:
@@ -232,10 +240,24 @@ def damage(directory: Path, entry: FileEntry) -> str | None:
     return None if found == entry.sha256 else f"{path}: its checksum does not match the manifest."
 
 
-def _size_problem(directory: Path, entry: FileEntry) -> str | None:
+def _looking(directory: Place) -> Callable[[str], os.stat_result]:
+    """How to look at files of a folder by name: one by one, or, of objects, by one listing of all."""
+    if not isinstance(directory, RemotePath):
+        return lambda name: (directory / name).stat()
+    entries = directory.entries()
+
+    def look(name: str) -> os.stat_result:
+        if name not in entries:
+            raise FileNotFoundError(errno.ENOENT, "no such object")
+        return entries[name]
+
+    return look
+
+
+def _size_problem(directory: Place, entry: FileEntry, look: Callable[[str], os.stat_result]) -> str | None:
     path = directory / entry.name
     try:
-        found = path.stat()
+        found = look(entry.name)
     except OSError as error:
         return f"{path}: is missing ({error.strerror})."
     if not stat.S_ISREG(found.st_mode):  # a pipe or a device would be read for ever
@@ -245,19 +267,19 @@ def _size_problem(directory: Path, entry: FileEntry) -> str | None:
     )
 
 
-def _kind_problem(path: Path, max_bytes: int) -> str | None:
+def _kind_problem(path: Place, max_bytes: int) -> str | None:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         return "it is not a file"
     return None if found.st_size <= max_bytes else f"it has {found.st_size} bytes"
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Place) -> str:
     """SHA-256 of a file in hex. Releases the interpreter while it hashes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def describe_file(path: Path) -> FileEntry:
+def describe_file(path: Place) -> FileEntry:
     """The manifest's entry for a file that is complete."""
     return FileEntry(path.name, path.stat().st_size, hash_file(path))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +21,7 @@ from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place, place
 
 Progress = Callable[[int, int], None]
 """Called with the tensors that are done and all of them."""
@@ -31,13 +31,13 @@ Progress = Callable[[int, int], None]
 class Merged:
     """What was written."""
 
-    folder: Path
+    folder: Place
     tensors: int
     left_out: dict[str, int]
     """What is not a weight: kind -> number of tensors or objects."""
 
 
-def average(sources: Sequence[str | Path], out: str | Path, progress: Progress | None = None) -> Merged:
+def average(sources: Sequence[str | Place], out: str | Place, progress: Progress | None = None) -> Merged:
     """Writes the mean of the weights of several checkpoints of one model, at iteration 0 of a new run directory.
 
     Sums are in fp64 and rounded once to the dtype of the weights, so that fp32 means are exact to the last bit.
@@ -51,7 +51,7 @@ def average(sources: Sequence[str | Path], out: str | Path, progress: Progress |
     """
     if len(sources) < 2:
         raise CheckpointError("An average needs at least two checkpoints.")
-    first, *others = [StoredWeights(Path(source)) for source in sources]
+    first, *others = [StoredWeights(source) for source in sources]
     for other in others:
         _require_same_model(first, other)
     folders = [stored.folder for stored in (first, *others)]
@@ -68,10 +68,10 @@ def average(sources: Sequence[str | Path], out: str | Path, progress: Progress |
         return (total / (1 + len(others))).to(box.dtype)
 
     names = ", ".join(f"{stored.folder.parent.name}@{stored.manifest.iteration}" for stored in (first, *others))
-    return _write(first, Path(out), 0, TrainState().to_dict(), f"average of {names}", mean, progress)
+    return _write(first, place(out), 0, TrainState().to_dict(), f"average of {names}", mean, progress)
 
 
-def strip(source: str | Path, out: str | Path, progress: Progress | None = None) -> Merged:
+def strip(source: str | Place, out: str | Place, progress: Progress | None = None) -> Merged:
     """Writes one checkpoint without optimizer and random state; its iteration and counters stay.
 
     Args:
@@ -81,10 +81,10 @@ def strip(source: str | Path, out: str | Path, progress: Progress | None = None)
     Raises:
         CheckpointError: the checkpoint is damaged, or `out` cannot be written.
     """
-    stored = StoredWeights(Path(source))
+    stored = StoredWeights(source)
     state = json.loads((stored.folder / TRAIN_STATE_NAME).read_bytes())["train"]
     iteration = stored.manifest.iteration
-    return _write(stored, Path(out), iteration, state, f"weights of {stored.folder.name}", stored.read, progress)
+    return _write(stored, place(out), iteration, state, f"weights of {stored.folder.name}", stored.read, progress)
 
 
 def _require_same_model(first: StoredWeights, other: StoredWeights) -> None:
@@ -101,7 +101,7 @@ def _require_same_model(first: StoredWeights, other: StoredWeights) -> None:
 
 def _write(
     source: StoredWeights,
-    out: Path,
+    out: Place,
     iteration: int,
     train_state: dict[str, Any],
     reason: str,

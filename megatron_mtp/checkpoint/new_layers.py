@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.model.initial_weights import initial_values, is_drawn
 from megatron_mtp.model.sharded import sharded_tensors, unwrap
+from megatron_mtp.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class NewLayers:
         """What differs from a checkpoint with this config, as plain data."""
         return DepthChange.between(saved.get("model") or {}, self._model)
 
-    def fill(self, change: DepthChange, folder: Path, optimizer_step: int | None = None) -> set[nn.Parameter]:
+    def fill(self, change: DepthChange, folder: Place, optimizer_step: int | None = None) -> set[nn.Parameter]:
         """Overwrites the layers that the checkpoint lacks and logs every change; returns their parameters.
 
         Args:
@@ -116,11 +116,11 @@ def largest_first_update(beta1: float, beta2: float, step: int) -> float:
     return max(part(beta1, t) / math.sqrt(part(beta2, t)) for t in range(1, 1001))
 
 
-Place = tuple[str, tuple[int, ...], tuple[int, ...]]
+Box = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A box in the checkpoint: key, offset, size."""
 
 
-def _source(shard: ShardedTensor, change: DepthChange, stored: StoredTensors) -> Place | None:
+def _source(shard: ShardedTensor, change: DepthChange, stored: StoredTensors) -> Box | None:
     """The box of the checkpoint that a shard is a copy of; None: it is initialised as in a new model.
 
     Raises:

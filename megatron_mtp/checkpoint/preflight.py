@@ -6,9 +6,7 @@ Reads manifests and the saved config, leaves no files, imports neither torch nor
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_mtp.checkpoint.compat import ConfigDifferences, compare, compare_weights
@@ -26,6 +24,9 @@ from megatron_mtp.data.sources import data_fingerprints
 from megatron_mtp.data.tokenizer import configured_tokenizer
 from megatron_mtp.errors import CheckpointError, ConfigError
 from megatron_mtp.parallel.params import linear_pattern
+from megatron_mtp.storage.address import is_address
+from megatron_mtp.storage.place import Place, place, try_writing
+from megatron_mtp.storage.remote_path import RemotePath
 
 BRANCH = (
     "For a branch of another run that restarts by itself, copy the folder of its checkpoint (iter_...) into a new "
@@ -78,7 +79,9 @@ def check_run_directory(cfg: ConfigContainer, phase: str = BASE) -> ResumePoint 
 
 def is_same_directory(save: str | None, load: str | None) -> bool:
     """Whether both name one directory, by whatever path."""
-    return save is not None and load is not None and os.path.realpath(save) == os.path.realpath(load)
+    if save is None or load is None or is_address(save) != is_address(load):
+        return False
+    return place(save) == place(load) if is_address(save) else os.path.realpath(save) == os.path.realpath(load)
 
 
 def check_missing(cfg: ConfigContainer, damaged: list[str]) -> None:
@@ -163,7 +166,7 @@ def _known_data(
     return [(p, now, then[os.path.basename(p)]) for p, now in present.items() if os.path.basename(p) in then]
 
 
-def saved_phase(folder: Path, manifest: Manifest) -> str:
+def saved_phase(folder: Place, manifest: Manifest) -> str:
     """Name of the phase that a checkpoint was saved in.
 
     Raises:
@@ -173,7 +176,7 @@ def saved_phase(folder: Path, manifest: Manifest) -> str:
     return phases[-1]["name"] if phases else BASE
 
 
-def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
+def read_saved_config(path: Place) -> dict[str, dict[str, Any]]:
     """The config in a checkpoint, section by section, as plain data; values are not checked.
 
     Fields that `finalize` fills are filled here too: checkpoints may hold null in them.
@@ -270,15 +273,16 @@ def check_unused(cfg: ConfigContainer) -> None:
 
 
 def _check_writable(save: str) -> None:
-    place = Path(save).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise CheckpointError(f"checkpoint.save = {save}: {place} is not a directory. Choose another.")
+    folder = place(save)
+    if not isinstance(folder, RemotePath):
+        folder = folder.absolute()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise CheckpointError(f"checkpoint.save = {save}: {folder} is not a directory. Choose another.")
     try:
-        # Permission bits lie for root on NFS and on read-only mounts; making a folder and removing it does not.
-        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=place))
+        try_writing(folder)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint.save = {save}: {place} cannot be written ({error.strerror}). Choose another directory."
+            f"checkpoint.save = {save}: {folder} cannot be written ({error.strerror}). Choose another directory."
         ) from error

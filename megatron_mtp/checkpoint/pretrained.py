@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -17,6 +16,7 @@ from megatron_mtp.checkpoint.preflight import read_saved_config
 from megatron_mtp.checkpoint.resuming import UnreadableError, read_plan
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
+from megatron_mtp.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _SAME = DepthChange(0, 0, 0, 0)
 
 
 def load_model_weights(
-    folder: Path, chunks: list[nn.Module], dp_cp_group: ProcessGroup, new_layers: NewLayers | None = None
+    folder: Place, chunks: list[nn.Module], dp_cp_group: ProcessGroup, new_layers: NewLayers | None = None
 ) -> None:
     """Fills the chunks of every rank, in the dtype that they have. A collective.
 
@@ -56,6 +56,6 @@ def load_model_weights(
     raise_any(error)
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Place) -> None:
     """Compares every byte with the manifest, and checks pickled parts before anything unpickles them."""
     read_metadata(folder, read_verified(folder))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_mtp.checkpoint.directory import LOCK_NAME, RunDirectory, split_name
 from megatron_mtp.data.lock import Lock
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place
 
 
-def remove(names: Sequence[str | Path], *, force: bool = False) -> list[Path]:
+def remove(names: Sequence[str | Place], *, force: bool = False) -> list[Place]:
     """Removes checkpoints, all or, after an error, none.
 
     Args:
@@ -24,13 +24,13 @@ def remove(names: Sequence[str | Path], *, force: bool = False) -> list[Path]:
         CheckpointError: a name means no checkpoint, or nothing complete would be left.
         InUseError: a process trains in the directory.
     """
-    chosen: dict[Path, set[int]] = {}
+    chosen: dict[Place, set[int]] = {}
     for name in names:
         run, which = split_name(name)
         if which is None:
             raise CheckpointError(f"{name}: name an iteration of it, as {name}@200; `checkpoint list` shows them.")
         chosen.setdefault(run, set()).add(RunDirectory(run).named(which))
-    removed: list[Path] = []
+    removed: list[Place] = []
     for run, iterations in chosen.items():
         _require_rest(RunDirectory(run), iterations, force=force)
     for run, iterations in chosen.items():

@@ -6,11 +6,9 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
@@ -24,6 +22,7 @@ from megatron_mtp.checkpoint.depth_change import DepthChange
 from megatron_mtp.checkpoint.directory import RunDirectory, resume_candidates, split_name
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, Manifest
 from megatron_mtp.checkpoint.new_layers import NewLayers, read_without
+from megatron_mtp.checkpoint.place_reader import PlaceReader
 from megatron_mtp.checkpoint.preflight import (
     check_missing,
     compare_with_run,
@@ -38,7 +37,9 @@ from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.phases import BASE
 from megatron_mtp.config.serialize import to_dict
 from megatron_mtp.errors import CheckpointError, MegatronMTPError
+from megatron_mtp.mcore.checkpoint import load_shards
 from megatron_mtp.mcore.optimizer import copy_master_weights_to_model, set_master_weights
+from megatron_mtp.storage.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ _PLACE_FIELDS = (
 class Found:
     """A checkpoint that is complete and fits the config."""
 
-    path: Path
+    path: Place
     manifest: Manifest
 
 
@@ -68,7 +69,7 @@ class UnreadableError(CheckpointError):
 
 def load_newest(
     cfg: ConfigContainer,
-    path: str | Path,
+    path: str | Place,
     chunks: list[nn.Module],
     optimizer: MegatronOptimizer,
     dp_cp_group: ProcessGroup,
@@ -104,7 +105,7 @@ def load_newest(
 
 
 def complete_checkpoints(
-    cfg: ConfigContainer, path: str | Path, damaged: list[str], phase: str = BASE
+    cfg: ConfigContainer, path: str | Place, damaged: list[str], phase: str = BASE
 ) -> Iterator[Found]:
     """The complete checkpoints of a run directory, newest first; ends where a fresh start is allowed.
 
@@ -241,7 +242,7 @@ def _load(
         restore_random_state(loaded[RNG_KEY])
 
 
-def read_plan(plan: LoadPlan, folder: Path, change: DepthChange, load_optim: bool) -> dict[str, Any]:
+def read_plan(plan: LoadPlan, folder: Place, change: DepthChange, load_optim: bool) -> dict[str, Any]:
     """The tensors that a plan asks for, after a comparison with all that are stored; new MTP layers are zeros.
 
     Raises:
@@ -255,20 +256,20 @@ def read_plan(plan: LoadPlan, folder: Path, change: DepthChange, load_optim: boo
     return read_without(plan.state, change.is_new, lambda state: read_shards(state, folder))
 
 
-def read_shards(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
+def read_shards(state: ShardedStateDict, folder: Place) -> dict[str, Any]:
     """`state` with tensors in place of shards.
 
     Raises:
         UnreadableError: on every rank: a file cannot be read on some rank, or torch refuses what is in it.
     """
     try:
-        return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+        return load_shards(state, PlaceReader(folder))
     except (CheckpointException, OSError) as failure:  # torch's is not an Exception
         logger.debug("reading failed", exc_info=failure)
         raise UnreadableError(f"{folder}: cannot be read ({describe_error(failure)}).") from failure
 
 
-def check_keys(path: Path, requested: set[str], load_optim: bool, is_dropped: Callable[[str], bool]) -> None:
+def check_keys(path: Place, requested: set[str], load_optim: bool, is_dropped: Callable[[str], bool]) -> None:
     """Compares what all ranks request with what the checkpoint holds, both ways: nothing is skipped silently.
 
     Args:

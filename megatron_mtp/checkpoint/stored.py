@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, cast
 
 import torch
@@ -25,6 +24,7 @@ from megatron_mtp.checkpoint.random_state import RNG_KEY
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place
 
 
 class StoredTensors:
@@ -36,7 +36,7 @@ class StoredTensors:
         with_optimizer: keep the optimizer's tensors too.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata, *, with_optimizer: bool = False):
+    def __init__(self, folder: Place, metadata: Metadata, *, with_optimizer: bool = False):
         self.folder = folder
         self._boxes: dict[str, dict[int, list[_Box]]] = {}
         self._stacks: set[str] = set()
@@ -122,7 +122,7 @@ class StoredWeights(StoredTensors):
         CheckpointError: there is no checkpoint, or it is damaged; names all problems.
     """
 
-    def __init__(self, path: Path, *, verify: bool = True):
+    def __init__(self, path: str | Place, *, verify: bool = True):
         folder = checkpoint_folder(path)
         self.manifest = read_verified(folder) if verify else read_manifest(folder)
         super().__init__(folder, read_metadata(folder, self.manifest))

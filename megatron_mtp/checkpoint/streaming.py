@@ -5,7 +5,6 @@ Conversion from other formats uses it. A run loads what is written here at any l
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ from megatron_mtp.checkpoint.manifest import (
 from megatron_mtp.checkpoint.writer import write_shared_files
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place, remove_tree
 
 
 @dataclass(slots=True)
@@ -37,11 +37,11 @@ class WeightsWriter:
         CheckpointError: the directory cannot be written or holds a checkpoint.
     """
 
-    path: Path
+    path: Place
     file_bytes: int = FILE_BYTES
     iteration: int = 0
     _made: bool = False
-    _kept: Path | None = None
+    _kept: Place | None = None
     _boxes: BoxWriter | None = None
 
     def __enter__(self) -> WeightsWriter:
@@ -62,8 +62,8 @@ class WeightsWriter:
         if kind is not None:
             RunDirectory(self.path).abandon(self.iteration)
             if self._kept is not None:
-                shutil.rmtree(self._kept, ignore_errors=True)
-            if self._made and not any(self.path.iterdir()):
+                remove_tree(self._kept)
+            if self._made and isinstance(self.path, Path) and not any(self.path.iterdir()):
                 self.path.rmdir()
         if isinstance(error, OSError):
             raise CheckpointError(f"{self.path}: the checkpoint was not written ({describe_error(error)}).") from error
@@ -73,12 +73,11 @@ class WeightsWriter:
         assert self._boxes is not None, "only in a `with` block"
         self._boxes.add(key, shape, offset, box)
 
-    def keep(self, source: Path) -> Path:
-        """Copies tokenizer and model files of a folder to RUN/hf, which is returned."""
+    def keep(self, source: Path) -> None:
+        """Copies tokenizer and model files of a folder to RUN/hf."""
         kept = self.path / KEPT_FOLDER
         self._kept = None if kept.exists() else kept
         copy_files(source, kept, model_files(source))
-        return kept
 
     def complete(
         self,
@@ -88,7 +87,7 @@ class WeightsWriter:
         reason: str,
         tokenizer: str | None = None,
         optimizer_step: int | None = None,
-    ) -> Path:
+    ) -> Place:
         """Completes the checkpoint; returns its folder.
 
         Args:

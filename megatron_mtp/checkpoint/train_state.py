@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from megatron_mtp.checkpoint.manifest import TRAIN_STATE_NAME, Manifest, is_count
 from megatron_mtp.config.timeline import Position
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place
 
 
 def _is_number(value: Any) -> bool:
@@ -208,7 +208,7 @@ def _problem(name: str, value: Any) -> str | None:
     return None if _CHECKS[kind](value) else f"{name} = {reprlib.repr(value)} should be {_WORDS.get(kind, kind)}"
 
 
-def read_train_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_train_state(folder: Place, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
     """The train state of a checkpoint, for `TrainState.restore`, and its optimizer's scalars.
 
     An attacker, or who edits it by hand, writes a new checksum too, so the values must make sense.

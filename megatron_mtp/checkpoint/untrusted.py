@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import stat
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_mtp.checkpoint.agreement import describe_error
 from megatron_mtp.checkpoint.manifest import METADATA_NAME, Manifest
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.place import Place, files_in
 
 _ALLOWED = {
     "torch": {"Size"},
@@ -104,7 +105,7 @@ def _ignore(_: Any, __: Any) -> None:
     """In place of a __setstate__ that looks into stand-ins."""
 
 
-def read_metadata(directory: Path, manifest: Manifest | None = None, *, is_foreign: bool = False) -> Metadata:
+def read_metadata(directory: Place, manifest: Manifest | None = None, *, is_foreign: bool = False) -> Metadata:
     """The metadata of a checkpoint, after it and every object it points to were checked.
 
     Args:
@@ -130,10 +131,10 @@ def read_metadata(directory: Path, manifest: Manifest | None = None, *, is_forei
         }
         listed = None if manifest is None else {entry.name for entry in manifest.files}
         places = [(index.fqn, info) for index, info in metadata.storage_data.items()]
+        here = {name for name, found in files_in(directory).items() if stat.S_ISREG(found.st_mode)}
         for _, info in places:
             name = info.relative_path
-            is_here = Path(name).name == name and (directory / name).is_file()
-            if not is_here or getattr(info, "transform_descriptors", None):
+            if name not in here or getattr(info, "transform_descriptors", None):
                 raise ValueError(f"it leads to {name!r}")
             if listed is not None and name not in listed:
                 raise ValueError(f"it leads to {name!r}, which the manifest does not list")
@@ -145,7 +146,7 @@ def read_metadata(directory: Path, manifest: Manifest | None = None, *, is_forei
     return metadata
 
 
-def _check_object(path: Path, key: str, offset: int, length: int) -> None:
+def _check_object(path: Place, key: str, offset: int, length: int) -> None:
     try:
         with path.open("rb") as stream:
             stream.seek(offset)

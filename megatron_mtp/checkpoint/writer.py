@@ -18,13 +18,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
@@ -35,7 +34,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_mtp.checkpoint.agreement import describe_error, run_on_rank_0
 from megatron_mtp.checkpoint.content import COMMON_KEY
-from megatron_mtp.checkpoint.directory import write_durably
 from megatron_mtp.checkpoint.manifest import (
     CONFIG_NAME,
     METADATA_NAME,
@@ -49,6 +47,7 @@ from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.mcore.checkpoint import to_torch_items
 from megatron_mtp.mcore.kept_buffers import KeptBuffers
+from megatron_mtp.storage.place import Place, files_in, new_file, write_durably
 
 Payload = torch.Tensor | io.BytesIO
 
@@ -126,16 +125,15 @@ def _copied(tensor: torch.Tensor, live_storages: set[int], buffers: KeptBuffers)
     return buffers.take(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def write(file: RankFile, directory: Path, rank: int) -> Written:
+def write(file: RankFile, directory: Place, rank: int) -> Written:
     """Writes and syncs this rank's file. Never raises: the other ranks wait for the outcome."""
     if not file.items:
         return Written([], None)
     path = directory / f"__{rank}_0.distcp"
     try:
-        with path.open("wb", buffering=0) as raw, _without_crc32(), ThreadPoolExecutor(1) as thread:
+        with new_file(path) as raw, _without_crc32(), ThreadPoolExecutor(1) as thread:
             stream = HashedStream(raw, None if file.is_snapshot else thread)
             results = [_write_item(stream, path.name, item, payload) for item, payload in file.items]
-            os.fsync(raw.fileno())
         size = path.stat().st_size
         if size != stream.position:
             raise OSError(f"{size} of {stream.position} bytes arrived")
@@ -215,7 +213,7 @@ def _without_crc32() -> Iterator[None]:
 
 
 def write_shared_files(
-    directory: Path, cfg: ConfigContainer, state: dict[str, Any], metadata: Metadata | None, written: list[Written]
+    directory: Place, cfg: ConfigContainer, state: dict[str, Any], metadata: Metadata | None, written: list[Written]
 ) -> list[FileEntry]:
     """Writes what a checkpoint holds beside the ranks' files, on rank 0: config, state and metadata.
 
@@ -231,8 +229,9 @@ def write_shared_files(
         OSError: the disk refused, or a rank's file is not where rank 0 looks.
     """
     entries = [one.entry for one in written if one.entry]
+    there = files_in(directory)
     for entry in entries:
-        if not (directory / entry.name).exists():
+        if entry.name not in there:
             raise OSError(f"{directory / entry.name} was written but is not here: ranks must share the file system")
     write_durably(directory / CONFIG_NAME, to_yaml(cfg).encode())
     write_durably(directory / TRAIN_STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
@@ -240,14 +239,14 @@ def write_shared_files(
     return [*(describe_file(directory / name) for name in REQUIRED_NAMES), *entries]
 
 
-def write_metadata(directory: Path, metadata: Metadata | None, written: list[Written]) -> None:
+def write_metadata(directory: Place, metadata: Metadata | None, written: list[Written]) -> None:
     """Writes by which a loader finds each shard in the files that were written."""
     assert metadata is not None, "the metadata is on rank 0"
     metadata.version = CURRENT_DCP_VERSION
     metadata.storage_meta = StorageMeta()
     metadata.storage_data = {result.index: result.storage_data for one in written for result in one.results}
     write_durably(directory / METADATA_NAME, pickle.dumps(metadata))
-    save_config(CheckpointingConfig("torch_dist", 1), str(directory))  # metadata.json
+    write_durably(directory / CONFIG_FNAME, json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode())
 
 
 NICENESS = 10
@@ -258,7 +257,7 @@ priority. Not 19, since a thread that hardly ever runs could keep the interprete
 class BackgroundWrite:
     """`write` in a thread. The thread ends with the process: a file that is not finished is in no manifest."""
 
-    def __init__(self, file: RankFile, directory: Path, rank: int):
+    def __init__(self, file: RankFile, directory: Place, rank: int):
         self._written: Written | None = None
 
         def work() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_mtp.cli.addresses import accepts_addresses
+
 if TYPE_CHECKING:
     from megatron_mtp.checkpoint.manifest import Manifest
     from megatron_mtp.checkpoint.merging import Merged
@@ -15,10 +17,11 @@ if TYPE_CHECKING:
 checkpoint = typer.Typer(
     no_args_is_help=True,
     help="Look at checkpoints, check them, remove them, average them. RUN@200, RUN@best (lowest loss, by "
-    "checkpoint.best_metric) and RUN@latest name one of a run directory; RUN alone is the newest.",
+    "checkpoint.best_metric) and RUN@latest name one of a run directory; RUN alone is the newest. RUN may be an "
+    "address, such as s3://bucket/run.",
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or its address.")]
 One = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="RUN, RUN@200, RUN@best, or a checkpoint's folder.")]
 Many = Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="As RUN@200; each must name an iteration.")]
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="New run directory; must hold no checkpoint.")]
@@ -26,6 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
 @checkpoint.command("list")
+@accepts_addresses("run")
 def list_(run: Run, json: Json = False) -> None:
     """List the checkpoints of a run, oldest first, incomplete ones with the reason."""
     from megatron_mtp.checkpoint.directory import RunDirectory, by_validation_loss, deciding_metric, why_empty
@@ -66,12 +70,13 @@ def list_(run: Run, json: Json = False) -> None:
 
 
 @checkpoint.command()
+@accepts_addresses("checkpoint")
 def show(checkpoint: One, json: Json = False) -> None:
     """Show what one checkpoint holds, and what wrote it."""
     from megatron_mtp.checkpoint.stored import StoredWeights
     from megatron_mtp.checkpoint.train_state import read_train_state
 
-    stored = StoredWeights(Path(checkpoint), verify=False)
+    stored = StoredWeights(checkpoint, verify=False)
     counts: dict[str, dict[str, int]] = {"mtp": {"tensors": 0, "values": 0}, "main": {"tensors": 0, "values": 0}}
     for key, tensor in stored.tensors.items():
         count = counts["mtp" if ".mtp." in f".{key}" else "main"]
@@ -105,6 +110,7 @@ def show(checkpoint: One, json: Json = False) -> None:
 
 
 @checkpoint.command()
+@accepts_addresses("checkpoints")
 def verify(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="RUN (all of its checkpoints), RUN@200, or a folder.")
@@ -114,11 +120,12 @@ def verify(
     from megatron_mtp.checkpoint.directory import RunDirectory, checkpoint_folder
     from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, read_verified
     from megatron_mtp.errors import CheckpointError
+    from megatron_mtp.storage.place import place
 
     problems = []
     for name in checkpoints:
         directory = RunDirectory(name)
-        iterations = [] if (Path(name) / MANIFEST_NAME).exists() else directory.iterations()
+        iterations = [] if (place(name) / MANIFEST_NAME).exists() else directory.iterations()
         try:
             folders = [directory.final_path(iteration) for iteration in iterations] or [checkpoint_folder(name)]
         except CheckpointError as error:
@@ -137,6 +144,7 @@ def verify(
 
 
 @checkpoint.command()
+@accepts_addresses("checkpoints", "output")
 def average(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="As RUN@200; with --last, one run directory.")
@@ -163,6 +171,7 @@ def average(
 
 
 @checkpoint.command()
+@accepts_addresses("checkpoint", "output")
 def strip(checkpoint: One, output: Out, json: Json = False) -> None:
     """Write the weights of a checkpoint without optimizer and random state, about a seventh of its size."""
     from megatron_mtp.checkpoint.merging import strip
@@ -171,6 +180,7 @@ def strip(checkpoint: One, output: Out, json: Json = False) -> None:
 
 
 @checkpoint.command()
+@accepts_addresses("checkpoints")
 def rm(
     checkpoints: Many,
     force: Annotated[bool, typer.Option("--force", help="Also if no complete checkpoint of the run is left.")] = False,

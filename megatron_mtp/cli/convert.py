@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_mtp.cli.addresses import accepts_addresses
 from megatron_mtp.cli.choose import Files, Overrides, choose_config
 from megatron_mtp.errors import ConfigError
 
@@ -83,6 +84,7 @@ def import_(
 
 
 @convert.command()
+@accepts_addresses("checkpoint")
 def export(
     checkpoint: Checkpoint,
     hf_dir: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -127,6 +129,7 @@ def export(
 
 
 @convert.command()
+@accepts_addresses("checkpoint")
 def check(
     checkpoint: Checkpoint,
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face folder to compare with.")],
@@ -174,6 +177,7 @@ def from_megatron(
 
 
 @convert.command("to-megatron")
+@accepts_addresses("checkpoint")
 def to_megatron(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="Run directory of Megatron-LM to create.")],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_mtp.cli.addresses import accepts_addresses
 from megatron_mtp.cli.choose import Overrides
 from megatron_mtp.config.blend import set_label
 from megatron_mtp.errors import ConfigError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_mtp.training.evaluation import EvaluationResult
 
 
+@accepts_addresses("checkpoint")
 def evaluate(
     checkpoint: Annotated[
         str,

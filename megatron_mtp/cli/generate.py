@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_mtp.cli.addresses import accepts_addresses
 from megatron_mtp.drafting.requests import Request, read_requests
 from megatron_mtp.errors import ConfigError, DataError
 
@@ -33,6 +34,7 @@ Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Device to r
 TokenizerPath = Annotated[str | None, typer.Option(help="Tokenizer file or folder to use instead of the model's.")]
 
 
+@accepts_addresses("source")
 def generate(
     source: Source,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeatable.")] = None,

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from megatron_mtp.cli.addresses import accepts_addresses
 from megatron_mtp.cli.generate import Device, DraftVocab, Dtype, NumDraft, Source, TokenizerPath, parse_num_draft
 
 
+@accepts_addresses("source")
 def spec_eval(
     source: Source,
     data: Annotated[list[str], typer.Option(help="Held-out .jsonl or text file, one per domain; repeatable.")],

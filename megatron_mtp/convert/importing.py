@@ -101,7 +101,7 @@ def import_hf(
             writer.add(link.key, link.shape, link.offset, source.read(link))
         for link, copies in source.new_links:
             writer.add(link.key, link.shape, link.offset, source.initial(link, copies, mtp_init))
-        kept = writer.keep(source.folder)
+        writer.keep(source.folder)
         report.files = [f"{KEPT_FOLDER}/{name}" for name in model_files(source.folder)]
         if (reason := why_no_text(source.folder)) is not None:
             report.notes.append(reason)
@@ -110,7 +110,7 @@ def import_hf(
                 "the feed-forward blocks of new MTP layers are initialised as in a new model: model.mtp_layer_mlp = "
                 f"{source.cfg.model.mtp_layer_mlp!r} gives them another form than that of the trunk's last layer."
             )
-        final = _with_tokenizer(source.cfg, kept)
+        final = _with_tokenizer(source.cfg, Path(out_dir) / KEPT_FOLDER)
         writer.complete(final, TrainState().to_dict(), reason="imported", tokenizer=tokenizer_fingerprint(final))
     _fill_report(source, report)
     return report

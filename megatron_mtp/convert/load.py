@@ -22,14 +22,16 @@ from megatron_mtp.convert.side_files import read_config
 from megatron_mtp.convert.warm_start import MTPInit
 from megatron_mtp.model.sharded import sharded_tensors, unwrap
 from megatron_mtp.recipes.common import pretrain_common
+from megatron_mtp.storage.address import is_address
+from megatron_mtp.storage.place import Place
 
 
-def is_hf_folder(source: str | Path) -> bool:
+def is_hf_folder(source: str | Place) -> bool:
     """Whether a folder is a Hugging Face model: it has a config.json."""
-    return (Path(source) / HF_CONFIG_NAME).is_file()
+    return not is_address(source) and (Path(str(source)) / HF_CONFIG_NAME).is_file()
 
 
-def config_of(source: str | Path) -> ConfigContainer:
+def config_of(source: str | Place) -> ConfigContainer:
     """The config of the model in a folder, for one rank and not finalized.
 
     Args:
@@ -40,10 +42,10 @@ def config_of(source: str | Path) -> ConfigContainer:
     """
     if is_hf_folder(source):
         cfg = pretrain_common()
-        cfg.model = model_config_from_hf(read_config(Path(source)))
+        cfg.model = model_config_from_hf(read_config(Path(str(source))))
         cfg.precision.dtype = "fp32"
     else:
-        cfg = StoredWeights(Path(source), verify=False).config()
+        cfg = StoredWeights(source, verify=False).config()
         for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
             setattr(cfg.model, f"{name}_parallel_size", 1)
         cfg.model.update(virtual_pipeline_model_parallel_size=None, expert_tensor_parallel_size=None)
@@ -54,7 +56,7 @@ def config_of(source: str | Path) -> ConfigContainer:
 
 def load_weights(
     chunks: Sequence[nn.Module],
-    source: str | Path,
+    source: str | Place,
     cfg: ConfigContainer,
     groups: ProcessGroupCollection,
     *,
@@ -73,9 +75,9 @@ def load_weights(
         ConversionError, CheckpointError: names what does not fit. Weights may be partly loaded.
     """
     if not is_hf_folder(source):
-        load_model_weights(checkpoint_folder(Path(source)), list(chunks), groups.dp_cp)
+        load_model_weights(checkpoint_folder(source), list(chunks), groups.dp_cp)
         return
-    plan = plan_hf(Path(source), cfg, mtp_init=mtp_init)
+    plan = plan_hf(Path(str(source)), cfg, mtp_init=mtp_init)
     by_key: dict[str, list[tuple[TensorLink, bool | None]]] = {}
     for link in plan.links:
         by_key.setdefault(link.key, []).append((link, None))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mtp.checkpoint.boxes import BoxWriter
-from megatron_mtp.checkpoint.directory import LATEST_NAME, write_durably
+from megatron_mtp.checkpoint.directory import LATEST_NAME
 from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.checkpoint.train_state import read_train_state
 from megatron_mtp.checkpoint.writer import write_metadata
@@ -19,6 +19,7 @@ from megatron_mtp.convert.report import Report
 from megatron_mtp.convert.tensor_forms import finite
 from megatron_mtp.errors import ConversionError
 from megatron_mtp.parallel.params import padded_vocab_size
+from megatron_mtp.storage.place import Place, write_durably
 
 Spec = Literal["te", "local"]
 """Which layer specs read the checkpoint: Transformer Engine's, or Megatron-Core's local ones."""
@@ -26,7 +27,7 @@ RELEASE = "release"
 """Folder of a checkpoint that Megatron-LM starts from at iteration 0, without optimizer and random state."""
 
 
-def export_megatron(checkpoint: str | Path, out_dir: str | Path, *, spec: Spec = "te", verify: bool = True) -> Report:
+def export_megatron(checkpoint: str | Place, out_dir: str | Path, *, spec: Spec = "te", verify: bool = True) -> Report:
     """Writes the weights of a checkpoint as a run directory of Megatron-LM.
 
     Args:
@@ -39,7 +40,7 @@ def export_megatron(checkpoint: str | Path, out_dir: str | Path, *, spec: Spec =
         ConversionError, CheckpointError: names everything that does not fit; nothing is left behind.
     """
     target = check_new_folder(out_dir)
-    weights = StoredWeights(Path(checkpoint), verify=verify)
+    weights = StoredWeights(checkpoint, verify=verify)
     cfg = weights.config()
     _refuse_unknown(cfg.model)
     report = Report(str(weights.folder), str(target), "megatron torch_dist")

@@ -17,6 +17,7 @@ from megatron_mtp.checkpoint.kept_files import (
 )
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConversionError
+from megatron_mtp.storage.place import Place
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -43,7 +44,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def tokenizer_to_export(cfg: ConfigContainer, checkpoint: Path, chosen: Path | None) -> Path | None:
+def tokenizer_to_export(cfg: ConfigContainer, checkpoint: Place, chosen: Path | None) -> Path | None:
     """Folder or tokenizer.json of the tokenizer to export: the caller's choice, or the run's. None: it has none.
 
     Args:

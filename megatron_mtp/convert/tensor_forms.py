@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from megatron_mtp.convert.links import TensorLink
 from megatron_mtp.errors import ConversionError
 
 
-def finite(tensor: Tensor, name: str, folder: Path) -> Tensor:
+def finite(tensor: Tensor, name: str, folder: object) -> Tensor:
     """The tensor itself.
 
     Raises:

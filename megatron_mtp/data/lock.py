@@ -14,6 +14,8 @@ FUSE file systems), which others keep to one machine, and which does not say who
   file is there SETTLE_S later has the lock.
 - **Losing it.** A process that was frozen for longer than SILENT_S may find that another one has taken over.
   `check` raises then; an owner calls it before it changes anything in the directory.
+- **On object storage** the lock is an object, made by a request that fails where one is. Only its owner writes the
+  object of its heartbeat beside it, so that a frozen owner that wakes up cannot overwrite the lock of the next one.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
 from megatron_mtp.errors import InUseError
+from megatron_mtp.storage.place import Place
+from megatron_mtp.storage.remote_path import RemotePath
 
 logger = logging.getLogger(__name__)
 
@@ -107,15 +111,44 @@ UNKNOWN = Owner("", "", "", 0, "", "", "")
 """Owner of a lock that is just being written, or whose writer died in the middle of it."""
 
 
+class _Storage(Protocol):
+    """Where a lock is kept."""
+
+    def exists(self) -> bool: ...
+
+    def create(self, owner: Owner) -> bool:
+        """Makes the lock, unless there is one."""
+
+    def read(self) -> tuple[Owner, int]:
+        """The owner, and the time of its last heartbeat in ns.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+
+    def beat(self, owner: Owner) -> None:
+        """Renews the heartbeat of the owner."""
+
+    def replace(self, owner: Owner) -> None:
+        """Puts a lock in place of the one that is there."""
+
+    def take_over(self, gone: Owner, owner: Owner) -> bool:
+        """Replaces the lock of an owner that is gone, unless another process was faster."""
+
+    def remove(self, owner: Owner) -> None:
+        """Removes the lock of this owner."""
+
+
 class Lock:
-    """A lock file.
+    """A lock file, or a lock behind an address.
 
     Args:
         path: the file; its folder must exist.
         what: what it protects, as messages name it: `checkpoint.save = /shared/run`.
     """
 
-    def __init__(self, path: Path, what: str):
+    def __init__(self, path: Place, what: str):
+        self._storage: _Storage = _Object(path) if isinstance(path, RemotePath) else _File(path)
         self.path, self.what, self.owner = path, what, Owner.this_process()
         self.silent_s = 0.0
         """Seconds for which this process has watched the present owner without a heartbeat."""
@@ -168,9 +201,9 @@ class Lock:
             InUseError: another process has it.
             OSError: the file cannot be read or made.
         """
-        if not self.path.exists() and self._create():
+        if not self._storage.exists() and self._storage.create(self.owner):
             return
-        if (owner := self._read()[0]).token != self.owner.token:
+        if (owner := self._storage.read()[0]).token != self.owner.token:
             raise InUseError(
                 f"{self.what}: is in use by {owner}, which took over from this process ({self.owner}) because it gave "
                 f"no heartbeat for {SILENT_S:.0f} s or its lock {self.path} was removed. This process changes nothing "
@@ -182,7 +215,7 @@ class Lock:
         with suppress(OSError, InUseError):
             self.check()
             self.owner = replace(self.owner, is_leaving=True)
-            self._replace()
+            self._storage.replace(self.owner)
 
     def release(self) -> None:
         """Gives the lock back, if this process has it. May be called twice. Errors are ignored."""
@@ -190,12 +223,12 @@ class Lock:
         if self._thread.is_alive():
             self._thread.join()
         with suppress(OSError):
-            if self._read()[0].token == self.owner.token:
-                self.path.unlink()
+            if self._storage.read()[0].token == self.owner.token:
+                self._storage.remove(self.owner)
 
     def _try(self) -> Owner | None:
         """One attempt. Returns who has the lock; None: this process."""
-        if self._create():
+        if self._storage.create(self.owner):
             self._thread.start()
             return None
         try:
@@ -205,7 +238,7 @@ class Lock:
 
     def _examine(self) -> Owner | None:
         """Looks at the lock of another owner, and takes it over if that one is gone."""
-        owner, changed = self._read()
+        owner, changed = self._storage.read()
         now_s = time.monotonic()
         if (owner.token, changed) != self._stamp:
             self.has_beaten = self._stamp is not None and self._stamp[0] == owner.token
@@ -213,28 +246,66 @@ class Lock:
         else:
             self.silent_s += min(now_s - self._looked_s, 2 * POLL_S)
         self._looked_s = now_s
-        if (owner.is_gone or (not owner.is_here and self.silent_s >= SILENT_S)) and self._take_over(owner):
+        if (owner.is_gone or (not owner.is_here and self.silent_s >= SILENT_S)) and self._storage.take_over(
+            owner, self.owner
+        ):
             logger.warning("%s: taken over from %s, which is gone", self.what, owner)
             self._thread.start()
             return None
         return owner
 
-    def _create(self) -> bool:
-        """Makes the file, unless there is one."""
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            with suppress(OSError):  # the next beat, or the next save, may have more luck
+                if self._storage.read()[0].token != self.owner.token:
+                    return
+                self._storage.beat(self.owner)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """On a file system."""
+
+    path: Path
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def create(self, owner: Owner) -> bool:
         try:
             file = self.path.open("xb")
         except FileExistsError:
             return False
         try:
             with file:
-                self._write(file)
+                file.write(_as_bytes(owner))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError:
             self.path.unlink(missing_ok=True)
             raise
         return True
 
-    def _take_over(self, gone: Owner) -> bool:
-        """Replaces the lock of an owner that is gone, unless another process is faster."""
+    def read(self) -> tuple[Owner, int]:
+        with self.path.open("rb") as file:  # NFS asks its server again for a file that is opened
+            text, changed = file.read(), os.fstat(file.fileno()).st_mtime_ns
+        return _as_owner(text), changed
+
+    def beat(self, owner: Owner) -> None:
+        os.utime(self.path)
+
+    def replace(self, owner: Owner) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{owner.token}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(_as_bytes(owner))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def take_over(self, gone: Owner, owner: Owner) -> bool:
         with self.path.open("rb") as old:
             has_flock = True
             try:
@@ -243,42 +314,78 @@ class Lock:
                 return False
             except OSError:
                 has_flock = False
-            if self._read()[0].token != gone.token or not os.path.samestat(os.fstat(old.fileno()), self.path.stat()):
+            if self.read()[0].token != gone.token or not os.path.samestat(os.fstat(old.fileno()), self.path.stat()):
                 return False
-            self._replace()
+            self.replace(owner)
         if not has_flock:
             time.sleep(SETTLE_S)
-        return self._read()[0].token == self.owner.token
+        return self.read()[0].token == owner.token
 
-    def _replace(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{self.owner.token}")
+    def remove(self, owner: Owner) -> None:
+        self.path.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """On object storage."""
+
+    path: RemotePath
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def create(self, owner: Owner) -> bool:
         try:
-            with temporary.open("wb") as file:
-                self._write(file)
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            self.path.create(_as_bytes(owner))
+        except FileExistsError:
+            # A request whose answer was lost is repeated, and finds what it made.
+            if self.read()[0].token != owner.token:
+                return False
+        self.beat(owner)
+        return True
 
-    def _write(self, file: IO[bytes]) -> None:
-        file.write((json.dumps(asdict(self.owner), indent=1) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-    def _read(self) -> tuple[Owner, int]:
-        """The owner, and when the file was changed last. NFS asks its server anew for a file that is opened."""
-        with self.path.open("rb") as file:
-            text, changed = file.read(), os.fstat(file.fileno()).st_mtime_ns
+    def read(self) -> tuple[Owner, int]:
+        owner = _as_owner(self.path.read_bytes())
         try:
-            return Owner(**json.loads(text)), changed
-        except (ValueError, TypeError):
-            return UNKNOWN, changed
+            beaten = self._beat_path(owner).stat()
+        except FileNotFoundError:
+            beaten = self.path.stat()
+        return owner, beaten.st_mtime_ns
 
-    def _beat(self) -> None:
-        while not self._closed.wait(BEAT_S):
-            with suppress(OSError):  # the next beat, or the next save, may have more luck
-                if self._read()[0].token != self.owner.token:
-                    return
-                os.utime(self.path)
+    def beat(self, owner: Owner) -> None:
+        self._beat_path(owner).write_bytes(b"")
+
+    def replace(self, owner: Owner) -> None:
+        self.path.write_bytes(_as_bytes(owner))
+
+    def take_over(self, gone: Owner, owner: Owner) -> bool:
+        self.replace(owner)
+        self.beat(owner)
+        time.sleep(SETTLE_S)
+        if self.read()[0].token != owner.token:
+            self._beat_path(owner).unlink()
+            return False
+        with suppress(OSError):
+            self._beat_path(gone).unlink(missing_ok=True)
+        return True
+
+    def remove(self, owner: Owner) -> None:
+        self.path.unlink()
+        self._beat_path(owner).unlink(missing_ok=True)
+
+    def _beat_path(self, owner: Owner) -> RemotePath:
+        return self.path.with_name(f"{self.path.name}.{owner.token or 'unknown'}.beat")
+
+
+def _as_bytes(owner: Owner) -> bytes:
+    return (json.dumps(asdict(owner), indent=1) + "\n").encode()
+
+
+def _as_owner(text: bytes) -> Owner:
+    try:
+        return Owner(**json.loads(text))
+    except (ValueError, TypeError):
+        return UNKNOWN
 
 
 def _machine() -> str:

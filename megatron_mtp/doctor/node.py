@@ -22,6 +22,8 @@ from megatron_mtp.config.units import GIB
 from megatron_mtp.errors import ConfigError, NodeError, Problem
 from megatron_mtp.observe.env import package_versions
 from megatron_mtp.parallel.params import count_parameters
+from megatron_mtp.storage.address import is_address
+from megatron_mtp.storage.place import place, try_writing
 
 MIN_SCRATCH_GIB = 1.0
 """Free space that temporary files, and the memory that ranks of a node share, need at least."""
@@ -155,11 +157,11 @@ def path_problems(path: RunPath) -> Iterator[Problem]:
         for missing in path.missing()[:1]:
             yield Problem(fields=(path.field,), value=path.path, rule=f"there is no {missing} here")
         return
-    place = _existing(path.path)
+    folder = place(path.path) if is_address(path.path) else _existing(path.path)
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=place))
+        try_writing(folder)
     except OSError as error:
-        yield Problem(fields=(path.field,), value=path.path, rule=f"{place} cannot be written ({error.strerror})")
+        yield Problem(fields=(path.field,), value=path.path, rule=f"{folder} cannot be written ({error.strerror})")
 
 
 def _existing(path: str) -> Path:
@@ -172,7 +174,7 @@ def _existing(path: str) -> Path:
 
 def _space_problems(cfg: ConfigContainer) -> Sequence[Problem]:
     save, needed = cfg.checkpoint.save, checkpoint_bytes(cfg)
-    if save is None or (free := shutil.disk_usage(_existing(save)).free) >= needed:
+    if save is None or is_address(save) or (free := shutil.disk_usage(_existing(save)).free) >= needed:
         return []
     rule = f"{free / GIB:.1f} GiB are free there, and one checkpoint takes {needed / GIB:.1f}"
     return [Problem(fields=("checkpoint.save",), value=save, rule=rule, remedy="Make room, or choose another folder.")]

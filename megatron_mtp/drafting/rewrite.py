@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER
+from megatron_mtp.checkpoint.kept_files import KEPT_FOLDER, kept_folder
 from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.checkpoint.streaming import WeightsWriter
 from megatron_mtp.config import ConfigContainer
@@ -30,7 +30,7 @@ def rewrite(stored: StoredWeights, new: dict[str, Tensor], cfg: ConfigContainer,
     """
     if misfits := [key for key, value in new.items() if key not in stored.tensors or stored.shape(key) != value.shape]:
         raise ConversionError(f"{stored.folder}: has no tensor of this name and shape: {', '.join(sorted(misfits))}.")
-    kept = stored.folder.parent / KEPT_FOLDER
+    kept = kept_folder(stored.folder)
     with WeightsWriter(out) as writer:
         for key in stored.tensors:
             for offset, size in stored.boxes(key):
@@ -38,5 +38,5 @@ def rewrite(stored: StoredWeights, new: dict[str, Tensor], cfg: ConfigContainer,
                 box = new[key][place].to(stored.dtype(key)) if key in new else stored.read(key, offset, size)
                 writer.add(key, stored.shape(key), offset, box.contiguous())
         writer.complete(cfg.finalize(), TrainState().to_dict(), reason=reason, tokenizer=stored.manifest.tokenizer)
-    if kept.is_dir():  # last: a failed checkpoint leaves nothing behind
+    if kept is not None:  # last: a failed checkpoint leaves nothing behind
         shutil.copytree(kept, out / KEPT_FOLDER)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import logging
 import os
 import random
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megatron_mtp.errors import ConfigError, Problem
+from megatron_mtp.errors import ConfigError, MegatronMTPError, Problem
 from megatron_mtp.storage.address import SCHEMES, address_problem, address_text, split_address
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ CONNECTIONS = 32
 """Requests of one process at a time; more of them wait."""
 PART_BYTES = 50 << 20
 """Size of the parts in which objects are written. S3 takes 10,000 parts: 488 GiB for each rank's file."""
+
+_RANDOM = random.Random()
+"""Draws the pauses, the drivers' too: Python's own generator is part of the state of a run, and must not depend on how
+often a server was asked."""
 
 _CUT = frozenset("ClientPayloadError IncompleteRead IncompleteReadError ResponseStreamingError".split())
 """Errors of an answer that broke off, by name: the drivers that raise them may not be installed."""
@@ -75,6 +80,10 @@ def _driver(scheme: str, bucket: str, pid: int) -> AbstractFileSystem:
         raise ConfigError(Problem(rule=f"{scheme}://{bucket}: {_text(error)}")) from error
     if scheme == "s3":
         fs.retries = 1  # botocore repeats requests already, with pauses
+        start = importlib.import_module("botocore.retries.standard").ExponentialBackoff.__init__
+        start.__defaults__ = tuple(_RANDOM.random if one == random.random else one for one in start.__defaults__)
+    elif scheme == "gs":
+        setattr(importlib.import_module("gcsfs.retry"), "random", _RANDOM)  # noqa: B010 -- mypy knows no name of it
     return fs
 
 
@@ -86,7 +95,7 @@ def again[T](read: Callable[[], T]) -> T:
         except Exception as error:  # drivers share no base of their errors
             if not _is_cut(error):
                 raise
-            pause_s = random.uniform(0.5, 1) * 0.2 * 2**attempt
+            pause_s = _RANDOM.uniform(0.5, 1) * 0.2 * 2**attempt
             logger.debug("an answer broke off (%s), attempt %d; again in %.1f s", error, attempt, pause_s)
             time.sleep(pause_s)
     return read()
@@ -101,23 +110,44 @@ def _is_cut(error: BaseException) -> bool:
     return any(isinstance(one, CutError) or type(one).__name__ in _CUT for one in chain)
 
 
-def plain_error(error: Exception, address: str) -> OSError:
+class StorageError(MegatronMTPError, OSError):
+    """Object storage refused, or cannot be reached. Where nobody handles it, it is a message for the user."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}."
+
+
+class MissingError(StorageError, FileNotFoundError):
+    """Nothing is at an address."""
+
+
+class PresentError(StorageError, FileExistsError):
+    """Something is at an address already."""
+
+
+class DeniedError(StorageError, PermissionError):
+    """The credentials do not allow it."""
+
+
+def plain_error(error: Exception, address: str) -> StorageError:
     """A driver's error as an OSError whose `strerror` says what is wrong."""
     cause = error.__cause__ or error
     code = (getattr(cause, "response", None) or {}).get("Error", {}).get("Code", "")
     if code == "NoSuchBucket":
-        return OSError(errno.EIO, f"there is no bucket {split_address(address)[1][0]!r}")
+        return StorageError(errno.EIO, f"there is no bucket {split_address(address)[1][0]!r}", address)
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, "no such object", address)
+        return MissingError(errno.ENOENT, "no such object", address)
     if isinstance(error, FileExistsError):
-        return FileExistsError(errno.EEXIST, "exists already", address)
+        return PresentError(errno.EEXIST, "exists already", address)
     if isinstance(error, PermissionError):
-        return PermissionError(errno.EACCES, f"permission denied: {_text(error)}", address)
+        return DeniedError(errno.EACCES, f"permission denied: {_text(error)}", address)
     number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-    return OSError(number, _text(error), address)
+    return StorageError(number, _text(error), address)
 
 
 def _text(error: Exception) -> str:
+    if isinstance(error, StorageError):
+        return str(error.strerror)
     name = type(error).__name__
     if name in ("NoCredentialsError", "PartialCredentialsError"):
         return "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"

@@ -6,6 +6,9 @@ import errno
 import io
 import os
 import shutil
+import stat
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +76,20 @@ def replace_durably(path: Place, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def try_writing(folder: Place) -> None:
+    """Makes something in a folder and removes it: permission bits lie for root on NFS and on read-only mounts.
+
+    Raises:
+        OSError: the storage refused.
+    """
+    if isinstance(folder, RemotePath):
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    else:
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=folder))
+
+
 def remove_tree(path: Place) -> None:
     """Removes a folder with all that is in it. Errors are ignored."""
     if not isinstance(path, RemotePath):
@@ -80,6 +97,36 @@ def remove_tree(path: Place) -> None:
         return
     with suppress(OSError):
         path.remove_tree()
+
+
+def folders_in(path: Place) -> list[Place]:
+    """The folders in a folder by name; none if it is not there."""
+    if not isinstance(path, RemotePath):
+        return sorted(path.glob("*/"))
+    try:
+        return [path / name for name, found in sorted(path.entries().items()) if stat.S_ISDIR(found.st_mode)]
+    except FileNotFoundError:
+        return []
+
+
+def files_in(path: Place) -> dict[str, os.stat_result]:
+    """Every file, pipe or device in a folder by name, links followed; none if it is not there.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    if isinstance(path, RemotePath):
+        try:
+            found = path.entries()
+        except FileNotFoundError:
+            return {}
+    else:
+        found = {}
+        with suppress(FileNotFoundError), os.scandir(path) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # a link to nothing, or removed since
+                    found[entry.name] = entry.stat()
+    return {name: one for name, one in found.items() if not stat.S_ISDIR(one.st_mode)}
 
 
 def sync_directory(path: Path) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import IO, Any, cast
+from typing import Any, Literal, cast
 
 from megatron_mtp.storage.address import address_text, split_address
-from megatron_mtp.storage.connection import PART_BYTES, CutError, again, connect, plain_error
+from megatron_mtp.storage.connection import PART_BYTES, CutError, StorageError, again, connect, plain_error
 
 _MARKS = ("ETag", "etag", "generation", "created")
 """What drivers call the mark of an object's version; `memory` has the time alone."""
@@ -33,6 +33,8 @@ def _plainly[F: Callable[..., Any]](method: F) -> F:
     def plain(self: RemotePath, *args: Any, **values: Any) -> Any:
         try:
             return method(self, *args, **values)
+        except StorageError:
+            raise
         except Exception as error:  # drivers share no base of their errors
             raise plain_error(error, str(self)) from error
 
@@ -175,10 +177,10 @@ class RemotePath:
 
         return again(read)
 
-    def open(self, mode: str = "rb") -> IO[bytes]:
+    def open(self, mode: Literal["rb"] = "rb") -> io.BufferedReader:
         """An object to read, from any place."""
         assert mode == "rb", "objects are written by `upload` or `write_bytes`"
-        return cast(IO[bytes], io.BufferedReader(_Reader(self, self.stat().st_size), READ_BYTES))
+        return io.BufferedReader(_Reader(self, self.stat().st_size), READ_BYTES)
 
     # ---- writing ----
 
@@ -214,9 +216,10 @@ class RemotePath:
             self._fs.rm_file(self._key)
 
     @_plainly
-    def remove_tree(self) -> None:
-        """Removes all that is in a folder."""
-        if found := self._fs.find(self._key):
+    def remove_tree(self, but: str | None = None) -> None:
+        """Removes all that is in a folder, but one file in it."""
+        kept = None if but is None else (self / but)._at
+        if found := [name for name in self._fs.find(self._key) if name.strip("/") != kept]:
             self._fs.rm(found)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:

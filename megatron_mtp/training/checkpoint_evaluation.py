@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_mtp.checkpoint.directory import checkpoint_folder
 from megatron_mtp.checkpoint.kept_files import kept_tokenizer
@@ -20,6 +19,7 @@ from megatron_mtp.device.process_group import env_rank, job_size
 from megatron_mtp.errors import ConfigError, Problem
 from megatron_mtp.observe.logs import setup_logging
 from megatron_mtp.parallel.resolve import resolve
+from megatron_mtp.storage.place import Place
 from megatron_mtp.training.evaluation import BetweenBatches, EvaluationResult, evaluate
 from megatron_mtp.training.guards.preemption import SignalWatch
 from megatron_mtp.training.pretrain import prepare_config
@@ -49,7 +49,7 @@ class CheckpointEvaluation:
 
 
 def evaluation_config(
-    source: str | Path, sets: Mapping[str, str] | None = None, *, keep_layout: bool = False
+    source: str | Place, sets: Mapping[str, str] | None = None, *, keep_layout: bool = False
 ) -> ConfigContainer:
     """The config of the model in `source`, made one that evaluates; not finalized. It saves, logs and resumes nothing.
 
@@ -62,7 +62,7 @@ def evaluation_config(
         CheckpointError, ConversionError, ConfigError: it holds no model, or its config cannot be read.
     """
     if keep_layout and not is_hf_folder(source):
-        cfg = StoredWeights(Path(source), verify=False).config()
+        cfg = StoredWeights(source, verify=False).config()
     else:
         cfg = config_of(source)
     _take_kept_tokenizer(cfg, source)
@@ -80,7 +80,7 @@ def evaluation_config(
 
 def evaluate_checkpoint(
     cfg: ConfigContainer,
-    source: str | Path,
+    source: str | Place,
     names: Sequence[str] | None = None,
     *,
     show: Callable[[str], None] | None = None,
@@ -137,7 +137,7 @@ def _nothing_to_save() -> None:
     logger.info("SIGUSR1: an evaluation has nothing to save.")
 
 
-def _take_kept_tokenizer(cfg: ConfigContainer, source: str | Path) -> None:
+def _take_kept_tokenizer(cfg: ConfigContainer, source: str | Place) -> None:
     """Names the tokenizer that the run keeps where that of its config cannot be read: the run may have been moved."""
     named = cfg.tokenizer.tokenizer_model
     if named is None or is_hf_folder(source) or os.access(named, os.R_OK):
@@ -146,7 +146,7 @@ def _take_kept_tokenizer(cfg: ConfigContainer, source: str | Path) -> None:
         cfg.tokenizer.tokenizer_model = str(kept)
 
 
-def _check_tokenizer(cfg: ConfigContainer, source: str | Path) -> None:
+def _check_tokenizer(cfg: ConfigContainer, source: str | Place) -> None:
     if is_hf_folder(source):
         return
     folder = checkpoint_folder(source)

@@ -22,6 +22,7 @@ from megatron_mtp.model.sharded import (
     sharded_tensors,
     unwrap,
 )
+from megatron_mtp.storage.address import is_address
 from megatron_mtp.training.optimizer import apply_schedules
 from megatron_mtp.training.setup import Run
 from megatron_mtp.training.state import TrainState
@@ -67,6 +68,7 @@ def make_config(values: dict[str, Any], world_size: int, directory: str | None =
         "train.global_batch_size": 8,
         "checkpoint.save": directory,
         "checkpoint.load": directory,
+        "logger.log_dir": "nothing-is-logged" if is_address(directory or "") else None,
         "dataset.mock": True,
         "dist.device": "cpu",
         "dist.num_threads": 1,

@@ -53,17 +53,17 @@ def save_while_training(values: dict, path: str) -> tuple:
 @pytest.mark.parametrize(
     "values", [ADAM, WHOLE, pytest.param(BF16, marks=pytest.mark.slow)], ids=["sharded", "whole", "bf16"]
 )
-def test_steps_during_a_save_do_not_leak_into_it(ranks, tmp_path, values):
+def test_steps_during_a_save_do_not_leak_into_it(ranks, run_folder, values):
     early, was_saving, finished, is_saving, at_save, trained_on = ranks(2).run(
-        save_while_training, values, str(tmp_path)
+        save_while_training, values, str(run_folder)
     )[0]
     assert (early, was_saving, finished, is_saving) == (None, True, 2, False)
     assert differences(at_save, trained_on), "the steps after the save changed nothing: this test cannot fail"
-    start, weights = ranks(2).run(resumed, values, 2, str(tmp_path))[0]
+    start, weights = ranks(2).run(resumed, values, 2, str(run_folder))[0]
     assert start == 2
     assert differences(at_save, weights) == {}
     # Optimizer state too: going on from the checkpoint gives what the run itself came to.
-    assert differences(trained_on, ranks(2).run(resumed, values, 5, str(tmp_path))[0][1]) == {}
+    assert differences(trained_on, ranks(2).run(resumed, values, 5, str(run_folder))[0][1]) == {}
 
 
 def collections_of_a_save(path: str) -> list[int]:
@@ -100,8 +100,8 @@ def save_twice(path: str) -> tuple:
         )
 
 
-def test_a_second_save_waits_for_the_first(ranks, tmp_path):
-    for first, both, stall_s, save_s in ranks(2).run(save_twice, str(tmp_path)):
+def test_a_second_save_waits_for_the_first(ranks, run_folder):
+    for first, both, stall_s, save_s in ranks(2).run(save_twice, str(run_folder)):
         assert first == [1]
         assert both == [2, 1]
         assert 0 < stall_s <= save_s
@@ -121,5 +121,5 @@ def one_rank_is_slow(path: str) -> list:
             return [*outcome, run.checkpointer.maybe_finalize(blocking=True)]
 
 
-def test_a_checkpoint_is_whole_when_every_rank_has_written(ranks, tmp_path):
-    assert ranks(2).run(one_rank_is_slow, str(tmp_path)) == [[None, [], 1], [None, [], 1]]
+def test_a_checkpoint_is_whole_when_every_rank_has_written(ranks, run_folder):
+    assert ranks(2).run(one_rank_is_slow, str(run_folder)) == [[None, [], 1], [None, [], 1]]

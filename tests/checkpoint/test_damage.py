@@ -26,6 +26,8 @@ from megatron_mtp.checkpoint.resuming import complete_checkpoints
 from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.checkpoint.untrusted import read_metadata
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.remote_path import RemotePath
+from tests.checkpoint.conftest import STORES, copy_run
 from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
 from tests.checkpoint.writing import damage_file
 
@@ -49,6 +51,23 @@ def saved(ranks, tmp_path_factory):
     """A directory with checkpoints 1 and 2, and their weights."""
     path = tmp_path_factory.mktemp("saved")
     return path, *ranks(2).run(save_two, str(path))[0]
+
+
+@pytest.fixture(scope="module", params=STORES)
+def stored(request):
+    """The same, on files and on the S3 server."""
+    if request.param == "files":
+        return request.getfixturevalue("saved")
+    folder = request.getfixturevalue("module_bucket").place("saved")
+    return folder, *request.getfixturevalue("ranks")(2).run(save_two, str(folder))[0]
+
+
+@pytest.fixture
+def copy(stored, request):
+    """A copy of it to damage."""
+    if isinstance(stored[0], RemotePath):
+        return copy_run(stored[0], request.getfixturevalue("s3").place())
+    return copy_run(stored[0], request.getfixturevalue("tmp_path") / "run")
 
 
 class Warnings(logging.Handler):
@@ -85,14 +104,14 @@ def what_is_resumed(path: str) -> tuple:
         return run.state.iteration, run.weights(), told
 
 
-def test_the_checkpoint_has_the_files_this_test_damages(saved):
-    assert {p.name for p in (saved[0] / "iter_0000002").iterdir()} == FILES
+def test_the_checkpoint_has_the_files_this_test_damages(stored):
+    assert {p.name for p in (stored[0] / "iter_0000002").iterdir()} == FILES
 
 
 @pytest.mark.parametrize("how", ["truncated", "deleted", "bit-flipped"])
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(ranks, saved, tmp_path, name, how):
-    path = shutil.copytree(saved[0], tmp_path / "run")
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(ranks, copy, name, how):
+    path = copy
     damage_file(path / "iter_0000002" / name, how)
     (first, told), (second, silent) = ranks(2).run(what_is_found, str(path))
     assert first == second == 1
@@ -100,8 +119,8 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(ranks, saved
     assert silent == [], "one rank tells it"
 
 
-def test_the_checkpoint_before_is_what_is_loaded(ranks, saved, tmp_path):
-    path = shutil.copytree(saved[0], tmp_path / "run")
+def test_the_checkpoint_before_is_what_is_loaded(ranks, stored, copy):
+    path, saved = copy, stored
     damage_file(path / "iter_0000002" / "__1_0.distcp", "bit-flipped")
     start, weights = ranks(2).run(resumed, DENSE, 1, str(path))[0]
     assert start == 1
@@ -125,8 +144,8 @@ def refused(path: str) -> str:
     return str(caught.value)
 
 
-def test_where_nothing_is_whole_every_rank_stops_and_every_file_is_named(ranks, saved, tmp_path):
-    path = shutil.copytree(saved[0], tmp_path / "run")
+def test_where_nothing_is_whole_every_rank_stops_and_every_file_is_named(ranks, copy):
+    path = copy
     damage_file(path / "iter_0000001" / "__0_0.distcp", "bit-flipped")
     damage_file(path / "iter_0000002" / ".metadata", "bit-flipped")
     for message in ranks(2).run(refused, str(path)):
@@ -265,8 +284,8 @@ def test_a_tensor_that_cannot_be_read_is_damage(ranks, saved, tmp_path, how):
     assert not target.exists()
 
 
-def test_where_no_tensor_can_be_read_every_checkpoint_is_named(ranks, saved, tmp_path):
-    path = shutil.copytree(saved[0], tmp_path / "run")
+def test_where_no_tensor_can_be_read_every_checkpoint_is_named(ranks, copy, tmp_path):
+    path = copy
     for name in ("iter_0000001", "iter_0000002"):
         make_unreadable(path / name, "cut", tmp_path)
     for message in ranks(2).run(not_resumed, str(path)):

@@ -35,18 +35,18 @@ def find(directory: RunDirectory) -> tuple[int | None, list[str]]:
 
 @pytest.mark.parametrize("how", ["truncated", "deleted", "bit-flipped"])
 @pytest.mark.parametrize("name", FILES)
-def test_any_damage_is_named_and_the_one_before_is_taken(tmp_path, name, how):
-    write_checkpoint(tmp_path, 100)
-    newer = write_checkpoint(tmp_path, 200)
+def test_any_damage_is_named_and_the_one_before_is_taken(folder, name, how):
+    write_checkpoint(folder, 100)
+    newer = write_checkpoint(folder, 200)
     damage_file(newer / name, how)
-    iteration, problems = find(RunDirectory(tmp_path))
+    iteration, problems = find(RunDirectory(folder))
     assert iteration == 100
     assert len(problems) == 1
     assert str(newer / name) in problems[0]
 
 
-def test_every_single_bit_of_a_manifest_counts(tmp_path):
-    whole = write_checkpoint(tmp_path, 7)
+def test_every_single_bit_of_a_manifest_counts(folder):
+    whole = write_checkpoint(folder, 7)
     raw = (whole / MANIFEST_NAME).read_bytes()
     for position in range(len(raw)):
         for bit in range(8):
@@ -74,43 +74,43 @@ def test_a_newer_format_is_refused():
         Manifest.from_bytes(Manifest(iteration=1, files=[], format_version=2).to_bytes())
 
 
-def test_a_file_that_older_loaders_would_read_is_refused(tmp_path):
-    whole = write_checkpoint(tmp_path, 1)
+def test_a_file_that_older_loaders_would_read_is_refused(folder):
+    whole = write_checkpoint(folder, 1)
     (whole / "common.pt").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=r"common\.pt: does not belong"):
         read_manifest(whole)
 
 
-def test_what_was_interrupted_is_never_taken_and_is_cleared(tmp_path):
-    write_checkpoint(tmp_path, 100)
-    directory = RunDirectory(tmp_path)
+def test_what_was_interrupted_is_never_taken_and_is_cleared(folder):
+    write_checkpoint(folder, 100)
+    directory = RunDirectory(folder)
     partial = directory.begin(200)
     (partial / "__0_0.distcp").write_bytes(b"half")
     assert directory.iterations() == [100]
-    assert directory.clear_remains() == ["iter_0000200.partial"]
+    assert directory.clear_remains() == [partial.name]
     assert not partial.exists()
     assert find(directory) == (100, [])
 
 
-def test_latest_file_is_written_and_not_trusted(tmp_path):
-    write_checkpoint(tmp_path, 100)
-    assert (tmp_path / LATEST_NAME).read_text() == "100\n"
-    (tmp_path / LATEST_NAME).write_text("999\n")
-    assert find(RunDirectory(tmp_path)) == (100, [])
+def test_latest_file_is_written_and_not_trusted(folder):
+    write_checkpoint(folder, 100)
+    assert (folder / LATEST_NAME).read_text() == "100\n"
+    (folder / LATEST_NAME).write_bytes(b"999\n")
+    assert find(RunDirectory(folder)) == (100, [])
 
 
-def test_a_damaged_one_is_replaced_when_its_iteration_comes_again(tmp_path):
-    damage_file(write_checkpoint(tmp_path, 100) / "__0_0.distcp", "truncated")
-    write_checkpoint(tmp_path, 100, replaceable={100})
-    assert find(RunDirectory(tmp_path)) == (100, [])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", LATEST_NAME]
+def test_a_damaged_one_is_replaced_when_its_iteration_comes_again(folder):
+    damage_file(write_checkpoint(folder, 100) / "__0_0.distcp", "truncated")
+    write_checkpoint(folder, 100, replaceable={100})
+    assert find(RunDirectory(folder)) == (100, [])
+    assert sorted(p.name for p in folder.iterdir()) == ["iter_0000100", LATEST_NAME]
 
 
-def test_one_that_this_run_does_not_know_is_not_replaced(tmp_path):
-    whole = write_checkpoint(tmp_path, 100)
+def test_one_that_this_run_does_not_know_is_not_replaced(folder):
+    whole = write_checkpoint(folder, 100)
     before = (whole / MANIFEST_NAME).read_bytes()
     with pytest.raises(CheckpointError, match="exists already"):
-        write_checkpoint(tmp_path, 100, validation_loss=1.0, replaceable={99})
+        write_checkpoint(folder, 100, validation_loss=1.0, replaceable={99})
     assert (whole / MANIFEST_NAME).read_bytes() == before
 
 
@@ -136,34 +136,34 @@ def test_retention_keeps_the_newest_whole_ones(tmp_path_factory, iterations, dam
     assert set(removed) == set(whole) - set(expected)
 
 
-def test_what_the_rules_for_every_and_best_keep(tmp_path):
+def test_what_the_rules_for_every_and_best_keep(folder):
     losses = {100: 3.0, 200: 2.5, 300: 2.7, 400: None, 500: 2.9, 600: 2.8}
     for iteration, loss in losses.items():
-        write_checkpoint(tmp_path, iteration, validation_loss=loss)
-    directory = RunDirectory(tmp_path)
+        write_checkpoint(folder, iteration, validation_loss=loss)
+    directory = RunDirectory(folder)
     assert directory.retain(1, keep_every=500, keep_best=2) == [400, 100]
     assert directory.iterations() == [600, 500, 300, 200]
     # A better one later displaces the worst of the best; what is kept for its number stays.
-    write_checkpoint(tmp_path, 700, validation_loss=2.6)
+    write_checkpoint(folder, 700, validation_loss=2.6)
     assert directory.retain(1, keep_every=500, keep_best=2) == [600, 300]
     assert directory.iterations() == [700, 500, 200]
 
 
-def test_iterations_beyond_seven_digits_are_found(tmp_path):
-    write_checkpoint(tmp_path, 12_345_678)
-    write_checkpoint(tmp_path, 9_999_999)
-    assert RunDirectory(tmp_path).iterations() == [12_345_678, 9_999_999]
+def test_iterations_beyond_seven_digits_are_found(folder):
+    write_checkpoint(folder, 12_345_678)
+    write_checkpoint(folder, 9_999_999)
+    assert RunDirectory(folder).iterations() == [12_345_678, 9_999_999]
 
 
-def test_the_manifest_is_readable(tmp_path):
-    text = json.loads((write_checkpoint(tmp_path, 5) / MANIFEST_NAME).read_text())
+def test_the_manifest_is_readable(folder):
+    text = json.loads((write_checkpoint(folder, 5) / MANIFEST_NAME).read_text())
     assert text["manifest"]["iteration"] == 5
     assert {entry["name"] for entry in text["manifest"]["files"]} == set(FILES) - {MANIFEST_NAME}
 
 
-def test_who_reads_weights_gets_the_newest_or_says_which(tmp_path):
-    older, newest = write_checkpoint(tmp_path, 100), write_checkpoint(tmp_path, 200)
-    assert checkpoint_folder(tmp_path) == newest
+def test_who_reads_weights_gets_the_newest_or_says_which(folder):
+    older, newest = write_checkpoint(folder, 100), write_checkpoint(folder, 200)
+    assert checkpoint_folder(folder) == newest
     assert checkpoint_folder(older) == older
 
 
@@ -172,31 +172,32 @@ def test_who_reads_weights_gets_the_newest_or_says_which(tmp_path):
     [(name, how) for name in FILES for how in ("truncated", "deleted")]
     + [(name, "bit-flipped") for name in ("config.yaml", "train_state.json", MANIFEST_NAME)],
 )
-def test_who_reads_weights_never_gets_an_older_one_by_itself(tmp_path, name, how):
+def test_who_reads_weights_never_gets_an_older_one_by_itself(folder, name, how):
     """The checksums of large files are compared by the reader, which refuses with the same words."""
-    older, newest = write_checkpoint(tmp_path, 100), write_checkpoint(tmp_path, 200)
+    older, newest = write_checkpoint(folder, 100), write_checkpoint(folder, 200)
     damage_file(newest / name, how)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint_folder(tmp_path)
+        checkpoint_folder(folder)
     assert f"{newest}: the checkpoint is damaged" in str(caught.value)
     assert f"name another checkpoint by its folder, such as {older}." in str(caught.value)
     assert f"{newest / name}: " in str(caught.value)
 
 
-def test_a_run_directory_without_a_checkpoint_is_named(tmp_path):
+def test_a_run_directory_without_a_checkpoint_is_named(folder):
+    (folder / "notes").write_bytes(b"")  # object storage has no empty folders
     with pytest.raises(CheckpointError, match=r": holds no checkpoint\.$"):
-        checkpoint_folder(tmp_path)
+        checkpoint_folder(folder)
     with pytest.raises(CheckpointError, match=r"nowhere: there is no such directory"):
-        checkpoint_folder(tmp_path / "nowhere")
-    write_checkpoint(tmp_path / "checkpoints", 100)
-    with pytest.raises(CheckpointError, match=rf"Did you mean {tmp_path / 'checkpoints'}\?"):
-        checkpoint_folder(tmp_path)
+        checkpoint_folder(folder / "nowhere")
+    write_checkpoint(folder / "checkpoints", 100)
+    with pytest.raises(CheckpointError, match=rf"Did you mean {folder / 'checkpoints'}\?"):
+        checkpoint_folder(folder)
 
 
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"__0_0.distcp", MANIFEST_NAME}))
-def test_a_manifest_must_list_what_every_checkpoint_has(tmp_path, name):
+def test_a_manifest_must_list_what_every_checkpoint_has(folder, name):
     """What it does not list has no checksum."""
-    manifest = read_manifest(write_checkpoint(tmp_path, 1))
+    manifest = read_manifest(write_checkpoint(folder, 1))
     files = [entry for entry in manifest.files if entry.name != name]
     with pytest.raises(ValueError, match=f"does not list {name}"):
         Manifest.from_bytes(Manifest(iteration=1, files=files).to_bytes())

@@ -18,10 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mtp.checkpoint import checkpointer, directory, writer
+from megatron_mtp.checkpoint import checkpointer, completion, directory, writer
 from megatron_mtp.data.lock import Owner, _start_time
 from megatron_mtp.errors import CheckpointError, InUseError
+from megatron_mtp.storage.place import place, write_durably
+from tests.checkpoint.conftest import lead_ranks_to
 from tests.checkpoint.rig import DENSE, Rig, differences, make_config, resumed, rig
+from tests.harness.s3 import Fault
 
 pytestmark = pytest.mark.dist
 
@@ -34,8 +37,8 @@ def full_disk(place: str):
     patched = {
         "file of rank 1": (1, writer.os, "fsync"),
         "config on rank 0": (0, writer, "write_durably"),
-        "metadata on rank 0": (0, writer, "save_config"),
-        "manifest on rank 0": (0, directory, "write_durably"),
+        "metadata on rank 0": (0, writer, "write_metadata"),
+        "manifest on rank 0": (0, completion, "write_durably"),
         "folder on rank 0": (0, directory.RunDirectory, "begin"),
     }
     rank, owner, name = patched[place]
@@ -68,16 +71,17 @@ def try_to_save(run: Rig) -> str:
 
 def contents(path: str) -> list[str]:
     """Names in a run directory that a run holds."""
-    return sorted(name for name in os.listdir(path) if name != checkpointer.LOCK_NAME)
+    names = (one.name for one in place(path).iterdir())
+    return sorted(name for name in names if not name.startswith(checkpointer.LOCK_NAME))
 
 
-def save_on_a_full_disk(values: dict, path: str, place: str) -> tuple:
+def save_on_a_full_disk(values: dict, path: str, where: str | None) -> tuple:
     with rig(make_config(values, dist.get_world_size(), path)) as run:
         run.steps(1)
         run.save()
         run.checkpointer.maybe_finalize(blocking=True)
         run.steps(1)
-        with full_disk(place):
+        with full_disk(where) if where else contextlib.nullcontext():
             message = try_to_save(run)
         dist.barrier()
         left = contents(path)
@@ -109,6 +113,34 @@ def test_a_full_disk_is_reported_and_survived(ranks, tmp_path, values, place):
         # A save that did not begin leaves the older one the last; one that broke off may be tried again.
         assert last == (1 if place == "folder on rank 0" else None)
     start, weights = ranks(2).run(resumed, values, 3, str(tmp_path))[0]
+    assert start == 3
+    assert differences(outcomes[0][3], weights) == {}
+
+
+REFUSED = {"file of rank 1": "__1_0", "metadata": ".metadata", "config": "config.yaml", "manifest": "manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        pytest.param(
+            values, where, marks=() if (where, how) == ("manifest", "async") else pytest.mark.slow, id=f"{where}-{how}"
+        )
+        for where in REFUSED
+        for how, values in (("sync", DENSE), ("async", ASYNC))
+    ],
+)
+def test_object_storage_without_space_is_reported_and_survived(ranks, s3, values, where):
+    lead_ranks_to(ranks, s3.proxy.url)
+    path = s3.address()
+    s3.inject(Fault("PUT", f"iter_0000002/{REFUSED[where]}", status=507, code="InsufficientStorage"))
+    outcomes = ranks(2).run(save_on_a_full_disk, values, path, None)
+    for message, left, last, _ in outcomes:
+        assert "iteration 2 was not saved" in message
+        assert "injected InsufficientStorage" in message
+        assert left == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+        assert last is None
+    start, weights = ranks(2).run(resumed, values, 3, path)[0]
     assert start == 3
     assert differences(outcomes[0][3], weights) == {}
 
@@ -294,11 +326,11 @@ def retain(path: str) -> list[str]:
             run.steps(1)
             run.save()
         run.checkpointer.close()
-        return sorted(name for name in os.listdir(path) if name.startswith("iter_"))
+        return contents(path)[:-1]
 
 
-def test_retention(ranks, tmp_path):
-    assert ranks(2).run(retain, str(tmp_path))[0] == ["iter_0000003", "iter_0000004"]
+def test_retention(ranks, run_folder):
+    assert ranks(2).run(retain, str(run_folder))[0] == ["iter_0000003", "iter_0000004"]
 
 
 def leave_remains(path: str) -> list[str]:
@@ -306,13 +338,14 @@ def leave_remains(path: str) -> list[str]:
         run.steps(1)
         run.save()
     if dist.get_rank() == 0:
-        shutil.copytree(f"{path}/iter_0000001", f"{path}/iter_0000002.partial")
+        run_folder = directory.RunDirectory(path)
+        write_durably(run_folder.begin(2) / "__0_0.distcp", b"half")
     dist.barrier()
     with rig(make_config(DENSE, dist.get_world_size(), path)) as run:
         assert run.resume()
         assert run.state.iteration == 1
-        return sorted(name for name in os.listdir(path) if name.startswith("iter_"))
+        return contents(path)
 
 
-def test_what_a_dead_process_left_is_cleared_at_the_start(ranks, tmp_path):
-    assert ranks(2).run(leave_remains, str(tmp_path))[0] == ["iter_0000001"]
+def test_what_a_dead_process_left_is_cleared_at_the_start(ranks, run_folder):
+    assert ranks(2).run(leave_remains, str(run_folder))[0] == ["iter_0000001", directory.LATEST_NAME]

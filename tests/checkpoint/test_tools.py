@@ -22,6 +22,8 @@ from megatron_mtp.cli.main import main
 from megatron_mtp.data.lock import Lock
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.observe.jsonl import read_metrics
+from megatron_mtp.storage.place import Place
+from tests.checkpoint.conftest import STORES, copy_run
 from tests.training.test_pretrain import tiny
 
 pytestmark = pytest.mark.dist
@@ -46,6 +48,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(run: Path, tmp_path: Path) -> Path:
     """The same, to be changed."""
     return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.fixture(params=STORES)
+def anywhere(run: Path, request: pytest.FixtureRequest) -> Place:
+    """The same, on files and on the S3 server."""
+    if request.param == "files":
+        return copy_run(run, request.getfixturevalue("tmp_path") / "run")
+    return copy_run(run, request.getfixturevalue("s3").place("runs/run"))
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -207,7 +217,8 @@ def test_checkpoints_are_removed_under_the_lock_and_one_is_left(copy: Path):
     assert RunDirectory(copy).iterations() == []
 
 
-def test_the_commands(copy: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_commands(anywhere: Place, capsys: pytest.CaptureFixture[str]):
+    copy = anywhere
     text = command(capsys, "list", copy)
     assert [line.split()[0] for line in text.splitlines()[1:4]] == ["2", "4", "6"]
     assert text.count("*") == 2  # the best one, and what the mark means
@@ -221,7 +232,7 @@ def test_the_commands(copy: Path, capsys: pytest.CaptureFixture[str]):
     assert "iteration   4" in command(capsys, "show", f"{copy}@4")
     assert command(capsys, "verify", copy).count("intact") == 3
     made = json.loads(command(capsys, "average", f"{copy}@2", f"{copy}@4", "-o", copy.parent / "mean", "--json"))
-    assert made["folder"] == str(copy.parent / "mean/iter_0000000")
+    assert made["folder"] == str(copy.parent / "mean" / "iter_0000000")
     command(capsys, "average", copy, "--last", "2", "-o", copy.parent / "last")
     last, both = StoredWeights(copy.parent / "last"), [StoredWeights(copy / f"iter_000000{n}") for n in (4, 6)]
     assert last.manifest.reason == "average of run@4, run@6"
@@ -231,10 +242,11 @@ def test_the_commands(copy: Path, capsys: pytest.CaptureFixture[str]):
     assert command(capsys, "rm", f"{copy}@4") == f"removed {copy}/iter_0000004\n"
 
 
-def test_verify_names_every_damaged_file(copy: Path, capsys: pytest.CaptureFixture[str]):
-    shard = next((copy / "iter_0000004").glob("*.distcp"))
+def test_verify_names_every_damaged_file(anywhere: Place, capsys: pytest.CaptureFixture[str]):
+    copy = anywhere
+    shard = next(file for file in (copy / "iter_0000004").iterdir() if file.name.endswith(".distcp"))
     shard.write_bytes(b"?" + shard.read_bytes()[1:])
-    (copy / "iter_0000002/manifest.json").unlink()
+    (copy / "iter_0000002" / "manifest.json").unlink()
     with pytest.raises(SystemExit) as end:
         main(["checkpoint", "verify", str(copy)])
     shown = capsys.readouterr()

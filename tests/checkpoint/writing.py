@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from pathlib import Path
 
+from megatron_mtp.checkpoint.completion import BEGUN_NAME
 from megatron_mtp.checkpoint.directory import RunDirectory
 from megatron_mtp.checkpoint.manifest import CONFIG_NAME, METADATA_NAME, TRAIN_STATE_NAME, Manifest, describe_file
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
@@ -13,29 +13,30 @@ from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
 from megatron_mtp.data.sources import data_fingerprints
+from megatron_mtp.storage.place import Place
 
 
 def write_checkpoint(
-    path: Path,
+    path: Place,
     iteration: int,
     cfg: ConfigContainer | None = None,
     validation_loss: float | None = None,
     replaceable: Collection[int] = (),
-) -> Path:
+) -> Place:
     """A whole checkpoint with a config, a train state and one file of data; its metadata cannot be loaded."""
     cfg = cfg or ConfigContainer()
     path.mkdir(parents=True, exist_ok=True)
     directory = RunDirectory(path)
     directory.replaceable |= set(replaceable)
     partial = directory.begin(iteration)
-    (partial / CONFIG_NAME).write_text(to_yaml(cfg))
+    (partial / CONFIG_NAME).write_bytes(to_yaml(cfg).encode())
     state = TrainState(iteration=iteration, consumed_samples=iteration * 4)
     scalars = {"step": None, "grad_scaler": None}
-    (partial / TRAIN_STATE_NAME).write_text(json.dumps({"train": state.to_dict(), "optimizer": scalars}))
+    (partial / TRAIN_STATE_NAME).write_bytes(json.dumps({"train": state.to_dict(), "optimizer": scalars}).encode())
     for name in (METADATA_NAME, "metadata.json"):
-        (partial / name).write_text("for Megatron-Core's loader")
+        (partial / name).write_bytes(b"for Megatron-Core's loader")
     (partial / "__0_0.distcp").write_bytes(bytes(range(256)) * 4)
-    files = [describe_file(file) for file in sorted(partial.iterdir())]
+    files = [describe_file(file) for file in sorted(partial.iterdir()) if file.name != BEGUN_NAME]
     manifest = Manifest(
         iteration=iteration,
         files=files,
@@ -47,7 +48,7 @@ def write_checkpoint(
     return directory.complete(manifest)
 
 
-def damage_file(file: Path, how: str) -> None:
+def damage_file(file: Place, how: str) -> None:
     """Truncates or deletes a file, or flips one bit in its middle."""
     if how == "deleted":
         file.unlink()
@@ -57,4 +58,4 @@ def damage_file(file: Path, how: str) -> None:
         del raw[-1:]
     else:
         raw[len(raw) // 2] ^= 1
-    file.write_bytes(raw)
+    file.write_bytes(bytes(raw))

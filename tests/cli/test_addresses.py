@@ -1,4 +1,4 @@
-"""No command takes s3://bucket/run for a local folder."""
+"""No command takes s3://bucket/run for a local folder, and no unknown kind of storage is taken at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from megatron_mtp.checkpoint.directory import RunDirectory
 from megatron_mtp.cli.addresses import TEXT_PATHS
 from megatron_mtp.cli.main import COMMANDS, build_app, main
-from megatron_mtp.errors import CheckpointError
+from megatron_mtp.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
@@ -49,11 +49,11 @@ def test_every_text_parameter_is_known_as_a_path_or_as_none(name):
 
 
 CALLS = {
-    "checkpoint": ("checkpoint", "list", "s3://bucket/run"),
-    "verify": ("checkpoint", "verify", "gs://bucket/run@200"),
-    "average": ("checkpoint", "average", "runs/a@1", "runs/a@2", "-o", "s3://bucket/run"),
+    "checkpoint": ("checkpoint", "list", "hdfs://host/run"),
+    "verify": ("checkpoint", "verify", "hdfs://host/run@200"),
+    "average": ("checkpoint", "average", "runs/a@1", "runs/a@2", "-o", "hdfs://host/run"),
     "import": ("convert", "import", "here", "s3://bucket/run"),
-    "export": ("convert", "export", "s3://bucket/run", "there"),
+    "export": ("convert", "export", "hdfs://host/run", "there"),
     "export to": ("convert", "export", "runs/mine", "s3://bucket/run"),
     "prepare": ("prepare", "hdfs://host/text", "--output", "data/web", "--tokenizer", "bytes"),
     "prepare to": ("prepare", "text.jsonl", "--output", "s3://bucket/web", "--tokenizer", "bytes"),
@@ -63,12 +63,12 @@ CALLS = {
     "merge": ("data", "merge", "s3://bucket/all", "data/a", "data/b"),
     "split": ("data", "split", "s3://bucket/all"),
     "check-data": ("check-data", "ftp://bucket/web"),
-    "evaluate": ("evaluate", "s3://bucket/run"),
+    "evaluate": ("evaluate", "hdfs://host/run"),
     "evaluate on": ("evaluate", "runs/mine", "--set", "web=s3://bucket/web"),
-    "generate": ("generate", "s3://bucket/run", "--prompt", "x"),
+    "generate": ("generate", "hdfs://host/run", "--prompt", "x"),
     "spec-eval": ("spec-eval", "runs/mine", "--data", "s3://bucket/held_out.jsonl"),
     "new": ("new", "s3://bucket/project"),
-    "field": ("show", "tiny_dense", "checkpoint.save=s3://bucket/run"),
+    "field": ("show", "tiny_dense", "checkpoint.save=hdfs://host/run"),
     "blend": ("show", "tiny_dense", "dataset.blend=[hdfs://bucket/web]"),
     "config": ("show", "tiny_dense", "--config", "https://host/run.yaml"),
 }
@@ -86,7 +86,33 @@ def test_an_address_is_refused_by_name(call, capsys, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/run", Path("s3://bucket/run"), "memory://run"])
-def test_a_run_directory_is_no_address(path):
-    with pytest.raises(CheckpointError, match="mounted file system"):
+@pytest.mark.parametrize("field", ["checkpoint.save", "checkpoint.load", "checkpoint.pretrained_checkpoint"])
+def test_fields_that_take_addresses_say_which(field, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["show", "tiny_dense", f"{field}=s3://bucket/run", "logger.log_dir=logs"])
+    assert caught.value.code == 0
+    assert "s3://bucket/run" in capsys.readouterr().out
+    for wrong, rule in (
+        ("s3://bucket", "must name a bucket and a folder"),
+        ("ftp://host/run", "unknown kind of storage"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["show", "tiny_dense", f"{field}={wrong}", "logger.log_dir=logs"])
+        assert rule in capsys.readouterr().err
+
+
+def test_a_server_that_cannot_be_reached_is_a_message(s3, capsys):
+    for words in (["checkpoint", "show"], ["checkpoint", "verify"], ["evaluate"], ["convert", "check"]):
+        rest = ["there"] if words[0] == "convert" else []
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "s3://no-such-bucket/run", *rest])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert "there is no bucket 'no-such-bucket'" in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("path", ["hdfs://host/run", Path("ftp://host/run")])
+def test_a_run_directory_is_of_a_known_kind(path):
+    with pytest.raises(ConfigError, match="mounted file system"):
         RunDirectory(path)

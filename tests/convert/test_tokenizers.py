@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from megatron_mtp.checkpoint.kept_files import keep_with_run, tokenizer_of
+from megatron_mtp.checkpoint.kept_files import keep_with_run, kept_folder, tokenizer_of
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.stored import StoredWeights
 from megatron_mtp.cli.main import main
@@ -160,3 +160,16 @@ def test_an_export_from_another_folder(data, tmp_path, monkeypatch):
     assert "tokenizer.json" in report.files
     assert AutoTokenizer.from_pretrained(tmp_path / "back")("f(x)").input_ids
     assert StoredWeights(tmp_path / "moved").config().tokenizer.tokenizer_type == "huggingface"
+
+
+def test_a_run_on_object_storage_keeps_its_tokenizer(data, tmp_path, s3):
+    cfg = get_recipe("tiny_dense")
+    cfg.tokenizer.update(tokenizer_type="huggingface", tokenizer_model=str(data))
+    fingerprint = tokenizer_fingerprint(cfg)
+    assert keep_with_run(cfg, s3.place()) == ["tokenizer.json"]
+    shutil.rmtree(data)
+    checkpoint = s3.place() / "iter_0000001"
+    found = tokenizer_of(cfg, checkpoint, fingerprint)
+    assert found.decode(found.encode_batch(["f(x)"])[0]) == "f(x)"
+    assert kept_folder(checkpoint) == kept_folder(checkpoint), "one copy for each process"
+    assert kept_folder(s3.place("other") / "iter_0000001") is None

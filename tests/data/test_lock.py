@@ -135,7 +135,7 @@ def test_time_in_which_the_file_system_stood_still_is_no_silence(tmp_path: Path,
     clock.during = stall
     with pytest.raises(InUseError):
         take(new(tmp_path))
-    assert Lock(path, "")._read()[0].machine == "another boot"
+    assert Lock(path, "")._storage.read()[0].machine == "another boot"
 
 
 def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path: Path, clock):
@@ -182,7 +182,7 @@ def test_one_of_many_takes_over(tmp_path: Path, has_flock: bool):
         for process in processes:
             process.join(60)
         assert len(won) == 1
-        assert new(folder)._read()[0].pid == won[0]
+        assert new(folder)._storage.read()[0].pid == won[0]
         assert [path.name for path in folder.iterdir()] == ["run.lock"]
 
 
@@ -191,13 +191,13 @@ def test_one_that_lost_the_lock_hears_of_it_and_leaves_it_alone(tmp_path: Path):
     take(lock)
     lock.path.unlink()
     lock.check()
-    assert lock._read()[0] == lock.owner, "one that somebody deleted is made again"
+    assert lock._storage.read()[0] == lock.owner, "one that somebody deleted is made again"
     put(tmp_path, other := owner(machine="another boot"))
     with pytest.raises(InUseError, match="took over from this process"):
         lock.check()
     lock.announce_end()
     lock.release()
-    assert lock._read()[0] == other
+    assert lock._storage.read()[0] == other
 
 
 def test_the_heartbeat_ends_with_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -214,5 +214,5 @@ def test_the_heartbeat_ends_with_the_lock(tmp_path: Path, monkeypatch: pytest.Mo
     lock._thread.join(20)
     assert not lock._thread.is_alive()
     assert lock.path.stat().st_mtime_ns == 0, "another's lock gets no heartbeat"
-    assert lock._read()[0] != UNKNOWN
+    assert lock._storage.read()[0] != UNKNOWN
     lock.release()

@@ -36,18 +36,21 @@ class Fault:
         path: text in the path or query of the requests.
         times: how many requests meet it; then it is over.
         skip: how many matching requests pass before.
+        every: of the others, each so many-th meets it.
         status: answered without asking the server; 0: the server answers.
         code: S3's name of the error.
         delay_s: seconds before the server is asked.
         cut_at: bytes of the answer's body after which the connection is cut; -1: none is cut.
         cut_request: the connection is cut while the request's body arrives.
-        hold: the request waits until it is set, and is then answered; `met` is set when one waits.
+        hold: a request waits until it is set, and then goes on to the server.
+        met: set when a whole request has met it.
     """
 
     method: str
     path: str = ""
     times: int = 1_000_000
     skip: int = 0
+    every: int = 1
     status: int = 0
     code: str = "ServiceUnavailable"
     delay_s: float = 0.0
@@ -56,7 +59,7 @@ class Fault:
     hold: threading.Event | None = None
     met: threading.Event = field(default_factory=threading.Event)
     count: int = 0
-    """Requests that met it."""
+    """Matching requests, those that pass too."""
 
 
 class FaultProxy:
@@ -93,8 +96,7 @@ class FaultProxy:
             for fault in self.faults:
                 if fault.method == method and fault.path in path and fault.count < fault.skip + fault.times:
                     fault.count += 1
-                    if fault.count > fault.skip:
-                        fault.met.set()
+                    if fault.count > fault.skip and fault.count % fault.every == 0:
                         return fault
         return None
 
@@ -127,6 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._cut()
             return
         body = self._chunked() if "chunked" in self.headers.get("Transfer-Encoding", "") else self.rfile.read(length)
+        if len(body) < length:  # the client died, and a server does not keep half of an object
+            self.close_connection = True
+            return
+        if fault is not None:
+            fault.met.set()
         if fault is not None and fault.hold is not None:
             fault.hold.wait(60)
         if fault is not None and fault.delay_s:
@@ -185,6 +192,11 @@ class Bucket:
     name: str
     proxy: FaultProxy
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to reach it."""
+        return {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": self.proxy.url}
+
     def address(self, name: str = "run") -> str:
         """Address of a folder in it."""
         return f"s3://{self.name}/{name}"
@@ -241,6 +253,11 @@ S3_ENVIRONMENT = {
 }
 
 
+def enter_environment(values: dict[str, str]) -> None:
+    """Sets variables of a process, such as a rank of a pool."""
+    os.environ.update(values)
+
+
 @pytest.fixture(scope="session")
 def _s3_environment(s3_server: FaultProxy) -> Iterator[None]:
     """Set once for a session: pools of ranks and connections outlive a test."""
@@ -253,10 +270,15 @@ def _s3_environment(s3_server: FaultProxy) -> Iterator[None]:
 @pytest.fixture
 def s3(s3_server: FaultProxy, _s3_environment: None) -> Iterator[Bucket]:
     """A bucket of its own for one test."""
+    yield new_bucket(s3_server)
+    s3_server.clear()
+
+
+def new_bucket(s3_server: FaultProxy) -> Bucket:
+    """An empty bucket."""
     name = f"test-{uuid.uuid4().hex[:12]}"
     server = http.client.HTTPConnection(s3_server.url.removeprefix("http://"), timeout=30)
     server.request("PUT", f"/{name}")
     assert server.getresponse().status == 200
     server.close()
-    yield Bucket(name, s3_server)
-    s3_server.clear()
+    return Bucket(name, s3_server)

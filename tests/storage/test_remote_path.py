@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,14 @@ def test_memory():
     assert list(folder.entries()) == ["x"]
     remove_tree(folder)
     assert not folder.exists()
+
+
+def test_pauses_leave_the_random_state_of_a_run_alone(s3, folder):
+    write_durably(folder / "x", b"1" * 1000)
+    before = random.getstate()
+    s3.inject(Fault("GET", "/x", status=503, times=1))
+    s3.inject(Fault("GET", "/x", cut_at=700, times=2))
+    with (folder / "x").open() as stream:
+        assert stream.read() == b"1" * 1000
+    assert random.getstate() == before
+    assert sum(method == "GET" for method, _ in s3.proxy.requests) == 4

@@ -8,6 +8,7 @@ from dataclasses import replace
 from megatron_mtp.config.problem import problem, refusal
 from megatron_mtp.config.sections import RunConfig
 from megatron_mtp.errors import Problem
+from megatron_mtp.storage.address import is_address
 
 UNITS = ("iters", "samples", "tokens")
 MAX_RAMP_SIZES = 10_000
@@ -166,6 +167,9 @@ def _record_problems(cfg: RunConfig) -> list[Problem]:
     if cfg.logger.wandb_project is not None and not cfg.logger.wandb_exp_name:
         rule = "needs {logger.wandb_exp_name}, the name of the run, or a {checkpoint.save} that is its name"
         problems.append(problem(cfg, "logger.wandb_project", rule))
+    if is_address(cfg.checkpoint.save or "") and cfg.logger.log_dir is None:
+        rule = "must name a folder: metrics and logs are files of this machine, and {checkpoint.save=} has none"
+        problems.append(problem(cfg, "logger.log_dir", rule))
     if cfg.checkpoint.most_recent_k == 0:
         problems.append(problem(cfg, "checkpoint.most_recent_k", "must be -1 (all) or at least 1"))
     if cfg.checkpoint.exit_on_missing_checkpoint and cfg.checkpoint.load is None:

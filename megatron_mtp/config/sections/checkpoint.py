@@ -16,15 +16,16 @@ class CheckpointConfig(Section):
     SECTION: ClassVar[str] = "checkpoint"
     RESUME: ClassVar[Resume] = "free"
 
-    save: str | None = knob(None, is_path=True, is_written=True)
-    """Folder of this run's checkpoints; None: nothing is saved."""
-    load: str | None = knob(None, is_path=True, is_written=True)
-    """Folder to resume from: its newest complete checkpoint. If it equals `save`, an empty or absent folder starts
-    a new run."""
+    save: str | None = knob(None, is_path=True, is_written=True, may_be_address=True)
+    """Folder of this run's checkpoints, or an address of object storage, such as s3://bucket/run; None: nothing is
+    saved."""
+    load: str | None = knob(None, is_path=True, is_written=True, may_be_address=True)
+    """Folder or address to resume from: its newest complete checkpoint. If it equals `save`, an empty or absent
+    folder starts a new run."""
     enter_phase: str | None = None
     """Name of a phase of `phases` that begins where this start resumes, wherever its own start is, unless it has begun
     already; None: each phase begins at its start."""
-    pretrained_checkpoint: str | None = knob(None, is_path=True)
+    pretrained_checkpoint: str | None = knob(None, is_path=True, may_be_address=True)
     """Weights to start from if there is nothing to resume: a run directory or checkpoint folder, such as `convert
     import` writes. The optimizer and all counters start from zero."""
     save_interval: int | None = knob(None, ge=1, le=MAX_STEPS, phase="free")

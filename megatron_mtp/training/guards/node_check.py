@@ -8,7 +8,6 @@ different clocks cannot be read side by side. What a machine can check alone, `d
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import statistics
 import time
@@ -16,7 +15,6 @@ import uuid
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.env import package_versions
+from megatron_mtp.storage.place import Place, files_in, place, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def check_nodes(cfg: ConfigContainer, device: torch.device) -> None:
     nodes = _gathered(Node(socket.gethostname(), _versions(device)))
     problems = version_problems(nodes)
     if cfg.checkpoint.save:
-        problems += _sharing_problems(Path(cfg.checkpoint.save), nodes)
+        problems += _sharing_problems(place(cfg.checkpoint.save), nodes)
     if problems:
         raise ConfigError(problems)
     hosts = [node.host for node in nodes]
@@ -86,7 +85,7 @@ def _versions(device: torch.device) -> dict[str, str]:
     return found
 
 
-def _sharing_problems(folder: Path, nodes: list[Node]) -> list[str]:
+def _sharing_problems(folder: Place, nodes: list[Node]) -> list[str]:
     """Rank 0 writes a file; a rank that does not see it has another folder of that name."""
     name = [f".node-check-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
@@ -94,7 +93,7 @@ def _sharing_problems(folder: Path, nodes: list[Node]) -> list[str]:
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            write_durably(path, b"")
         except OSError as failure:
             error = f"checkpoint.save = {folder}: rank 0 cannot write there ({failure.strerror})."
     seen = _gathered((error, True) if error else ("", _appears(path)))
@@ -107,17 +106,17 @@ def _sharing_problems(folder: Path, nodes: list[Node]) -> list[str]:
         return []
     return [
         f"checkpoint.save = {folder}: {_ranks(blind, nodes)} do not see what rank 0 on {nodes[0].host} writes there. "
-        "Checkpoints need a file system that all machines share."
+        "Checkpoints need a file system that all machines share, or an address."
     ]
 
 
-def _appears(path: Path) -> bool:
+def _appears(path: Place) -> bool:
     deadline = time.monotonic() + VISIBLE_S
     while not path.exists():
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            os.listdir(path.parent)  # makes NFS refresh its cache
+            files_in(path.parent)  # makes NFS refresh its cache
         time.sleep(0.1)
     return True
 
