@@ -63,5 +63,4 @@ def _addresses(name: str, value: Any) -> Iterator[str]:
         if isinstance(item, PurePath) and is_address(item):
             yield address_text(item)
         elif isinstance(item, str) and name in TEXT_PATHS:
-            parts = (item, item.partition("=")[2])  # the second of NAME=PREFIX
-            yield from [item] if any(map(is_address, parts)) else []
+            yield from filter(is_address, (item, item.partition("=")[2]))  # the second of NAME=PREFIX

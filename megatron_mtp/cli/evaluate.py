@@ -15,13 +15,14 @@ from megatron_mtp.cli.choose import Overrides
 from megatron_mtp.config.blend import set_label
 from megatron_mtp.errors import ConfigError
 from megatron_mtp.observe.signs import empty_agreement
+from megatron_mtp.storage.address import is_address
 
 if TYPE_CHECKING:
     from megatron_mtp.training.checkpoint_evaluation import CheckpointEvaluation
     from megatron_mtp.training.evaluation import EvaluationResult
 
 
-@accepts_addresses("checkpoint")
+@accepts_addresses("checkpoint", "sets")
 def evaluate(
     checkpoint: Annotated[
         str,
@@ -90,7 +91,7 @@ def _parse_sets(texts: list[str]) -> dict[str, str]:
         sets[name] = prefix
     for name, prefix in sets.items():
         missing = next((prefix + end for end in (".idx", ".bin") if not os.path.isfile(prefix + end)), None)
-        if missing is not None:
+        if missing is not None and not is_address(prefix):  # whether objects are there is asked with the data
             raise ConfigError(
                 f"--set {name}={prefix}: {missing} is missing or cannot be read. Give the prefix of the "
                 "files, without .bin or .idx; relative ones start from the working directory."

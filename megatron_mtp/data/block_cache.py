@@ -12,6 +12,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import struct
 import threading
 import time
@@ -103,7 +104,7 @@ class BlockCache:
         Raises:
             DataError: the folder cannot be written, or its disk has no room for a few blocks.
         """
-        path = self._path(block)
+        path, limit = self._path(block), self.limit
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class BlockCache:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise self._unusable(error) from error
-            self._shrink(len(content), error)
+            self._shrink(len(content), limit, error)
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -135,12 +136,19 @@ class BlockCache:
     def _path(self, block: Block) -> Path:
         return self.folder / "blocks" / block.folder / f"{block.number:08x}"
 
-    def _shrink(self, block_bytes: int, error: OSError) -> None:
+    def _shrink(self, block_bytes: int, limit: int, error: OSError) -> None:
+        """Makes room on a full disk, unless another thread has since the limit was `limit`, or another process."""
         with self._sum() as file:
+            has_room = error.errno == errno.ENOSPC and shutil.disk_usage(self.folder).free >= MIN_BLOCKS * block_bytes
+            if has_room or self.limit < limit:
+                return
             used = self._delete_down_to(self.limit)
             self.limit = int(used * KEPT)
             if self.limit < MIN_BLOCKS * block_bytes:
-                raise self._unusable(error) from error
+                raise DataError(
+                    f"dataset.object_storage_cache_path = {str(self.folder)!r}: {error.strerror}, and the cache holds "
+                    f"no more than {used / 2**20:.1f} MiB. Make room, or name a folder on another disk."
+                ) from error
             self._write_sum(file, self._delete_down_to(self.limit))
         logger.warning(
             "%s: %s. The cache of object storage is limited to %.2f GiB from here on. Make room, or lower "

@@ -64,7 +64,7 @@ CALLS = {
     "split": ("data", "split", "s3://bucket/all"),
     "check-data": ("check-data", "ftp://bucket/web"),
     "evaluate": ("evaluate", "hdfs://host/run"),
-    "evaluate on": ("evaluate", "runs/mine", "--set", "web=s3://bucket/web"),
+    "evaluate on": ("evaluate", "runs/mine", "--set", "web=hdfs://bucket/web"),
     "generate": ("generate", "hdfs://host/run", "--prompt", "x"),
     "spec-eval": ("spec-eval", "runs/mine", "--data", "s3://bucket/held_out.jsonl"),
     "new": ("new", "s3://bucket/project"),

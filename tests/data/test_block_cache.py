@@ -7,7 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +128,8 @@ def full_disk(monkeypatch, cache: BlockCache, most: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(block_cache.os, "fsync", fsync)
+    room = SimpleNamespace(free=0)
+    monkeypatch.setattr(block_cache.shutil, "disk_usage", lambda _: room)
 
 
 def test_a_full_disk_makes_it_smaller_and_says_so(tmp_path: Path, monkeypatch, caplog):
@@ -138,10 +143,26 @@ def test_a_full_disk_makes_it_smaller_and_says_so(tmp_path: Path, monkeypatch, c
     assert held(cache, 200)[-1] == 199
 
 
+def test_one_of_many_threads_makes_it_smaller(tmp_path: Path, monkeypatch):
+    cache = BlockCache(tmp_path, 1000 * SIZE)
+    fill(cache, range(100))
+    all_write = threading.Barrier(8)
+
+    def fsync(_: int) -> None:
+        all_write.wait(10)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(block_cache.os, "fsync", fsync)
+    monkeypatch.setattr(block_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: fill(cache, [number]), range(100, 108)))
+    assert cache.limit == 90 * SIZE
+
+
 def test_a_full_disk_without_room_for_a_few_blocks_is_an_error(tmp_path: Path, monkeypatch):
     cache = BlockCache(tmp_path, 1000 * SIZE)
     full_disk(monkeypatch, cache, 5 * SIZE)
-    with pytest.raises(DataError, match=r"object_storage_cache_path = .*No space left on device"):
+    with pytest.raises(DataError, match=r"object_storage_cache_path = .*No space left on device, and the cache holds"):
         fill(cache, range(200))
 
 

@@ -14,6 +14,7 @@ from megatron_mtp import pretrain
 from megatron_mtp.cli.main import main
 from megatron_mtp.convert.exporting import export_hf
 from megatron_mtp.observe.jsonl import read_metrics
+from tests.harness.s3 import Bucket
 from tests.training.test_pretrain import tiny, write_dataset
 
 pytestmark = pytest.mark.dist
@@ -98,6 +99,14 @@ def test_other_data_by_name_without_that_of_the_run(run: Path, tmp_path: Path, c
         for path, away in before.items():
             away.rename(path)
     assert set(found) == {"code"}
+    assert_equal(found["code"], logged(run, "code", 4), rel=0)
+
+
+def test_other_data_in_object_storage(run: Path, tmp_path: Path, s3: Bucket, capsys: pytest.CaptureFixture[str]):
+    for path in run.parent.glob("code.*"):
+        (s3.place("corpus") / path.name).write_bytes(path.read_bytes())
+    cache = f"dataset.object_storage_cache_path={tmp_path / 'cache'}"
+    found = evaluated(capsys, run, "--set", f"code={s3.address('corpus/code')}", cache)
     assert_equal(found["code"], logged(run, "code", 4), rel=0)
 
 
