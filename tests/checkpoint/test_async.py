@@ -9,7 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mtp.checkpoint import writer
+from tests.checkpoint.conftest import lead_ranks_to
 from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
+from tests.harness.s3 import Fault
 
 pytestmark = pytest.mark.dist
 
@@ -105,6 +107,21 @@ def test_a_second_save_waits_for_the_first(ranks, run_folder):
         assert first == [1]
         assert both == [2, 1]
         assert 0 < stall_s <= save_s
+
+
+def save_to_a_slow_server(path: str) -> tuple[float, float]:
+    with rig(make_config(ADAM, dist.get_world_size(), path)) as run:
+        run.steps(1)
+        run.save()
+        run.checkpointer.maybe_finalize(blocking=True)
+        return run.checkpointer.last_stall_s, run.checkpointer.last_save_s
+
+
+def test_a_slow_server_does_not_keep_training_waiting(ranks, s3):
+    lead_ranks_to(ranks, s3.proxy.url)
+    s3.inject(Fault("PUT", "distcp", delay_s=3.0))
+    for stall_s, save_s in ranks(2).run(save_to_a_slow_server, s3.address()):
+        assert stall_s < 2.5 < 3.0 < save_s
 
 
 def one_rank_is_slow(path: str) -> list:

@@ -41,6 +41,7 @@ class Fault:
         code: S3's name of the error.
         delay_s: seconds before the server is asked.
         cut_at: bytes of the answer's body after which the connection is cut; -1: none is cut.
+        is_cut_early: with cut_at, the connection is cut before the answer's headers.
         cut_request: the connection is cut while the request's body arrives.
         hold: a request waits until it is set, and then goes on to the server.
         met: set when a whole request has met it.
@@ -55,6 +56,7 @@ class Fault:
     code: str = "ServiceUnavailable"
     delay_s: float = 0.0
     cut_at: int = -1
+    is_cut_early: bool = False
     cut_request: bool = False
     hold: threading.Event | None = None
     met: threading.Event = field(default_factory=threading.Event)
@@ -152,7 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
         content = answer.read()
         kept = {n: v for n, v in answer.getheaders() if n.lower() not in ("connection", "transfer-encoding")}
         server.close()
-        if fault is not None and fault.cut_at >= 0:
+        if fault is not None and fault.is_cut_early:
+            self._cut()
+        elif fault is not None and fault.cut_at >= 0:
             self._answer(answer.status, kept, content, fault.cut_at)
             self._cut()
         else:
