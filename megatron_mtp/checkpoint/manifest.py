@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -182,7 +183,8 @@ def read_manifest(directory: Place) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        if problem := _kind_problem(path, MAX_BYTES):
+        look = _looking(directory)
+        if problem := _kind_problem(look(MANIFEST_NAME), MAX_BYTES):
             raise ValueError(problem)
         manifest = Manifest.from_bytes(path.read_bytes())
     except OSError as error:
@@ -190,14 +192,11 @@ def read_manifest(directory: Place) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: is damaged ({error}).") from error
     for name in _FORBIDDEN_NAMES:
-        if (directory / name).exists():
+        with suppress(OSError):
+            look(name)
             raise CheckpointError(
                 f"{directory / name}: does not belong to this checkpoint and would be read as part of it."
             )
-    try:
-        look = _looking(directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be listed ({error.strerror}).") from error
     for entry in manifest.files:
         problem = _size_problem(directory, entry, look)
         if problem:
@@ -267,8 +266,7 @@ def _size_problem(directory: Place, entry: FileEntry, look: Callable[[str], os.s
     )
 
 
-def _kind_problem(path: Place, max_bytes: int) -> str | None:
-    found = path.stat()
+def _kind_problem(found: os.stat_result, max_bytes: int) -> str | None:
     if not stat.S_ISREG(found.st_mode):
         return "it is not a file"
     return None if found.st_size <= max_bytes else f"it has {found.st_size} bytes"
@@ -278,8 +276,3 @@ def hash_file(path: Place) -> str:
     """SHA-256 of a file in hex. Releases the interpreter while it hashes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def describe_file(path: Place) -> FileEntry:
-    """The manifest's entry for a file that is complete."""
-    return FileEntry(path.name, path.stat().st_size, hash_file(path))

@@ -37,10 +37,8 @@ from megatron_mtp.checkpoint.content import COMMON_KEY
 from megatron_mtp.checkpoint.manifest import (
     CONFIG_NAME,
     METADATA_NAME,
-    REQUIRED_NAMES,
     TRAIN_STATE_NAME,
     FileEntry,
-    describe_file,
 )
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.serialize import to_yaml
@@ -233,20 +231,28 @@ def write_shared_files(
     for entry in entries:
         if entry.name not in there:
             raise OSError(f"{directory / entry.name} was written but is not here: ranks must share the file system")
-    write_durably(directory / CONFIG_NAME, to_yaml(cfg).encode())
-    write_durably(directory / TRAIN_STATE_NAME, (json.dumps(state, indent=1) + "\n").encode())
-    write_metadata(directory, metadata, written)
-    return [*(describe_file(directory / name) for name in REQUIRED_NAMES), *entries]
+    small = {
+        CONFIG_NAME: to_yaml(cfg).encode(),
+        TRAIN_STATE_NAME: (json.dumps(state, indent=1) + "\n").encode(),
+    }
+    return [*_write_small(directory, small), *write_metadata(directory, metadata, written), *entries]
 
 
-def write_metadata(directory: Place, metadata: Metadata | None, written: list[Written]) -> None:
-    """Writes by which a loader finds each shard in the files that were written."""
+def _write_small(directory: Place, contents: dict[str, bytes]) -> list[FileEntry]:
+    for name, content in contents.items():
+        write_durably(directory / name, content)
+    # What was meant, not what arrived.
+    return [FileEntry(name, len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()]
+
+
+def write_metadata(directory: Place, metadata: Metadata | None, written: list[Written]) -> list[FileEntry]:
+    """Writes by which a loader finds each shard in the files that were written. Returns the new files."""
     assert metadata is not None, "the metadata is on rank 0"
     metadata.version = CURRENT_DCP_VERSION
     metadata.storage_meta = StorageMeta()
     metadata.storage_data = {result.index: result.storage_data for one in written for result in one.results}
-    write_durably(directory / METADATA_NAME, pickle.dumps(metadata))
-    write_durably(directory / CONFIG_FNAME, json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode())
+    form = json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
+    return _write_small(directory, {METADATA_NAME: pickle.dumps(metadata), CONFIG_FNAME: form})
 
 
 NICENESS = 10

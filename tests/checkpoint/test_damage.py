@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mtp.checkpoint.directory import RunDirectory
-from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, describe_file, read_manifest
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.checkpoint.pretrained import load_model_weights
 from megatron_mtp.checkpoint.resuming import complete_checkpoints
@@ -29,7 +29,7 @@ from megatron_mtp.errors import CheckpointError
 from megatron_mtp.storage.remote_path import RemotePath
 from tests.checkpoint.conftest import STORES, copy_run
 from tests.checkpoint.rig import DENSE, differences, make_config, resumed, rig
-from tests.checkpoint.writing import damage_file
+from tests.checkpoint.writing import damage_file, describe_file
 
 pytestmark = pytest.mark.dist
 

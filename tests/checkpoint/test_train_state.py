@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mtp.checkpoint.directory import RunDirectory
-from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, TRAIN_STATE_NAME, Manifest, describe_file
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, TRAIN_STATE_NAME, Manifest
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.errors import CheckpointError
-from tests.checkpoint.writing import write_checkpoint
+from tests.checkpoint.writing import describe_file, write_checkpoint
 
 pytestmark = pytest.mark.unit
 

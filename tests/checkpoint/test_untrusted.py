@@ -14,12 +14,12 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_mtp.checkpoint.directory import LATEST_NAME, RunDirectory
-from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, Manifest, describe_file, read_manifest
+from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron_mtp.checkpoint.preflight import check_run_directory
 from megatron_mtp.checkpoint.untrusted import METADATA_NAME, read_metadata
 from megatron_mtp.errors import CheckpointError
 from megatron_mtp.recipes import get_recipe
-from tests.checkpoint.writing import write_checkpoint
+from tests.checkpoint.writing import describe_file, write_checkpoint
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 

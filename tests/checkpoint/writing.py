@@ -7,7 +7,14 @@ from collections.abc import Collection
 
 from megatron_mtp.checkpoint.completion import BEGUN_NAME
 from megatron_mtp.checkpoint.directory import RunDirectory
-from megatron_mtp.checkpoint.manifest import CONFIG_NAME, METADATA_NAME, TRAIN_STATE_NAME, Manifest, describe_file
+from megatron_mtp.checkpoint.manifest import (
+    CONFIG_NAME,
+    METADATA_NAME,
+    TRAIN_STATE_NAME,
+    FileEntry,
+    Manifest,
+    hash_file,
+)
 from megatron_mtp.checkpoint.preflight import tokenizer_fingerprint
 from megatron_mtp.checkpoint.train_state import TrainState
 from megatron_mtp.config import ConfigContainer
@@ -59,3 +66,8 @@ def damage_file(file: Place, how: str) -> None:
     else:
         raw[len(raw) // 2] ^= 1
     file.write_bytes(bytes(raw))
+
+
+def describe_file(file: Place) -> FileEntry:
+    """The manifest's entry for a file that is complete."""
+    return FileEntry(file.name, file.stat().st_size, hash_file(file))
