@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from megatron_mtp.checkpoint.manifest import MANIFEST_NAME
 from megatron_mtp.errors import CheckpointError
@@ -155,7 +155,7 @@ class ByManifest:
 
     def iterations(self) -> list[int]:
         """See `Completion`."""
-        return [iteration for iteration, is_begun in self._folders().items() if not is_begun]
+        return [iteration for iteration, state in self._folders().items() if state == "counts"]
 
     def begun_path(self, iteration: int) -> RemotePath:
         """See `Completion`."""
@@ -164,7 +164,7 @@ class ByManifest:
     def begin(self, iteration: int, *, may_replace: bool) -> None:
         """See `Completion`. One that is to be replaced is removed here."""
         folder = self.begun_path(iteration)
-        if not may_replace and folder.exists() and not _is_begun(folder):
+        if not may_replace and _state(folder) == "counts":
             raise _exists_error(folder)
         _make_begun(folder)
         folder.remove_tree(but=BEGUN_NAME)
@@ -192,26 +192,35 @@ class ByManifest:
     def clear_remains(self) -> list[str]:
         """See `Completion`."""
         try:
-            found = [self.begun_path(iteration) for iteration, is_begun in self._folders().items() if is_begun]
+            found = [self.begun_path(iteration) for iteration, state in self._folders().items() if state == "begun"]
         except OSError:
             return []
         for folder in found:
             _remove_begun(folder)
         return [folder.name for folder in found]
 
-    def _folders(self) -> dict[int, bool]:
-        """Whether each folder of a checkpoint is one that was only begun."""
+    def _folders(self) -> dict[int, _State]:
+        """The state of each folder of a checkpoint."""
         try:
             names = self.path.entries()
         except FileNotFoundError:
             return {}
         found = [int(match[1]) for match in map(FOLDER.fullmatch, names) if match]
-        begun = all_at_once(lambda iteration: _is_begun(self.begun_path(iteration)), found)
-        return dict(zip(found, begun, strict=True))
+        states = all_at_once(lambda iteration: _state(self.begun_path(iteration)), found)
+        return dict(zip(found, states, strict=True))
 
 
-def _is_begun(folder: RemotePath) -> bool:
-    return not (folder / MANIFEST_NAME).is_file() and (folder / BEGUN_NAME).is_file()
+_State = Literal["counts", "begun", "gone"]
+"""Of a folder: a checkpoint, whole or damaged; one that was only begun, or is being removed; nothing is in it."""
+
+
+def _state(folder: RemotePath) -> _State:
+    if (folder / MANIFEST_NAME).is_file():
+        return "counts"
+    if (folder / BEGUN_NAME).is_file():
+        return "begun"
+    # It may have been completed, or removed, since the first look.
+    return "counts" if (folder / MANIFEST_NAME).is_file() or folder.exists() else "gone"
 
 
 def _make_begun(folder: RemotePath) -> None:

@@ -122,19 +122,21 @@ class RemotePath:
 
     def exists(self) -> bool:
         """Whether an object or folder is there."""
-        try:
-            self.stat()
-        except FileNotFoundError:
-            return False
-        return True
+        return self._kind() is not None
 
     def is_file(self) -> bool:
         """Whether it is an object."""
-        return self.exists() and stat.S_ISREG(self.stat().st_mode)
+        return self._kind() == stat.S_IFREG
 
     def is_dir(self) -> bool:
         """Whether objects are in it."""
-        return self.exists() and stat.S_ISDIR(self.stat().st_mode)
+        return self._kind() == stat.S_IFDIR
+
+    def _kind(self) -> int | None:
+        try:
+            return stat.S_IFMT(self.stat().st_mode)
+        except FileNotFoundError:
+            return None
 
     @_plainly
     def entries(self) -> dict[str, os.stat_result]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_mtp.checkpoint.directory import LATEST_NAME, RunDirectory, checkpoint_folder
 from megatron_mtp.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from megatron_mtp.errors import CheckpointError
+from megatron_mtp.storage.remote_path import RemotePath
 from tests.checkpoint.writing import damage_file, write_checkpoint
 
 pytestmark = pytest.mark.unit
@@ -201,3 +202,26 @@ def test_a_manifest_must_list_what_every_checkpoint_has(folder, name):
     files = [entry for entry in manifest.files if entry.name != name]
     with pytest.raises(ValueError, match=f"does not list {name}"):
         Manifest.from_bytes(Manifest(iteration=1, files=files).to_bytes())
+
+
+@pytest.mark.parametrize("act", ["complete", "remove"])
+def test_a_look_beside_a_save_or_a_removal_finds_no_damage(s3, monkeypatch, act):
+    """Between two requests of the look the other process goes on."""
+    directory = RunDirectory(s3.place())
+    whole = write_checkpoint(s3.place(), 100)
+    manifest = (whole / MANIFEST_NAME).read_bytes()
+    remove = directory._completion.retire(100)
+    is_file = RemotePath.is_file
+
+    def look(path: RemotePath) -> bool:
+        found = is_file(path)
+        if path.name == MANIFEST_NAME:
+            monkeypatch.setattr(RemotePath, "is_file", is_file)
+            if act == "complete":
+                directory._completion.complete(100, manifest, may_replace=True)
+            else:
+                remove()
+        return found
+
+    monkeypatch.setattr(RemotePath, "is_file", look)
+    assert directory.iterations() == ([100] if act == "complete" else [])
