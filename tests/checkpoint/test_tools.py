@@ -24,6 +24,7 @@ from megatron_mtp.errors import CheckpointError
 from megatron_mtp.observe.jsonl import read_metrics
 from megatron_mtp.storage.place import Place
 from tests.checkpoint.conftest import STORES, copy_run
+from tests.harness.s3 import Bucket
 from tests.training.test_pretrain import tiny
 
 pytestmark = pytest.mark.dist
@@ -261,3 +262,27 @@ def test_a_complete_run_that_is_started_again_says_so(copy: Path, tmp_path: Path
     train(tmp_path, copy, copy)
     assert "nothing is left to train. To go on raise train.train_iters" in caplog.text
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.slow
+def test_commands_that_read_weights_take_addresses(run: Path, s3: Bucket, tmp_path: Path, capsys):
+    remote = copy_run(run, s3.place())
+    results = []
+    for number, name in enumerate((str(run), str(remote))):
+        out = tmp_path / str(number)
+        lines = []
+        for arguments in (
+            ["evaluate", f"{name}@4", "--json", "validation.eval_iters=1"],
+            ["convert", "export", f"{name}@best", str(out)],
+            ["convert", "to-megatron", name, str(tmp_path / f"mcore{number}"), "--spec", "local"],
+            ["generate", name, "--prompt-ids", "1 2 3", "--max-new-tokens", "4"],
+        ):
+            with pytest.raises(SystemExit) as end:
+                main(arguments)
+            shown = capsys.readouterr()
+            assert not end.value.code, (arguments, shown.err)
+            lines.append(shown.out)
+        weights = {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+        assert weights
+        results.append((json.loads(lines[0])["sets"] if "sets" in lines[0] else lines[0], weights))
+    assert results[0] == results[1]
