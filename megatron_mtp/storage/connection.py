@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUEST_ATTEMPTS = 9
-"""How often a request is made. The pauses between are random, each up to twice the one before and at most 20 s: about
-half a minute in total, and at most 75 s."""
+"""How often a request is made. The pauses between are random, up to 1, 2, 4, 8, 16 and then 20 s: 45 s in total on
+average, and at most 91 s."""
 ANSWER_ATTEMPTS = 5
 """How often an object is read whose bytes break off."""
 CONNECT_S, ANSWER_S = 10.0, 60.0
