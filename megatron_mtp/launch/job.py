@@ -15,6 +15,7 @@ from megatron_mtp.config.overrides import as_override
 from megatron_mtp.errors import Problem
 from megatron_mtp.launch.environment import default_environment
 from megatron_mtp.recipes.own import absolute, recipe_file
+from megatron_mtp.storage.address import is_address
 
 PORT = 29400
 """Port of the rendezvous on the first node."""
@@ -112,7 +113,7 @@ class Job:
         if self.logs or self.cfg.logger.log_dir:
             return self.logs or f"{self.cfg.logger.log_dir}/ranks"
         save = self.cfg.checkpoint.save
-        return None if save is None else f"{save.rstrip('/')}.logs"
+        return None if save is None or is_address(save) else f"{save.rstrip('/')}.logs"
 
     def training(self, place: Place) -> list[str]:
         """The arguments that follow torchrun's own."""

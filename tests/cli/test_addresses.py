@@ -116,3 +116,16 @@ def test_a_server_that_cannot_be_reached_is_a_message(s3, capsys):
 def test_a_run_directory_is_of_a_known_kind(path):
     with pytest.raises(ConfigError, match="mounted file system"):
         RunDirectory(path)
+
+
+def test_a_job_saves_to_an_address(capsys):
+    job = ["launch", "slurm", "tiny_dense", "--nodes", "2", "--gpus-per-node", "2", "--dry-run", "dataset.mock=true"]
+    job += ["checkpoint.save=s3://bucket/run", "checkpoint.load=s3://bucket/run"]
+    with pytest.raises(SystemExit) as caught:
+        main([*job, "logger.log_dir=/shared/logs"])
+    shown = capsys.readouterr()
+    assert not caught.value.code, shown.err
+    assert "checkpoint.save=s3://bucket/run" in shown.out
+    with pytest.raises(SystemExit):
+        main(job)
+    assert capsys.readouterr().err.startswith("megatron-mtp: logger.log_dir = None: must name a folder")
