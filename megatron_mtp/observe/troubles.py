@@ -267,7 +267,7 @@ WARNINGS = (
     ),
     Trouble(
         "the damaged checkpoint of this name is replaced",
-        "checkpoint/directory.py",
+        "checkpoint/completion.py",
         "A checkpoint that was skipped as damaged is written again.",
         "Nothing.",
     ),
@@ -341,7 +341,14 @@ ERRORS = (
         "do not see what rank 0 on ... writes there",
         "training/guards/node_check.py",
         "`checkpoint.save` is not on a file system that all machines share.",
-        "Choose a shared folder.",
+        "Choose a shared folder, or an address.",
+    ),
+    Trouble(
+        "cannot be listed",
+        "checkpoint/directory.py",
+        "The disk or the server of a run directory refuses; the message ends with what it said, such as no bucket of "
+        "that name, no permission, no credentials, or no connection.",
+        "Repair that; for addresses see [object storage](operations.md#object-storage).",
     ),
 )
 """Messages that end a run."""
