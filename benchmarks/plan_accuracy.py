@@ -31,6 +31,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 
 from megatron_mtp.config import ConfigContainer
 from megatron_mtp.config.overrides import apply_overrides
+from megatron_mtp.device.host_memory import keep_freed_memory
 from megatron_mtp.device.process_group import job_size
 from megatron_mtp.device.worker_pool import WorkerPool
 from megatron_mtp.parallel.layout import PipelineLayout
@@ -190,6 +191,7 @@ class SplitRuns:
         joined = setup_module.join_groups(resolved[-1])  # groups of the deepest model serve the others too
         with mock.patch.object(setup_module, "join_groups", return_value=joined):
             self.runs = [setup_module.setup(one) for one in resolved]
+        keep_freed_memory()  # as `pretrain` does
         self.batches = [next(run.data.train()) for run in self.runs]
         for run in self.runs:
             run.data.close()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mtp.config import ConfigContainer
+from megatron_mtp.device.host_memory import keep_freed_memory
 from megatron_mtp.device.process_group import job_size
 from megatron_mtp.mcore.optimizer import guarded_step
 from megatron_mtp.mcore.schedules import watch_calls
@@ -50,6 +51,8 @@ class PartMeasurement:
 
     def __init__(self, cfg: ConfigContainer):
         self.run = setup(resolve(cfg, job_size()))
+        if not self.run.device.is_cuda:
+            keep_freed_memory()  # as a run does
         chunk = unwrap(self.run.engine.chunks[0])
         assert isinstance(chunk, MTPModel)
         self._chunk, self._clock = chunk, Clock(self.run.device.torch_device)
