@@ -148,7 +148,7 @@ class LoadPlan:
             assert not missing, f"{name} was given nothing for {missing}"
             assert not odd.unexpected_keys, f"{name} has no place for {odd.unexpected_keys}"
         for index, (single, full) in enumerate(zip(self.content.singles(), self.optimizer_states, strict=True)):
-            _put_back(full, loaded[f"optimizer{index}"], single)
+            _put_back(full, loaded.get(f"optimizer{index}", {}), single)
             _set_scalars(full, scalars, single)
             single.load_state_dict(full)
 
@@ -221,12 +221,15 @@ def _take(full: dict[str, Any], single: MegatronOptimizer) -> dict[str, Any]:
 
 
 def _put_back(full: dict[str, Any], loaded: dict[str, Any], single: MegatronOptimizer) -> None:
-    """The inverse of `_take`: puts tensors in place of shards, and unwraps what is never stored."""
+    """The inverse of `_take`: puts tensors in place of shards, and unwraps what is never stored.
+
+    Of an optimizer without parameters on this rank nothing was asked for and nothing is loaded: it stays as it is.
+    """
     for path in _paths(single):
         owner = full
         for name in path[:-1]:
             owner = owner[name]
-        owner[path[-1]] = loaded[".".join(path)]
+        owner[path[-1]] = loaded.get(".".join(path), owner[path[-1]])
     for group in _groups(full):
         if isinstance(group.get("params"), LocalNonpersistentObject):
             group["params"] = group["params"].unwrap()

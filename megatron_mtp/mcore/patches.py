@@ -160,6 +160,12 @@ PATCHES = (
     Patch("warnings.filters", "verify/preload.py", "process",
           "the same, in the workers of `verify`; they import the module by its name",
           "tests/verify/test_verify.py"),
+    Patch("mallopt (M_MMAP_MAX, M_TRIM_THRESHOLD)", "device/host_memory.py", "process",
+          "on a CPU each step meets its activations as new pages, which the kernel fills with zeros",
+          "tests/device/test_host_memory.py::test_kept_memory_is_met_without_page_faults_and_can_be_given_back"),
+    Patch("botocore.retries.standard.ExponentialBackoff (defaults) | gcsfs.retry (random)", "storage/connection.py",
+          "process", "pauses before a repeated request draw from Python's generator, whose state is in a checkpoint",
+          "tests/storage/test_remote_path.py::test_pauses_leave_the_random_state_of_a_run_alone"),
 )
 # fmt: on
 
