@@ -62,7 +62,7 @@ def moto_server() -> Iterator[str]:
 
 
 def seconds_to_read(prefix: str, cache: Path, steps: int, *, prefetch: int) -> float:
-    """Seconds for so many global batches, with what opening takes."""
+    """Seconds to open the data and read `steps` global batches."""
     cfg = config([prefix], cache / "order", object_storage_cache_path=str(cache), prefetch_steps=prefetch)
     began = time.perf_counter()
     data = open_data(cfg)

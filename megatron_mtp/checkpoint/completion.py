@@ -211,7 +211,8 @@ class ByManifest:
 
 
 _State = Literal["counts", "begun", "gone"]
-"""Of a folder: a checkpoint, whole or damaged; one that was only begun, or is being removed; nothing is in it."""
+"""State of a checkpoint's folder. counts: it holds a checkpoint, whole or damaged. begun: its save has not ended, or it
+is being removed. gone: nothing is in it."""
 
 
 def _state(folder: RemotePath) -> _State:

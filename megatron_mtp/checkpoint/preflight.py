@@ -5,6 +5,7 @@ Reads manifests and the saved config, leaves no files, imports neither torch nor
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from megatron_mtp.parallel.params import linear_pattern
 from megatron_mtp.storage.address import is_address
 from megatron_mtp.storage.place import Place, place, try_writing
 from megatron_mtp.storage.remote_path import RemotePath
+
+logger = logging.getLogger(__name__)
 
 BRANCH = (
     "For a branch of another run that restarts by itself, copy the folder of its checkpoint (iter_...) into a new "
@@ -274,6 +277,8 @@ def check_unused(cfg: ConfigContainer) -> None:
 
 def _check_writable(save: str) -> None:
     folder = place(save)
+    if str(folder).startswith("memory://"):
+        logger.warning("checkpoint.save = %s: memory ends with this process, and the checkpoints with it", save)
     if not isinstance(folder, RemotePath):
         folder = folder.absolute()
         while not folder.exists() and folder != folder.parent:

@@ -85,8 +85,7 @@ def plan(
     if devices is None and not search:
         devices = default_devices(recipe, cfg)
     assumptions = read_assumptions(assume or ())
-    for option in [name for name, given in {"--search": search, "--tokens": tokens}.items() if given]:
-        refuse_phases(cfg, option)
+    refuse_phases(cfg, {"--search": search, "--tokens": tokens})
     costs = {"mtbf_hours": mtbf_hours, "save_s": save_s, "restart_s": restart_s, "price": price, "watts": watts}
     budget = read_budget(tokens, **costs)
     options = (cfg, devices, hardware, profile, memory, compare or (), assumptions, budget, or_devices or ())
@@ -104,9 +103,13 @@ def plan(
     if write is not None:
         write_file(write, overlay(recipe, plans), "--write")
     if picture is not None:
-        from megatron_mtp.parallel.planner.picture import draw
+        _draw(picture, plans, recipe)
 
-        write_file(picture, draw(plans.planner, plans.chosen, title=recipe), "--picture")
+
+def _draw(path: Path, plans: Plans, recipe: str) -> None:
+    from megatron_mtp.parallel.planner.picture import draw
+
+    write_file(path, draw(plans.planner, plans.chosen, title=recipe), "--picture")
 
 
 def _searched(options: tuple[Any, ...], top: int) -> Plans:

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_mtp.errors import InUseError
-from megatron_mtp.storage.place import Place
+from megatron_mtp.storage.place import Place, write_durably
 from megatron_mtp.storage.remote_path import RemotePath
 
 logger = logging.getLogger(__name__)
@@ -273,17 +273,9 @@ class _File:
 
     def create(self, owner: Owner) -> bool:
         try:
-            file = self.path.open("xb")
+            write_durably(self.path, _as_bytes(owner))
         except FileExistsError:
             return False
-        try:
-            with file:
-                file.write(_as_bytes(owner))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            self.path.unlink(missing_ok=True)
-            raise
         return True
 
     def read(self) -> tuple[Owner, int]:
@@ -297,10 +289,7 @@ class _File:
     def replace(self, owner: Owner) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{owner.token}")
         try:
-            with temporary.open("wb") as file:
-                file.write(_as_bytes(owner))
-                file.flush()
-                os.fsync(file.fileno())
+            write_durably(temporary, _as_bytes(owner))
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)

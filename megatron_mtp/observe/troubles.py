@@ -266,6 +266,12 @@ WARNINGS = (
         "Remove it with `megatron-mtp checkpoint rm RUN@N`, or the disk fills.",
     ),
     Trouble(
+        "memory ends with this process, and the checkpoints with it",
+        "checkpoint/preflight.py",
+        "`checkpoint.save` is an address of fsspec's memory, which is there for tests.",
+        "Save to a folder, or to `s3://`, `gs://` or `az://`.",
+    ),
+    Trouble(
         "the damaged checkpoint of this name is replaced",
         "checkpoint/completion.py",
         "A checkpoint that was skipped as damaged is written again.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,16 @@ def _length(timeline: Timeline[ConfigContainer], index: int) -> tuple[int | None
     return timeline.iteration_at(samples) - start.iteration, timeline.tokens_at(samples) - start.tokens
 
 
-def refuse_phases(cfg: ConfigContainer, option: str) -> None:
-    """Refuses an option that plans one config for a run with phases: a search of sizes, a training's length and cost.
+def refuse_phases(cfg: ConfigContainer, options: Mapping[str, object]) -> None:
+    """Refuses options that plan one config for a run with phases: a search of sizes, a training's length and cost.
+
+    Args:
+        options: their values by name; those that are not given are false.
 
     Raises:
         PlanError: the config has phases.
     """
-    if cfg.phases:
+    for option in [name for name, value in options.items() if value and cfg.phases]:
         rule = f"is about one config, and the run has phases: {', '.join(cfg.phases)}"
         remedy = (
             "Without it, the table of phases has each one's steps, tokens, days and layout. Add phases=null for the "

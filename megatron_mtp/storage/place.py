@@ -47,14 +47,19 @@ def write_durably(path: Place, content: bytes) -> None:
 
     Raises:
         FileExistsError: there is a file of that name. An object of that name is replaced.
+        OSError: the storage refused; no part of the file is left.
     """
     if isinstance(path, RemotePath):
         path.write_bytes(content)
         return
     with path.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def replace_durably(path: Place, content: bytes) -> None:

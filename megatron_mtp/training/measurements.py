@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ class Measurements:
         models: list[Any] = [unwrap(chunk) for chunk in chunks]  # MTPModel behind its wrappers
         self._trunks: list[TrunkGradient] = [model.trunk_gradient for model in models if model.mtp_process]
         self._has_mtp = run.depths.count > 0
-        self._layers = mtp_layer_parameters(models, run.depths.distinct)
+        self._layers = weights_of_mtp_layers(models, run.depths.distinct)
         self._squares = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
         self._norms: list[float] = []
         self._rows = row_names(run)
@@ -106,13 +105,10 @@ def row_names(run: ResolvedRun) -> dict[int, str]:
     return names
 
 
-def mtp_layer_parameters(models: Sequence[nn.Module], num_layers: int) -> list[list[nn.Parameter]]:
-    """The parameters on this rank of each of the run's MTP layers; a repeated layer is one."""
-    found: list[list[nn.Parameter]] = [[] for _ in range(num_layers)]
-    for name, parameter in (named for model in models for named in model.named_parameters()):
-        if match := re.match(r"mtp\.layers\.(\d+)\.", name):
-            found[int(match[1])].append(parameter)
-    return found
+def weights_of_mtp_layers(models: Sequence[Any], num_layers: int) -> list[list[nn.Parameter]]:
+    """The parameters of each MTP layer of the run; none on a rank without them. A repeated layer is one."""
+    layers = [layer for model in models if model.mtp_process for layer in model.mtp.layers]
+    return [list(layer.parameters()) for layer in layers] or [[] for _ in range(num_layers)]
 
 
 def weight_changes(before: Sequence[float], now: Sequence[float]) -> dict[str, float]:

@@ -231,6 +231,13 @@ def test_a_place_where_even_root_cannot_write_is_named():
         check_run_directory(make_config(Path("/proc/megatron_mtp_run")))
 
 
+def test_checkpoints_that_end_with_the_process_are_warned_of(caplog):
+    cfg = make_config(None)
+    cfg.checkpoint.save = "memory://of-a-test/run"
+    assert check_run_directory(cfg) is None
+    assert "memory ends with this process, and the checkpoints with it" in caplog.text
+
+
 def test_needs_no_torch():
     code = (
         "import sys, megatron_mtp.checkpoint.preflight\n"

@@ -36,7 +36,7 @@ class Fault:
         path: text in the path or query of the requests.
         times: how many requests meet it; then it is over.
         skip: how many matching requests pass before.
-        every: of the others, each so many-th meets it.
+        every: the fault hits one in `every` of the others.
         status: answered without asking the server; 0: the server answers.
         code: S3's name of the error.
         delay_s: seconds before the server is asked.
